@@ -1,0 +1,202 @@
+"""The ensemble: one set of weights, as many models as there are noise draws."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .inject import FilterFn, eval_mode, inject_noise_, is_convolution, noise_layers
+from .noise import GaussianNoise, NoiseConfig, Sampling, check_sampling, noise_draw
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the ensemble answers for a batch of B images and K classes.
+
+    Attributes:
+        label: (B,) int64, the class of the largest mean probability.
+        probabilities: (B, K), softmax outputs averaged over the draws.
+        spread: (B, K), standard deviation of the softmax outputs over the draws (of single draws,
+            not of their mean); 0 for a model without noise, NaN for a single draw.
+    """
+
+    label: Tensor
+    probabilities: Tensor
+    spread: Tensor
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in a model's output: a tensor, or an object with `.logits` (transformers)."""
+    logits = getattr(output, "logits", output)
+    if isinstance(logits, Tensor) and logits.dim() == 2:
+        return logits
+    what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+    raise ValueError(
+        f"the model must return logits of shape (batch, classes), got {what}; wrap it in a module "
+        "whose forward returns them"
+    )
+
+
+def check_images(inputs: Tensor, bounds: tuple[float, float] | None = (0.0, 1.0)) -> None:
+    """Raise a ValueError (TypeError for a wrong dtype) unless `inputs` is a finite batch in bounds."""
+    if not isinstance(inputs, Tensor):
+        raise TypeError(f"inputs must be a torch.Tensor, got {type(inputs).__name__}")
+    if not inputs.is_floating_point():
+        raise TypeError(f"inputs must be floating point, got {inputs.dtype}; for uint8: x.float() / 255")
+    if inputs.dim() < 2:
+        raise ValueError(f"inputs must be a batch (B, ...), got shape {tuple(inputs.shape)}")
+    if inputs.numel() == 0:
+        return
+    low, high = (bound.item() for bound in inputs.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("inputs hold NaN or infinite values")
+    if bounds is not None and (low < bounds[0] - 1e-6 or high > bounds[1] + 1e-6):
+        raise ValueError(
+            f"inputs must lie in [{bounds[0]:g}, {bounds[1]:g}], got [{low:g}, {high:g}]; scale images "
+            "by 1/255 and put mean and std into the model, or set SelfEnsemble(..., bounds=None)"
+        )
+
+
+class SelfEnsemble(nn.Module):
+    """A classifier with noise in front of every convolution, averaged over noise draws.
+
+    `train()`: `forward` returns the logits of one draw, so that any loop that minimises the
+    cross-entropy of the output is the method's noisy SGD. `eval()`: `forward` returns the logarithm of
+    the mean softmax over `draws` draws. Those are valid logits of the ensemble, differentiable, and
+    what any tool that expects a classifier should see.
+
+    Args:
+        model: a classifier that returns logits (B, K); it gets its noise in place.
+        config: noise levels; None keeps injected noise, or injects the published levels.
+        draws: noise draws a prediction, >= 1.
+        sampling: how draws are sampled in eval mode, see `GaussianNoise`.
+        filter_fn, example_inputs: see `inject_noise_`.
+        bounds: the valid range of inputs, checked by `predict_proba`; None for no range.
+
+    Source: Liu et al. 2018, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: NoiseConfig | None = None,
+        *,
+        draws: int = 10,
+        sampling: Sampling = "shared",
+        filter_fn: FilterFn = is_convolution,
+        example_inputs: Any = None,
+        bounds: tuple[float, float] | None = (0.0, 1.0),
+    ) -> None:
+        super().__init__()
+        if not noise_layers(model):
+            inject_noise_(model, config, filter_fn=filter_fn, example_inputs=example_inputs)
+        elif config is not None:
+            raise ValueError(
+                "the model has noise layers already: leave config out to keep them, or call "
+                "remove_noise_(model) first"
+            )
+        self.model = model
+        self.draws = _check_count("draws", draws)
+        self.sampling: Sampling = check_sampling(sampling)
+        self.bounds = bounds
+        for layer in noise_layers(model).values():
+            layer.sampling = self.sampling
+        self.train(model.training)
+
+    @property
+    def is_random(self) -> bool:
+        """Whether two forward passes can differ: any noise layer on, with std > 0."""
+        return any(
+            isinstance(module, GaussianNoise) and module.enabled and module.std > 0
+            for module in self.model.modules()
+        )
+
+    def draw_logits(self, inputs: Tensor) -> Tensor:
+        """Logits (B, K) of one noise draw."""
+        return logits_of(self.model(inputs))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            return self.draw_logits(inputs)
+        draws = self.draws if self.is_random else 1
+        each = [self.draw_logits(inputs).float().log_softmax(dim=-1) for _ in range(draws)]
+        return torch.stack(each).logsumexp(dim=0) - math.log(draws)
+
+    def predict_proba(
+        self,
+        inputs: Tensor,
+        *,
+        draws: int | None = None,
+        max_batch: int | None = None,
+        seed: int | None = None,
+        sampling: Sampling | None = None,
+    ) -> Tensor:
+        """Softmax averaged over noise draws, without gradients, in constant memory.
+
+        Always in eval mode, which is put back afterwards.
+
+        Args:
+            inputs: (B, ...), floating point, within `bounds`; chunks go to the model's device.
+            draws: by default `self.draws`; 1 where there is no noise.
+            max_batch: images a forward pass; None for all at once.
+            seed: None for fresh noise (what a defense needs), an integer for noise that repeats: with
+                shared sampling, the same whatever the batch and `max_batch`.
+            sampling: overrides the ensemble's.
+
+        Returns:
+            (B, K) float32 probabilities, on the device of `inputs`.
+
+        Raises:
+            TypeError, ValueError: inputs of a wrong dtype, shape or range, or counts below 1.
+        """
+        return self.predict(
+            inputs, draws=draws, max_batch=max_batch, seed=seed, sampling=sampling
+        ).probabilities
+
+    @torch.no_grad()
+    def predict(
+        self,
+        inputs: Tensor,
+        *,
+        draws: int | None = None,
+        max_batch: int | None = None,
+        seed: int | None = None,
+        sampling: Sampling | None = None,
+    ) -> Prediction:
+        """Label, mean probabilities and their spread over the draws; arguments of `predict_proba`."""
+        check_images(inputs, self.bounds)
+        draws = self.draws if draws is None else _check_count("draws", draws)
+        if not self.is_random:
+            draws = 1
+        size = max(1, len(inputs)) if max_batch is None else _check_count("max_batch", max_batch)
+        device = next((tensor.device for tensor in self.parameters()), inputs.device)
+        with eval_mode(self):
+            chunks = [
+                self._moments(chunk.to(device), draws, seed, sampling) for chunk in inputs.split(size)
+            ]
+        mean = torch.cat([chunk[0] for chunk in chunks]).to(inputs.device)
+        spread = torch.cat([chunk[1] for chunk in chunks]).to(inputs.device)
+        if not self.is_random:
+            spread = torch.zeros_like(mean)
+        return Prediction(mean.argmax(dim=-1), mean, spread)
+
+    def _moments(
+        self, inputs: Tensor, draws: int, seed: int | None, sampling: Sampling | None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the softmax over the draws (Welford's recurrence)."""
+        mean = squares = torch.zeros((), device=inputs.device)
+        for index in range(draws):
+            with noise_draw(seed, index, sampling):
+                probabilities = self.draw_logits(inputs).float().softmax(dim=-1)
+            step = probabilities - mean
+            mean = mean + step / (index + 1)
+            squares = squares + step * (probabilities - mean)
+        return mean, (squares / (draws - 1 if draws > 1 else math.nan)).sqrt()
+
+
+def _check_count(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+    return value

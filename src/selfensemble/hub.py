@@ -1,0 +1,152 @@
+"""A trained ensemble on disk: `model.safetensors` and a versioned `config.json`.
+
+Nothing is pickled, so loading a file from a stranger runs none of its code.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import safetensors.torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from torch import nn
+
+from .ensemble import SelfEnsemble
+from .files import atomic_write, write_json
+from .inject import attach_noise_, noise_layers
+from .models import create_model
+from .noise import Sampling
+
+FORMAT_VERSION = 1
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+class Architecture(BaseModel):
+    """Arguments of `create_model`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    classes: int
+    channels: int
+    width: float = 1.0
+
+
+class ArtefactConfig(BaseModel):
+    """What stands in `config.json`.
+
+    Attributes:
+        architecture: how to build the network; None for a network of the user's own.
+        noise: standard deviation by fully qualified module name, in the order of the layers.
+        classes: names of the classes, where known.
+        input_shape: (C, H, W) of one input, where known.
+        metrics: figures measured when it was saved, with what they were measured on.
+        recipe: the recipe it was trained by, if any.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    format: Literal["selfensemble"] = "selfensemble"
+    format_version: int = FORMAT_VERSION
+    architecture: Architecture | None = None
+    noise: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+    draws: Annotated[int, Field(ge=1)]
+    sampling: Sampling = "shared"
+    bounds: tuple[float, float] | None = (0.0, 1.0)
+    classes: tuple[str, ...] | None = None
+    input_shape: tuple[int, int, int] | None = None
+    metrics: dict[str, Any] = {}
+    recipe: dict[str, Any] | None = None
+
+
+def save(
+    ensemble: SelfEnsemble,
+    folder: str | Path,
+    *,
+    architecture: Architecture | None = None,
+    classes: tuple[str, ...] | None = None,
+    input_shape: tuple[int, int, int] | None = None,
+    metrics: dict[str, Any] | None = None,
+    recipe: dict[str, Any] | None = None,
+) -> None:
+    """Write `ensemble` to `folder`; each file is replaced as a whole or not at all."""
+    config = ArtefactConfig(
+        architecture=architecture,
+        noise={fqn: layer.std for fqn, layer in noise_layers(ensemble.model).items()},
+        draws=ensemble.draws,
+        sampling=ensemble.sampling,
+        bounds=ensemble.bounds,
+        classes=classes,
+        input_shape=input_shape,
+        metrics=metrics or {},
+        recipe=recipe,
+    )
+    # Tensors that share memory are copied apart: safetensors refuses them otherwise.
+    tensors = {key: tensor.detach().cpu().clone() for key, tensor in ensemble.model.state_dict().items()}
+    tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    atomic_write(Path(folder) / WEIGHTS, safetensors.torch.save(tensors))
+    write_json(Path(folder) / CONFIG, config.model_dump(mode="json"))
+
+
+def read_config(folder: str | Path) -> ArtefactConfig:
+    """The checked `config.json` of a saved ensemble.
+
+    Raises:
+        FileNotFoundError: the folder or the file is missing.
+        ValueError: the file is damaged, foreign, or written by a newer version.
+    """
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no {CONFIG} in {folder}: pass the folder that `selfensemble train` wrote (its --out)"
+        )
+    try:
+        values = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): train again or restore the file") from error
+    if not isinstance(values, dict) or values.get("format") != "selfensemble":
+        raise ValueError(f"{path} was not written by selfensemble: pass a folder of its own")
+    if values.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {values.get('format_version')!r}, this version reads "
+            f"{FORMAT_VERSION}: upgrade selfensemble"
+        )
+    try:
+        return ArtefactConfig.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise ValueError(f"{path} is damaged: {where}: {problem['msg']}") from error
+
+
+def load(folder: str | Path, model: nn.Module | None = None) -> SelfEnsemble:
+    """Read a saved ensemble, in eval mode, on the CPU.
+
+    Args:
+        folder: what `save` or `selfensemble train` wrote.
+        model: a fresh network of the saved one's class, where it is not one of `MODELS`.
+
+    Raises:
+        FileNotFoundError, ValueError: files missing, damaged, foreign, or of another network.
+    """
+    config = read_config(folder)
+    if model is None:
+        if config.architecture is None:
+            raise ValueError(f"{folder} holds a network of your own: pass it, load(folder, model=...)")
+        model = create_model(**config.architecture.model_dump())
+    path = Path(folder) / WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(f"no {WEIGHTS} in {folder}: the artefact is incomplete")
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file ({error})") from error
+    try:
+        model.load_state_dict(tensors)
+        attach_noise_(model, config.noise)
+    except (RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} does not fit the network: {reason}") from error
+    ensemble = SelfEnsemble(
+        model, draws=config.draws, sampling=config.sampling, bounds=config.bounds
+    )
+    return ensemble.eval()

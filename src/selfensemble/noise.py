@@ -1,0 +1,241 @@
+"""Gaussian noise: its levels, its layer, and how draws are sampled and seeded.
+
+A *draw* is one noisy forward pass. Outside `noise_draw` every call of every layer takes fresh
+entropy from a generator of this module, seeded by the operating system: the caller's global random
+state is neither read nor changed, so that `torch.manual_seed` cannot freeze the defense.
+"""
+
+import hashlib
+import itertools
+import math
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+Sampling = Literal["per_image", "shared"]
+
+# Streams a seed spans before it wraps: LAYERS layers of 2**32 / LAYERS (a million) draws.
+_LAYERS = 4096
+_MASK32 = 0xFFFF_FFFF
+
+
+def check_std(name: str, std: float) -> float:
+    """Return `std` as a float, or raise a ValueError that says what is wrong with it."""
+    if isinstance(std, bool) or not isinstance(std, int | float):
+        raise ValueError(f"{name} must be a number >= 0, got {std!r}")
+    if not math.isfinite(std) or std < 0:
+        raise ValueError(f"{name} must be finite and >= 0 (0 switches it off), got {std}")
+    return float(std)
+
+
+def check_sampling(sampling: str) -> Sampling:
+    """Return `sampling` if it names a policy, or raise a ValueError that lists them."""
+    for known in get_args(Sampling):
+        if sampling == known:
+            return known  # type: ignore[no-any-return]
+    raise ValueError(f"sampling must be one of {get_args(Sampling)}, got {sampling!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseConfig:
+    """Standard deviations of the noise, in the units of what it is added to.
+
+    The defaults are those published for CIFAR-10 and VGG16 (Liu et al. 2018, section 4).
+
+    Attributes:
+        init_std: noise on the input of the first convolution; images are in [0, 1].
+        inner_std: noise on the input of every other convolution.
+    """
+
+    init_std: float = 0.2
+    inner_std: float = 0.1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "init_std", check_std("init_std", self.init_std))
+        object.__setattr__(self, "inner_std", check_std("inner_std", self.inner_std))
+
+
+@dataclass(frozen=True, slots=True)
+class _Draw:
+    seed: int | None = None
+    index: int = 0
+    sampling: Sampling | None = None
+    streams: dict[tuple[int, torch.device], torch.Generator] = field(default_factory=dict)
+
+
+_current: ContextVar[_Draw] = ContextVar("selfensemble_draw", default=_Draw())
+
+
+@contextmanager
+def noise_draw(
+    seed: int | None = None, index: int = 0, sampling: Sampling | None = None
+) -> Iterator[None]:
+    """Within this context, noise is draw number `index` of `seed`, sampled by `sampling`.
+
+    With a seed, the first call of a layer takes the start of the stream (seed, index, layer), and
+    later calls go on where it stopped; the same context entered again gives the same noise. Shared
+    noise then depends on nothing else: not on the size or composition of the batch, the memory
+    format or (but for rounding) the dtype. Per-image noise depends on the first two of these as well.
+    CPU and CUDA have different streams.
+
+    Args:
+        seed: any integer, or None for fresh entropy.
+        index: number of the draw, 0 <= index; up to a million draws of a seed do not overlap.
+        sampling: "per_image" or "shared" for every layer, or None to leave the choice to each layer.
+    """
+    if index < 0:
+        raise ValueError(f"index must be >= 0, got {index}")
+    policy = None if sampling is None else check_sampling(sampling)
+    token = _current.set(_Draw(seed, index, policy))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def stream_seed(seed: int, index: int, layer: int) -> int:
+    """64-bit seed of the stream (seed, draw index, layer).
+
+    torch's CPU generator uses the low 32 bits of a seed only. Within one seed those are an injective
+    function of (index, layer), so that no two streams coincide, then mixed (murmur3's finalizer, a
+    bijection), so that neighbours do not look alike.
+    """
+    digest = hashlib.blake2b(str(seed).encode(), digest_size=8).digest()
+    high, low = int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:], "big")
+    mixed = (low + index * _LAYERS + layer) & _MASK32
+    mixed = ((mixed ^ (mixed >> 16)) * 0x85EB_CA6B) & _MASK32
+    mixed = ((mixed ^ (mixed >> 13)) * 0xC2B2_AE35) & _MASK32
+    return (high << 32) | (mixed ^ (mixed >> 16))
+
+
+class _Entropy(threading.local):
+    """One generator a thread and device, seeded by the operating system."""
+
+    def __init__(self) -> None:
+        self.generators: dict[torch.device, torch.Generator] = {}
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        if device not in self.generators:
+            seed = int.from_bytes(os.urandom(8), "big") >> 1
+            self.generators[device] = torch.Generator(device).manual_seed(seed)
+        return self.generators[device]
+
+
+_entropy = _Entropy()
+# A forked child must not repeat its parent's noise.
+os.register_at_fork(after_in_child=lambda: _entropy.generators.clear())
+
+
+def _generator(draw: _Draw, layer: int, device: torch.device) -> torch.Generator:
+    if draw.seed is None:
+        return _entropy.generator(device)
+    key = (layer, device)
+    if key not in draw.streams:
+        seed = stream_seed(draw.seed, draw.index, layer)
+        draw.streams[key] = torch.Generator(device).manual_seed(seed)
+    return draw.streams[key]
+
+
+def _noise_like(inputs: Tensor, std: float, layer: int, shared: bool) -> Tensor:
+    """Noise of the shape of `inputs`, or with a first dimension of 1 where the batch shares it."""
+    draw = _current.get()
+    generator = _generator(draw, layer, inputs.device)
+    if draw.sampling is not None:
+        shared = draw.sampling == "shared"
+    if not shared:
+        noise = torch.empty_like(inputs, requires_grad=False)
+        # Filled in memory order: `normal_` on a permuted view is several times slower.
+        noise.as_strided((noise.numel(),), (1,)).normal_(0.0, std, generator=generator)
+        return noise
+    # In float32 and logical order, so that neither dtype nor memory format changes the draw.
+    dtype = torch.promote_types(inputs.dtype, torch.float32)
+    noise = torch.empty((1, *inputs.shape[1:]), dtype=dtype, device=inputs.device)
+    noise.normal_(0.0, std, generator=generator)
+    if inputs.dim() == 4 and inputs.is_contiguous(memory_format=torch.channels_last):
+        noise = noise.contiguous(memory_format=torch.channels_last)
+    return noise.to(inputs.dtype)
+
+
+# Under torch.compile and torch.export the layer is one opaque operator: the graph stays whole, seeds
+# are read when it runs rather than baked in, and a CPU keeps its vectorised generator.
+@torch.library.custom_op(
+    "selfensemble::add_noise", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
+)
+def _add_noise(inputs: Tensor, std: float, layer: int, shared: bool, call: int) -> Tensor:
+    noise = _noise_like(inputs, std, layer, shared)
+    return torch.add(inputs, noise, out=torch.empty_like(inputs))
+
+
+@_add_noise.register_fake
+def _(inputs: Tensor, std: float, layer: int, shared: bool, call: int) -> Tensor:
+    return torch.empty_like(inputs)
+
+
+def _identity_backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+    return gradient, None, None, None, None
+
+
+_add_noise.register_autograd(_identity_backward)
+_calls = itertools.count()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _call_number() -> int:
+    """A number that no other call in a traced graph has.
+
+    The compiler's common-subexpression elimination merges calls of custom operators with equal
+    arguments, tagged as random or not; the draws of an ensemble would share their first noise.
+    """
+    return next(_calls)
+
+
+class GaussianNoise(nn.Module):
+    """Adds `N(0, std^2)` noise to its input, at training and at test time, fresh at every call.
+
+    The layer has no parameters and no buffers: it adds nothing to a state dict. `eval()` does not
+    switch it off; `noise_disabled` does.
+
+    Args:
+        std: standard deviation, >= 0, in the units of the input.
+        layer: number of the layer within its network; seeded streams of two layers differ by it.
+        sampling: "per_image" gives every image of a batch its own noise. "shared" gives all images of
+            a batch the same noise in eval mode, which costs 1 / batch of the random numbers and leaves
+            the distribution of each image's output as it is; training is always per image.
+
+    Shape: (B, ...) of any floating dtype, to the same.
+
+    Source: Liu et al., Towards Robust Neural Networks via Random Self-ensemble, ECCV 2018, eq. 2.
+    """
+
+    def __init__(
+        self, std: float = 0.1, *, layer: int = 0, sampling: Sampling = "per_image"
+    ) -> None:
+        super().__init__()
+        self.std = check_std("std", std)
+        self.layer = layer
+        self.sampling: Sampling = check_sampling(sampling)
+        self.enabled = True
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if not self.enabled or self.std == 0:
+            return inputs
+        if not inputs.is_floating_point():
+            raise TypeError(
+                f"noise needs floating-point inputs in [0, 1], got {inputs.dtype}; "
+                "for uint8 images use inputs.float() / 255"
+            )
+        shared = self.sampling == "shared" and not self.training
+        if torch.compiler.is_compiling():
+            return _add_noise(inputs, self.std, self.layer, shared, _call_number())
+        return inputs + _noise_like(inputs.detach(), self.std, self.layer, shared)
+
+    def extra_repr(self) -> str:
+        off = "" if self.enabled else ", off"
+        return f"std={self.std:g}, layer={self.layer}, sampling={self.sampling}{off}"

@@ -1,0 +1,161 @@
+"""Recipes: what to train on what, as validated YAML.
+
+A recipe is a file, or the name of one shipped in `selfensemble/recipes/`.
+"""
+
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .models import MODELS
+from .noise import NoiseConfig
+
+_Count = Annotated[int, Field(ge=1)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSection(_Section):
+    """Images, and what is done to them. `source` and `size`: see `load_data`."""
+
+    source: str = "digits"
+    size: _Count | None = None
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    crop_padding: Annotated[int, Field(ge=0)] = 0
+    flip: bool = False
+
+
+class ModelSection(_Section):
+    """Network: a key of `MODELS`, and the factor on its channels."""
+
+    name: str = "small-cnn"
+    width: _Positive = 1.0
+
+
+class NoiseSection(_Section):
+    """Noise levels and draws a prediction; both levels 0 is the plain network."""
+
+    init_std: _NonNegative = NoiseConfig().init_std
+    inner_std: _NonNegative = NoiseConfig().inner_std
+    draws: _Count = 10
+
+    def config(self) -> NoiseConfig:
+        return NoiseConfig(self.init_std, self.inner_std)
+
+
+class TrainSection(_Section):
+    """SGD and its schedule.
+
+    `stages`: lengths of the stages between which the learning rate falls by 10, relative to each other:
+    they are stretched to `epochs`. `checkpoint_steps`: None for once an epoch.
+    """
+
+    epochs: _Count = 30
+    batch_size: _Count = 128
+    lr: _Positive = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = False
+    weight_decay: _NonNegative = 5e-4
+    schedule: Literal["stages", "cosine", "one_cycle"] = "cosine"
+    stages: tuple[_Positive, ...] = (80, 60, 40, 20)
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    channels_last: bool = True
+    checkpoint_steps: _Count | None = None
+
+
+class Recipe(_Section):
+    """Everything a training run depends on, but for the machine."""
+
+    name: str
+    description: str = ""
+    seed: Annotated[int, Field(ge=0)] = 0
+    data: DataSection = DataSection()
+    model: ModelSection = ModelSection()
+    noise: NoiseSection = NoiseSection()
+    train: TrainSection = TrainSection()
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes in the package."""
+    folder = resources.files(__package__) / "recipes"
+    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
+    """Read and validate a recipe.
+
+    Args:
+        source: a shipped name, or the path of a YAML file.
+        overrides: "section.key=value" each; values are YAML.
+
+    Raises:
+        FileNotFoundError: no such recipe; the message lists the shipped ones.
+        ValueError: YAML or a key or a value is wrong; the message says which.
+    """
+    text = _read(source)
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {source} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"recipe {source} must hold keys and values, e.g. `train: {{epochs: 5}}`")
+    values.setdefault("name", Path(source).stem)
+    for override in overrides or []:
+        _override(values, override)
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"recipe {source}: {_explain(error)}") from error
+    if recipe.model.name not in MODELS:
+        raise ValueError(
+            f"recipe {source}: unknown model.name {recipe.model.name!r}; choose one of {', '.join(MODELS)}"
+        )
+    return recipe
+
+
+def _read(source: str) -> str:
+    if source in shipped_recipes():
+        return (resources.files(__package__) / "recipes" / f"{source}.yaml").read_text()
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return path.read_text()
+    raise FileNotFoundError(
+        f"no recipe {source!r}: pass a .yaml file or one of {', '.join(shipped_recipes())}"
+    )
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    path, found, text = override.partition("=")
+    *sections, key = path.strip().split(".")
+    if not found or not key:
+        raise ValueError(f"cannot read override {override!r}: write section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"cannot read the value in {override!r}: write it as YAML") from error
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"cannot set {path!r}: {section!r} is not a section")
+    values[key] = value
+
+
+def _explain(error: ValidationError) -> str:
+    parts = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            section: Any = Recipe
+            for part in problem["loc"][:-1]:
+                section = section.model_fields[part].annotation
+            parts.append(f"unknown key {where}; known here: {', '.join(section.model_fields)}")
+        else:
+            parts.append(f"{where}: {problem['msg']}, got {problem['input']!r}")
+    return "; ".join(parts)

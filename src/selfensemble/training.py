@@ -1,0 +1,391 @@
+"""Training: SGD on the cross-entropy of one noisy forward pass a step.
+
+Everything random in step s of rank r is a function of (seed, s, r): the order of the images, the
+augmentation, dropout and the noise. So a checkpoint needs weights, optimiser and step only, and a run
+that was killed and resumed ends in the same weights as one that was left alone.
+
+Source: Liu et al. 2018, algorithm 1 and section 4.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, OneCycleLR
+
+from . import hub
+from .data import ImageData, load_data, split_validation
+from .ensemble import SelfEnsemble
+from .files import atomic_file, write_json
+from .models import create_model
+from .noise import noise_draw, stream_seed
+from .provenance import accuracy_record, provenance
+from .recipe import Recipe, TrainSection
+
+CHECKPOINT, RESULTS = "checkpoint.pt", "results.json"
+_CHECKPOINT_VERSION = 1
+_EVAL_BATCH = 500
+Progress = Callable[[int, int, str], None]
+
+
+def build_ensemble(recipe: Recipe, data: ImageData) -> SelfEnsemble:
+    """The untrained ensemble of a recipe; weights are drawn from the global random state."""
+    model = create_model(**architecture(recipe, data).model_dump())
+    return SelfEnsemble(
+        model, recipe.noise.config(), draws=recipe.noise.draws, example_inputs=data.inputs(slice(2))
+    )
+
+
+def architecture(recipe: Recipe, data: ImageData) -> hub.Architecture:
+    """The network of a recipe, for these images."""
+    return hub.Architecture(
+        name=recipe.model.name,
+        width=recipe.model.width,
+        classes=len(data.classes),
+        channels=data.images.shape[1],
+    )
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, config: TrainSection, steps: int
+) -> LRScheduler:
+    """The schedule over all `steps`, stepped once a training step."""
+    if config.schedule == "cosine":
+        return CosineAnnealingLR(optimizer, T_max=steps)
+    if config.schedule == "one_cycle":
+        return OneCycleLR(optimizer, max_lr=config.lr, total_steps=steps, cycle_momentum=False)
+    total = sum(config.stages)
+    ends = [sum(config.stages[: i + 1]) / total for i in range(len(config.stages) - 1)]
+    return MultiStepLR(optimizer, [round(end * steps) for end in ends], gamma=0.1)
+
+
+def count_correct(
+    ensemble: SelfEnsemble,
+    data: ImageData,
+    indices: Tensor,
+    *,
+    draws: int | None = None,
+    seed: int | None = None,
+) -> int:
+    """How many of the images `indices` the ensemble labels correctly; noise is drawn per image."""
+    correct = 0
+    for number, part in enumerate(indices.split(_EVAL_BATCH)):
+        batch_seed = None if seed is None else stream_seed(seed, number, 0)
+        prediction = ensemble.predict(
+            data.inputs(part), draws=draws, seed=batch_seed, sampling="per_image"
+        )
+        correct += int((prediction.label == data.labels[part]).sum())
+    return correct
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user asked to stop; everything done so far is in the checkpoint."""
+
+
+class Trainer:
+    """One training run, from a recipe to a saved ensemble.
+
+    Args:
+        recipe: what to train.
+        out: folder for checkpoint, TensorBoard log, results and the ensemble.
+        data: overrides the source of the recipe's data, e.g. a folder.
+        resume: go on from the checkpoint in `out`; from the start if there is none yet.
+        overwrite: start afresh although `out` holds a run.
+        progress: called after every step with (step, steps, text).
+
+    Raises:
+        FileExistsError: `out` holds a run, and neither `resume` nor `overwrite` is given.
+        ValueError: the checkpoint is damaged or belongs to another recipe.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: str | Path,
+        *,
+        data: str | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        self.recipe, self.out = recipe, Path(out)
+        self.progress = progress or (lambda step, steps, text: None)
+        self.accelerator = Accelerator(mixed_precision=recipe.train.precision)
+        # Collective steps need every rank to have looked before one of them writes.
+        existing = [name for name in (CHECKPOINT, hub.CONFIG) if (self.out / name).exists()]
+        self.accelerator.wait_for_everyone()
+        if existing and not (resume or overwrite):
+            raise FileExistsError(
+                f"{self.out} holds a run already: pass --resume to go on with it, --overwrite to start "
+                "afresh, or another --out"
+            )
+        source = data or recipe.data.source
+        with self.accelerator.main_process_first():
+            self.train_data = load_data(source, "train", size=recipe.data.size)
+            self.test_data = load_data(source, "test", size=recipe.data.size)
+        self.train_indices, self.validation_indices = split_validation(
+            len(self.train_data), recipe.data.validation, recipe.seed
+        )
+        batch = min(recipe.train.batch_size, len(self.train_indices))
+        self.batch_size = batch - batch % self.accelerator.num_processes
+        if self.batch_size < 2 * self.accelerator.num_processes:
+            raise ValueError(
+                f"a batch of {batch} cannot be shared by {self.accelerator.num_processes} processes: "
+                "batch norm needs two images in each; raise train.batch_size"
+            )
+        self.epoch_steps = len(self.train_indices) // self.batch_size
+        self.steps = self.epoch_steps * recipe.train.epochs
+        self.step, self.history, self.seconds = 0, list[dict[str, float]](), 0.0
+        self._seed = stream_seed(recipe.seed, self.accelerator.process_index, 0)
+        self._augment = _augmentation(recipe, self.train_data)
+        with torch.random.fork_rng():
+            torch.manual_seed(recipe.seed)
+            ensemble = build_ensemble(recipe, self.train_data)
+        self._format = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
+        ensemble.to(memory_format=self._format)  # type: ignore[call-overload]
+        optimizer = torch.optim.SGD(
+            ensemble.parameters(),
+            lr=recipe.train.lr,
+            momentum=recipe.train.momentum,
+            weight_decay=recipe.train.weight_decay,
+            nesterov=recipe.train.nesterov,
+        )
+        self.model, self.optimizer = self.accelerator.prepare(ensemble, optimizer)
+        self.scheduler = make_scheduler(optimizer, recipe.train, self.steps)
+        if resume and (self.out / CHECKPOINT).exists():
+            self._load_checkpoint()
+
+    @property
+    def ensemble(self) -> SelfEnsemble:
+        """The ensemble without the wrapper of a distributed run."""
+        unwrapped: SelfEnsemble = self.accelerator.unwrap_model(self.model)
+        return unwrapped
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end, evaluate, save the ensemble; returns what `results.json` holds.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM came; a checkpoint of the last whole step is written.
+            FloatingPointError: the loss is no longer finite.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+
+        with torch.random.fork_rng(), _stop_requests() as stop:
+            writer = None
+            if self.accelerator.is_main_process:
+                writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step)
+            try:
+                while self.step < self.steps:
+                    self._run_epoch(stop)
+                    if writer is not None:
+                        for key, value in self.history[-1].items():
+                            writer.add_scalar(key, value, self.step)
+            finally:
+                if writer is not None:
+                    writer.close()
+            return self._finish()
+
+    def _run_epoch(self, stop: threading.Event) -> None:
+        """The rest of the current epoch, its validation and its checkpoint."""
+        epoch, done = divmod(self.step, self.epoch_steps)
+        generator = torch.Generator().manual_seed(stream_seed(self.recipe.seed, epoch, 1))
+        order = self.train_indices[torch.randperm(len(self.train_indices), generator=generator)]
+        every = self.recipe.train.checkpoint_steps
+        started, loss_sum, counted = time.monotonic(), torch.zeros(()), 0
+        for number in range(done, self.epoch_steps):
+            batch = order[number * self.batch_size : (number + 1) * self.batch_size]
+            loss = self._train_step(batch)
+            loss_sum, counted = loss_sum.to(loss.device) + loss, counted + 1
+            self.step += 1
+            self.progress(self.step, self.steps, f"epoch {epoch + 1}/{self.recipe.train.epochs}")
+            last = number + 1 == self.epoch_steps
+            if stop.is_set() or (every and self.step % every == 0 and not last):
+                self._save_checkpoint(time.monotonic() - started)
+            if stop.is_set():
+                raise Interrupted(f"stopped after step {self.step} of {self.steps}")
+        mean_loss = float(self.accelerator.reduce(loss_sum / counted, "mean"))
+        if not math.isfinite(mean_loss):
+            raise FloatingPointError(
+                f"the training loss is {mean_loss} in epoch {epoch + 1}: lower train.lr, or use "
+                "train.precision=no"
+            )
+        record = {"epoch": epoch + 1, "train/loss": mean_loss, "train/lr": self.scheduler.get_last_lr()[0]}
+        if len(self.validation_indices):
+            correct = self._evaluate(self.train_data, self.validation_indices, draws=1)
+            record["validation/accuracy"] = correct / len(self.validation_indices)
+        self.seconds += time.monotonic() - started
+        self.history.append(record)
+        accuracy = record.get("validation/accuracy")
+        shown = "" if accuracy is None else f", validation accuracy of one draw {accuracy:.2%}"
+        self.progress(
+            self.step, self.steps, f"epoch {epoch + 1} done: loss {mean_loss:.4f}{shown}"
+        )
+        self._save_checkpoint(0.0)
+
+    def _train_step(self, batch: Tensor) -> Tensor:
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        mine = batch[rank::world]
+        torch.manual_seed(stream_seed(self._seed, self.step, 1))
+        device = self.accelerator.device
+        inputs = self._augment(self.train_data.inputs(mine).to(device))
+        inputs = inputs.contiguous(memory_format=self._format)
+        self.model.train()
+        self.optimizer.zero_grad()
+        with noise_draw(self._seed, self.step), self.accelerator.autocast():
+            logits = self.model(inputs)
+        loss = nn.functional.cross_entropy(logits.float(), self.train_data.labels[mine].to(device))
+        self.accelerator.backward(loss)
+        self.optimizer.step()
+        self.scheduler.step()
+        return loss.detach()
+
+    def _evaluate(self, data: ImageData, indices: Tensor, draws: int | None = None) -> int:
+        """Correct answers over all ranks, at a seed of its own."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        seed = stream_seed(self._seed, self.step, 2)
+        with self.accelerator.autocast():
+            correct = count_correct(self.ensemble, data, indices[rank::world], draws=draws, seed=seed)
+        total = self.accelerator.reduce(torch.tensor(correct, device=self.accelerator.device), "sum")
+        return int(total)
+
+    def _finish(self) -> dict[str, Any]:
+        """Evaluate all draws, then write the ensemble and its results."""
+        self.progress(self.steps, self.steps, "evaluating")
+        metrics: dict[str, Any] = {}
+        if count := len(self.validation_indices):
+            correct = self._evaluate(self.train_data, self.validation_indices)
+            metrics["validation"] = accuracy_record(correct, count)
+        everything = torch.arange(len(self.test_data))
+        metrics["test"] = accuracy_record(self._evaluate(self.test_data, everything), len(everything))
+        recipe = self.recipe.model_dump(mode="json")
+        results = {
+            "recipe": recipe,
+            "data": {"source": self.train_data.name, "train": len(self.train_indices)},
+            "metrics": metrics,
+            "draws": self.recipe.noise.draws,
+            "history": self.history,
+            "training_seconds": round(self.seconds, 1),
+            "provenance": provenance(),
+        }
+        if self.accelerator.is_main_process:
+            hub.save(
+                self.ensemble,
+                self.out,
+                architecture=architecture(self.recipe, self.train_data),
+                classes=self.train_data.classes,
+                input_shape=tuple(self.train_data.images.shape[1:]),  # type: ignore[arg-type]
+                metrics=metrics,
+                recipe=recipe,
+            )
+            write_json(self.out / RESULTS, results)
+        self.accelerator.wait_for_everyone()
+        return results
+
+    def _save_checkpoint(self, running_seconds: float) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        scaler = self.accelerator.scaler
+        state = {
+            "version": _CHECKPOINT_VERSION,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "processes": self.accelerator.num_processes,
+            "step": self.step,
+            "history": self.history,
+            "seconds": self.seconds + running_seconds,
+            "model": self.ensemble.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        with atomic_file(self.out / CHECKPOINT) as file:
+            torch.save(state, file)
+
+    def _load_checkpoint(self) -> None:
+        path = self.out / CHECKPOINT
+        try:
+            # weights_only: tensors and plain values, no code.
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            version = state["version"]
+        except Exception as error:
+            raise ValueError(
+                f"{path} is damaged or not a checkpoint ({type(error).__name__}): remove it, or start "
+                "afresh with --overwrite"
+            ) from error
+        if version != _CHECKPOINT_VERSION:
+            raise ValueError(f"{path} has version {version}, this release reads {_CHECKPOINT_VERSION}")
+        differing = _differences(state["recipe"], self.recipe.model_dump(mode="json"))
+        if differing:
+            raise ValueError(
+                f"{path} belongs to another recipe (different: {', '.join(differing)}): pass the same "
+                "recipe and overrides, or another --out"
+            )
+        if state["processes"] != self.accelerator.num_processes:
+            raise ValueError(
+                f"{path} was written by {state['processes']} processes: resume with as many"
+            )
+        self.ensemble.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.history, self.seconds = state["step"], state["history"], state["seconds"]
+
+
+def _augmentation(recipe: Recipe, data: ImageData) -> Callable[[Tensor], Tensor]:
+    """Random crop with padding, random flip: (B, C, H, W) to the same, each image on its own."""
+    steps: list[nn.Module] = []
+    if recipe.data.crop_padding or recipe.data.flip:
+        import kornia.augmentation as augmentation
+
+        if recipe.data.crop_padding:
+            size = tuple(data.images.shape[2:])
+            steps.append(augmentation.RandomCrop(size, padding=recipe.data.crop_padding))
+        if recipe.data.flip:
+            steps.append(augmentation.RandomHorizontalFlip(p=0.5))
+    return nn.Sequential(*steps)
+
+
+def _differences(left: dict[str, Any], right: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the keys in which two recipes differ."""
+    names: list[str] = []
+    for key in sorted(left.keys() | right.keys()):
+        one, other = left.get(key), right.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            names += _differences(one, other, f"{prefix}{key}.")
+        elif one != other:
+            names.append(f"{prefix}{key}")
+    return names
+
+
+@contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets; a second one acts as usual."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def request(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        restore()
+
+    for number in before:
+        signal.signal(number, request)
+    try:
+        yield stop
+    finally:
+        restore()
