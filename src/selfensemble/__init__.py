@@ -1,17 +1,63 @@
 """Random Self-Ensemble for any PyTorch classifier: `import selfensemble as rse`."""
 
-from .ensemble import Prediction, SelfEnsemble
-from .inject import inject_noise_, noise_disabled, noise_layers, remove_noise_
-from .noise import GaussianNoise, NoiseConfig, noise_draw
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .data import ImageData, load_data
+    from .ensemble import Prediction, SelfEnsemble
+    from .hub import load, save
+    from .inject import inject_noise_, noise_disabled, noise_layers, remove_noise_
+    from .models import create_model
+    from .noise import GaussianNoise, NoiseConfig, noise_draw
+    from .recipe import Recipe, load_recipe
+    from .training import Trainer
+    from .validators import Issue, validate
 
 __all__ = [
+    # noise
     "GaussianNoise",
     "NoiseConfig",
-    "Prediction",
-    "SelfEnsemble",
-    "inject_noise_",
-    "noise_disabled",
     "noise_draw",
-    "noise_layers",
+    # into a network, and out of it
+    "inject_noise_",
     "remove_noise_",
+    "noise_disabled",
+    "noise_layers",
+    "validate",
+    "Issue",
+    # the ensemble
+    "SelfEnsemble",
+    "Prediction",
+    "save",
+    "load",
+    # training
+    "Trainer",
+    "Recipe",
+    "load_recipe",
+    "create_model",
+    "ImageData",
+    "load_data",
 ]
+
+_MODULES = {
+    "data": ("ImageData", "load_data"),
+    "ensemble": ("Prediction", "SelfEnsemble"),
+    "hub": ("load", "save"),
+    "inject": ("inject_noise_", "noise_disabled", "noise_layers", "remove_noise_"),
+    "models": ("create_model",),
+    "noise": ("GaussianNoise", "NoiseConfig", "noise_draw"),
+    "recipe": ("Recipe", "load_recipe"),
+    "training": ("Trainer",),
+    "validators": ("Issue", "validate"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that `selfensemble --help` does not wait for torch.
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value

@@ -23,7 +23,7 @@ Split = Literal["train", "test"]
 
 HUB_IDS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100", "stl10": "tanganke/stl10"}
 _FOLDERS = {"train": ("train", "training"), "test": ("test", "validation", "valid", "val")}
-_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".gif", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".gif", ".tif", ".tiff"}
 _CACHE_VERSION = 1
 
 
@@ -135,7 +135,7 @@ def _split_files(folder: Path, split: Split) -> list[Path]:
                 f"{', '.join(_FOLDERS[split])}"
             )
     for name in _FOLDERS[split]:
-        images = [path for path in (folder / name).rglob("*") if path.suffix.lower() in _IMAGE_SUFFIXES]
+        images = [path for path in (folder / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
         if images:
             return sorted(images)
     raise FileNotFoundError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .inject import FilterFn, eval_mode, inject_noise_, is_convolution, noise_layers
-from .noise import GaussianNoise, NoiseConfig, Sampling, check_sampling, noise_draw
+from .noise import GaussianNoise, NoiseConfig, Sampling, check_sampling, noise_draw, stream_seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,10 +172,13 @@ class SelfEnsemble(nn.Module):
             draws = 1
         size = max(1, len(inputs)) if max_batch is None else _check_count("max_batch", max_batch)
         device = next((tensor.device for tensor in self.parameters()), inputs.device)
+        shared = (sampling or self.sampling) == "shared"
+        chunks = []
         with eval_mode(self):
-            chunks = [
-                self._moments(chunk.to(device), draws, seed, sampling) for chunk in inputs.split(size)
-            ]
+            for number, chunk in enumerate(inputs.split(size)):
+                # Images of two chunks may share noise only if that is the policy.
+                own = seed if seed is None or shared else stream_seed(seed, number, 0)
+                chunks.append(self._moments(chunk.to(device), draws, own, sampling))
         mean = torch.cat([chunk[0] for chunk in chunks]).to(inputs.device)
         spread = torch.cat([chunk[1] for chunk in chunks]).to(inputs.device)
         if not self.is_random:

@@ -1,0 +1,5 @@
+"""`python -m selfensemble`."""
+
+from .cli import main
+
+main()
