@@ -1,0 +1,114 @@
+"""Networks with known answers, and awkward ones."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def _isolated(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fixed global seed, and no file outside the test's own folders."""
+    torch.manual_seed(0)
+    monkeypatch.setenv("SELFENSEMBLE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def tiny() -> nn.Sequential:
+    """Three convolutions of 8x8 colour images, grouped and strided ones among them; eval mode."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, groups=4),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 3, stride=2),
+        nn.Flatten(),
+        nn.Linear(6 * 3 * 3, 5),
+    ).eval()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+class Aliased(nn.Module):
+    """One convolution under two names, called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 3, 3, padding=1)
+        self.second = self.first
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        out: Tensor = self.head(self.second(self.first(inputs)).mean(dim=(2, 3)))
+        return out
+
+
+class RootConv(nn.Conv2d):
+    """A convolution that is the whole model: logits are its outputs averaged over space."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return super().forward(input).mean(dim=(2, 3))
+
+
+class OutOfOrder(nn.Module):
+    """Registers the layer that sees the image last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(4, 5, 1)
+        self.stem = nn.Conv2d(3, 4, 1)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        out: Tensor = self.inner(self.stem(inputs)).mean(dim=(2, 3))
+        return out
+
+
+class Functional(nn.Module):
+    """Calls a convolution as a function, which no hook can see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.weight = nn.Parameter(torch.randn(5, 4, 3, 3))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return nn.functional.conv2d(self.stem(inputs), self.weight).mean(dim=(2, 3))
+
+
+class LinearClassifier(nn.Module):
+    """Two classes; logits (a.x + b, 0). The L2 distance to the boundary is |a.x + b| / ||a||."""
+
+    def __init__(self, features: int, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.a = nn.Parameter(torch.randn(features, generator=generator))
+        self.b = nn.Parameter(-self.a.detach().sum() / 2)
+
+    def value(self, inputs: Tensor) -> Tensor:
+        return inputs.flatten(1) @ self.a + self.b
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        value = self.value(inputs)
+        return torch.stack([value, torch.zeros_like(value)], dim=1)
+
+
+@pytest.fixture
+def golden() -> Path:
+    return Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,101 @@
+"""Compilers, exporters, precision and memory formats keep the noise."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import selfensemble as rse
+
+# Deprecation warnings of torch's own compiler and exporter.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+class TwoDraws(nn.Module):
+    """The difference of two draws of the same input: zero if a compiler merges them."""
+
+    def __init__(self, ensemble: rse.SelfEnsemble) -> None:
+        super().__init__()
+        self.ensemble = ensemble
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.ensemble.draw_logits(inputs) - self.ensemble.draw_logits(inputs)
+
+
+def test_compiled_whole_equals_eager_draw_by_draw(tiny: nn.Module, images: Tensor) -> None:
+    rse.inject_noise_(tiny)
+    compiled = torch.compile(tiny, fullgraph=True)
+    for seed in (1, 2):
+        with rse.noise_draw(seed):
+            eager = tiny(images)
+        with rse.noise_draw(seed):
+            torch.testing.assert_close(compiled(images), eager)
+    assert not torch.equal(compiled(images), compiled(images))
+    with rse.noise_disabled(tiny):
+        torch.testing.assert_close(compiled(images), tiny(images))
+
+
+def test_compiled_ensembles_and_gradients(tiny: nn.Module, images: Tensor) -> None:
+    ensemble = rse.SelfEnsemble(tiny, draws=3).eval()
+    compiled = torch.compile(ensemble, fullgraph=True)
+    gradients, outputs = [], []
+    for model in (ensemble, compiled):
+        leaf = images.clone().requires_grad_()
+        with rse.noise_draw(seed=4):
+            output = model(leaf)
+        outputs.append(output.detach())
+        gradients.append(torch.autograd.grad(output[:, 0].sum(), leaf)[0])
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("how", ["compile", "export"])
+def test_draws_are_not_merged(how: str) -> None:
+    """Two draws of one input are equal subexpressions to a compiler; noise must differ all the same."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = TwoDraws(rse.SelfEnsemble(net, draws=2).eval())
+    images = torch.rand(2, 3, 8, 8)
+    if how == "compile":
+        difference = torch.compile(model, fullgraph=True)(images)
+    else:
+        program = torch.export.export(model, (images,)).run_decompositions()
+        difference = program.module()(images)
+    assert difference.abs().min() > 0
+
+
+def test_exported_programs_stay_random(tiny: nn.Module, images: Tensor) -> None:
+    ensemble = rse.SelfEnsemble(tiny, draws=2).eval()
+    exported = torch.export.export(ensemble, (images,)).module()
+    first, second = exported(images), exported(images)
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(first.exp().sum(dim=1), torch.ones(6))
+    with rse.noise_draw(seed=1):
+        expected = ensemble(images)
+    with rse.noise_draw(seed=1):
+        torch.testing.assert_close(exported(images), expected)
+
+
+def test_the_operator_keeps_torchs_contracts(images: Tensor) -> None:
+    """Schema, fake tensors, autograd registration and tracing; at std 0 the operator is deterministic."""
+    torch.library.opcheck(
+        torch.ops.selfensemble.add_noise, (images.requires_grad_(), 0.0, 0, False, 0)
+    )
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("sampling", ["per_image", "shared"])
+def test_autocast_and_memory_formats(
+    tiny: nn.Module, images: Tensor, memory_format: torch.memory_format, sampling: str
+) -> None:
+    ensemble = rse.SelfEnsemble(tiny, sampling=sampling).eval()  # type: ignore[arg-type]
+    exact = ensemble.predict_proba(images, seed=3, draws=50)
+    ensemble.to(memory_format=memory_format)  # type: ignore[call-overload]
+    inputs = images.contiguous(memory_format=memory_format)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = ensemble.predict_proba(inputs, seed=3, draws=50)
+    assert rounded.dtype == torch.float32
+    if sampling == "shared":
+        torch.testing.assert_close(rounded, exact, rtol=0, atol=0.02)
+        torch.testing.assert_close(ensemble.predict_proba(inputs, seed=3, draws=50), exact)
+    else:  # other noise, same distribution
+        torch.testing.assert_close(rounded, exact, rtol=0, atol=0.1)

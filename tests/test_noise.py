@@ -1,0 +1,243 @@
+"""Statistics, independence and seed semantics of the noise.
+
+Statistical tests use 4 standard errors (two-sided error rate 6e-5 each) or a stated level, at fixed seeds
+where the noise is seeded; unseeded ones can fail by chance at that rate.
+"""
+
+import math
+import os
+import threading
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import kstest
+from torch import Tensor, nn
+
+import selfensemble as rse
+from selfensemble.noise import Sampling, stream_seed
+
+N = 1_000_000
+
+
+def sample(layer: nn.Module, shape: tuple[int, ...] = (100, 10, 1000)) -> Tensor:
+    noise: Tensor = layer(torch.zeros(shape))
+    return noise
+
+
+def correlation(left: Tensor, right: Tensor) -> float:
+    return float(torch.corrcoef(torch.stack([left.flatten(), right.flatten()]))[0, 1])
+
+
+@pytest.mark.parametrize("std", [0.01, 0.1, 0.2, 1.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_mean_and_std_within_four_standard_errors(std: float, dtype: torch.dtype) -> None:
+    with rse.noise_draw(seed=7):
+        noise = rse.GaussianNoise(std)(torch.zeros(1000, 1000, dtype=dtype)).double()
+    assert abs(noise.mean()) < 4 * std / math.sqrt(N)
+    assert abs(noise.std() - std) < 4 * std / math.sqrt(2 * N)
+
+
+@pytest.mark.parametrize("sampling", ["per_image", "shared"])
+def test_shape_of_the_distribution(sampling: Sampling) -> None:
+    """Kolmogorov-Smirnov against the normal distribution, level 1e-4."""
+    with rse.noise_draw(seed=3, sampling=sampling):
+        noise = rse.GaussianNoise(0.3)(torch.zeros(1, 3, 200, 200))
+    assert kstest(noise.flatten().numpy() / 0.3, "norm").pvalue > 1e-4
+
+
+def test_every_layer_of_a_network_has_its_level() -> None:
+    model = nn.Sequential(*(nn.Conv2d(1, 1, 1) for _ in range(5)))
+    rse.inject_noise_(model, rse.NoiseConfig(0.2, 0.1))
+    layers = list(rse.noise_layers(model).values())
+    assert [layer.std for layer in layers] == [0.2, 0.1, 0.1, 0.1, 0.1]
+    with rse.noise_draw(seed=11):
+        for layer in layers:
+            noise = sample(layer)
+            assert abs(noise.mean()) < 4 * layer.std / math.sqrt(N)
+            assert abs(noise.std() - layer.std) < 4 * layer.std / math.sqrt(2 * N)
+
+
+def test_calls_layers_and_images_are_independent() -> None:
+    first, second = rse.GaussianNoise(0.1, layer=0), rse.GaussianNoise(0.1, layer=1)
+    bound = 4 / math.sqrt(N)
+    assert abs(correlation(sample(first), sample(first))) < bound
+    assert abs(correlation(sample(first), sample(second))) < bound
+    with rse.noise_draw(seed=5):
+        one, again, other = sample(first), sample(first), sample(second)
+    with rse.noise_draw(seed=5, index=1):
+        next_draw = sample(first)
+    with rse.noise_draw(seed=6):
+        next_seed = sample(first)
+    for noise in (again, other, next_draw, next_seed):
+        assert abs(correlation(one, noise)) < bound
+    halves = sample(first, (2, N)).unbind()
+    assert abs(correlation(*halves)) < bound
+
+
+def test_shared_noise_is_one_tensor_for_the_batch_in_eval_mode_only() -> None:
+    layer = rse.GaussianNoise(0.1, sampling="shared")
+    training = sample(layer.train(), (4, 100))
+    assert not torch.equal(training[0], training[1])
+    shared = sample(layer.eval(), (4, 100))
+    assert torch.equal(shared, shared[:1].expand(4, 100))
+    assert not torch.equal(shared, sample(layer, (4, 100)))
+
+
+def test_policies_give_the_same_distribution_of_predictions(tiny: nn.Module, images: Tensor) -> None:
+    """Two-sample Kolmogorov-Smirnov of one image's probability, 2,000 draws each, level 1e-4."""
+    from scipy.stats import ks_2samp
+
+    ensemble = rse.SelfEnsemble(tiny, rse.NoiseConfig(0.5, 0.5)).eval()
+    batch = images[:1].expand(50, -1, -1, -1)
+    # Per image: the 50 copies are 50 independent draws. Shared: one copy of them counts.
+    per_image = torch.cat(
+        [ensemble.predict_proba(batch, draws=1, seed=i, sampling="per_image") for i in range(40)]
+    )
+    shared = torch.cat(
+        [ensemble.predict_proba(images[:1], draws=1, seed=i, sampling="shared") for i in range(2000)]
+    )
+    for k in range(5):
+        assert ks_2samp(per_image[:, k], shared[:, k]).pvalue > 1e-4
+    assert per_image.std(dim=0).min() > 1e-3
+
+
+def test_the_callers_random_state_is_neither_read_nor_changed(tiny: nn.Module, images: Tensor) -> None:
+    rse.inject_noise_(tiny)
+    before = torch.get_rng_state()
+    outputs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        outputs.append(tiny(images))
+    assert not torch.equal(*outputs)
+    torch.set_rng_state(before)
+    tiny(images)
+    with rse.noise_draw(seed=1, sampling="shared"):
+        tiny(images)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_seeded_draw_repeats_and_calls_within_it_differ() -> None:
+    layer = rse.GaussianNoise(0.1)
+    with rse.noise_draw(seed=4, index=2):
+        first, second = sample(layer), sample(layer)
+    with rse.noise_draw(seed=4, index=2):
+        assert torch.equal(sample(layer), first)
+        assert torch.equal(sample(layer), second)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_a_seeded_shared_draw_does_not_depend_on_the_batch(size: int) -> None:
+    layer = rse.GaussianNoise(0.1)
+    images = torch.rand(6, 4, 5, 5)
+
+    def noise(inputs: Tensor) -> Tensor:
+        with rse.noise_draw(seed=9, sampling="shared"):
+            noisy: Tensor = layer(inputs)
+        return noisy
+
+    whole = noise(images)
+    assert torch.equal(noise(images[:size]), whole[:size])
+    assert torch.equal(noise(images.flip(0)[:size]), whole.flip(0)[:size])
+    strided = noise(images.to(memory_format=torch.channels_last))
+    assert torch.equal(strided, whole)
+    assert strided.is_contiguous(memory_format=torch.channels_last)
+    half = noise(torch.zeros(1, 4, 5, 5, dtype=torch.bfloat16))
+    assert torch.equal(half, noise(torch.zeros(1, 4, 5, 5)).bfloat16())
+
+
+def test_contexts_nest_and_end() -> None:
+    layer = rse.GaussianNoise(0.1)
+    with rse.noise_draw(seed=1):
+        outer = sample(layer)
+        with rse.noise_draw(seed=2):
+            sample(layer)
+    with rse.noise_draw(seed=1):
+        assert torch.equal(sample(layer), outer)
+    assert not torch.equal(sample(layer), sample(layer))
+
+
+def test_threads_have_noise_of_their_own() -> None:
+    layer, noises = rse.GaussianNoise(0.1), list[Tensor]()
+    threads = [threading.Thread(target=lambda: noises.append(sample(layer))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not torch.equal(*noises)
+
+
+def test_a_forked_child_does_not_repeat_its_parents_noise() -> None:
+    layer = rse.GaussianNoise(0.1)
+    sample(layer, (1, 4))
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(write, sample(layer, (1, 4)).numpy().tobytes())
+        os._exit(0)
+    os.waitpid(child, 0)
+    theirs = torch.frombuffer(bytearray(os.read(read, 16)), dtype=torch.float32)
+    os.close(read)
+    os.close(write)
+    assert not torch.equal(theirs, sample(layer, (1, 4))[0])
+
+
+@given(
+    st.integers(),
+    st.tuples(st.integers(0, 10**6), st.integers(0, 4095)),
+    st.tuples(st.integers(0, 10**6), st.integers(0, 4095)),
+)
+def test_streams_of_a_seed_never_coincide(
+    seed: int, left: tuple[int, int], right: tuple[int, int]
+) -> None:
+    """In the low 32 bits, which are all that torch's CPU generator takes."""
+    seeds = [stream_seed(seed, *key) % 2**32 for key in (left, right)]
+    assert (seeds[0] == seeds[1]) == (left == right)
+
+
+@pytest.mark.parametrize("std", [-0.1, math.nan, math.inf, "0.1", None, True])
+def test_bad_levels_are_refused(std: float) -> None:
+    with pytest.raises(ValueError, match="init_std"):
+        rse.NoiseConfig(init_std=std)
+    with pytest.raises(ValueError, match="inner_std"):
+        rse.NoiseConfig(inner_std=std)
+    with pytest.raises(ValueError, match="std"):
+        rse.GaussianNoise(std)
+
+
+def test_bad_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="per_image"):
+        rse.GaussianNoise(0.1, sampling="each")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="index"), rse.noise_draw(seed=0, index=-1):
+        pass
+    with pytest.raises(TypeError, match="255"):
+        rse.GaussianNoise(0.1)(torch.zeros(2, 3, dtype=torch.uint8))
+
+
+def test_no_level_and_no_noise_are_the_identity() -> None:
+    inputs = torch.rand(2, 3)
+    assert rse.GaussianNoise(0.0)(inputs) is inputs
+    layer = rse.GaussianNoise(0.1)
+    with rse.noise_disabled(layer):
+        assert layer(inputs) is inputs
+    assert not torch.equal(layer(inputs), inputs)
+    assert list(layer.state_dict()) == []
+
+
+def test_gradient_passes_unchanged() -> None:
+    inputs = torch.rand(2, 3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(rse.GaussianNoise(0.5)(inputs).sum(), inputs)
+    assert torch.equal(gradient, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("sampling", ["per_image", "shared"])
+def test_strided_inputs(sampling: Sampling) -> None:
+    """Expanded and sliced tensors: each element gets noise of its own (or its channel's)."""
+    layer = rse.GaussianNoise(1.0, sampling=sampling).eval()
+    expanded = layer(torch.zeros(1, 1, 1, 1).expand(2, 3, 4, 4))
+    assert expanded[0].unique().numel() == 48
+    sliced = layer(torch.zeros(4, 6, 8)[::2, 1:5, ::3])
+    assert sliced.shape == (2, 4, 3)
+    assert sliced[0].unique().numel() == 12
