@@ -1,0 +1,194 @@
+"""Data from every kind of source, on real images (the digits) written as real files."""
+
+import multiprocessing
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from selfensemble import data
+from selfensemble.data import ImageData, load_data, prepare_image, split_validation
+
+datasets = pytest.importorskip("datasets")
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageData:
+    return load_data("digits", "test")
+
+
+def write_folder(root: Path, digits: ImageData, count: int = 20) -> Path:
+    for split in ("train", "test"):
+        for i in range(count):
+            label = digits.classes[int(digits.labels[i])]
+            folder = root / split / label
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(digits.images[i, 0].numpy()).save(folder / f"{i:03}.png")
+    return root
+
+
+def write_parquet(root: Path, digits: ImageData, count: int = 20, column: str = "img") -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        rows = {
+            column: [Image.fromarray(image[0].numpy()) for image in digits.images[:count]],
+            "label": digits.labels[:count].tolist(),
+        }
+        features = datasets.Features(
+            {column: datasets.Image(), "label": datasets.ClassLabel(names=list(digits.classes))}
+        )
+        table = datasets.Dataset.from_dict(rows, features=features)
+        table.to_parquet(str(root / f"{split}-00000-of-00001.parquet"))
+    return root
+
+
+def test_digits_are_real_split_and_stable() -> None:
+    train, test = load_data("digits", "train"), load_data("digits", "test")
+    assert (len(train), len(test)) == (1347, 450)
+    assert train.images.shape[1:] == (1, 8, 8)
+    assert train.images.dtype == torch.uint8
+    assert int(train.images.max()) == 255
+    assert train.inputs(slice(3)).max() <= 1
+    together = torch.cat([train.images, test.images]).flatten(1)
+    assert len(together.unique(dim=0)) >= 1796  # nearly all distinct: no image in both splits
+    assert test.labels.bincount().min() >= 43
+    # The split is part of every published figure: it must not change.
+    assert test.labels[:10].tolist() == load_data("digits", "test").labels[:10].tolist()
+
+
+def test_image_folder(tmp_path: Path, digits: ImageData) -> None:
+    loaded = load_data(str(write_folder(tmp_path, digits)), "test")
+    assert set(loaded.classes) == {str(int(label)) for label in digits.labels[:20]}
+    images = {tuple(image.flatten().tolist()): loaded.classes[int(k)] for image, k in zip(loaded.images, loaded.labels, strict=True)}  # fmt: skip
+    for image, label in zip(digits.images[:20], digits.labels[:20], strict=True):
+        assert images[tuple(image.flatten().tolist())] == str(int(label))
+
+
+@pytest.mark.parametrize("column", ["img", "image"])
+def test_parquet_folder(tmp_path: Path, digits: ImageData, column: str) -> None:
+    folder = write_parquet(tmp_path / column, digits, column=column)
+    loaded = load_data(str(folder), "train")
+    assert torch.equal(loaded.images, digits.images[:20])
+    assert torch.equal(loaded.labels, digits.labels[:20])
+    assert loaded.classes == digits.classes
+
+
+def test_decoded_once_and_again_when_files_change(
+    tmp_path: Path, digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_parquet(tmp_path / "data", digits)
+    decoded: list[str] = []
+    original = data._decode
+    monkeypatch.setattr(data, "_decode", lambda *args: (decoded.append("x"), original(*args)))
+    first, second = load_data(str(folder), "train"), load_data(str(folder), "train")
+    assert len(decoded) == 1
+    assert torch.equal(first.images, second.images)
+    write_parquet(folder, digits, count=10)
+    assert len(load_data(str(folder), "train")) == 10
+    assert len(decoded) == 2
+
+
+def test_a_failed_decoding_leaves_nothing_behind(
+    tmp_path: Path, digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SELFENSEMBLE_CACHE", str(tmp_path / "cache"))
+    folder = write_folder(tmp_path / "data", digits)
+    broken = next((folder / "train").rglob("*.png"))
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises((OSError, ValueError, SyntaxError)):
+        load_data(str(folder), "train")
+    assert list((tmp_path / "cache" / "data").iterdir()) == []
+    broken.write_bytes(whole)
+    assert len(load_data(str(folder), "train")) == 20
+
+
+def _load(folder: str) -> int:
+    return len(load_data(folder, "train"))
+
+
+def test_two_processes_decode_at_once(tmp_path: Path, digits: ImageData) -> None:
+    folder = str(write_parquet(tmp_path / "data", digits))
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        assert pool.map(_load, [folder] * 4) == [20] * 4
+
+
+def test_sizes_must_agree_or_be_given(tmp_path: Path, digits: ImageData) -> None:
+    folder = write_folder(tmp_path, digits)
+    odd = folder / "train" / "0" / "odd.png"
+    odd.parent.mkdir(exist_ok=True)
+    Image.new("L", (16, 12), 128).save(odd)
+    with pytest.raises(ValueError, match=r"data\.size"):
+        load_data(str(folder), "train")
+    assert load_data(str(folder), "train", size=8).images.shape == (21, 1, 8, 8)
+
+
+def test_what_is_missing_is_said(tmp_path: Path, digits: ImageData) -> None:
+    with pytest.raises(FileNotFoundError, match="digits, cifar10"):
+        load_data("nothing", "train")
+    with pytest.raises(FileNotFoundError, match=r"train\*\.parquet"):
+        load_data(str(tmp_path), "train")
+    folder = write_parquet(tmp_path / "data", digits)
+    (folder / "test-00000-of-00001.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match="test split"):
+        load_data(str(folder), "test")
+    with pytest.raises(ValueError, match="pass the folder"):
+        load_data(str(folder / "train-00000-of-00001.parquet"), "train")
+    with pytest.raises(ValueError, match="split"):
+        load_data("digits", "validation")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="8x8"):
+        load_data("digits", "train", size=32)
+    with pytest.raises(ConnectionError, match="folder of its parquet files"):
+        load_data("cifar10", "train")
+
+
+def test_columns_must_be_there(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_dict({"text": ["a"], "label": [0]})
+    table.to_parquet(str(tmp_path / "train.parquet"))
+    with pytest.raises(ValueError, match="image column"):
+        load_data(str(tmp_path), "train")
+
+
+def test_unlabelled_images_are_refused(tmp_path: Path, digits: ImageData) -> None:
+    write_parquet(tmp_path, digits)
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["a"])})
+    rows = {"img": [Image.new("L", (8, 8))], "label": [-1]}
+    table = datasets.Dataset.from_dict(rows, features=features)
+    table.to_parquet(str(tmp_path / "train-00000-of-00001.parquet"))
+    with pytest.raises(ValueError, match="no label"):
+        load_data(str(tmp_path), "train")
+
+
+def test_validation_split() -> None:
+    kept, held_out = split_validation(1000, 0.1, seed=3)
+    assert len(held_out) == 100
+    assert torch.equal(torch.cat([kept, held_out]).sort().values, torch.arange(1000))
+    assert torch.equal(split_validation(1000, 0.1, seed=3)[1], held_out)
+    assert not torch.equal(split_validation(1000, 0.1, seed=4)[1], held_out)
+    assert len(split_validation(10, 0.0, seed=0)[1]) == 0
+    with pytest.raises(ValueError, match="fraction"):
+        split_validation(10, 1.0, seed=0)
+
+
+def test_preparing_an_image() -> None:
+    wide = np.zeros((4, 8, 3), dtype=np.uint8)
+    wide[:, 2:6] = 255
+    cut = prepare_image(Image.fromarray(wide), 3, (4, 4))
+    assert cut.shape == (3, 4, 4)
+    assert int(cut.min()) == 255
+    transparent = Image.new("RGBA", (5, 5), (10, 20, 30, 0))
+    assert prepare_image(transparent, 1, (5, 5)).shape == (1, 5, 5)
+    turned = Image.fromarray(wide)
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    assert prepare_image(turned, 3, (8, 4)).shape == (3, 8, 4)
+
+
+def test_the_cache_can_be_deleted_while_in_use(tmp_path: Path, digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setenv("SELFENSEMBLE_CACHE", str(tmp_path / "cache"))
+    loaded = load_data(str(write_parquet(tmp_path / "data", digits)), "train")
+    shutil.rmtree(tmp_path / "cache")
+    assert torch.equal(loaded.images, digits.images[:20])

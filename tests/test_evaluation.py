@@ -1,0 +1,93 @@
+"""The judge and the curve on models with known answers."""
+
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import selfensemble as rse
+from selfensemble.evaluation import cw_curve, judge
+from selfensemble.provenance import accuracy_record, binomial_interval, provenance
+
+from .conftest import LinearClassifier
+
+
+def test_distances_and_answers() -> None:
+    model = LinearClassifier(4)
+    inputs = torch.rand(5, 1, 2, 2)
+    labels = model(inputs).argmax(dim=1)
+    adversarial = inputs.clone()
+    adversarial[:, 0, 0, 0] = 0.5
+    verdict = judge(model, inputs, adversarial, labels)
+    change = (inputs[:, 0, 0, 0] - 0.5).abs()
+    torch.testing.assert_close(verdict.l2, change)
+    torch.testing.assert_close(verdict.linf, change)
+    assert torch.equal(verdict.correct, model(adversarial).argmax(dim=1) == labels)
+    assert verdict.rms_l2 == pytest.approx(float(change.square().mean().sqrt()))
+    assert judge(model, inputs, inputs, labels).accuracy == 1.0
+
+
+def test_the_judge_ignores_frozen_noise_around_it(tiny: nn.Module, images: Tensor) -> None:
+    """A seed in the surroundings must not reach the judge's noise, a seed of its own must."""
+    ensemble = rse.SelfEnsemble(tiny, rse.NoiseConfig(1.0, 1.0), draws=1)
+    many = images.repeat(50, 1, 1, 1)
+    labels = torch.arange(300) % 5
+
+    def correct(seed: int | None) -> Tensor:
+        with rse.noise_draw(seed=0):
+            return judge(ensemble, many, many, labels, seed=seed).correct
+
+    assert torch.equal(correct(1), correct(1))
+    assert not torch.equal(correct(1), correct(2))
+    assert not torch.equal(correct(None), correct(None))
+
+
+def test_other_stochastic_modules_are_averaged(images: Tensor) -> None:
+    model = rse.inject_noise_(nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    labels = torch.zeros(6, dtype=torch.int64)
+    verdict = judge(model, images, images, labels, draws=3, max_batch=4)
+    assert verdict.correct.shape == (6,)
+
+
+def test_the_judge_refuses_what_is_no_valid_image(images: Tensor) -> None:
+    model, labels = LinearClassifier(192), torch.zeros(6, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        judge(model, images, images + 1, labels)
+    with pytest.raises(ValueError, match="NaN"):
+        judge(model, images, images * torch.nan, labels)
+    with pytest.raises(ValueError, match="adversarial is"):
+        judge(model, images, images[:5], labels)
+
+
+def test_curve_repeats_by_seed_and_falls_with_strength(images: Tensor) -> None:
+    model = LinearClassifier(192)
+    labels = model(images).argmax(dim=1)
+    curve = cw_curve(model, images, labels, (0.0, 0.001, 10.0), steps=50, lr=1e-2, seed=1)
+    assert [point.c for point in curve] == [0.0, 0.001, 10.0]
+    accuracies = [point.verdict.accuracy for point in curve]
+    assert accuracies[0] == 1.0
+    assert accuracies[-1] < 0.5
+    assert curve[0].verdict.rms_l2 == 0.0
+    json.dumps([point.record() for point in curve], allow_nan=False)
+    ensemble = rse.SelfEnsemble(rse.create_model("small-cnn", classes=5, width=0.25), draws=2)
+    runs = [cw_curve(ensemble, images, labels, (1.0,), steps=5, seed=s) for s in (1, 1, 2)]
+    pictures = [run[0].adversarial for run in runs]
+    assert torch.equal(pictures[0], pictures[1])
+    assert not torch.equal(pictures[0], pictures[2])
+
+
+def test_intervals() -> None:
+    """Clopper-Pearson's closed forms at the ends: 1 - (alpha / 2)^(1 / n)."""
+    low, high = binomial_interval(0, 100)
+    assert low == 0.0
+    assert high == pytest.approx(1 - 0.025 ** (1 / 100))
+    assert binomial_interval(100, 100)[0] == pytest.approx(0.025 ** (1 / 100))
+    record = accuracy_record(9, 10)
+    assert record["low"] < record["accuracy"] == 0.9 < record["high"]
+
+
+def test_provenance_is_complete_json() -> None:
+    record = json.loads(json.dumps(provenance()))
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["hardware"]["cores"] >= 1
