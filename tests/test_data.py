@@ -99,7 +99,7 @@ def test_a_failed_decoding_leaves_nothing_behind(
     broken = next((folder / "train").rglob("*.png"))
     whole = broken.read_bytes()
     broken.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises((OSError, ValueError, SyntaxError)):
+    with pytest.raises(ValueError, match=broken.name):
         load_data(str(folder), "train")
     assert list((tmp_path / "cache" / "data").iterdir()) == []
     broken.write_bytes(whole)

@@ -71,6 +71,7 @@ def test_curve_repeats_by_seed_and_falls_with_strength(images: Tensor) -> None:
     assert curve[0].verdict.rms_l2 == 0.0
     json.dumps([point.record() for point in curve], allow_nan=False)
     ensemble = rse.SelfEnsemble(rse.create_model("small-cnn", classes=5, width=0.25), draws=2)
+    labels = ensemble.predict(images).label
     runs = [cw_curve(ensemble, images, labels, (1.0,), steps=5, seed=s) for s in (1, 1, 2)]
     pictures = [run[0].adversarial for run in runs]
     assert torch.equal(pictures[0], pictures[1])

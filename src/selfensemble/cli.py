@@ -31,6 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+_INTERRUPTED = 130
 _out, _err = Console(), Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
@@ -93,7 +94,7 @@ def train(
 ) -> None:
     """Train a network by a recipe; evaluate it, save it."""
     from .recipe import load_recipe
-    from .training import Interrupted, Trainer
+    from .training import Trainer
 
     config = load_recipe(recipe, overrides)
     folder = out or Path("runs") / config.name
@@ -107,10 +108,7 @@ def train(
             overwrite=overwrite,
             progress=lambda step, steps, text: update(text, step / steps),
         )
-        try:
-            results = trainer.run()
-        except Interrupted as stop:
-            raise Interrupted(f"{stop}; go on with the same command and --resume") from None
+        results = trainer.run()
     if not trainer.accelerator.is_main_process:
         return
     if as_json:
@@ -275,18 +273,12 @@ def main() -> None:
 
 def _run(arguments: list[str], debug: bool) -> int:
     try:
-        app(arguments, prog_name="selfensemble", standalone_mode=False)
-    except KeyboardInterrupt as stop:
-        _fail(str(stop) or "interrupted", debug)
-        return 130
-    except typer.Abort:
-        _fail("interrupted", debug)
-        return 130
-    except typer.Exit as stop:
-        return stop.exit_code
+        status = app(arguments, prog_name="selfensemble", standalone_mode=False)
     except Exception as error:
         return _report(error, debug)
-    return 0
+    if status == _INTERRUPTED:  # typer turns KeyboardInterrupt into this
+        _fail("interrupted; files that were complete before are intact", debug)
+    return int(status or 0)
 
 
 def _report(error: Exception, debug: bool) -> int:
@@ -295,6 +287,9 @@ def _report(error: Exception, debug: bool) -> int:
     if show is not None:  # click's own usage errors
         show()
         return 2
+    if type(error).__name__ == "Interrupted":  # training's own; its module is not imported for this
+        _fail(str(error), debug)
+        return _INTERRUPTED
     known = (_InputError, ValueError, TypeError, OSError, FloatingPointError)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
         _fail(f"no room to write ({error.strerror}): free some space; earlier files are intact", debug)

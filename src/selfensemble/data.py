@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -202,7 +202,9 @@ def _decode(dataset: Any, folder: Path, source: str, size: int | None) -> None:
     labels: list[int] = []
     shape: tuple[int, ...] | None = None
     with (folder / "images.bin").open("wb") as file:
-        for image, label in _rows(dataset.cast_column(image_column, Image()), image_column, label_column):
+        rows = dataset.cast_column(image_column, Image(decode=False))
+        for row in rows:
+            image, label = _open_image(row[image_column], source, len(labels)), int(row[label_column])
             if shape is None:
                 channels = 1 if image.mode in ("1", "L", "I", "I;16", "F") else 3
                 shape = (channels, size or image.height, size or image.width)
@@ -222,9 +224,19 @@ def _decode(dataset: Any, folder: Path, source: str, size: int | None) -> None:
     write_json(folder / "meta.json", {"shape": [len(labels), *shape], "classes": names})
 
 
-def _rows(dataset: Any, image_column: str, label_column: str) -> Iterator[tuple[Any, int]]:
-    for row in dataset:
-        yield row[image_column], int(row[label_column])
+def _open_image(value: dict[str, Any], source: str, number: int) -> Any:
+    """The PIL image in a cell of an image column, or an error that names it."""
+    from datasets import Image
+
+    name = value["path"] or f"number {number}"
+    try:
+        if value["bytes"] is None and Path(value["path"]).is_file():
+            value = {"path": None, "bytes": Path(value["path"]).read_bytes()}
+        return Image().decode_example(value)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(
+            f"image {name} of {source} cannot be decoded ({error}): replace or remove it"
+        ) from error
 
 
 def _columns(dataset: Any, source: str) -> tuple[str, str, list[str] | None]:

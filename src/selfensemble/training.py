@@ -87,7 +87,7 @@ def count_correct(
     return correct
 
 
-class Interrupted(KeyboardInterrupt):
+class Interrupted(RuntimeError):
     """The user asked to stop; everything done so far is in the checkpoint."""
 
 
@@ -179,20 +179,20 @@ class Trainer:
         """
         from torch.utils.tensorboard import SummaryWriter
 
-        with torch.random.fork_rng(), _stop_requests() as stop:
-            writer = None
-            if self.accelerator.is_main_process:
-                writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step)
-            try:
+        writer = None
+        if self.accelerator.is_main_process:
+            writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step)
+        try:
+            with torch.random.fork_rng(), _stop_requests() as stop:
                 while self.step < self.steps:
                     self._run_epoch(stop)
                     if writer is not None:
                         for key, value in self.history[-1].items():
                             writer.add_scalar(key, value, self.step)
-            finally:
-                if writer is not None:
-                    writer.close()
-            return self._finish()
+        finally:
+            if writer is not None:
+                writer.close()
+        return self._finish()
 
     def _run_epoch(self, stop: threading.Event) -> None:
         """The rest of the current epoch, its validation and its checkpoint."""
@@ -211,7 +211,9 @@ class Trainer:
             if stop.is_set() or (every and self.step % every == 0 and not last):
                 self._save_checkpoint(time.monotonic() - started)
             if stop.is_set():
-                raise Interrupted(f"stopped after step {self.step} of {self.steps}")
+                raise Interrupted(
+                    f"stopped after step {self.step} of {self.steps}; go on with --resume"
+                )
         mean_loss = float(self.accelerator.reduce(loss_sum / counted, "mean"))
         if not math.isfinite(mean_loss):
             raise FloatingPointError(

@@ -54,16 +54,22 @@ def _descend(
     steps: int,
     lr: float,
     eot: int,
+    decay: bool = False,
     visit: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:
-    """Adam on w for `steps`; `visit(image, mean softmax)` sees every iterate; returns the last one."""
+    """Adam on w for `steps`; `visit(image, mean softmax)` sees every iterate; returns the last one.
+
+    `decay`: the learning rate falls linearly to 0, so that the last steps resolve small distances.
+    """
     box = _TanhBox(inputs)
     optimizer = torch.optim.Adam([box.w], lr=lr)
 
     def loss(logits: Tensor) -> Tensor:
         return c * margin(logits, labels, targeted).clamp(min=-kappa)
 
-    for _ in range(steps):
+    for step in range(steps):
+        if decay:
+            optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
         image = box.image()
         gradient, probabilities = expected_gradient(forward, image, loss, eot)
         if visit is not None:
@@ -161,7 +167,7 @@ def cw_l2(
 ) -> Tensor:
     """C&W with binary search over c and the nearest confirmed image kept for each image.
 
-    An iterate counts as a success when the mean softmax of its own draws gives a wrong class *and* that
+    Each search step starts at the image, and its learning rate falls linearly to 0. An iterate counts as a success when the mean softmax of its own draws gives a wrong class *and* that
     of `confirm_draws` fresh draws does so too: a best-so-far from one lucky draw is no success.
 
     Args:
@@ -202,7 +208,7 @@ def cw_l2(
 
             _descend(
                 forward, x, y, c=c, targeted=targeted, kappa=kappa, steps=steps, lr=lr, eot=eot,
-                visit=visit,
+                decay=True, visit=visit,
             )  # fmt: skip
             high = torch.where(found, torch.minimum(high, c), high)
             low = torch.where(found, low, torch.maximum(low, c))

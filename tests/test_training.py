@@ -1,0 +1,192 @@
+"""Training as real processes: killed, interrupted, resumed, out of room."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+import selfensemble as rse
+from selfensemble.recipe import TrainSection
+from selfensemble.training import CHECKPOINT, RESULTS, make_scheduler
+
+SMALL = [
+    "data.flip=true", "data.crop_padding=1", "model.width=0.25", "train.epochs=15", "train.batch_size=128",
+    "train.checkpoint_steps=3", "noise.draws=2",
+]  # fmt: skip
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def command(out: Path, *more: str, sets: list[str] | None = None) -> list[str]:
+    overrides = [part for item in sets or SMALL for part in ("--set", item)]
+    return [sys.executable, "-m", "selfensemble", "train", "digits-rse", "--out", str(out), *overrides, *more]
+
+
+def train(out: Path, *more: str, sets: list[str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(out, *more, sets=sets), env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(out / "model.safetensors")
+
+
+def start_and_wait_for_checkpoint(out: Path, after: float) -> subprocess.Popen[str]:
+    """Start (or resume) the run and return `after` seconds behind its next checkpoint."""
+    before = (out / CHECKPOINT).stat().st_mtime_ns if (out / CHECKPOINT).exists() else 0
+    process = subprocess.Popen(
+        command(out, "--resume"), env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    for _ in range(6000):
+        if (out / CHECKPOINT).exists() and (out / CHECKPOINT).stat().st_mtime_ns > before:
+            break
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        time.sleep(0.01)
+    time.sleep(after)
+    return process
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    finished = train(out)
+    assert finished.returncode == 0, finished.stderr
+    return out
+
+
+def test_killed_twice_and_resumed_ends_in_the_same_weights(undisturbed: Path, tmp_path: Path) -> None:
+    out, chance = tmp_path / "run", random.Random(0)
+    for _ in range(2):
+        process = start_and_wait_for_checkpoint(out, after=chance.uniform(0, 0.2))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert not (out / "model.safetensors").exists()
+    finished = train(out, "--resume")
+    assert finished.returncode == 0, finished.stderr
+    assert same(weights(out), weights(undisturbed))
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = start_and_wait_for_checkpoint(out, after=0.0)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    assert train(out, "--resume").returncode == 0
+    assert same(weights(out), weights(undisturbed))
+
+
+def test_another_seed_gives_other_weights(undisturbed: Path, tmp_path: Path) -> None:
+    assert train(tmp_path / "run", sets=[*SMALL, "seed=1"]).returncode == 0
+    assert not same(weights(tmp_path / "run"), weights(undisturbed))
+
+
+def test_a_finished_run_is_complete_and_protected(undisturbed: Path) -> None:
+    kept = {path.name: path.read_bytes() for path in undisturbed.iterdir() if path.is_file()}
+    assert {"model.safetensors", "config.json", RESULTS, CHECKPOINT} <= kept.keys()
+    assert list((undisturbed / "tensorboard").glob("events*"))
+    again = train(undisturbed)
+    assert again.returncode == 2
+    assert "--resume" in again.stderr
+    other = train(undisturbed, "--resume", sets=[*SMALL, "train.lr=0.5"])
+    assert other.returncode == 2
+    assert "train.lr" in other.stderr
+    assert {path.name: path.read_bytes() for path in undisturbed.iterdir() if path.is_file()} == kept
+
+
+def test_resuming_a_finished_run_repeats_nothing(undisturbed: Path) -> None:
+    before = weights(undisturbed)
+    finished = train(undisturbed, "--resume")
+    assert finished.returncode == 0, finished.stderr
+    assert "epoch" not in finished.stderr
+    assert same(weights(undisturbed), before)
+
+
+def test_a_damaged_checkpoint_is_named(undisturbed: Path, tmp_path: Path) -> None:
+    (tmp_path / CHECKPOINT).write_bytes((undisturbed / CHECKPOINT).read_bytes()[:1000])
+    finished = train(tmp_path, "--resume")
+    assert finished.returncode == 2
+    assert "--overwrite" in finished.stderr
+    assert finished.stderr.count("\n") <= 2
+
+
+def test_no_room_to_save_keeps_earlier_files(undisturbed: Path, tmp_path: Path) -> None:
+    """A limit on file sizes fails the write as a full disk does, in the middle of a file."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / CHECKPOINT).write_bytes(b"an earlier checkpoint")
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+
+    finished = subprocess.run(
+        command(out, "--overwrite"), env=ENVIRONMENT, capture_output=True, text=True, check=False,
+        preexec_fn=limit,
+    )  # fmt: skip
+    assert finished.returncode == 2, finished.stderr
+    assert "no room" in finished.stderr
+    assert (out / CHECKPOINT).read_bytes() == b"an earlier checkpoint"
+    assert not list(out.glob(".*partial"))
+
+
+def test_two_processes_share_the_work(tmp_path: Path) -> None:
+    """Gloo on this machine: both ranks end with the same weights, which one process would not have."""
+    launcher = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517",
+        "-m", "selfensemble",
+    ]  # fmt: skip
+    arguments = command(tmp_path / "run", "--json")[3:]
+    finished = subprocess.run(
+        [*launcher, *arguments], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads(finished.stdout)["metrics"]["test"]["images"] == 450
+    ensemble = rse.load(tmp_path / "run")
+    assert ensemble.predict_proba(rse.load_data("digits", "test").inputs(slice(5))).shape == (5, 10)
+
+
+@pytest.mark.parametrize("schedule", ["stages", "cosine", "one_cycle"])
+def test_schedules(schedule: str) -> None:
+    config = TrainSection(schedule=schedule, lr=0.1)  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.lr)
+    scheduler = make_scheduler(optimizer, config, steps=200)
+    rates = []
+    for _ in range(200):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    if schedule == "stages":
+        expected = [0.1] * 80 + [0.01] * 60 + [0.001] * 40 + [0.0001] * 20
+        assert rates == pytest.approx(expected)
+    else:
+        assert max(rates) == pytest.approx(0.1)
+        assert rates[-1] < 1e-3
+
+
+def test_batches_too_small_for_batch_norm_are_refused(tmp_path: Path) -> None:
+    finished = train(tmp_path / "run", sets=["train.batch_size=1"])
+    assert finished.returncode == 2
+    assert "train.batch_size" in finished.stderr
+
+
+def test_a_loss_that_explodes_is_an_error(tmp_path: Path) -> None:
+    finished = train(tmp_path / "run", sets=[*SMALL, "train.lr=1e30"])
+    assert finished.returncode == 2
+    assert "lower train.lr" in finished.stderr
+    assert not (tmp_path / "run" / "model.safetensors").exists()
