@@ -77,9 +77,7 @@ def test_exported_programs_stay_random(tiny: nn.Module, images: Tensor) -> None:
 
 def test_the_operator_keeps_torchs_contracts(images: Tensor) -> None:
     """Schema, fake tensors, autograd registration and tracing; at std 0 the operator is deterministic."""
-    torch.library.opcheck(
-        torch.ops.selfensemble.add_noise, (images.requires_grad_(), 0.0, 0, False, 0)
-    )
+    torch.library.opcheck(torch.ops.selfensemble.add_noise, (images.requires_grad_(), 0.0, 0, False, 0))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

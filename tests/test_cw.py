@@ -53,7 +53,7 @@ def test_fixed_c_reaches_the_closed_form_optimum(linear: LinearClassifier, targe
     margin, else m / ||a||, where it stays on the boundary."""
     grey = torch.full((1, *SHAPE), 0.5)
     with torch.no_grad():
-        linear.b += 0.4 - linear.value(grey).item()
+        linear.b.add_(0.4 - linear.value(grey).item())
     label = torch.tensor([1 if targeted else 0])
     norm, margin = linear.a.norm().item(), 0.4
     for c in (0.25 * 2 * margin / norm**2, 20 * margin / norm**2):
@@ -91,7 +91,7 @@ def test_contract(tiny: nn.Sequential, images: Tensor, attack: object) -> None:
     """Bounds, shapes, no weight gradients, modes, statistics and caller's random state as they were."""
     run = cw_l2 if attack is cw_l2 else cw_l2_paper
     ensemble = rse.SelfEnsemble(tiny, draws=2).train()
-    statistics = tiny[1].running_mean.clone()
+    statistics = tiny.get_buffer("1.running_mean").clone()
     tiny[0].weight.requires_grad_(False)
     state, labels = torch.get_rng_state(), torch.arange(6) % 5
     kept = images.clone()
@@ -106,7 +106,7 @@ def test_contract(tiny: nn.Sequential, images: Tensor, attack: object) -> None:
     assert all(p.requires_grad for p in tiny[3].parameters())
     assert ensemble.training
     assert tiny.training
-    assert torch.equal(tiny[1].running_mean, statistics)
+    assert torch.equal(tiny.get_buffer("1.running_mean"), statistics)
     assert torch.equal(torch.get_rng_state(), state)
 
 

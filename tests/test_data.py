@@ -3,6 +3,7 @@
 import multiprocessing
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,7 +63,10 @@ def test_digits_are_real_split_and_stable() -> None:
 def test_image_folder(tmp_path: Path, digits: ImageData) -> None:
     loaded = load_data(str(write_folder(tmp_path, digits)), "test")
     assert set(loaded.classes) == {str(int(label)) for label in digits.labels[:20]}
-    images = {tuple(image.flatten().tolist()): loaded.classes[int(k)] for image, k in zip(loaded.images, loaded.labels, strict=True)}  # fmt: skip
+    images = {
+        tuple(image.flatten().tolist()): loaded.classes[int(label)]
+        for image, label in zip(loaded.images, loaded.labels, strict=True)
+    }
     for image, label in zip(digits.images[:20], digits.labels[:20], strict=True):
         assert images[tuple(image.flatten().tolist())] == str(int(label))
 
@@ -82,7 +86,12 @@ def test_decoded_once_and_again_when_files_change(
     folder = write_parquet(tmp_path / "data", digits)
     decoded: list[str] = []
     original = data._decode
-    monkeypatch.setattr(data, "_decode", lambda *args: (decoded.append("x"), original(*args)))
+
+    def counting(*args: Any) -> None:
+        decoded.append("x")
+        original(*args)
+
+    monkeypatch.setattr(data, "_decode", counting)
     first, second = load_data(str(folder), "train"), load_data(str(folder), "train")
     assert len(decoded) == 1
     assert torch.equal(first.images, second.images)
@@ -187,7 +196,9 @@ def test_preparing_an_image() -> None:
     assert prepare_image(turned, 3, (8, 4)).shape == (3, 8, 4)
 
 
-def test_the_cache_can_be_deleted_while_in_use(tmp_path: Path, digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_the_cache_can_be_deleted_while_in_use(
+    tmp_path: Path, digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SELFENSEMBLE_CACHE", str(tmp_path / "cache"))
     loaded = load_data(str(write_parquet(tmp_path / "data", digits)), "train")
     shutil.rmtree(tmp_path / "cache")

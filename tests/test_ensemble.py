@@ -28,9 +28,7 @@ def single_draws(ensemble: rse.SelfEnsemble, images: Tensor, draws: int, seed: i
     return torch.stack(out)
 
 
-def test_training_mode_returns_the_logits_of_one_draw(
-    ensemble: rse.SelfEnsemble, images: Tensor
-) -> None:
+def test_training_mode_returns_the_logits_of_one_draw(ensemble: rse.SelfEnsemble, images: Tensor) -> None:
     ensemble.train()
     with rse.noise_draw(seed=1):
         logits = ensemble(images)
@@ -39,9 +37,7 @@ def test_training_mode_returns_the_logits_of_one_draw(
     assert not torch.equal(ensemble(images), ensemble(images))
 
 
-def test_eval_mode_returns_the_log_of_the_mean_softmax(
-    ensemble: rse.SelfEnsemble, images: Tensor
-) -> None:
+def test_eval_mode_returns_the_log_of_the_mean_softmax(ensemble: rse.SelfEnsemble, images: Tensor) -> None:
     with rse.noise_draw(seed=1):
         log_mean = ensemble(images)
     with rse.noise_draw(seed=1):
@@ -77,9 +73,7 @@ def test_gradients_flow_through_the_ensemble(ensemble: rse.SelfEnsemble, images:
     torch.testing.assert_close(gradient, expected)
 
 
-def test_prediction_is_mean_and_spread_of_the_draws(
-    ensemble: rse.SelfEnsemble, images: Tensor
-) -> None:
+def test_prediction_is_mean_and_spread_of_the_draws(ensemble: rse.SelfEnsemble, images: Tensor) -> None:
     answer = ensemble.predict(images, draws=7, seed=5)
     draws = single_draws(ensemble, images, 7, seed=5)
     torch.testing.assert_close(answer.probabilities, draws.mean(dim=0))
@@ -90,9 +84,7 @@ def test_prediction_is_mean_and_spread_of_the_draws(
 
 @settings(max_examples=15, deadline=None)
 @given(size=st.integers(1, 7), max_batch=st.integers(1, 7), seed=st.integers())
-def test_seeded_shared_predictions_do_not_depend_on_the_batch(
-    size: int, max_batch: int, seed: int
-) -> None:
+def test_seeded_shared_predictions_do_not_depend_on_the_batch(size: int, max_batch: int, seed: int) -> None:
     torch.manual_seed(0)
     ensemble = rse.SelfEnsemble(create_model("small-cnn", channels=1, width=0.25))
     images = torch.rand(7, 1, 8, 8)
@@ -110,9 +102,7 @@ def test_per_image_noise_differs_between_images_and_chunks(ensemble: rse.SelfEns
     torch.testing.assert_close(shared, shared[:1].expand_as(shared))
 
 
-def test_predictions_are_fresh_whatever_the_caller_seeds(
-    ensemble: rse.SelfEnsemble, images: Tensor
-) -> None:
+def test_predictions_are_fresh_whatever_the_caller_seeds(ensemble: rse.SelfEnsemble, images: Tensor) -> None:
     answers = []
     for _ in range(2):
         torch.manual_seed(0)
@@ -121,16 +111,13 @@ def test_predictions_are_fresh_whatever_the_caller_seeds(
     assert not torch.equal(*answers)
 
 
-def test_predicting_leaves_mode_and_gradients_alone(
-    ensemble: rse.SelfEnsemble, images: Tensor
-) -> None:
+def test_predicting_leaves_mode_and_gradients_alone(ensemble: rse.SelfEnsemble, images: Tensor) -> None:
     ensemble.train()
-    norm = ensemble.model[1]
-    statistics = norm.running_mean.clone()
+    statistics = ensemble.model.get_buffer("1.running_mean").clone()
     answer = ensemble.predict_proba(images, seed=1)
     assert ensemble.training
-    assert norm.training
-    assert torch.equal(norm.running_mean, statistics)
+    assert ensemble.model.get_submodule("1").training
+    assert torch.equal(ensemble.model.get_buffer("1.running_mean"), statistics)
     assert not answer.requires_grad
     ensemble.eval()
     assert torch.equal(ensemble.predict_proba(images, seed=1), answer)
@@ -174,9 +161,7 @@ def test_state_dict_is_the_networks(tiny: nn.Module) -> None:
 
 def test_outputs_with_logits_attribute(images: Tensor) -> None:
     transformers = pytest.importorskip("transformers")
-    config = transformers.ResNetConfig(
-        num_labels=4, embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1]
-    )
+    config = transformers.ResNetConfig(num_labels=4, embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])
     ensemble = rse.SelfEnsemble(transformers.ResNetForImageClassification(config))
     answer = ensemble.predict_proba(torch.rand(2, 3, 32, 32))
     torch.testing.assert_close(answer.sum(dim=1), torch.ones(2))
@@ -194,9 +179,7 @@ def test_outputs_with_logits_attribute(images: Tensor) -> None:
         ([[1.0]], TypeError, r"torch\.Tensor"),
     ],
 )
-def test_bad_inputs(
-    ensemble: rse.SelfEnsemble, inputs: Tensor, error: type[Exception], message: str
-) -> None:
+def test_bad_inputs(ensemble: rse.SelfEnsemble, inputs: Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         ensemble.predict_proba(inputs)
 

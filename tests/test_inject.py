@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -32,7 +33,10 @@ def _transformer(name: str) -> nn.Module:
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     **{
-        name: (lambda name=name: create_model(name, width=0.125, channels=3), 96 if "stl" in name else 32)
+        name: (
+            partial(create_model, name, width=0.125),
+            96 if "stl" in name else 32,
+        )
         for name in MODELS
     },
     "transformers-resnet": (lambda: _transformer("ResNet"), 32),
@@ -121,10 +125,10 @@ def test_the_example_leaves_modes_statistics_and_random_state_alone(
 ) -> None:
     tiny.train()
     tiny[1].eval()
-    statistics, state = tiny[1].running_mean.clone(), torch.get_rng_state()
+    statistics, state = tiny.get_buffer("1.running_mean").clone(), torch.get_rng_state()
     rse.inject_noise_(tiny, example_inputs=(images,))
     assert [module.training for module in tiny] == [True, False, *[True] * 6]
-    assert torch.equal(tiny[1].running_mean, statistics)
+    assert torch.equal(tiny.get_buffer("1.running_mean"), statistics)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -192,9 +196,7 @@ def test_scripted_modules_are_refused() -> None:
 
 
 def test_weight_norm_and_lazy_convolutions_work() -> None:
-    model = nn.Sequential(
-        nn.LazyConv2d(4, 3), nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 2, 3))
-    )
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 2, 3)))
     model(torch.rand(1, 3, 8, 8))
     rse.inject_noise_(model, example_inputs=torch.rand(1, 3, 8, 8))
     inputs = torch.rand(1, 3, 8, 8)

@@ -42,4 +42,4 @@ def test_bad_arguments() -> None:
         create_model("vgg12")
     for wrong in ({"classes": 1}, {"channels": 0}, {"width": 0.0}, {"width": float("nan")}):
         with pytest.raises(ValueError, match="need classes"):
-            create_model("vgg11", **wrong)  # type: ignore[arg-type]
+            create_model("vgg11", **wrong)

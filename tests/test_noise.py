@@ -189,9 +189,7 @@ def test_a_forked_child_does_not_repeat_its_parents_noise() -> None:
     st.tuples(st.integers(0, 10**6), st.integers(0, 4095)),
     st.tuples(st.integers(0, 10**6), st.integers(0, 4095)),
 )
-def test_streams_of_a_seed_never_coincide(
-    seed: int, left: tuple[int, int], right: tuple[int, int]
-) -> None:
+def test_streams_of_a_seed_never_coincide(seed: int, left: tuple[int, int], right: tuple[int, int]) -> None:
     """In the low 32 bits, which are all that torch's CPU generator takes."""
     seeds = [stream_seed(seed, *key) % 2**32 for key in (left, right)]
     assert (seeds[0] == seeds[1]) == (left == right)

@@ -27,7 +27,17 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 def command(out: Path, *more: str, sets: list[str] | None = None) -> list[str]:
     overrides = [part for item in sets or SMALL for part in ("--set", item)]
-    return [sys.executable, "-m", "selfensemble", "train", "digits-rse", "--out", str(out), *overrides, *more]
+    return [
+        sys.executable,
+        "-m",
+        "selfensemble",
+        "train",
+        "digits-rse",
+        "--out",
+        str(out),
+        *overrides,
+        *more,
+    ]
 
 
 def train(out: Path, *more: str, sets: list[str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -44,7 +54,11 @@ def start_and_wait_for_checkpoint(out: Path, after: float) -> subprocess.Popen[s
     """Start (or resume) the run and return `after` seconds behind its next checkpoint."""
     before = (out / CHECKPOINT).stat().st_mtime_ns if (out / CHECKPOINT).exists() else 0
     process = subprocess.Popen(
-        command(out, "--resume"), env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command(out, "--resume"),
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     for _ in range(6000):
         if (out / CHECKPOINT).exists() and (out / CHECKPOINT).stat().st_mtime_ns > before:

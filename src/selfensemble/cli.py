@@ -5,6 +5,7 @@ Exit status: 0 done, 1 an error of the program, 2 wrong input or surroundings, 1
 
 import errno
 import json
+import math
 import os
 import sys
 import traceback
@@ -168,7 +169,7 @@ def evaluate(
             max_batch=max_batch,
             progress=report,
         )
-    results = {
+    results: dict[str, Any] = {
         "model": str(model),
         "protocol": "paper: C&W L2, fixed c, kappa 0, last iterate, one draw a step",
         "settings": {
@@ -215,7 +216,7 @@ def predict(
     ensemble = hub.load(model).to(_device(device))
     answer = ensemble.predict(images.float() / 255, draws=draws, seed=seed, max_batch=256)
     classes = config.classes or tuple(str(label) for label in range(answer.probabilities.shape[1]))
-    records = []
+    records: list[dict[str, Any]] = []
     for path, mean, spread in zip(files, answer.probabilities, answer.spread, strict=True):
         best = mean.topk(min(top, len(classes))).indices.tolist()
         shown = [
@@ -313,9 +314,20 @@ def _progress() -> Iterator[Any]:
     if int(os.environ.get("LOCAL_RANK", "0")) > 0:
         yield lambda text, done: None
     elif _err.is_terminal:
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            TaskProgressColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=_err) as bar:
             task = bar.add_task("", total=1.0)
             yield lambda text, done: bar.update(task, description=text, completed=done)
@@ -396,7 +408,7 @@ def _percent(record: dict[str, Any]) -> str:
 
 
 def _finite(value: float) -> float | None:
-    return value if value == value else None
+    return value if math.isfinite(value) else None
 
 
 def _print_json(value: Any) -> None:

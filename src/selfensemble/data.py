@@ -252,8 +252,6 @@ def _columns(dataset: Any, source: str) -> tuple[str, str, list[str] | None]:
     labels = [name for name in preferred if name in features]
     labels += [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
     if not images or not labels:
-        raise ValueError(
-            f"{source} needs an image column and a label column, found {', '.join(features)}"
-        )
+        raise ValueError(f"{source} needs an image column and a label column, found {', '.join(features)}")
     kind = features[labels[0]]
     return images[0], labels[0], list(kind.names) if isinstance(kind, ClassLabel) else None

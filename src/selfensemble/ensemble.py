@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from .inject import FilterFn, eval_mode, inject_noise_, is_convolution, noise_layers
 from .noise import GaussianNoise, NoiseConfig, Sampling, check_sampling, noise_draw, stream_seed
 
+_CPU_CHUNK = 32 * 3 * 32 * 32  # input elements a forward pass
+
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
@@ -140,7 +142,9 @@ class SelfEnsemble(nn.Module):
         Args:
             inputs: (B, ...), floating point, within `bounds`; chunks go to the model's device.
             draws: by default `self.draws`; 1 where there is no noise.
-            max_batch: images a forward pass; None for all at once.
+            max_batch: images a forward pass; by default all at once on an accelerator. On a CPU half
+                the batch, at most 32 images of 32x32 or the same in pixels: together with its noisy
+                copies such a chunk needs no more memory than one plain pass over the whole batch.
             seed: None for fresh noise (what a defense needs), an integer for noise that repeats: with
                 shared sampling, the same whatever the batch and `max_batch`.
             sampling: overrides the ensemble's.
@@ -170,8 +174,13 @@ class SelfEnsemble(nn.Module):
         draws = self.draws if draws is None else _check_count("draws", draws)
         if not self.is_random:
             draws = 1
-        size = max(1, len(inputs)) if max_batch is None else _check_count("max_batch", max_batch)
         device = next((tensor.device for tensor in self.parameters()), inputs.device)
+        if max_batch is not None:
+            size = _check_count("max_batch", max_batch)
+        elif device.type == "cpu":
+            size = max(8, min(len(inputs) // 2, _CPU_CHUNK // max(1, inputs[:1].numel())))
+        else:
+            size = max(1, len(inputs))
         shared = (sampling or self.sampling) == "shared"
         chunks = []
         with eval_mode(self):

@@ -46,4 +46,3 @@ def cache_dir() -> Path:
     if set_dir := os.environ.get("SELFENSEMBLE_CACHE"):
         return Path(set_dir)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "selfensemble"
-

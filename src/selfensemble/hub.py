@@ -146,7 +146,5 @@ def load(folder: str | Path, model: nn.Module | None = None) -> SelfEnsemble:
     except (RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} does not fit the network: {reason}") from error
-    ensemble = SelfEnsemble(
-        model, draws=config.draws, sampling=config.sampling, bounds=config.bounds
-    )
+    ensemble = SelfEnsemble(model, draws=config.draws, sampling=config.sampling, bounds=config.bounds)
     return ensemble.eval()

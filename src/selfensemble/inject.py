@@ -145,7 +145,7 @@ def inject_noise_(
                 "reach them, or leave example_inputs out"
             )
         fqns = called + [fqn for fqn in fqns if fqn not in called]
-    stds = {fqn: config.inner_std for fqn in fqns}
+    stds = dict.fromkeys(fqns, config.inner_std)
     stds[fqns[0]] = config.init_std
     return attach_noise_(model, stds)
 

@@ -139,9 +139,7 @@ MODELS: dict[str, Callable[[int, int, float], nn.Module]] = {
 }
 
 
-def create_model(
-    name: str, *, classes: int = 10, channels: int = 3, width: float = 1.0
-) -> nn.Module:
+def create_model(name: str, *, classes: int = 10, channels: int = 3, width: float = 1.0) -> nn.Module:
     """Build the network `name` with fresh weights.
 
     Args:

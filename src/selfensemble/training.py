@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, OneCycleLR
 
@@ -55,9 +56,7 @@ def architecture(recipe: Recipe, data: ImageData) -> hub.Architecture:
     )
 
 
-def make_scheduler(
-    optimizer: torch.optim.Optimizer, config: TrainSection, steps: int
-) -> LRScheduler:
+def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainSection, steps: int) -> LRScheduler:
     """The schedule over all `steps`, stepped once a training step."""
     if config.schedule == "cosine":
         return CosineAnnealingLR(optimizer, T_max=steps)
@@ -80,9 +79,7 @@ def count_correct(
     correct = 0
     for number, part in enumerate(indices.split(_EVAL_BATCH)):
         batch_seed = None if seed is None else stream_seed(seed, number, 0)
-        prediction = ensemble.predict(
-            data.inputs(part), draws=draws, seed=batch_seed, sampling="per_image"
-        )
+        prediction = ensemble.predict(data.inputs(part), draws=draws, seed=batch_seed, sampling="per_image")
         correct += int((prediction.label == data.labels[part]).sum())
     return correct
 
@@ -119,7 +116,12 @@ class Trainer:
     ) -> None:
         self.recipe, self.out = recipe, Path(out)
         self.progress = progress or (lambda step, steps, text: None)
-        self.accelerator = Accelerator(mixed_precision=recipe.train.precision)
+        # A second run in one process may want another precision than the first.
+        AcceleratorState._reset_state()
+        # Told so, Accelerate joins the processes that torchrun starts on a machine without accelerator.
+        self.accelerator = Accelerator(
+            mixed_precision=recipe.train.precision, cpu=not torch.accelerator.is_available()
+        )
         # Collective steps need every rank to have looked before one of them writes.
         existing = [name for name in (CHECKPOINT, hub.CONFIG) if (self.out / name).exists()]
         self.accelerator.wait_for_everyone()
@@ -211,16 +213,18 @@ class Trainer:
             if stop.is_set() or (every and self.step % every == 0 and not last):
                 self._save_checkpoint(time.monotonic() - started)
             if stop.is_set():
-                raise Interrupted(
-                    f"stopped after step {self.step} of {self.steps}; go on with --resume"
-                )
+                raise Interrupted(f"stopped after step {self.step} of {self.steps}; go on with --resume")
         mean_loss = float(self.accelerator.reduce(loss_sum / counted, "mean"))
         if not math.isfinite(mean_loss):
             raise FloatingPointError(
                 f"the training loss is {mean_loss} in epoch {epoch + 1}: lower train.lr, or use "
                 "train.precision=no"
             )
-        record = {"epoch": epoch + 1, "train/loss": mean_loss, "train/lr": self.scheduler.get_last_lr()[0]}
+        record = {
+            "epoch": epoch + 1,
+            "train/loss": mean_loss,
+            "train/lr": self.scheduler.get_last_lr()[0],
+        }
         if len(self.validation_indices):
             correct = self._evaluate(self.train_data, self.validation_indices, draws=1)
             record["validation/accuracy"] = correct / len(self.validation_indices)
@@ -228,9 +232,7 @@ class Trainer:
         self.history.append(record)
         accuracy = record.get("validation/accuracy")
         shown = "" if accuracy is None else f", validation accuracy of one draw {accuracy:.2%}"
-        self.progress(
-            self.step, self.steps, f"epoch {epoch + 1} done: loss {mean_loss:.4f}{shown}"
-        )
+        self.progress(self.step, self.steps, f"epoch {epoch + 1} done: loss {mean_loss:.4f}{shown}")
         self._save_checkpoint(0.0)
 
     def _train_step(self, batch: Tensor) -> Tensor:
@@ -274,6 +276,7 @@ class Trainer:
             "data": {"source": self.train_data.name, "train": len(self.train_indices)},
             "metrics": metrics,
             "draws": self.recipe.noise.draws,
+            "processes": self.accelerator.num_processes,
             "history": self.history,
             "training_seconds": round(self.seconds, 1),
             "provenance": provenance(),
@@ -331,9 +334,7 @@ class Trainer:
                 "recipe and overrides, or another --out"
             )
         if state["processes"] != self.accelerator.num_processes:
-            raise ValueError(
-                f"{path} was written by {state['processes']} processes: resume with as many"
-            )
+            raise ValueError(f"{path} was written by {state['processes']} processes: resume with as many")
         self.ensemble.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])

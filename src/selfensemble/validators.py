@@ -62,7 +62,7 @@ class _Observer(TorchDispatchMode):
     """Follows the image until it is read, and sees convolutions that no module announces."""
 
     def __init__(self, trace: _Trace, matched: set[str], inputs: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.trace, self.matched = trace, matched
         self.stack: list[tuple[str, nn.Module]] = []
         tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
@@ -128,9 +128,7 @@ def _observe(model: nn.Module, example_inputs: Any, matched: set[str]) -> _Trace
             if isinstance(module, torch.jit.ScriptModule):
                 continue
             enter = module.register_forward_pre_hook(lambda m, args, fqn=fqn: observer.enter(fqn, m))
-            leave = module.register_forward_hook(
-                lambda m, args, output: observer.leave(), always_call=True
-            )
+            leave = module.register_forward_hook(lambda m, args, output: observer.leave(), always_call=True)
             stack.callback(enter.remove)
             stack.callback(leave.remove)
         stack.enter_context(torch.random.fork_rng())
@@ -144,9 +142,7 @@ def _observe(model: nn.Module, example_inputs: Any, matched: set[str]) -> _Trace
     return trace
 
 
-def validate(
-    model: nn.Module, example_inputs: Any, *, filter_fn: FilterFn = is_convolution
-) -> list[Issue]:
+def validate(model: nn.Module, example_inputs: Any, *, filter_fn: FilterFn = is_convolution) -> list[Issue]:
     """Everything about `model` that would make its self-ensemble wrong, weak or impossible.
 
     Args:
@@ -231,10 +227,10 @@ def _not_called(trace: _Trace, matched: list[str]) -> Iterator[Issue]:
 
 
 def _first_noise(trace: _Trace, matched: list[str]) -> Iterator[Issue]:
-    first, *others = [*trace.image_readers, None]
-    for fqn in others[:-1]:
+    first = next(iter(trace.image_readers), None)
+    for fqn in trace.image_readers[1:]:
         yield Issue(
-            "around-first-noise", "warning", fqn or "", f"it reads the image, as {first} does, but gets "
+            "around-first-noise", "warning", fqn, f"it reads the image, as {first} does, but gets "
             "inner_std: the image has a way around the first noise, so no radius can be certified",
             "Put one GaussianNoise(init_std) in front of the whole network instead",
         )  # fmt: skip
@@ -274,9 +270,7 @@ def _range(example_inputs: Any) -> Iterator[Issue]:
             try:
                 check_images(leaf)
             except (TypeError, ValueError) as error:
-                yield Issue(
-                    "input-range", "warning", "", str(error), "The published levels are for [0, 1]"
-                )
+                yield Issue("input-range", "warning", "", str(error), "The published levels are for [0, 1]")
 
 
 _STATIC_RULES: tuple[Callable[[nn.Module, list[str]], Iterator[Issue]], ...] = (

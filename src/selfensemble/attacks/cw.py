@@ -143,9 +143,7 @@ def cw_l2_paper(
 
     def run(forward: Forward, x: Tensor, y: Tensor) -> Tensor:
         strength = torch.full((len(x),), c, device=x.device)
-        return _descend(
-            forward, x, y, c=strength, targeted=targeted, kappa=0.0, steps=steps, lr=lr, eot=1
-        )
+        return _descend(forward, x, y, c=strength, targeted=targeted, kappa=0.0, steps=steps, lr=lr, eot=1)
 
     return _over_batches(model, inputs, labels, max_batch, run)
 
@@ -167,8 +165,9 @@ def cw_l2(
 ) -> Tensor:
     """C&W with binary search over c and the nearest confirmed image kept for each image.
 
-    Each search step starts at the image, and its learning rate falls linearly to 0. An iterate counts as a success when the mean softmax of its own draws gives a wrong class *and* that
-    of `confirm_draws` fresh draws does so too: a best-so-far from one lucky draw is no success.
+    Each search step starts at the image, and its learning rate falls linearly to 0. An iterate counts
+    as a success when the mean softmax of its own draws gives a wrong class *and* that of `confirm_draws`
+    fresh draws does so too: a best-so-far from one lucky draw is no success.
 
     Args:
         model, inputs, labels, targeted, steps, lr, max_batch: see `cw_l2_paper`.
@@ -183,9 +182,7 @@ def cw_l2(
     """
     _check(steps, lr, eot)
     if not (kappa >= 0 and initial_c > 0 and binary_search_steps >= 1 and confirm_draws >= 1):
-        raise ValueError(
-            "need kappa >= 0, initial_c > 0, binary_search_steps >= 1 and confirm_draws >= 1"
-        )
+        raise ValueError("need kappa >= 0, initial_c > 0, binary_search_steps >= 1 and confirm_draws >= 1")
     if isinstance(model, SelfEnsemble) and not model.is_random:
         confirm_draws = eot = 1
 

@@ -61,14 +61,12 @@ def cw_curve(
         max_batch: images at a time.
         progress: called with each point when it is done.
     """
-    points = []
+    points: list[CurvePoint] = []
     for c in strengths:
         adversarial = inputs
-        if c > 0:
+        if c != 0:
             with noise_draw(None if seed is None else stream_seed(seed, len(points), 0)):
-                adversarial = cw_l2_paper(
-                    model, inputs, labels, c=c, steps=steps, lr=lr, max_batch=max_batch
-                )
+                adversarial = cw_l2_paper(model, inputs, labels, c=c, steps=steps, lr=lr, max_batch=max_batch)
         verdict = judge(
             model,
             inputs,

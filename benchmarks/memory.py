@@ -1,0 +1,56 @@
+"""Peak memory of `predict_proba` with 100 draws against one plain forward pass.
+
+Each measurement is a fresh process; its peak resident memory is compared at the same network and batch.
+
+    python benchmarks/memory.py [--batch 128] [--draws 100] [--repeats 3]
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+
+
+def measure(what: str, batch: int, draws: int) -> float:
+    """Peak resident memory in MiB of this very process, after the work."""
+    import torch
+
+    import selfensemble as rse
+
+    torch.manual_seed(0)
+    model = rse.create_model("vgg16").eval()
+    inputs = torch.rand(batch, 3, 32, 32)
+    if what == "ensemble":
+        rse.SelfEnsemble(model).eval().predict_proba(inputs, draws=draws)
+    else:
+        with torch.no_grad():
+            model(inputs).softmax(dim=1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--draws", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--measure", choices=["plain", "ensemble"])
+    options = parser.parse_args()
+    if options.measure:
+        print(measure(options.measure, options.batch, options.draws))
+        return
+    peaks: dict[str, list[float]] = {"plain": [], "ensemble": []}
+    for _ in range(options.repeats):
+        for what, values in peaks.items():
+            command = [sys.executable, __file__, "--measure", what]
+            command += ["--batch", str(options.batch), "--draws", str(options.draws)]
+            values.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    medians = {what: round(statistics.median(values), 1) for what, values in peaks.items()}
+    ratio = medians["ensemble"] / medians["plain"]
+    record = {"batch": options.batch, "draws": options.draws, "peak_mib": medians, "ratio": round(ratio, 3)}
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""The command as a real process: outputs, exit status, one-line errors."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import selfensemble as rse
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+
+
+def run(*arguments: str | float | Path, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    finished = subprocess.run(
+        [sys.executable, "-m", "selfensemble", *map(str, arguments)],
+        env=ENVIRONMENT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert finished.returncode == expect, finished.stdout + finished.stderr
+    return finished
+
+
+def error(*arguments: str | float | Path) -> str:
+    """The one line of error that a wrong call prints, behind what it reported of its progress."""
+    finished = run(*arguments, expect=2)
+    *_, line = finished.stderr.strip().splitlines()
+    assert "Traceback" not in finished.stderr
+    assert line.startswith("error: ")
+    assert finished.stdout == ""
+    return line
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "model"
+    sets = ["train.epochs=4", "model.width=0.5"]
+    run("train", "digits-rse", "--out", out, *(part for item in sets for part in ("--set", item)))
+    return out
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    digits = rse.load_data("digits", "test")
+    for i in range(3):
+        Image.fromarray(digits.images[i, 0].numpy()).resize((40, 30)).save(folder / f"{i}.png")
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    script = (
+        "import sys, runpy; sys.argv = ['selfensemble', '--help']\n"
+        "try: runpy.run_module('selfensemble', run_name='__main__')\n"
+        "except SystemExit as stop: assert stop.code == 0, stop.code\n"
+        "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
+    )
+    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    for command in ("demo", "train", "evaluate", "predict", "info"):
+        assert command in finished.stdout
+
+
+def test_info(model: Path) -> None:
+    here = json.loads(run("info", "--json").stdout)
+    assert "digits-rse" in here["recipes"]
+    assert "vgg16" in here["models"]
+    saved = json.loads(run("info", model, "--json").stdout)
+    assert saved["format_version"] == 1
+    assert saved["input_shape"] == [1, 8, 8]
+    assert list(saved["noise"].values()) == [0.5, 0.2, 0.2, 0.2]
+    assert "noise" in run("info", model).stdout
+
+
+def test_evaluate(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "evaluation.json"
+    arguments = ("evaluate", model, "--n", 20, "--steps", 10, "--lr", 0.1, "--c", 1, "--c", 5)
+    results = json.loads(run(*arguments, "--json", "--out", out).stdout)
+    assert json.loads(out.read_text()) == results
+    assert [point["c"] for point in results["points"]] == [0.0, 1.0, 5.0]
+    assert results["settings"]["images"] == 20
+    again = json.loads(run(*arguments, "--json", "--max-batch", 20).stdout)
+    assert again["points"] == results["points"]
+    assert "weak against" in run(*arguments).stdout
+
+
+def test_predict(model: Path, pictures: Path) -> None:
+    results = json.loads(run("predict", "--model", model, pictures, "--json", "--seed", 1).stdout)
+    assert [Path(image["file"]).name for image in results["images"]] == ["0.png", "1.png", "2.png"]
+    for image in results["images"]:
+        probabilities = [guess["probability"] for guess in image["predictions"]]
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert len(probabilities) == 3
+        assert all(0 <= guess["spread"] <= 1 for guess in image["predictions"])
+    table = run("predict", "--model", model, pictures / "0.png", "--draws", 1).stdout
+    assert "0.png" in table
+    assert "1 noise draw" in table
+
+
+def test_train_prints_and_stores_accuracy(model: Path) -> None:
+    results = json.loads((model / "results.json").read_text())
+    assert results["metrics"].keys() == {"validation", "test"}
+    assert results["provenance"]["versions"]["torch"]
+    assert rse.load(model).predict_proba(rse.load_data("digits", "test").inputs(slice(4))).shape == (
+        4,
+        10,
+    )
+
+
+def test_wrong_calls_are_one_line(model: Path, pictures: Path, tmp_path: Path) -> None:
+    assert "digits-rse" in error("train", "nothing")
+    assert "known here" in error("train", "digits-rse", "--set", "train.epoch=1")
+    assert "digits, cifar10" in error("train", "digits-rse", "--data", "nowhere", "--out", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    assert "--out" in error("evaluate", tmp_path)
+    assert "cannot use device" in error("evaluate", model, "--device", "abacus")
+    assert "no file" in error("predict", "--model", model, tmp_path / "missing.png")
+    assert "no images" in error("predict", "--model", model, tmp_path)
+    assert "as an image" in error("predict", "--model", model, pictures / "notes.txt")
+    assert "c must be" in error("evaluate", model, "--c", "-1", "--n", 5)
+
+
+def test_usage_errors_exit_2() -> None:
+    for arguments in (
+        ["train"],
+        ["train", "digits-rse", "--bogus"],
+        ["nonsense"],
+        ["evaluate", "x", "--n", "0"],
+    ):
+        finished = run(*arguments, expect=2)
+        assert "Traceback" not in finished.stderr
+
+
+@pytest.mark.parametrize(
+    "damage", ["truncated", "foreign", "newer", "no json", "no weights", "other network"]
+)
+def test_damaged_models_are_named(model: Path, tmp_path: Path, damage: str) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    weights, config = copy / "model.safetensors", copy / "config.json"
+    text = config.read_text()
+    expected = {
+        "truncated": "damaged or not a safetensors", "foreign": "not written by selfensemble",
+        "newer": "upgrade", "no json": "damaged", "no weights": "incomplete", "other network": "does not fit",
+    }  # fmt: skip
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:500])
+    elif damage == "foreign":
+        config.write_text('{"model_type": "bert"}')
+    elif damage == "newer":
+        config.write_text(text.replace('"format_version": 1', '"format_version": 99'))
+    elif damage == "no json":
+        config.write_text(text[:100])
+    elif damage == "no weights":
+        weights.unlink()
+    else:
+        config.write_text(text.replace('"width": 0.5', '"width": 0.25'))
+    assert expected[damage] in error("evaluate", copy)
+
+
+def test_debug_shows_the_traceback() -> None:
+    assert "Traceback" in run("train", "nothing", "--debug", expect=2).stderr
+
+
+def test_ctrl_c_exits_130_without_traceback(model: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "selfensemble", "evaluate", str(model), "--n", "450"],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    process.stderr.readline()  # it has begun
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
