@@ -73,7 +73,7 @@ def test_info(model: Path) -> None:
     saved = json.loads(run("info", model, "--json").stdout)
     assert saved["format_version"] == 1
     assert saved["input_shape"] == [1, 8, 8]
-    assert list(saved["noise"].values()) == [0.5, 0.2, 0.2, 0.2]
+    assert list(saved["noise"].values()) == [0.47, 0.1, 0.1, 0.1]
     assert "noise" in run("info", model).stdout
 
 

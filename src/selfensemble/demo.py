@@ -15,7 +15,7 @@ from .provenance import provenance
 from .recipe import load_recipe
 from .training import Trainer
 
-STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 2.0, 5.0)
+STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 2.0, 5.0)
 CAVEAT = (
     "Not shown: this attack follows one noisy gradient at a fixed c, which is weak against a randomised "
     "defense; attacks that average over the noise go further, so take these figures as upper bounds."
@@ -87,7 +87,7 @@ def run_demo(
         "caveat": CAVEAT,
         "provenance": provenance(),
     }  # fmt: skip
-    _draw(out, curves, ensembles, inputs, labels, shown)
+    _draw(out, curves, ensembles, inputs, labels, shown, seed)
     write_json(out / "results.json", results)
     progress("done", 1.0)
     return results
@@ -106,6 +106,7 @@ def _draw(
     inputs: Tensor,
     labels: Tensor,
     shown: int,
+    seed: int,
 ) -> None:
     from .report.plots import accuracy_curves, gallery, save_figure
 
@@ -120,7 +121,7 @@ def _draw(
     for kind, name in _NAMES.items():
         point = curves[kind][shown]
         attacked = point.adversarial[chosen]
-        answers = ensembles[kind].predict(attacked, sampling="per_image").label
+        answers = ensembles[kind].predict(attacked, seed=seed, sampling="per_image").label
         captions = [
             f"says {int(answer)}" + ("" if answer == label else " (wrong)")
             for answer, label in zip(answers, labels[chosen], strict=True)

@@ -24,12 +24,13 @@ def is_convolution(module: nn.Module, fqn: str = "") -> bool:
 
 
 def noise_layers(model: nn.Module) -> dict[str, GaussianNoise]:
-    """The injected noise layers by the fully qualified name of the module that each stands before."""
-    return {
+    """The injected noise layers, in order of their numbers, by the name of the module that each precedes."""
+    found = {
         fqn: child
         for fqn, module in model.named_modules()
         if isinstance(child := getattr(module, CHILD, None), GaussianNoise)
     }
+    return dict(sorted(found.items(), key=lambda item: item[1].layer))
 
 
 @contextmanager

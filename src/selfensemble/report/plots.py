@@ -39,6 +39,7 @@ def accuracy_curves(curves: Mapping[str, Sequence[CurvePoint]], title: str) -> F
     smallest = min(point.c for points in curves.values() for point in points if point.c > 0)
     left.set_xscale("symlog", linthresh=smallest)
     left.set_xlim(left=0)
+    left.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
     left.set_xlabel("strength c of the attack (0: no attack)")
     right.set_xlabel("distortion, RMS L2 (images in [0, 1])")
     left.set_ylabel("accuracy, % (bars: 95 % interval)")

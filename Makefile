@@ -1,0 +1,46 @@
+# `make demo` and `make test` are all a newcomer needs; each target installs what it needs, once.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Two test processes of one thread each: faster on two cores than one process of two.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+
+.PHONY: demo test lint bench docs clean
+.DEFAULT_GOAL := demo
+
+demo: .venv/.core
+	$(BIN)/selfensemble demo --out runs/demo
+
+test: .venv/.dev
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/.core
+	for file in benchmarks/*.py; do $(BIN)/python $$file || exit; done
+
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+clean:
+	rm -rf .venv site build dist
+
+.venv/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "selfensemble needs Python 3.11 or later: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/.core: .venv/.python pyproject.toml constraints.txt
+	$(INSTALL) --editable .
+	@touch $@
+
+.venv/.dev: .venv/.core
+	$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+.venv/.docs: .venv/.core
+	$(INSTALL) --editable '.[docs]'
+	@touch $@
