@@ -154,6 +154,21 @@ def test_what_is_missing_is_said(tmp_path: Path, digits: ImageData) -> None:
         load_data("cifar10", "train")
 
 
+def test_a_split_that_lacks_a_class_keeps_the_numbers_of_the_others(
+    tmp_path: Path, digits: ImageData
+) -> None:
+    folder = write_folder(tmp_path, digits)
+    train = load_data(str(folder), "train")
+    shutil.rmtree(folder / "test" / train.classes[0])
+    lacking = load_data(str(folder), "test")
+    assert lacking.classes == train.classes[1:]
+    test = lacking.with_classes(train.classes)
+    assert int(test.labels.min()) == 1
+    assert [train.classes[k] for k in test.labels] == [lacking.classes[k] for k in lacking.labels]
+    with pytest.raises(ValueError, match=f"does not know: {train.classes[0]}"):
+        train.with_classes(lacking.classes)
+
+
 def test_columns_must_be_there(tmp_path: Path) -> None:
     table = datasets.Dataset.from_dict({"text": ["a"], "label": [0]})
     table.to_parquet(str(tmp_path / "train.parquet"))
@@ -188,6 +203,8 @@ def test_preparing_an_image() -> None:
     cut = prepare_image(Image.fromarray(wide), 3, (4, 4))
     assert cut.shape == (3, 4, 4)
     assert int(cut.min()) == 255
+    deep = Image.fromarray(np.array([[0, 257, 65535]], dtype=np.uint16))
+    assert prepare_image(deep, 1, (1, 3)).flatten().tolist() == [0, 1, 255]
     transparent = Image.new("RGBA", (5, 5), (10, 20, 30, 0))
     assert prepare_image(transparent, 1, (5, 5)).shape == (1, 5, 5)
     turned = Image.fromarray(wide)

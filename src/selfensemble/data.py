@@ -9,7 +9,7 @@ import json
 import shutil
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -49,6 +49,23 @@ class ImageData:
     def inputs(self, index: Tensor | slice = slice(None)) -> Tensor:
         """Images as float32 in [0, 1]."""
         return self.images[index].float() / 255
+
+    def with_classes(self, classes: tuple[str, ...]) -> "ImageData":
+        """The same images, their labels numbered as in `classes` (a split may lack some of them).
+
+        Raises:
+            ValueError: a class of these images is not among `classes`.
+        """
+        if classes == self.classes:
+            return self
+        unknown = [name for name in self.classes if name not in classes]
+        if unknown:
+            raise ValueError(
+                f"{self.name} has classes that the model does not know: {', '.join(unknown[:5])}; "
+                "pass data with the classes it was trained on"
+            )
+        numbers = torch.tensor([classes.index(name) for name in self.classes])
+        return replace(self, labels=numbers[self.labels], classes=classes)
 
 
 def load_data(source: str, split: Split, *, size: int | None = None) -> ImageData:
@@ -99,9 +116,12 @@ def split_validation(count: int, fraction: float, seed: int) -> tuple[Tensor, Te
 
 def prepare_image(image: Any, channels: int, size: tuple[int, int]) -> Tensor:
     """A PIL image as (C, H, W) uint8: turned upright, converted, cut to the centre and resized."""
-    from PIL import ImageOps
+    from PIL import Image, ImageOps
 
-    image = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip to 255
+        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
+    image = image.convert("RGB" if channels == 3 else "L")
     if image.size != (size[1], size[0]):
         image = ImageOps.fit(image, (size[1], size[0]))
     array = np.array(image, dtype=np.uint8)

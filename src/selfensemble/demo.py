@@ -15,7 +15,7 @@ from .provenance import provenance
 from .recipe import load_recipe
 from .training import Trainer
 
-STRENGTHS = (0.0, 0.1, 0.2, 0.4, 0.8, 2.0, 5.0)
+STRENGTHS = (0.0, 0.1, 0.2, 0.4, 0.8, 1.0, 2.0, 5.0)
 CAVEAT = (
     "Not shown: this attack follows one noisy gradient at a fixed c, which is weak against a randomised "
     "defense; attacks that average over the noise go further, so take these figures as upper bounds."

@@ -133,7 +133,8 @@ class Trainer:
         source = data or recipe.data.source
         with self.accelerator.main_process_first():
             self.train_data = load_data(source, "train", size=recipe.data.size)
-            self.test_data = load_data(source, "test", size=recipe.data.size)
+            test_data = load_data(source, "test", size=recipe.data.size)
+        self.test_data = test_data.with_classes(self.train_data.classes)
         self.train_indices, self.validation_indices = split_validation(
             len(self.train_data), recipe.data.validation, recipe.seed
         )
