@@ -117,6 +117,16 @@ def test_works_inside_no_grad_and_on_empty_batches(linear: LinearClassifier, gre
     assert cw_l2(linear, grey[:0], torch.zeros(0, dtype=torch.int64)).shape == (0, *SHAPE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("attack", [cw_l2, cw_l2_paper])
+def test_other_precisions(linear: LinearClassifier, grey: Tensor, attack: object, dtype: torch.dtype) -> None:
+    run = cw_l2 if attack is cw_l2 else cw_l2_paper
+    labels = labels_of(linear, grey)
+    adversarial = run(linear.double(), grey.to(dtype), labels, steps=100)
+    assert adversarial.dtype == dtype
+    assert not torch.equal(adversarial, grey.to(dtype))
+
+
 def test_seeded_noise_makes_an_attack_repeat(tiny: nn.Module, images: Tensor) -> None:
     ensemble, labels = rse.SelfEnsemble(tiny).eval(), torch.arange(6) % 5
     results = []
@@ -156,6 +166,10 @@ def test_one_lucky_draw_is_no_success(grey: Tensor) -> None:
         ({"labels": torch.full((8,), -1)}, ">= 0"),
         ({"inputs": torch.full((8, *SHAPE), 2.0)}, r"\[0, 1\]"),
         ({"inputs": torch.full((8, *SHAPE), float("nan"))}, "NaN"),
+        ({"labels": torch.full((8,), 2)}, "below 2"),
+        ({"inputs": torch.rand(8, 3, 4, 4)}, "cannot take inputs"),
+        ({"max_batch": 0}, "max_batch"),
+        ({"lr": float("inf")}, "lr"),
         ({"steps": 0}, "steps"),
         ({"lr": -1.0}, "lr"),
         ({"lr": float("nan")}, "lr"),

@@ -1,5 +1,6 @@
 """Data from every kind of source, on real images (the digits) written as real files."""
 
+import io
 import multiprocessing
 import shutil
 from pathlib import Path
@@ -142,7 +143,7 @@ def test_what_is_missing_is_said(tmp_path: Path, digits: ImageData) -> None:
         load_data(str(tmp_path), "train")
     folder = write_parquet(tmp_path / "data", digits)
     (folder / "test-00000-of-00001.parquet").unlink()
-    with pytest.raises(FileNotFoundError, match="test split"):
+    with pytest.raises(FileNotFoundError, match="no test split"):
         load_data(str(folder), "test")
     with pytest.raises(ValueError, match="pass the folder"):
         load_data(str(folder / "train-00000-of-00001.parquet"), "train")
@@ -167,6 +168,71 @@ def test_a_split_that_lacks_a_class_keeps_the_numbers_of_the_others(
     assert [train.classes[k] for k in test.labels] == [lacking.classes[k] for k in lacking.labels]
     with pytest.raises(ValueError, match=f"does not know: {train.classes[0]}"):
         train.with_classes(lacking.classes)
+
+
+@pytest.mark.parametrize("name", ["train", "data", "a"])
+def test_names_of_classes_and_files_mean_nothing_else(tmp_path: Path, digits: ImageData, name: str) -> None:
+    """The datasets library reads splits out of such names; a stray table must not drop the labels."""
+    for kind in (name, "other"):
+        folder = tmp_path / "train" / kind
+        folder.mkdir(parents=True)
+        for prefix in ("train", "test", "ILSVRC2012_val"):
+            Image.fromarray(digits.images[0, 0].numpy()).save(folder / f"{prefix}_1.png")
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,text\nx.png,y\n")
+    loaded = load_data(str(tmp_path), "train")
+    assert loaded.classes == tuple(sorted((name, "other")))
+    assert loaded.labels.bincount().tolist() == [3, 3]
+
+
+def test_renaming_a_class_is_noticed(tmp_path: Path, digits: ImageData) -> None:
+    folder = write_folder(tmp_path, digits)
+    first = load_data(str(folder), "train").classes[0]
+    (folder / "train" / first).rename(folder / "train" / "aardvark")
+    assert "aardvark" in load_data(str(folder), "train").classes
+
+
+def test_validation_files_are_not_mixed_into_the_test_split(tmp_path: Path, digits: ImageData) -> None:
+    folder = write_parquet(tmp_path / "plain_text", digits, count=12)
+    write_parquet(tmp_path / "other", digits, count=5)
+    source = tmp_path / "other" / "test-00000-of-00001.parquet"
+    source.rename(folder / "validation-00000-of-00001.parquet")
+    assert len(load_data(str(tmp_path), "test")) == 12
+    (folder / "test-00000-of-00001.parquet").unlink()
+    assert len(load_data(str(tmp_path), "test")) == 5
+
+
+def test_files_written_by_other_tools(tmp_path: Path, digits: ImageData) -> None:
+    """No metadata of the datasets library; labels as text."""
+    pandas = pytest.importorskip("pandas")
+    cells = []
+    for image in digits.images[:4]:
+        buffer = io.BytesIO()
+        Image.fromarray(image[0].numpy()).save(buffer, "PNG")
+        cells.append({"bytes": buffer.getvalue(), "path": None})
+    labels = ["dog", "cat", "dog", "ant"]
+    pandas.DataFrame({"picture": cells, "label": labels}).to_parquet(tmp_path / "train.parquet")
+    loaded = load_data(tmp_path, "train")
+    assert loaded.classes == ("ant", "cat", "dog")
+    assert loaded.labels.tolist() == [2, 1, 2, 0]
+    assert torch.equal(loaded.images, digits.images[:4])
+
+
+def test_a_damaged_cache_is_decoded_again(
+    tmp_path: Path, digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SELFENSEMBLE_CACHE", str(tmp_path / "cache"))
+    folder = str(write_parquet(tmp_path / "data", digits))
+    load_data(folder, "train")
+    (binary,) = (tmp_path / "cache").rglob("images.bin")
+    binary.write_bytes(binary.read_bytes()[:100])
+    assert torch.equal(load_data(folder, "train").images, digits.images[:20])
+
+
+def test_grey_and_colour_do_not_mix(tmp_path: Path, digits: ImageData) -> None:
+    folder = write_folder(tmp_path, digits)
+    Image.new("RGB", (8, 8), "red").save(folder / "train" / "9" / "zzz.png")
+    with pytest.raises(ValueError, match="grey and colour"):
+        load_data(str(folder), "train")
 
 
 def test_columns_must_be_there(tmp_path: Path) -> None:
@@ -206,7 +272,7 @@ def test_preparing_an_image() -> None:
     deep = Image.fromarray(np.array([[0, 257, 65535]], dtype=np.uint16))
     assert prepare_image(deep, 1, (1, 3)).flatten().tolist() == [0, 1, 255]
     transparent = Image.new("RGBA", (5, 5), (10, 20, 30, 0))
-    assert prepare_image(transparent, 1, (5, 5)).shape == (1, 5, 5)
+    assert int(prepare_image(transparent, 1, (5, 5)).min()) == 255
     turned = Image.fromarray(wide)
     exif = turned.getexif()
     exif[0x0112] = 6

@@ -150,7 +150,7 @@ def test_injected_noise_is_kept(tiny: nn.Module) -> None:
     rse.inject_noise_(tiny, rse.NoiseConfig(0.7, 0.6))
     ensemble = rse.SelfEnsemble(tiny)
     assert [layer.std for layer in rse.noise_layers(ensemble.model).values()] == [0.7, 0.6, 0.6]
-    with pytest.raises(ValueError, match="config"):
+    with pytest.raises(ValueError, match="remove_noise_"):
         rse.SelfEnsemble(tiny, rse.NoiseConfig())
 
 
@@ -197,6 +197,28 @@ def test_bad_counts(ensemble: rse.SelfEnsemble, images: Tensor, count: int) -> N
         ensemble.predict_proba(images, max_batch=count)
     with pytest.raises(ValueError, match="draws"):
         rse.SelfEnsemble(ensemble.model, draws=count)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 8, 8), (2, 8, 8, 3), (2, 3, 4, 4), (3, 8, 8)])
+def test_wrong_shapes_name_what_was_expected(ensemble: rse.SelfEnsemble, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"cannot take inputs .*Conv2d\(3, 8"):
+        ensemble.predict_proba(torch.rand(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_inputs_of_other_precision_are_converted(
+    ensemble: rse.SelfEnsemble, images: Tensor, dtype: torch.dtype
+) -> None:
+    exact = ensemble.predict_proba(images, seed=1)
+    torch.testing.assert_close(ensemble.predict_proba(images.to(dtype), seed=1), exact, atol=0.02, rtol=0)
+
+
+def test_noise_placed_by_hand_is_kept_and_follows_the_policy(images: Tensor) -> None:
+    net = nn.Sequential(rse.GaussianNoise(0.3), nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    ensemble = rse.SelfEnsemble(net).eval()
+    assert rse.noise_layers(net) == {}
+    whole = ensemble.predict_proba(images, seed=1)
+    torch.testing.assert_close(ensemble.predict_proba(images[:2], seed=1), whole[:2])
 
 
 def test_outputs_that_are_no_logits(images: Tensor) -> None:

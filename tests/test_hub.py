@@ -1,5 +1,6 @@
 """Artefacts: round trips, golden files of every format version, and files that must be refused."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -53,14 +54,35 @@ def test_a_plain_network_is_an_ensemble_without_noise(tmp_path: Path, images: Te
     torch.testing.assert_close(rse.load(tmp_path).predict_proba(images), expected)
 
 
+def test_a_network_saved_without_noise_loads_without(tmp_path: Path, images: Tensor) -> None:
+    ensemble = rse.SelfEnsemble(Aliased())
+    rse.remove_noise_(ensemble.model)
+    rse.save(ensemble, tmp_path)
+    assert not rse.load(tmp_path, model=Aliased()).is_random
+
+
+def test_loading_into_a_noisy_network_says_what_to_do(tmp_path: Path) -> None:
+    rse.save(rse.SelfEnsemble(Aliased()), tmp_path)
+    with pytest.raises(ValueError, match="remove_noise_"):
+        rse.load(tmp_path, model=rse.inject_noise_(Aliased()))
+
+
+@pytest.mark.parametrize("failing", [1, 2])
 def test_a_failed_save_keeps_the_earlier_artefact(
-    tmp_path: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
+    """The disk fills up at the first or at the second of the two files."""
     ensemble = rse.SelfEnsemble(Aliased())
     rse.save(ensemble, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     nn.init.zeros_(ensemble.model.get_parameter("first.weight"))
-    monkeypatch.setattr("os.fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left")))
+    calls = itertools.count(1)
+
+    def full_disk(handle: int) -> None:
+        if next(calls) == failing:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         rse.save(ensemble, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -8,6 +8,7 @@ import math
 import os
 import threading
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -222,6 +223,31 @@ def test_no_level_and_no_noise_are_the_identity() -> None:
         assert layer(inputs) is inputs
     assert not torch.equal(layer(inputs), inputs)
     assert list(layer.state_dict()) == []
+
+
+def test_activation_checkpointing_is_refused_rather_than_wrong() -> None:
+    """The recomputation would draw other noise than the forward pass did."""
+    from torch.utils.checkpoint import checkpoint
+
+    layer = rse.GaussianNoise(0.1)
+    inputs = torch.rand(2, 3, requires_grad=True)
+    output = checkpoint(lambda x: layer(x).sin(), inputs, use_reentrant=False)
+    with pytest.raises(RuntimeError, match="checkpointing"):
+        output.sum().backward()
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    assert rse.NoiseConfig(np.float32(0.5)).init_std == 0.5  # type: ignore[arg-type]
+    with rse.noise_draw(seed=np.int64(3)):  # type: ignore[arg-type]
+        noise = sample(rse.GaussianNoise(0.1), (1, 8))
+    with rse.noise_draw(seed=3):
+        assert torch.equal(sample(rse.GaussianNoise(0.1), (1, 8)), noise)
+    with pytest.raises(TypeError), rse.noise_draw(seed=1.5):  # type: ignore[arg-type]
+        pass
+
+
+def test_meta_tensors_pass() -> None:
+    assert rse.GaussianNoise(0.1)(torch.zeros(2, 3, device="meta")).shape == (2, 3)
 
 
 def test_gradient_passes_unchanged() -> None:

@@ -44,6 +44,7 @@ def test_overrides() -> None:
     assert recipe.model.width == 0.5
     assert recipe.data.size is None
     assert recipe.train.precision == "bf16"
+    assert load_recipe("cifar10-vgg16-rse", ["train.precision=no"]).train.precision == "no"
 
 
 @pytest.mark.parametrize(

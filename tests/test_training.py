@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
 import selfensemble as rse
 from selfensemble.recipe import TrainSection
@@ -191,6 +193,49 @@ def test_schedules(schedule: str) -> None:
     else:
         assert max(rates) == pytest.approx(0.1)
         assert rates[-1] < 1e-3
+
+
+def test_data_given_on_the_command_line_are_remembered(tmp_path: Path) -> None:
+    """Resuming and evaluating without --data read the same images."""
+    digits = rse.load_data("digits", "test")
+    for split in ("train", "test"):
+        for i in range(300):
+            folder = tmp_path / "data" / split / digits.classes[int(digits.labels[i])]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(digits.images[i, 0].numpy()).save(folder / f"{i}.png")
+    sets = ["train.epochs=1", "model.width=0.25"]
+    assert train(tmp_path / "run", "--data", str(tmp_path / "data"), sets=sets).returncode == 0
+    other = train(tmp_path / "run", "--resume", sets=sets)
+    assert other.returncode == 2
+    assert "data.source" in other.stderr
+    evaluated = subprocess.run(
+        [sys.executable, "-m", "selfensemble", "evaluate", str(tmp_path / "run"), "--n", "400",
+         "--steps", "1", "--json"],
+        env=ENVIRONMENT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    settings = json.loads(evaluated.stdout)["settings"]
+    assert settings["images"] == 300
+    assert settings["data"] == str(tmp_path / "data")
+
+
+def test_images_that_a_network_cannot_take(tmp_path: Path) -> None:
+    finished = train(tmp_path / "run", sets=["model.name=vgg16"])
+    assert finished.returncode == 2
+    assert "choose another model.name" in finished.stderr
+
+
+def test_overwriting_removes_what_no_longer_belongs(undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed, tmp_path / "run")
+    process = subprocess.Popen(
+        command(tmp_path / "run", "--overwrite"), env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    before = (undisturbed / CHECKPOINT).stat().st_size, time.time_ns()
+    while process.poll() is None and (tmp_path / "run" / CHECKPOINT).stat().st_mtime_ns < before[1]:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
 def test_batches_too_small_for_batch_norm_are_refused(tmp_path: Path) -> None:

@@ -113,6 +113,32 @@ def test_copies_and_views_of_the_image_count_as_the_image(images: Tensor) -> Non
     assert rules(model, images) == {}
 
 
+def test_frames_folded_into_the_batch(images: Tensor) -> None:
+    def frames(conv: nn.Module, inputs: Tensor) -> Tensor:
+        return pooled(conv(inputs.flatten(0, 1))).unflatten(0, (2, 3)).mean(dim=1)
+
+    videos = images.unflatten(0, (2, 3))
+    assert rules(Custom(frames), videos).keys() == {"folded-batch"}
+    assert rules(Custom(frames), videos)["folded-batch"] == "conv"
+
+
+def test_labels_beside_the_image_are_not_the_image(images: Tensor) -> None:
+    class WithLabels(OutOfOrder):
+        def forward(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
+            logits = super().forward(inputs)
+            if labels is not None:
+                logits = logits + 0 * labels[:, None]
+            return logits
+
+    assert rse.validate(WithLabels(), {"inputs": images, "labels": torch.zeros(6)}) == []
+
+
+def test_an_empty_or_integer_example(images: Tensor) -> None:
+    assert rules(OutOfOrder(), images[:0]) == {}
+    model = rse.inject_noise_(OutOfOrder())
+    assert "forward" in rules(model, images.mul(255).to(torch.uint8))
+
+
 def test_probabilities_instead_of_logits(images: Tensor) -> None:
     assert rules(Custom(lambda conv, x: pooled(conv(x)).softmax(1)), images).keys() == {"probabilities"}
 

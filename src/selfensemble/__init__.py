@@ -4,8 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import attacks, evaluation
+    from .attacks import cw_l2, cw_l2_paper
     from .data import ImageData, load_data
     from .ensemble import Prediction, SelfEnsemble
+    from .evaluation import cw_curve, judge
     from .hub import load, save
     from .inject import inject_noise_, noise_disabled, noise_layers, remove_noise_
     from .models import create_model
@@ -31,6 +34,13 @@ __all__ = [
     "Prediction",
     "save",
     "load",
+    # attacks, and what they are worth
+    "attacks",
+    "cw_l2",
+    "cw_l2_paper",
+    "evaluation",
+    "cw_curve",
+    "judge",
     # training
     "Trainer",
     "Recipe",
@@ -41,8 +51,10 @@ __all__ = [
 ]
 
 _MODULES = {
+    "attacks": ("cw_l2", "cw_l2_paper"),
     "data": ("ImageData", "load_data"),
     "ensemble": ("Prediction", "SelfEnsemble"),
+    "evaluation": ("cw_curve", "judge"),
     "hub": ("load", "save"),
     "inject": ("inject_noise_", "noise_disabled", "noise_layers", "remove_noise_"),
     "models": ("create_model",),
@@ -56,8 +68,14 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 def __getattr__(name: str) -> Any:
     # Lazy, so that `selfensemble --help` does not wait for torch.
+    if name in ("attacks", "evaluation"):
+        return import_module(f".{name}", __name__)
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -56,6 +56,8 @@ def demo(
     """Train a plain network and its self-ensemble on handwritten digits, attack both, draw the result."""
     from .demo import run_demo
 
+    if out.exists() and not out.is_dir():
+        raise _InputError(f"{out} is a file: --out takes the folder to write to")
     with _progress() as update:
         results = run_demo(out, seed=seed, images=n, progress=update)
     if as_json:
@@ -102,7 +104,7 @@ def train(
 ) -> None:
     """Train a network by a recipe; evaluate it, save it."""
     from .recipe import load_recipe
-    from .training import Trainer
+    from .training import Interrupted, Trainer
 
     config = load_recipe(recipe, overrides)
     folder = out or Path("runs") / config.name
@@ -116,7 +118,10 @@ def train(
             overwrite=overwrite,
             progress=lambda step, steps, text: update(text, step / steps),
         )
-        results = trainer.run()
+        try:
+            results = trainer.run()
+        except Interrupted as stop:
+            raise Interrupted(f"{stop}; go on with the same command and --resume") from None
     if not trainer.accelerator.is_main_process:
         return
     if as_json:
@@ -150,6 +155,8 @@ def evaluate(
     from .files import write_json
     from .provenance import provenance
 
+    if out is not None and out.is_dir():
+        raise _InputError(f"{out} is a folder: --out takes the file to write")
     config = hub.read_config(model)
     ensemble = hub.load(model).to(_device(device))
     test = _test_data(config, data)
@@ -357,9 +364,9 @@ def _device(name: str) -> "torch.device":
         return torch.accelerator.current_accelerator() or torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        (torch.ones(1, device=device) + 1).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise _InputError(f"cannot use device {name!r}: {str(error).splitlines()[0]}") from error
+        raise _InputError(f"cannot use device {name!r}: {str(error).splitlines()[0]:.200}") from error
     return device
 
 

@@ -6,9 +6,10 @@ a Hugging Face data set, a local folder of parquet files, a local folder of imag
 
 import hashlib
 import json
+import math
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -68,13 +69,13 @@ class ImageData:
         return replace(self, labels=numbers[self.labels], classes=classes)
 
 
-def load_data(source: str, split: Split, *, size: int | None = None) -> ImageData:
+def load_data(source: str | Path, split: Split, *, size: int | None = None) -> ImageData:
     """One split of `source`.
 
     Args:
         source: "digits", a known name (`HUB_IDS`), a hub id ("owner/name") or a folder: parquet files
-            whose names begin with the split, or one sub-folder a split with one folder of images a
-            class in each.
+            whose names (or sub-folders) begin with the split, or one sub-folder a split with one folder
+            of images a class in it.
         split: "train" or "test"; a validation split is cut from the first, see `split_validation`.
         size: side in pixels; images are cut to their central square and resized. Needed where the
             sizes of the images differ.
@@ -85,12 +86,14 @@ def load_data(source: str, split: Split, *, size: int | None = None) -> ImageDat
     """
     if split not in get_args(Split):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    source = str(source)
     if source == "digits":
         return _digits(split, size)
     folder = Path(source).expanduser()
     if folder.is_dir():
         files = _split_files(folder, split)
-        identity = [[path.name, (stat := path.stat()).st_size, stat.st_mtime_ns] for path in files]
+        stats = [(path, path.stat()) for path in files]
+        identity = [[str(path.relative_to(folder)), s.st_size, s.st_mtime_ns] for path, s in stats]
         return _cached(
             [str(folder.resolve()), identity], source, split, size, lambda: _open_local(folder, files)
         )
@@ -115,12 +118,15 @@ def split_validation(count: int, fraction: float, seed: int) -> tuple[Tensor, Te
 
 
 def prepare_image(image: Any, channels: int, size: tuple[int, int]) -> Tensor:
-    """A PIL image as (C, H, W) uint8: turned upright, converted, cut to the centre and resized."""
+    """A PIL image as (C, H, W) uint8: upright, on white, converted, cut to the centre and resized."""
     from PIL import Image, ImageOps
 
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip to 255
         image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB" if channels == 3 else "L")
     if image.size != (size[1], size[0]):
         image = ImageOps.fit(image, (size[1], size[0]))
@@ -145,89 +151,130 @@ def _digits(split: Split, size: int | None) -> ImageData:
 
 def _split_files(folder: Path, split: Split) -> list[Path]:
     """The files of a split: parquet files, else images in the split's sub-folder."""
-    for place in (folder, folder / "data"):
-        files = sorted(place.glob("*.parquet"))
-        if chosen := [path for path in files if path.name.startswith(_FOLDERS[split])]:
-            return chosen
-        if files:
-            raise FileNotFoundError(
-                f"no parquet file of the {split} split in {place}: names must begin with one of "
-                f"{', '.join(_FOLDERS[split])}"
-            )
+    tables = sorted(folder.rglob("*.parquet"))
     for name in _FOLDERS[split]:
+        chosen = [path for path in tables if path.name.startswith(name) or path.parent.name == name]
+        if chosen:
+            return chosen
         images = [path for path in (folder / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
-        if images:
+        if images and not tables:
             return sorted(images)
     raise FileNotFoundError(
-        f"no {split} split in {folder}: expected {split}*.parquet, or images as {split}/CLASS/NAME.png"
+        f"no {split} split in {folder}: expected {split}*.parquet, or images as {split}/CLASS/NAME.png "
+        f"(for {split}, any of {', '.join(_FOLDERS[split])})"
     )
 
 
-def _open_local(folder: Path, files: list[Path]) -> Any:
-    from datasets import load_dataset
+@dataclass(frozen=True, slots=True)
+class _Cells:
+    """Undecoded images and labels, and the names of the classes where the data tell them."""
 
+    rows: Iterable[tuple[dict[str, Any] | None, Any]]
+    classes: list[str] | None
+
+
+def _open_local(folder: Path, files: list[Path]) -> _Cells:
     if files[0].suffix == ".parquet":
-        return load_dataset(
-            "parquet", data_files=[str(path) for path in files], split="train", streaming=True
-        )
+        from datasets import load_dataset
+
+        paths = [str(path) for path in files]
+        return _columns(load_dataset("parquet", data_files=paths, split="train", streaming=True), folder)
     root = folder / files[0].relative_to(folder).parts[0]
-    return load_dataset("imagefolder", data_dir=str(root), split="train", streaming=True)
+    loose = [path for path in files if path.parent == root]
+    if loose:
+        raise ValueError(f"{loose[0]} lies in no class: put images into {root.name}/CLASS/")
+    names = [path.relative_to(root).parts[0] for path in files]
+    return _Cells(
+        (({"path": str(path), "bytes": None}, name) for path, name in zip(files, names, strict=True)), None
+    )
 
 
-def _open_hub(hub_id: str, split: Split) -> Any:
+def _open_hub(hub_id: str, split: Split) -> _Cells:
     from datasets import load_dataset
 
     try:
-        return load_dataset(hub_id, split=split, streaming=True)
-    except (OSError, ValueError) as error:
+        return _columns(load_dataset(hub_id, split=split, streaming=True), hub_id)
+    except OSError as error:
         raise ConnectionError(
             f"cannot read data set {hub_id!r} from the hub ({type(error).__name__}: {error}); check the "
             "id and the network, or download it and pass the folder of its parquet files"
         ) from error
 
 
+def _columns(dataset: Any, source: str | Path) -> _Cells:
+    """The image and the label column of a data set."""
+    from datasets import ClassLabel, Image
+
+    features = dataset.features
+    if features is None:
+        raise ValueError(f"{source} does not describe its columns: save it with the datasets library")
+    images = [name for name, kind in features.items() if isinstance(kind, Image)]
+    # Written by other tools, a column of images is a struct of bytes and path.
+    images += [name for name, kind in features.items() if isinstance(kind, dict) and "bytes" in kind]
+    labels = [name for name in ("label", "labels", "fine_label") if name in features]
+    labels += [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
+    if not images or not labels:
+        raise ValueError(f"{source} needs an image column and a label column, found {', '.join(features)}")
+    image, label = images[0], labels[0]
+    kind = features[label]
+    rows = dataset.cast_column(image, Image(decode=False))
+    return _Cells(
+        ((row[image], row[label]) for row in rows),
+        list(kind.names) if isinstance(kind, ClassLabel) else None,
+    )
+
+
 def _cached(
-    identity: list[Any], source: str, split: Split, size: int | None, opener: Callable[[], Any]
+    identity: list[Any], source: str, split: Split, size: int | None, opener: Callable[[], _Cells]
 ) -> ImageData:
     """The decoded split, from the cache if this very source has been decoded before."""
     key = json.dumps([_CACHE_VERSION, identity, split, size])
     folder = cache_dir() / "data" / hashlib.sha256(key.encode()).hexdigest()[:24]
-    if not (folder / "meta.json").exists():
+    if not _is_whole(folder):
+        shutil.rmtree(folder, ignore_errors=True)
         partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
         partial.mkdir(parents=True)
         try:
             _decode(opener(), partial, source, size)
-            if not folder.exists():
-                partial.rename(folder)
+            partial.rename(folder)
         except OSError:
             # Another process has finished the same work in between: its copy serves.
-            if not (folder / "meta.json").exists():
+            if not _is_whole(folder):
                 raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     meta = json.loads((folder / "meta.json").read_text())
     shape = meta["shape"]
     images = torch.from_file(
-        str(folder / "images.bin"), shared=False, size=int(np.prod(shape)), dtype=torch.uint8
+        str(folder / "images.bin"), shared=False, size=math.prod(shape), dtype=torch.uint8
     )
     labels = torch.from_numpy(np.load(folder / "labels.npy"))
     return ImageData(source, images.view(shape), labels, tuple(meta["classes"]))
 
 
-def _decode(dataset: Any, folder: Path, source: str, size: int | None) -> None:
-    """Write images.bin (N, C, H, W), labels.npy and meta.json."""
-    from datasets import Image
+def _is_whole(folder: Path) -> bool:
+    """Whether a decoded split is there and has the size that it should have."""
+    try:
+        shape = json.loads((folder / "meta.json").read_text())["shape"]
+        return bool((folder / "images.bin").stat().st_size == math.prod(shape))
+    except (OSError, ValueError, KeyError):
+        return False
 
-    image_column, label_column, classes = _columns(dataset, source)
-    labels: list[int] = []
+
+def _decode(cells: _Cells, folder: Path, source: str, size: int | None) -> None:
+    """Write images.bin (N, C, H, W), labels.npy and meta.json."""
+    labels: list[Any] = []
     shape: tuple[int, ...] | None = None
     with (folder / "images.bin").open("wb") as file:
-        rows = dataset.cast_column(image_column, Image(decode=False))
-        for row in rows:
-            image, label = _open_image(row[image_column], source, len(labels)), int(row[label_column])
+        for value, label in cells.rows:
+            image = _open_image(value, source, len(labels))
+            if label is None or (isinstance(label, int) and label < 0):
+                raise ValueError(f"image {len(labels)} of {source} has no label: choose a labelled split")
+            grey = image.mode in ("1", "L", "LA") or image.mode.startswith("I")
             if shape is None:
-                channels = 1 if image.mode in ("1", "L", "I", "I;16", "F") else 3
-                shape = (channels, size or image.height, size or image.width)
+                shape = (1 if grey else 3, size or image.height, size or image.width)
+            if shape[0] == 1 and not grey:
+                raise ValueError(f"{source} mixes grey and colour images: convert them to one kind")
             if size is None and (image.height, image.width) != shape[1:]:
                 raise ValueError(
                     f"images of {source} differ in size ({image.width}x{image.height} and "
@@ -237,17 +284,22 @@ def _decode(dataset: Any, folder: Path, source: str, size: int | None) -> None:
             labels.append(label)
     if shape is None:
         raise ValueError(f"no images in {source}")
-    if min(labels) < 0:
-        raise ValueError(f"some images of {source} have no label (-1): choose a labelled split")
-    names = classes or [str(label) for label in range(max(labels) + 1)]
+    names = cells.classes
+    if names is None and isinstance(labels[0], int):
+        names = [str(label) for label in range(max(labels) + 1)]
+    elif names is None:
+        names = sorted(set(labels))
+        labels = [names.index(label) for label in labels]
     np.save(folder / "labels.npy", np.array(labels, dtype=np.int64))
     write_json(folder / "meta.json", {"shape": [len(labels), *shape], "classes": names})
 
 
-def _open_image(value: dict[str, Any], source: str, number: int) -> Any:
+def _open_image(value: dict[str, Any] | None, source: str, number: int) -> Any:
     """The PIL image in a cell of an image column, or an error that names it."""
     from datasets import Image
 
+    if value is None:
+        raise ValueError(f"image number {number} of {source} is missing: remove the row")
     name = value["path"] or f"number {number}"
     try:
         if value["bytes"] is None and Path(value["path"]).is_file():
@@ -257,21 +309,3 @@ def _open_image(value: dict[str, Any], source: str, number: int) -> Any:
         raise ValueError(
             f"image {name} of {source} cannot be decoded ({error}): replace or remove it"
         ) from error
-
-
-def _columns(dataset: Any, source: str) -> tuple[str, str, list[str] | None]:
-    """Names of the image and the label column, and of the classes where the data tell."""
-    from datasets import ClassLabel, Image
-
-    features = dataset.features
-    if features is None:
-        raise ValueError(f"{source} does not describe its columns: save it with the datasets library")
-    images = [name for name, kind in features.items() if isinstance(kind, Image)]
-    images += [name for name in ("image", "img") if name in features and name not in images]
-    preferred = ("label", "labels", "fine_label")
-    labels = [name for name in preferred if name in features]
-    labels += [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
-    if not images or not labels:
-        raise ValueError(f"{source} needs an image column and a label column, found {', '.join(features)}")
-    kind = features[labels[0]]
-    return images[0], labels[0], list(kind.names) if isinstance(kind, ClassLabel) else None

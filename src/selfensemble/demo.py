@@ -67,14 +67,14 @@ def run_demo(
         def report(point: CurvePoint, name: str = name) -> None:
             nonlocal done
             done += work["attack"] / len(STRENGTHS)
-            progress(f"attacking the {name}", done)
+            progress(f"attacking the {name}", min(done, 1.0))
 
         curves[kind] = cw_curve(
             ensembles[kind], inputs, labels, STRENGTHS, steps=steps, lr=lr, seed=seed, progress=report
         )
         record[kind]["curve"] = [point.record() for point in curves[kind]]
         done = start + work["attack"]
-    progress("drawing", done)
+    progress("drawing", 1.0)
     shown = _shown_strength(curves)
     results = {
         "about": "C&W L2, fixed c, kappa 0, last iterate, one noise draw a step; judged on fresh noise",

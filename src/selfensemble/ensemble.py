@@ -1,6 +1,9 @@
 """The ensemble: one set of weights, as many models as there are noise draws."""
 
 import math
+import numbers
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +32,17 @@ class Prediction:
     spread: Tensor
 
 
+class OutputError(ValueError):
+    """The model returns something that is not a batch of logits."""
+
+
 def logits_of(output: Any) -> Tensor:
     """The logits in a model's output: a tensor, or an object with `.logits` (transformers)."""
     logits = getattr(output, "logits", output)
     if isinstance(logits, Tensor) and logits.dim() == 2:
         return logits
     what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-    raise ValueError(
+    raise OutputError(
         f"the model must return logits of shape (batch, classes), got {what}; wrap it in a module "
         "whose forward returns them"
     )
@@ -61,6 +68,29 @@ def check_images(inputs: Tensor, bounds: tuple[float, float] | None = (0.0, 1.0)
         )
 
 
+@contextmanager
+def explain_shape(model: nn.Module, inputs: Tensor) -> Iterator[None]:
+    """Turn torch's error about inputs of a wrong shape into one that names what was expected."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, OutputError):
+        raise
+    except (RuntimeError, ValueError) as error:
+        expected = ""
+        if (fqn := next(iter(noise_layers(model)), None)) is not None:
+            layer = model.get_submodule(fqn)
+            expected = f"; its first layer is {type(layer).__name__}({layer.extra_repr()})"
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"the model cannot take inputs of shape {tuple(inputs.shape)} ({reason}){expected}"
+        ) from error
+
+
+def _noise_modules(model: nn.Module) -> list[GaussianNoise]:
+    """All noise layers, injected or placed by hand."""
+    return [module for module in model.modules() if isinstance(module, GaussianNoise)]
+
+
 class SelfEnsemble(nn.Module):
     """A classifier with noise in front of every convolution, averaged over noise draws.
 
@@ -71,7 +101,7 @@ class SelfEnsemble(nn.Module):
 
     Args:
         model: a classifier that returns logits (B, K); it gets its noise in place.
-        config: noise levels; None keeps injected noise, or injects the published levels.
+        config: noise levels; None keeps the noise that is there, or injects the published levels.
         draws: noise draws a prediction, >= 1.
         sampling: how draws are sampled in eval mode, see `GaussianNoise`.
         filter_fn, example_inputs: see `inject_noise_`.
@@ -92,28 +122,20 @@ class SelfEnsemble(nn.Module):
         bounds: tuple[float, float] | None = (0.0, 1.0),
     ) -> None:
         super().__init__()
-        if not noise_layers(model):
+        if config is not None or not _noise_modules(model):
             inject_noise_(model, config, filter_fn=filter_fn, example_inputs=example_inputs)
-        elif config is not None:
-            raise ValueError(
-                "the model has noise layers already: leave config out to keep them, or call "
-                "remove_noise_(model) first"
-            )
         self.model = model
-        self.draws = _check_count("draws", draws)
+        self.draws = check_count("draws", draws)
         self.sampling: Sampling = check_sampling(sampling)
         self.bounds = bounds
-        for layer in noise_layers(model).values():
+        for layer in _noise_modules(model):
             layer.sampling = self.sampling
         self.train(model.training)
 
     @property
     def is_random(self) -> bool:
         """Whether two forward passes can differ: any noise layer on, with std > 0."""
-        return any(
-            isinstance(module, GaussianNoise) and module.enabled and module.std > 0
-            for module in self.model.modules()
-        )
+        return any(layer.enabled and layer.std > 0 for layer in _noise_modules(self.model))
 
     def draw_logits(self, inputs: Tensor) -> Tensor:
         """Logits (B, K) of one noise draw."""
@@ -140,7 +162,7 @@ class SelfEnsemble(nn.Module):
         Always in eval mode, which is put back afterwards.
 
         Args:
-            inputs: (B, ...), floating point, within `bounds`; chunks go to the model's device.
+            inputs: (B, ...), floating point, within `bounds`; chunks go to the model's device and dtype.
             draws: by default `self.draws`; 1 where there is no noise.
             max_batch: images a forward pass; by default all at once on an accelerator. On a CPU half
                 the batch, at most 32 images of 32x32 or the same in pixels: together with its noisy
@@ -171,23 +193,25 @@ class SelfEnsemble(nn.Module):
     ) -> Prediction:
         """Label, mean probabilities and their spread over the draws; arguments of `predict_proba`."""
         check_images(inputs, self.bounds)
-        draws = self.draws if draws is None else _check_count("draws", draws)
+        draws = self.draws if draws is None else check_count("draws", draws)
         if not self.is_random:
             draws = 1
         device = next((tensor.device for tensor in self.parameters()), inputs.device)
         if max_batch is not None:
-            size = _check_count("max_batch", max_batch)
+            size = check_count("max_batch", max_batch)
         elif device.type == "cpu":
-            size = max(8, min(len(inputs) // 2, _CPU_CHUNK // max(1, inputs[:1].numel())))
+            image = max(1, inputs[:1].numel())
+            size = max(1, _CPU_CHUNK // image // 4, min(len(inputs) // 2, _CPU_CHUNK // image))
         else:
             size = max(1, len(inputs))
         shared = (sampling or self.sampling) == "shared"
+        dtype = next((tensor.dtype for tensor in self.parameters()), inputs.dtype)
         chunks = []
-        with eval_mode(self):
+        with eval_mode(self), explain_shape(self, inputs):
             for number, chunk in enumerate(inputs.split(size)):
                 # Images of two chunks may share noise only if that is the policy.
                 own = seed if seed is None or shared else stream_seed(seed, number, 0)
-                chunks.append(self._moments(chunk.to(device), draws, own, sampling))
+                chunks.append(self._moments(chunk.to(device, dtype), draws, own, sampling))
         mean = torch.cat([chunk[0] for chunk in chunks]).to(inputs.device)
         spread = torch.cat([chunk[1] for chunk in chunks]).to(inputs.device)
         if not self.is_random:
@@ -208,7 +232,8 @@ class SelfEnsemble(nn.Module):
         return mean, (squares / (draws - 1 if draws > 1 else math.nan)).sqrt()
 
 
-def _check_count(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def check_count(name: str, value: object) -> int:
+    """Return `value` as an int, or raise a ValueError unless it is an integer >= 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-    return value
+    return int(value)

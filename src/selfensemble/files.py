@@ -21,8 +21,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     try:
         with partial.open("xb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         partial.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -30,15 +29,26 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def atomic_write(path: Path, content: bytes | str) -> None:
+def atomic_write(path: Path, content: bytes) -> None:
     """Write `content` to `path`, all of it or nothing."""
     with atomic_file(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(content)
+
+
+def sync(file: BinaryIO) -> None:
+    """Bring what was written to the disk, or raise the error that it is full."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def to_json(value: Any) -> bytes:
+    """Indented JSON; NaN is an error."""
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON; NaN is an error."""
-    atomic_write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    atomic_write(path, to_json(value))
 
 
 def cache_dir() -> Path:

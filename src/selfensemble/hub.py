@@ -13,10 +13,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from .ensemble import SelfEnsemble
-from .files import atomic_write, write_json
+from .files import atomic_file, sync, to_json
 from .inject import attach_noise_, noise_layers
 from .models import create_model
-from .noise import Sampling
+from .noise import NoiseConfig, Sampling
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -83,8 +83,12 @@ def save(
     # Tensors that share memory are copied apart: safetensors refuses them otherwise.
     tensors = {key: tensor.detach().cpu().clone() for key, tensor in ensemble.model.state_dict().items()}
     tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    atomic_write(Path(folder) / WEIGHTS, safetensors.torch.save(tensors))
-    write_json(Path(folder) / CONFIG, config.model_dump(mode="json"))
+    # Both are on disk before either replaces an earlier one.
+    with atomic_file(Path(folder) / WEIGHTS) as weights, atomic_file(Path(folder) / CONFIG) as text:
+        weights.write(safetensors.torch.save(tensors))
+        text.write(to_json(config.model_dump(mode="json")))
+        for file in (weights, text):
+            sync(file)
 
 
 def read_config(folder: str | Path) -> ArtefactConfig:
@@ -146,5 +150,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> SelfEnsemble:
     except (RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} does not fit the network: {reason}") from error
-    ensemble = SelfEnsemble(model, draws=config.draws, sampling=config.sampling, bounds=config.bounds)
+    # A network that was saved without noise stays without.
+    levels = None if config.noise else NoiseConfig(0, 0)
+    ensemble = SelfEnsemble(model, levels, draws=config.draws, sampling=config.sampling, bounds=config.bounds)
     return ensemble.eval()

@@ -93,6 +93,11 @@ def _pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     noise = getattr(module, CHILD)
     if args:
         return (_noisy(module, noise, args[0]), *args[1:]), kwargs
+    if "input" not in kwargs:
+        raise TypeError(
+            f"{type(module).__name__} is called by keywords ({', '.join(kwargs)}): noise needs the input as "
+            "the first positional argument or as input="
+        )
     return args, {**kwargs, "input": _noisy(module, noise, kwargs["input"])}
 
 
@@ -157,6 +162,8 @@ def attach_noise_(model: nn.Module, stds: dict[str, float]) -> nn.Module:
     for module, name in modules:
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(f"{name} is a TorchScript module: inject noise before scripting")
+        if isinstance(getattr(module, CHILD, None), GaussianNoise):
+            raise ValueError(f"{name} has noise already: call remove_noise_(model) first")
         if hasattr(module, CHILD):
             raise ValueError(f"{name} has an attribute {CHILD!r} of its own: rename it")
     for layer, ((module, _), std) in enumerate(zip(modules, stds.values(), strict=True)):

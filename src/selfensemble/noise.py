@@ -8,6 +8,8 @@ state is neither read nor changed, so that `torch.manual_seed` cannot freeze the
 import hashlib
 import itertools
 import math
+import numbers
+import operator
 import os
 import threading
 from collections.abc import Iterator
@@ -26,13 +28,14 @@ _LAYERS = 4096
 _MASK32 = 0xFFFF_FFFF
 
 
-def check_std(name: str, std: float) -> float:
+def check_std(name: str, std: object) -> float:
     """Return `std` as a float, or raise a ValueError that says what is wrong with it."""
-    if isinstance(std, bool) or not isinstance(std, int | float):
+    if isinstance(std, bool) or not isinstance(std, numbers.Real):
         raise ValueError(f"{name} must be a number >= 0, got {std!r}")
-    if not math.isfinite(std) or std < 0:
+    value = float(std)
+    if not math.isfinite(value) or value < 0:
         raise ValueError(f"{name} must be finite and >= 0 (0 switches it off), got {std}")
-    return float(std)
+    return value
 
 
 def check_sampling(sampling: str) -> Sampling:
@@ -82,17 +85,17 @@ def noise_draw(seed: int | None = None, index: int = 0, sampling: Sampling | Non
     later calls go on where it stopped; the same context entered again gives the same noise. Shared
     noise then depends on nothing else: not on the size or composition of the batch, the memory
     format or (but for rounding) the dtype. Per-image noise depends on the first two of these as well.
-    CPU and CUDA have different streams.
+    CPU and CUDA have different streams. The context holds in the thread that enters it.
 
     Args:
         seed: any integer, or None for fresh entropy.
-        index: number of the draw, 0 <= index; up to a million draws of a seed do not overlap.
+        index: number of the draw, >= 0; up to a million draws of a seed do not overlap.
         sampling: "per_image" or "shared" for every layer, or None to leave the choice to each layer.
     """
     if index < 0:
         raise ValueError(f"index must be >= 0, got {index}")
     policy = None if sampling is None else check_sampling(sampling)
-    token = _current.set(_Draw(seed, index, policy))
+    token = _current.set(_Draw(None if seed is None else operator.index(seed), index, policy))
     try:
         yield
     finally:
@@ -128,8 +131,8 @@ class _Entropy(threading.local):
 
 
 _entropy = _Entropy()
-# A forked child must not repeat its parent's noise.
-os.register_at_fork(after_in_child=lambda: _entropy.generators.clear())
+if hasattr(os, "register_at_fork"):  # a forked child must not repeat its parent's noise
+    os.register_at_fork(after_in_child=lambda: _entropy.generators.clear())
 
 
 def _generator(draw: _Draw, layer: int, device: torch.device) -> torch.Generator:
@@ -144,6 +147,13 @@ def _generator(draw: _Draw, layer: int, device: torch.device) -> torch.Generator
 
 def _noise_like(inputs: Tensor, std: float, layer: int, shared: bool) -> Tensor:
     """Noise of the shape of `inputs`, or with a first dimension of 1 where the batch shares it."""
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "a noisy layer was called inside a backward pass: activation checkpointing would compute it "
+            "again with other noise and give wrong gradients; switch checkpointing off"
+        )
+    if inputs.device.type == "meta":
+        return torch.empty_like(inputs)
     draw = _current.get()
     generator = _generator(draw, layer, inputs.device)
     if draw.sampling is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from .models import MODELS
 from .noise import NoiseConfig
@@ -65,7 +65,10 @@ class TrainSection(_Section):
     weight_decay: _NonNegative = 5e-4
     schedule: Literal["stages", "cosine", "one_cycle"] = "cosine"
     stages: tuple[_Positive, ...] = (80, 60, 40, 20)
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    # YAML reads a bare `no` as false.
+    precision: Annotated[
+        Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)
+    ] = "no"
     channels_last: bool = True
     checkpoint_steps: _Count | None = None
 

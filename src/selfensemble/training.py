@@ -7,6 +7,7 @@ that was killed and resumed ends in the same weights as one that was left alone.
 Source: Liu et al. 2018, algorithm 1 and section 4.
 """
 
+import io
 import math
 import signal
 import threading
@@ -26,7 +27,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 from . import hub
 from .data import ImageData, load_data, split_validation
 from .ensemble import SelfEnsemble
-from .files import atomic_file, write_json
+from .files import atomic_write, write_json
 from .models import create_model
 from .noise import noise_draw, stream_seed
 from .provenance import accuracy_record, provenance
@@ -114,6 +115,12 @@ class Trainer:
         overwrite: bool = False,
         progress: Progress | None = None,
     ) -> None:
+        if data is not None:
+            # Recorded, so that resuming and evaluating read the same images without being told.
+            folder = Path(data).expanduser()
+            source = str(folder.resolve()) if folder.is_dir() else data
+            section = recipe.data.model_copy(update={"source": source})
+            recipe = recipe.model_copy(update={"data": section})
         self.recipe, self.out = recipe, Path(out)
         self.progress = progress or (lambda step, steps, text: None)
         # A second run in one process may want another precision than the first.
@@ -130,11 +137,17 @@ class Trainer:
                 f"{self.out} holds a run already: pass --resume to go on with it, --overwrite to start "
                 "afresh, or another --out"
             )
-        source = data or recipe.data.source
+        self._replaces = bool(existing) and not resume
         with self.accelerator.main_process_first():
-            self.train_data = load_data(source, "train", size=recipe.data.size)
-            test_data = load_data(source, "test", size=recipe.data.size)
+            self.train_data = load_data(recipe.data.source, "train", size=recipe.data.size)
+            test_data = load_data(recipe.data.source, "test", size=recipe.data.size)
         self.test_data = test_data.with_classes(self.train_data.classes)
+        shapes = [tuple(part.images.shape[1:]) for part in (self.train_data, self.test_data)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"training images are {shapes[0]}, test images {shapes[1]} (channels, height, width): "
+                "convert them to one kind, or set data.size"
+            )
         self.train_indices, self.validation_indices = split_validation(
             len(self.train_data), recipe.data.validation, recipe.seed
         )
@@ -148,11 +161,18 @@ class Trainer:
         self.epoch_steps = len(self.train_indices) // self.batch_size
         self.steps = self.epoch_steps * recipe.train.epochs
         self.step, self.history, self.seconds = 0, list[dict[str, float]](), 0.0
+        self._epoch_loss = 0.0
         self._seed = stream_seed(recipe.seed, self.accelerator.process_index, 0)
         self._augment = _augmentation(recipe, self.train_data)
         with torch.random.fork_rng():
             torch.manual_seed(recipe.seed)
-            ensemble = build_ensemble(recipe, self.train_data)
+            try:
+                ensemble = build_ensemble(recipe, self.train_data)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"{recipe.model.name} cannot take images of shape {shapes[0]} "
+                    f"({str(error).splitlines()[0]}): choose another model.name or data.size"
+                ) from error
         self._format = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
         ensemble.to(memory_format=self._format)  # type: ignore[call-overload]
         optimizer = torch.optim.SGD(
@@ -203,24 +223,20 @@ class Trainer:
         generator = torch.Generator().manual_seed(stream_seed(self.recipe.seed, epoch, 1))
         order = self.train_indices[torch.randperm(len(self.train_indices), generator=generator)]
         every = self.recipe.train.checkpoint_steps
-        started, loss_sum, counted = time.monotonic(), torch.zeros(()), 0
+        started = time.monotonic()
+        loss_sum = torch.tensor(self._epoch_loss, device=self.accelerator.device)
         for number in range(done, self.epoch_steps):
             batch = order[number * self.batch_size : (number + 1) * self.batch_size]
-            loss = self._train_step(batch)
-            loss_sum, counted = loss_sum.to(loss.device) + loss, counted + 1
+            loss_sum += self._train_step(batch)
             self.step += 1
             self.progress(self.step, self.steps, f"epoch {epoch + 1}/{self.recipe.train.epochs}")
-            last = number + 1 == self.epoch_steps
-            if stop.is_set() or (every and self.step % every == 0 and not last):
+            if number + 1 < self.epoch_steps and (stop.is_set() or (every and self.step % every == 0)):
+                self._epoch_loss = self._finite(float(loss_sum))
                 self._save_checkpoint(time.monotonic() - started)
-            if stop.is_set():
-                raise Interrupted(f"stopped after step {self.step} of {self.steps}; go on with --resume")
-        mean_loss = float(self.accelerator.reduce(loss_sum / counted, "mean"))
-        if not math.isfinite(mean_loss):
-            raise FloatingPointError(
-                f"the training loss is {mean_loss} in epoch {epoch + 1}: lower train.lr, or use "
-                "train.precision=no"
-            )
+                self._stop_if(stop)
+        total = self.accelerator.reduce(loss_sum, "mean")
+        mean_loss = self._finite(float(total)) / self.epoch_steps
+        self._epoch_loss = 0.0
         record = {
             "epoch": epoch + 1,
             "train/loss": mean_loss,
@@ -235,11 +251,25 @@ class Trainer:
         shown = "" if accuracy is None else f", validation accuracy of one draw {accuracy:.2%}"
         self.progress(self.step, self.steps, f"epoch {epoch + 1} done: loss {mean_loss:.4f}{shown}")
         self._save_checkpoint(0.0)
+        self._stop_if(stop)
+
+    def _finite(self, loss: float) -> float:
+        """Raise before a checkpoint is written that could not be gone on with."""
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the training loss is {loss} at step {self.step}: lower train.lr, or set train.precision=no"
+            )
+        return loss
+
+    def _stop_if(self, stop: threading.Event) -> None:
+        if stop.is_set() and self.step < self.steps:
+            raise Interrupted(f"stopped after step {self.step} of {self.steps}")
 
     def _train_step(self, batch: Tensor) -> Tensor:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         mine = batch[rank::world]
-        torch.manual_seed(stream_seed(self._seed, self.step, 1))
+        # Of augmentation and dropout; a master seed of its own keeps it apart from the noise's streams.
+        torch.manual_seed(stream_seed(stream_seed(self._seed, 0, 1), self.step, 0))
         device = self.accelerator.device
         inputs = self._augment(self.train_data.inputs(mine).to(device))
         inputs = inputs.contiguous(memory_format=self._format)
@@ -310,17 +340,24 @@ class Trainer:
             "model": self.ensemble.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "epoch_loss": self._epoch_loss,
             "scaler": None if scaler is None else scaler.state_dict(),
         }
-        with atomic_file(self.out / CHECKPOINT) as file:
-            torch.save(state, file)
+        # By way of memory: torch.save into a file on a full disk hides the reason for its failure.
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        atomic_write(self.out / CHECKPOINT, buffer.getvalue())
+        if self._replaces:  # what the earlier run left does not belong to this checkpoint
+            for name in (hub.CONFIG, hub.WEIGHTS, RESULTS):
+                (self.out / name).unlink(missing_ok=True)
+            self._replaces = False
 
     def _load_checkpoint(self) -> None:
         path = self.out / CHECKPOINT
         try:
             # weights_only: tensors and plain values, no code.
             state = torch.load(path, map_location="cpu", weights_only=True)
-            version = state["version"]
+            version, saved_recipe = state["version"], state["recipe"]
         except Exception as error:
             raise ValueError(
                 f"{path} is damaged or not a checkpoint ({type(error).__name__}): remove it, or start "
@@ -328,7 +365,7 @@ class Trainer:
             ) from error
         if version != _CHECKPOINT_VERSION:
             raise ValueError(f"{path} has version {version}, this release reads {_CHECKPOINT_VERSION}")
-        differing = _differences(state["recipe"], self.recipe.model_dump(mode="json"))
+        differing = _differences(saved_recipe, self.recipe.model_dump(mode="json"))
         if differing:
             raise ValueError(
                 f"{path} belongs to another recipe (different: {', '.join(differing)}): pass the same "
@@ -342,6 +379,7 @@ class Trainer:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.history, self.seconds = state["step"], state["history"], state["seconds"]
+        self._epoch_loss = state["epoch_loss"]
 
 
 def _augmentation(recipe: Recipe, data: ImageData) -> Callable[[Tensor], Tensor]:

@@ -51,6 +51,7 @@ class _Trace:
     """What one forward pass did."""
 
     called: list[str] = field(default_factory=list)
+    batches: dict[str, int] = field(default_factory=dict)
     functional: dict[tuple[str, str], str] = field(default_factory=dict)
     image_readers: list[str] = field(default_factory=list)
     image_ops: dict[str, str] = field(default_factory=dict)
@@ -65,17 +66,20 @@ class _Observer(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace, self.matched = trace, matched
         self.stack: list[tuple[str, nn.Module]] = []
-        tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        tensors = _images(inputs)
         self.kept = tensors  # so that no storage is freed and its address used again
         self.image = {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
-    def enter(self, fqn: str, module: nn.Module) -> None:
+    def enter(self, fqn: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.stack.append((fqn, module))
         if fqn in self.matched and fqn not in self.trace.called:
             self.trace.called.append(fqn)
+            if args and isinstance(args[0], Tensor) and args[0].dim() > 1:
+                self.trace.batches[fqn] = len(args[0])
 
     def leave(self) -> None:
-        self.stack.pop()
+        if self.stack:  # a pre-hook that failed before ours entered nothing
+            self.stack.pop()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -111,6 +115,12 @@ class _Observer(TorchDispatchMode):
             self.trace.image_readers.append(reader)
 
 
+def _images(inputs: Any) -> list[Tensor]:
+    """The tensors of an example that can hold images or signals, rather than labels or masks."""
+    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    return [tensor for tensor in tensors if tensor.dim() >= 3] or tensors[:1]
+
+
 def _caller() -> str:
     """file:line of the innermost frame outside torch and this package."""
     inside = (torch.__path__[0], __file__)
@@ -127,7 +137,7 @@ def _observe(model: nn.Module, example_inputs: Any, matched: set[str]) -> _Trace
         for fqn, module in model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 continue
-            enter = module.register_forward_pre_hook(lambda m, args, fqn=fqn: observer.enter(fqn, m))
+            enter = module.register_forward_pre_hook(lambda m, args, fqn=fqn: observer.enter(fqn, m, args))
             leave = module.register_forward_hook(lambda m, args, output: observer.leave(), always_call=True)
             stack.callback(enter.remove)
             stack.callback(leave.remove)
@@ -166,7 +176,7 @@ def validate(model: nn.Module, example_inputs: Any, *, filter_fn: FilterFn = is_
         )  # fmt: skip
     else:
         issues += [issue for rule in _TRACE_RULES for issue in rule(trace, matched)]
-        issues += _range(example_inputs)
+        issues += [*_folded(trace, _images(example_inputs)), *_range(_images(example_inputs))]
     return sorted(issues, key=lambda issue: issue.severity)
 
 
@@ -256,7 +266,7 @@ def _output(trace: _Trace, matched: list[str]) -> Iterator[Issue]:
         yield Issue("output", "error", "", str(error), "See SelfEnsemble")
         return
     sums = logits.float().sum(dim=-1)
-    if logits.min() >= 0 and torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
+    if len(logits) and logits.min() >= 0 and torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
         yield Issue(
             "probabilities", "error", "", "the outputs are probabilities: softmax would be applied twice, "
             "which flattens the ensemble and hides gradients from attacks",
@@ -264,9 +274,21 @@ def _output(trace: _Trace, matched: list[str]) -> Iterator[Issue]:
         )  # fmt: skip
 
 
-def _range(example_inputs: Any) -> Iterator[Issue]:
-    for leaf in tree_leaves(example_inputs):
-        if isinstance(leaf, Tensor) and leaf.dim() >= 3:
+def _folded(trace: _Trace, images: list[Tensor]) -> Iterator[Issue]:
+    batch = len(images[0]) if images else 0
+    for fqn, size in trace.batches.items():
+        if size > batch > 0:
+            yield Issue(
+                "folded-batch", "warning", fqn, f"it gets a batch of {size} for {batch} inputs: parts of one "
+                "input (frames, patches, windows) stand in the batch, and shared noise would be one for all",
+                'Use SelfEnsemble(..., sampling="per_image")',
+            )  # fmt: skip
+            return
+
+
+def _range(images: list[Tensor]) -> Iterator[Issue]:
+    for leaf in images:
+        if leaf.dim() >= 3:
             try:
                 check_images(leaf)
             except (TypeError, ValueError) as error:

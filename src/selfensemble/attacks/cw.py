@@ -7,12 +7,13 @@ Sources: Carlini & Wagner, Towards Evaluating the Robustness of Neural Networks,
 2018, section 4.1, and the authors' code.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from ..ensemble import SelfEnsemble
+from ..ensemble import SelfEnsemble, check_count, explain_shape
 from .expectation import (
     Forward,
     attacked,
@@ -33,7 +34,7 @@ class _TanhBox:
 
     def __init__(self, inputs: Tensor) -> None:
         self.scale = 0.5 + _BOX_MARGIN
-        self.w = torch.atanh((inputs.double() - 0.5) / self.scale).to(inputs.dtype)
+        self.w = torch.atanh((inputs - 0.5) / self.scale)
 
     def image(self) -> Tensor:
         return (0.5 + self.scale * self.w.tanh()).clamp(0.0, 1.0)
@@ -89,18 +90,27 @@ def _over_batches(
     check_batch(inputs, labels)
     if len(inputs) == 0:
         return inputs.clone()
-    device, size = device_of(model, inputs), max_batch or len(inputs)
+    size = len(inputs) if max_batch is None else check_count("max_batch", max_batch)
+    device, parts = device_of(model, inputs), []
     with attacked(model) as forward:
-        parts = [
-            run(forward, x.to(device), y.to(device)).to(inputs.device)
-            for x, y in zip(inputs.split(size), labels.split(size), strict=True)
-        ]
+        with torch.no_grad(), explain_shape(model, inputs):
+            classes = forward(inputs[:1].to(device)).shape[1]
+        if int(labels.max()) >= classes:
+            raise ValueError(
+                f"labels must be below {classes}, the number of classes; got {int(labels.max())}"
+            )
+        for x, y in zip(inputs.split(size), labels.split(size), strict=True):
+            # In float32, whatever the model computes in: smaller types cannot hold small changes.
+            part = run(forward, x.to(device, torch.float32), y.to(device))
+            parts.append(part.to(inputs.device, inputs.dtype))
     return torch.cat(parts)
 
 
 def _check(steps: int, lr: float, eot: int) -> None:
-    if steps < 1 or eot < 1 or not lr > 0:
-        raise ValueError(f"need steps >= 1, eot >= 1 and lr > 0, got {steps}, {eot} and {lr}")
+    check_count("steps", steps)
+    check_count("eot", eot)
+    if not (lr > 0 and math.isfinite(lr)):
+        raise ValueError(f"lr must be finite and > 0, got {lr}")
 
 
 def cw_l2_paper(
@@ -138,11 +148,11 @@ def cw_l2_paper(
         ValueError, TypeError: inputs, labels or settings that cannot be attacked.
     """
     _check(steps, lr, 1)
-    if not c >= 0:
-        raise ValueError(f"c must be >= 0, got {c}")
+    if not (c >= 0 and math.isfinite(c)):
+        raise ValueError(f"c must be finite and >= 0, got {c}")
 
     def run(forward: Forward, x: Tensor, y: Tensor) -> Tensor:
-        strength = torch.full((len(x),), c, device=x.device)
+        strength = x.new_full((len(x),), c)
         return _descend(forward, x, y, c=strength, targeted=targeted, kappa=0.0, steps=steps, lr=lr, eot=1)
 
     return _over_batches(model, inputs, labels, max_batch, run)
@@ -187,7 +197,7 @@ def cw_l2(
         confirm_draws = eot = 1
 
     def run(forward: Forward, x: Tensor, y: Tensor) -> Tensor:
-        best, distance = x.clone(), torch.full((len(x),), torch.inf, device=x.device)
+        best, distance = x.clone(), x.new_full((len(x),), torch.inf)
         c, low = torch.full_like(distance, initial_c), torch.zeros_like(distance)
         high = torch.full_like(distance, torch.inf)
         for _ in range(binary_search_steps):
@@ -195,13 +205,15 @@ def cw_l2(
 
             def visit(image: Tensor, probabilities: Tensor, found: Tensor = found) -> None:
                 size = (image - x).flatten(1).norm(dim=1)
-                wrong = _fooled(probabilities, y, targeted)
-                candidates = (wrong & (size < distance)).nonzero().squeeze(1)
+                # A success counts for the search over c even where an earlier c came nearer.
+                wanted = _fooled(probabilities, y, targeted) & ((size < distance) | ~found)
+                candidates = wanted.nonzero().squeeze(1)
                 if len(candidates) and confirm_draws > 1:
                     again = mean_probabilities(forward, image[candidates], confirm_draws)
                     candidates = candidates[_fooled(again, y[candidates], targeted)]
-                best[candidates], distance[candidates] = image[candidates], size[candidates]
                 found[candidates] = True
+                nearer = candidates[size[candidates] < distance[candidates]]
+                best[nearer], distance[nearer] = image[nearer], size[nearer]
 
             _descend(
                 forward, x, y, c=c, targeted=targeted, kappa=kappa, steps=steps, lr=lr, eot=eot,

@@ -16,10 +16,13 @@ Forward = Callable[[Tensor], Tensor]
 
 
 def single_draw(model: nn.Module) -> Forward:
-    """The logits of one noise draw: of an ensemble, a single draw rather than the mean of many."""
-    if isinstance(model, SelfEnsemble):
-        return model.draw_logits
-    return lambda inputs: logits_of(model(inputs))
+    """The logits of one noise draw: of an ensemble, a single draw rather than the mean of many.
+
+    Inputs of another floating dtype than the model's are converted on the way, differentiably.
+    """
+    draw = model.draw_logits if isinstance(model, SelfEnsemble) else lambda x: logits_of(model(x))
+    dtype = next((parameter.dtype for parameter in model.parameters()), None)
+    return draw if dtype is None else lambda inputs: draw(inputs.to(dtype))
 
 
 @contextmanager
@@ -78,6 +81,8 @@ def margin(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
 def check_batch(inputs: Tensor, labels: Tensor) -> None:
     """Raise a ValueError or TypeError unless inputs and labels fit each other and the rules."""
     check_images(inputs)
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
     if labels.dtype != torch.int64 or labels.shape != inputs.shape[:1]:
         raise ValueError(
             f"labels must be int64 of shape ({len(inputs)},), got {labels.dtype} {tuple(labels.shape)}"
