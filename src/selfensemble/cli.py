@@ -4,20 +4,17 @@ Exit status: 0 done, 1 an error of the program, 2 wrong input or surroundings, 1
 """
 
 import errno
-import json
-import math
-import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from . import terminal
+from .interrupts import Interrupted
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +30,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _INTERRUPTED = 130
-_out, _err = Console(), Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps, ...; auto takes an accelerator if there is one.")]
@@ -58,10 +54,10 @@ def demo(
 
     if out.exists() and not out.is_dir():
         raise _InputError(f"{out} is a file: --out takes the folder to write to")
-    with _progress() as update:
+    with terminal.progress() as update:
         results = run_demo(out, seed=seed, images=n, progress=update)
     if as_json:
-        _print_json(results)
+        terminal.print_json(results)
         return
     plain, rse = results["networks"]["plain"], results["networks"]["rse"]
     title = f"Accuracy on {n} handwritten digits, attacked ever harder (C&W)"
@@ -77,17 +73,17 @@ def demo(
             cells += [f"{100 * point['accuracy']:.1f} % {interval:>9}", f"{point['rms_l2']:.2f}"]
         style = "bold" if one["c"] == results["shown_strength"] else None
         table.add_row(*cells, style=style)
-    _out.print(table)
+    terminal.out.print(table)
     shown = results["shown_strength"]
     at = [next(p for p in network["curve"] if p["c"] == shown)["accuracy"] for network in (plain, rse)]
-    _out.print(
+    terminal.out.print(
         f"At c = {shown:g} the plain network still answers {at[0]:.0%} of the attacked images correctly, "
         f"the Random Self-Ensemble {at[1]:.0%}."
     )
-    clean = [_percent(network["training"]["metrics"]["test"]) for network in (plain, rse)]
-    _out.print(f"Without attack, all 450 test images: plain {clean[0]}, self-ensemble {clean[1]}.")
-    _out.print(results["caveat"], style="yellow")
-    _out.print(f"Written to {out}: accuracy.png, adversarial.png, results.json", soft_wrap=True)
+    clean = [terminal.percent(network["training"]["metrics"]["test"]) for network in (plain, rse)]
+    terminal.out.print(f"Without attack, all 450 test images: plain {clean[0]}, self-ensemble {clean[1]}.")
+    terminal.out.print(results["caveat"], style="yellow")
+    terminal.out.print(f"Written to {out}: accuracy.png, adversarial.png, results.json", soft_wrap=True)
 
 
 @app.command()
@@ -104,11 +100,11 @@ def train(
 ) -> None:
     """Train a network by a recipe; evaluate it, save it."""
     from .recipe import load_recipe
-    from .training import Interrupted, Trainer
+    from .training import Trainer
 
     config = load_recipe(recipe, overrides)
     folder = out or Path("runs") / config.name
-    with _progress() as update:
+    with terminal.progress() as update:
         update("preparing", 0.0)
         trainer = Trainer(
             config,
@@ -125,13 +121,12 @@ def train(
     if not trainer.accelerator.is_main_process:
         return
     if as_json:
-        _print_json(results)
+        terminal.print_json(results)
         return
     for split, record in results["metrics"].items():
-        _out.print(
-            f"{split} accuracy, {results['draws']} draws: {_percent(record)}, {record['images']} images"
-        )
-    _out.print(f"Written to {folder}: model.safetensors, config.json, results.json", soft_wrap=True)
+        title = f"{split} accuracy, {results['draws']} draw(s)"
+        terminal.out.print(f"{title}: {terminal.percent(record)}, {record['images']} images")
+    terminal.out.print(f"Written to {folder}: model.safetensors, config.json, results.json", soft_wrap=True)
 
 
 @app.command()
@@ -162,7 +157,7 @@ def evaluate(
     test = _test_data(config, data)
     images = min(n, len(test))
     strengths = [0.0, *(c or [0.03])]
-    with _progress() as update:
+    with terminal.progress() as update:
         finished = 0
 
         def report(point: CurvePoint) -> None:
@@ -196,15 +191,15 @@ def evaluate(
     if out is not None:
         write_json(out, results)
     if as_json:
-        _print_json(results)
+        terminal.print_json(results)
         return
     table = Table(title=f"{images} test images, paper protocol (weak against randomised defenses)")
     for title in ("c", "accuracy (95 % interval)", "RMS L2", "median L2"):
         table.add_column(title, justify="right")
     for point in results["points"]:
         name = f"{point['c']:g}" if point["c"] else "no attack"
-        table.add_row(name, _percent(point), f"{point['rms_l2']:.3f}", f"{point['median_l2']:.3f}")
-    _out.print(table)
+        table.add_row(name, terminal.percent(point), f"{point['rms_l2']:.3f}", f"{point['median_l2']:.3f}")
+    terminal.out.print(table)
 
 
 @app.command()
@@ -234,12 +229,12 @@ def predict(
     for path, mean, spread in zip(files, answer.probabilities, answer.spread, strict=True):
         best = mean.topk(min(top, len(classes))).indices.tolist()
         shown = [
-            {"label": classes[k], "probability": mean[k].item(), "spread": _finite(spread[k].item())}
+            {"label": classes[k], "probability": mean[k].item(), "spread": terminal.finite(spread[k].item())}
             for k in best
         ]
         records.append({"file": str(path), "predictions": shown})
     if as_json:
-        _print_json({"draws": draws or ensemble.draws, "images": records})
+        terminal.print_json({"draws": draws or ensemble.draws, "images": records})
         return
     table = Table(title=f"Mean over {draws or ensemble.draws} noise draws (+- spread of single draws)")
     table.add_column("file", overflow="fold")
@@ -251,7 +246,7 @@ def predict(
             spread_text = "" if guess["spread"] is None else f" +- {guess['spread']:.2f}"
             cells.append(f"{guess['label']} {guess['probability']:.2f}{spread_text}")
         table.add_row(record["file"], *cells)
-    _out.print(table)
+    terminal.out.print(table)
 
 
 @app.command()
@@ -272,9 +267,9 @@ def info(
         recipes = {name: load_recipe(name).description for name in shipped_recipes()}
         described = provenance() | {"models": list(MODELS), "recipes": recipes}
     if as_json:
-        _print_json(described)
+        terminal.print_json(described)
         return
-    _print_tree(described)
+    terminal.print_tree(described)
 
 
 def main() -> None:
@@ -302,7 +297,7 @@ def _report(error: Exception, debug: bool) -> int:
     if show is not None:  # click's own usage errors
         show()
         return 2
-    if type(error).__name__ == "Interrupted":  # training's own; its module is not imported for this
+    if isinstance(error, Interrupted):
         _fail(str(error), debug)
         return _INTERRUPTED
     known = (_InputError, ValueError, TypeError, OSError, FloatingPointError)
@@ -319,42 +314,7 @@ def _report(error: Exception, debug: bool) -> int:
 def _fail(message: str, debug: bool) -> None:
     if debug:
         traceback.print_exc()
-    _err.print(f"error: {message}", style="red", highlight=False, soft_wrap=True, markup=False)
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """A bar on a terminal; elsewhere a line on stderr whenever the text changes. Main process only."""
-    if int(os.environ.get("LOCAL_RANK", "0")) > 0:
-        yield lambda text, done: None
-    elif _err.is_terminal:
-        from rich.progress import (
-            BarColumn,
-            Progress,
-            TaskProgressColumn,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=_err) as bar:
-            task = bar.add_task("", total=1.0)
-            yield lambda text, done: bar.update(task, description=text, completed=done)
-    else:
-        last = ""
-
-        def line(text: str, done: float) -> None:
-            nonlocal last
-            if text != last:
-                _err.print(f"{done:4.0%} {text}", highlight=False, soft_wrap=True, markup=False)
-                last = text
-
-        yield line
+    terminal.err.print(f"error: {message}", style="red", highlight=False, soft_wrap=True, markup=False)
 
 
 def _device(name: str) -> "torch.device":
@@ -413,25 +373,3 @@ def _read_image(path: Path, shape: tuple[int, int, int]) -> "torch.Tensor":
             return prepare_image(image, shape[0], (shape[1], shape[2]))
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
         raise _InputError(f"cannot read {path} as an image: {error}") from error
-
-
-def _percent(record: dict[str, Any]) -> str:
-    return f"{100 * record['accuracy']:.1f} % ({100 * record['low']:.1f} to {100 * record['high']:.1f})"
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def _print_tree(value: dict[str, Any], indent: int = 0) -> None:
-    for key, item in value.items():
-        if isinstance(item, dict):
-            _out.print(f"{' ' * indent}{key}:", highlight=False, markup=False)
-            _print_tree(item, indent + 2)
-        else:
-            shown = ", ".join(str(part) for part in item) if isinstance(item, list) else item
-            _out.print(f"{' ' * indent}{key}: {shown}", highlight=False, soft_wrap=True, markup=False)

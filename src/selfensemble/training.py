@@ -9,13 +9,10 @@ Source: Liu et al. 2018, algorithm 1 and section 4.
 
 import io
 import math
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -25,9 +22,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, OneCycleLR
 
 from . import hub
+from .augmentation import augmentation
 from .data import ImageData, load_data, split_validation
 from .ensemble import SelfEnsemble
 from .files import atomic_write, write_json
+from .interrupts import Interrupted, stop_requests
 from .models import create_model
 from .noise import noise_draw, stream_seed
 from .provenance import accuracy_record, provenance
@@ -83,10 +82,6 @@ def count_correct(
         prediction = ensemble.predict(data.inputs(part), draws=draws, seed=batch_seed, sampling="per_image")
         correct += int((prediction.label == data.labels[part]).sum())
     return correct
-
-
-class Interrupted(RuntimeError):
-    """The user asked to stop; everything done so far is in the checkpoint."""
 
 
 class Trainer:
@@ -163,7 +158,7 @@ class Trainer:
         self.step, self.history, self.seconds = 0, list[dict[str, float]](), 0.0
         self._epoch_loss = 0.0
         self._seed = stream_seed(recipe.seed, self.accelerator.process_index, 0)
-        self._augment = _augmentation(recipe, self.train_data)
+        self._augment = augmentation(recipe.data, self.train_data)
         with torch.random.fork_rng():
             torch.manual_seed(recipe.seed)
             try:
@@ -206,7 +201,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step)
         try:
-            with torch.random.fork_rng(), _stop_requests() as stop:
+            with torch.random.fork_rng(), stop_requests() as stop:
                 while self.step < self.steps:
                     self._run_epoch(stop)
                     if writer is not None:
@@ -382,20 +377,6 @@ class Trainer:
         self._epoch_loss = state["epoch_loss"]
 
 
-def _augmentation(recipe: Recipe, data: ImageData) -> Callable[[Tensor], Tensor]:
-    """Random crop with padding, random flip: (B, C, H, W) to the same, each image on its own."""
-    steps: list[nn.Module] = []
-    if recipe.data.crop_padding or recipe.data.flip:
-        import kornia.augmentation as augmentation
-
-        if recipe.data.crop_padding:
-            size = tuple(data.images.shape[2:])
-            steps.append(augmentation.RandomCrop(size, padding=recipe.data.crop_padding))
-        if recipe.data.flip:
-            steps.append(augmentation.RandomHorizontalFlip(p=0.5))
-    return nn.Sequential(*steps)
-
-
 def _differences(left: dict[str, Any], right: dict[str, Any], prefix: str = "") -> list[str]:
     """Dotted names of the keys in which two recipes differ."""
     names: list[str] = []
@@ -406,28 +387,3 @@ def _differences(left: dict[str, Any], right: dict[str, Any], prefix: str = "") 
         elif one != other:
             names.append(f"{prefix}{key}")
     return names
-
-
-@contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; a second one acts as usual."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def request(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        restore()
-
-    for number in before:
-        signal.signal(number, request)
-    try:
-        yield stop
-    finally:
-        restore()
