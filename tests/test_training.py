@@ -134,6 +134,17 @@ def test_resuming_a_finished_run_repeats_nothing(undisturbed: Path) -> None:
     assert same(weights(undisturbed), before)
 
 
+def test_resuming_without_a_checkpoint_does_not_replace_an_ensemble(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(undisturbed / name, tmp_path / name)
+    finished = train(tmp_path, "--resume")
+    assert finished.returncode == 2
+    assert "no checkpoint" in finished.stderr
+    assert same(weights(tmp_path), weights(undisturbed))
+
+
 def test_a_damaged_checkpoint_is_named(undisturbed: Path, tmp_path: Path) -> None:
     (tmp_path / CHECKPOINT).write_bytes((undisturbed / CHECKPOINT).read_bytes()[:1000])
     finished = train(tmp_path, "--resume")

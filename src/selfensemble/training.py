@@ -124,35 +124,9 @@ class Trainer:
         self.accelerator = Accelerator(
             mixed_precision=recipe.train.precision, cpu=not torch.accelerator.is_available()
         )
-        # Collective steps need every rank to have looked before one of them writes.
-        existing = [name for name in (CHECKPOINT, hub.CONFIG) if (self.out / name).exists()]
-        self.accelerator.wait_for_everyone()
-        if existing and not (resume or overwrite):
-            raise FileExistsError(
-                f"{self.out} holds a run already: pass --resume to go on with it, --overwrite to start "
-                "afresh, or another --out"
-            )
-        self._replaces = bool(existing) and not resume
-        with self.accelerator.main_process_first():
-            self.train_data = load_data(recipe.data.source, "train", size=recipe.data.size)
-            test_data = load_data(recipe.data.source, "test", size=recipe.data.size)
-        self.test_data = test_data.with_classes(self.train_data.classes)
-        shapes = [tuple(part.images.shape[1:]) for part in (self.train_data, self.test_data)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"training images are {shapes[0]}, test images {shapes[1]} (channels, height, width): "
-                "convert them to one kind, or set data.size"
-            )
-        self.train_indices, self.validation_indices = split_validation(
-            len(self.train_data), recipe.data.validation, recipe.seed
-        )
-        batch = min(recipe.train.batch_size, len(self.train_indices))
-        self.batch_size = batch - batch % self.accelerator.num_processes
-        if self.batch_size < 2 * self.accelerator.num_processes:
-            raise ValueError(
-                f"a batch of {batch} cannot be shared by {self.accelerator.num_processes} processes: "
-                "batch norm needs two images in each; raise train.batch_size"
-            )
+        self._replaces = self._check_folder(resume, overwrite)
+        self._load_images()
+        self.batch_size = self._shared_batch()
         self.epoch_steps = len(self.train_indices) // self.batch_size
         self.steps = self.epoch_steps * recipe.train.epochs
         self.step, self.history, self.seconds = 0, list[dict[str, float]](), 0.0
@@ -164,8 +138,9 @@ class Trainer:
             try:
                 ensemble = build_ensemble(recipe, self.train_data)
             except RuntimeError as error:
+                shape = tuple(self.train_data.images.shape[1:])
                 raise ValueError(
-                    f"{recipe.model.name} cannot take images of shape {shapes[0]} "
+                    f"{recipe.model.name} cannot take images of shape {shape} "
                     f"({str(error).splitlines()[0]}): choose another model.name or data.size"
                 ) from error
         self._format = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
@@ -181,6 +156,50 @@ class Trainer:
         self.scheduler = make_scheduler(optimizer, recipe.train, self.steps)
         if resume and (self.out / CHECKPOINT).exists():
             self._load_checkpoint()
+
+    def _check_folder(self, resume: bool, overwrite: bool) -> bool:
+        """Whether an earlier run in the folder is to be replaced; an error unless the user said so."""
+        existing = {name for name in (CHECKPOINT, hub.CONFIG) if (self.out / name).exists()}
+        # Every rank must have looked before one of them writes.
+        self.accelerator.wait_for_everyone()
+        if existing and not (resume or overwrite):
+            raise FileExistsError(
+                f"{self.out} holds a run already: pass --resume to go on with it, --overwrite to start "
+                "afresh, or another --out"
+            )
+        if existing == {hub.CONFIG} and resume:
+            raise FileExistsError(
+                f"{self.out} holds an ensemble but no checkpoint to go on from: pass --overwrite to start "
+                "afresh, or another --out"
+            )
+        return bool(existing) and not resume
+
+    def _load_images(self) -> None:
+        config = self.recipe.data
+        with self.accelerator.main_process_first():
+            self.train_data = load_data(config.source, "train", size=config.size)
+            test_data = load_data(config.source, "test", size=config.size)
+        self.test_data = test_data.with_classes(self.train_data.classes)
+        shapes = [tuple(part.images.shape[1:]) for part in (self.train_data, self.test_data)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"training images are {shapes[0]}, test images {shapes[1]} (channels, height, width): "
+                "convert them to one kind, or set data.size"
+            )
+        self.train_indices, self.validation_indices = split_validation(
+            len(self.train_data), config.validation, self.recipe.seed
+        )
+
+    def _shared_batch(self) -> int:
+        """The batch size of all processes together, a multiple of their number."""
+        processes: int = self.accelerator.num_processes
+        batch = min(self.recipe.train.batch_size, len(self.train_indices))
+        if batch < 2 * processes:
+            raise ValueError(
+                f"a batch of {batch} cannot be shared by {processes} process(es): batch norm needs two "
+                "images in each; raise train.batch_size"
+            )
+        return batch - batch % processes
 
     @property
     def ensemble(self) -> SelfEnsemble:
@@ -232,7 +251,7 @@ class Trainer:
         total = self.accelerator.reduce(loss_sum, "mean")
         mean_loss = self._finite(float(total)) / self.epoch_steps
         self._epoch_loss = 0.0
-        record = {
+        record: dict[str, float] = {
             "epoch": epoch + 1,
             "train/loss": mean_loss,
             "train/lr": self.scheduler.get_last_lr()[0],
