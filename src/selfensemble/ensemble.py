@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .inject import FilterFn, eval_mode, inject_noise_, is_convolution, noise_layers
 from .noise import GaussianNoise, NoiseConfig, Sampling, check_sampling, noise_draw, stream_seed
 
-_CPU_CHUNK = 32 * 3 * 32 * 32  # input elements a forward pass
+_CHUNK = 32 * 3 * 32 * 32  # input elements a forward pass: 32 images of 32x32
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,9 +164,9 @@ class SelfEnsemble(nn.Module):
         Args:
             inputs: (B, ...), floating point, within `bounds`; chunks go to the model's device and dtype.
             draws: by default `self.draws`; 1 where there is no noise.
-            max_batch: images a forward pass; by default all at once on an accelerator. On a CPU half
-                the batch, at most 32 images of 32x32 or the same in pixels: together with its noisy
-                copies such a chunk needs no more memory than one plain pass over the whole batch.
+            max_batch: images a forward pass; by default half of the batch, which together with its noisy
+                copies needs no more memory than one plain pass over the whole; on a CPU at most 32
+                images of 32x32 or the same in pixels, which is no slower.
             seed: None for fresh noise (what a defense needs), an integer for noise that repeats: with
                 shared sampling, the same whatever the batch and `max_batch`.
             sampling: overrides the ensemble's.
@@ -199,11 +199,8 @@ class SelfEnsemble(nn.Module):
         device = next((tensor.device for tensor in self.parameters()), inputs.device)
         if max_batch is not None:
             size = check_count("max_batch", max_batch)
-        elif device.type == "cpu":
-            image = max(1, inputs[:1].numel())
-            size = max(1, _CPU_CHUNK // image // 4, min(len(inputs) // 2, _CPU_CHUNK // image))
         else:
-            size = max(1, len(inputs))
+            size = _chunk_size(inputs, device)
         shared = (sampling or self.sampling) == "shared"
         dtype = next((tensor.dtype for tensor in self.parameters()), inputs.dtype)
         chunks = []
@@ -230,6 +227,14 @@ class SelfEnsemble(nn.Module):
             mean = mean + step / (index + 1)
             squares = squares + step * (probabilities - mean)
         return mean, (squares / (draws - 1 if draws > 1 else math.nan)).sqrt()
+
+
+def _chunk_size(inputs: Tensor, device: torch.device) -> int:
+    """Images a forward pass, see `predict_proba`; very small batches are not divided."""
+    in_chunk = _CHUNK // max(1, inputs[:1].numel())
+    if device.type == "cpu":
+        return max(1, in_chunk // 4, min(len(inputs) // 2, in_chunk))
+    return max(1, in_chunk, len(inputs) // 2)
 
 
 def check_count(name: str, value: object) -> int:

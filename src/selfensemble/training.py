@@ -254,7 +254,7 @@ class Trainer:
         record: dict[str, float] = {
             "epoch": epoch + 1,
             "train/loss": mean_loss,
-            "train/lr": self.scheduler.get_last_lr()[0],
+            "train/lr": float(self.scheduler.get_last_lr()[0]),
         }
         if len(self.validation_indices):
             correct = self._evaluate(self.train_data, self.validation_indices, draws=1)
