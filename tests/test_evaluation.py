@@ -56,6 +56,8 @@ def test_the_judge_refuses_what_is_no_valid_image(images: Tensor) -> None:
         judge(model, images, images + 1, labels)
     with pytest.raises(ValueError, match="NaN"):
         judge(model, images, images * torch.nan, labels)
+    with pytest.raises(ValueError, match="no images"):
+        judge(model, images[:0], images[:0], labels[:0])
     with pytest.raises(ValueError, match="adversarial is"):
         judge(model, images, images[:5], labels)
 

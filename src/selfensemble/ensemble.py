@@ -197,10 +197,7 @@ class SelfEnsemble(nn.Module):
         if not self.is_random:
             draws = 1
         device = next((tensor.device for tensor in self.parameters()), inputs.device)
-        if max_batch is not None:
-            size = check_count("max_batch", max_batch)
-        else:
-            size = _chunk_size(inputs, device)
+        size = check_count("max_batch", max_batch) if max_batch is not None else _chunk_size(inputs, device)
         shared = (sampling or self.sampling) == "shared"
         dtype = next((tensor.dtype for tensor in self.parameters()), inputs.dtype)
         chunks = []

@@ -29,7 +29,7 @@ class Verdict:
     @property
     def accuracy(self) -> float:
         """Share of the images answered correctly."""
-        return float(self.correct.float().mean())
+        return int(self.correct.sum()) / len(self.correct)
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -69,6 +69,8 @@ def judge(
         ValueError: shapes differ, or adversarial images leave [0, 1] or hold NaN.
     """
     check_batch(inputs, labels)
+    if len(inputs) == 0:
+        raise ValueError("no images to judge")
     if adversarial.shape != inputs.shape:
         raise ValueError(f"adversarial is {tuple(adversarial.shape)}, inputs {tuple(inputs.shape)}")
     check_batch(adversarial, labels)
