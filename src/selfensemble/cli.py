@@ -284,9 +284,11 @@ def main() -> None:
 def _run(arguments: list[str], debug: bool) -> int:
     try:
         status = app(arguments, prog_name="selfensemble", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        status = _INTERRUPTED
     except Exception as error:
         return _report(error, debug)
-    if status == _INTERRUPTED:  # typer turns KeyboardInterrupt into this
+    if status == _INTERRUPTED:  # newer releases of typer turn KeyboardInterrupt into this
         _fail("interrupted; files that were complete before are intact", debug)
     return int(status or 0)
 
