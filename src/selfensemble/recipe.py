@@ -123,6 +123,18 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
     return recipe
 
 
+def differing_keys(left: dict[str, Any], right: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the keys in which two recipes differ."""
+    names: list[str] = []
+    for key in sorted(left.keys() | right.keys()):
+        one, other = left.get(key), right.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            names += differing_keys(one, other, f"{prefix}{key}.")
+        elif one != other:
+            names.append(f"{prefix}{key}")
+    return names
+
+
 def _read(source: str) -> str:
     if source in shipped_recipes():
         return (resources.files(__package__) / "recipes" / f"{source}.yaml").read_text()

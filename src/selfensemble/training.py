@@ -30,7 +30,7 @@ from .interrupts import Interrupted, stop_requests
 from .models import create_model
 from .noise import noise_draw, stream_seed
 from .provenance import accuracy_record, provenance
-from .recipe import Recipe, TrainSection
+from .recipe import Recipe, TrainSection, differing_keys
 
 CHECKPOINT, RESULTS = "checkpoint.pt", "results.json"
 _CHECKPOINT_VERSION = 1
@@ -379,7 +379,7 @@ class Trainer:
             ) from error
         if version != _CHECKPOINT_VERSION:
             raise ValueError(f"{path} has version {version}, this release reads {_CHECKPOINT_VERSION}")
-        differing = _differences(saved_recipe, self.recipe.model_dump(mode="json"))
+        differing = differing_keys(saved_recipe, self.recipe.model_dump(mode="json"))
         if differing:
             raise ValueError(
                 f"{path} belongs to another recipe (different: {', '.join(differing)}): pass the same "
@@ -394,15 +394,3 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.history, self.seconds = state["step"], state["history"], state["seconds"]
         self._epoch_loss = state["epoch_loss"]
-
-
-def _differences(left: dict[str, Any], right: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of the keys in which two recipes differ."""
-    names: list[str] = []
-    for key in sorted(left.keys() | right.keys()):
-        one, other = left.get(key), right.get(key)
-        if isinstance(one, dict) and isinstance(other, dict):
-            names += _differences(one, other, f"{prefix}{key}.")
-        elif one != other:
-            names.append(f"{prefix}{key}")
-    return names
