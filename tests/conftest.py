@@ -1,7 +1,6 @@
 """Networks with known answers, and awkward ones."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -104,11 +103,3 @@ class LinearClassifier(nn.Module):
 @pytest.fixture
 def golden() -> Path:
     return Path(__file__).parent / "golden"
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

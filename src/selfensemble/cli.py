@@ -328,7 +328,7 @@ def _device(name: str) -> "torch.device":
         device = torch.device(name)
         (torch.ones(1, device=device) + 1).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise _InputError(f"cannot use device {name!r}: {str(error).splitlines()[0]:.200}") from error
+        raise _InputError(f"cannot use device {name!r}: {str(error)[:200]}") from error
     return device
 
 

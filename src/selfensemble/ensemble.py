@@ -80,7 +80,7 @@ def explain_shape(model: nn.Module, inputs: Tensor) -> Iterator[None]:
         if (fqn := next(iter(noise_layers(model)), None)) is not None:
             layer = model.get_submodule(fqn)
             expected = f"; its first layer is {type(layer).__name__}({layer.extra_repr()})"
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise ValueError(
             f"the model cannot take inputs of shape {tuple(inputs.shape)} ({reason}){expected}"
         ) from error
@@ -166,7 +166,7 @@ class SelfEnsemble(nn.Module):
             draws: by default `self.draws`; 1 where there is no noise.
             max_batch: images a forward pass; by default half of the batch, which together with its noisy
                 copies needs no more memory than one plain pass over the whole; on a CPU at most 32
-                images of 32x32 or the same in pixels, which is no slower.
+                images of 32x32 or the same in pixels.
             seed: None for fresh noise (what a defense needs), an integer for noise that repeats: with
                 shared sampling, the same whatever the batch and `max_batch`.
             sampling: overrides the ensemble's.

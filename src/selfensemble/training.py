@@ -139,9 +139,10 @@ class Trainer:
                 ensemble = build_ensemble(recipe, self.train_data)
             except RuntimeError as error:
                 shape = tuple(self.train_data.images.shape[1:])
+                reason = str(error).partition("\n")[0]
                 raise ValueError(
                     f"{recipe.model.name} cannot take images of shape {shape} "
-                    f"({str(error).splitlines()[0]}): choose another model.name or data.size"
+                    f"({reason}): choose another model.name or data.size"
                 ) from error
         self._format = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
         ensemble.to(memory_format=self._format)  # type: ignore[call-overload]
