@@ -145,6 +145,12 @@ def _generator(draw: _Draw, layer: int, device: torch.device) -> torch.Generator
     return draw.streams[key]
 
 
+def fresh_seed() -> int:
+    """A seed in [0, 2^62): of fresh entropy, or within a seeded `noise_draw` the next of its seeds."""
+    generator = _generator(_current.get(), _LAYERS - 1, torch.device("cpu"))
+    return int(torch.randint(2**62, (), generator=generator))
+
+
 def _noise_like(inputs: Tensor, std: float, layer: int, shared: bool) -> Tensor:
     """Noise of the shape of `inputs`, or with a first dimension of 1 where the batch shares it."""
     if torch._C._current_graph_task_id() != -1:

@@ -6,6 +6,3 @@ model in eval mode and computes gradients with respect to its inputs only. It cl
 image is adversarial is for `evaluation.judge` to say, on fresh noise.
 """
 
-from .cw import cw_l2, cw_l2_paper
-
-__all__ = ["cw_l2", "cw_l2_paper"]

@@ -1,0 +1,68 @@
+"""What an attack maximises, from logits (B, K) to (B,).
+
+Each loss grows as the attack succeeds: untargeted when the label loses, targeted when it wins.
+"""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+LossName = Literal["ce", "margin", "dlr"]
+Loss = Callable[[Tensor, Tensor, bool], Tensor]
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
+    """`-log softmax_y`, or its negative if targeted."""
+    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    return -loss if targeted else loss
+
+
+def margin(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
+    """`max z_j - z_y`, j != y, or its negative if targeted: above 0 the attack has what it wants.
+
+    Source: Carlini & Wagner, Towards Evaluating the Robustness of Neural Networks, S&P 2017.
+    """
+    own = logits.gather(1, labels[:, None]).squeeze(1)
+    rival = logits.scatter(1, labels[:, None], -torch.inf).amax(dim=1)
+    return own - rival if targeted else rival - own
+
+
+def dlr(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
+    """Difference of logits ratio: the margin over `z_(1) - z_(3)`, so that no scaling of the logits matters.
+
+    Targeted: the margin over `z_(1) - (z_(3) + z_(4)) / 2`. The last class stands in where there are
+    fewer; two classes have no such ratio (it would be constant), and the margin itself is used.
+
+    Source: Croce & Hein, Reliable evaluation of adversarial robustness, ICML 2020, eq. 6 and 7.
+    """
+    return margin(logits, labels, targeted) / _scale(logits, targeted)
+
+
+def targeted_dlr(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    """DLR from the true `labels` towards `targets`, both (B,): eq. 7 of Croce & Hein 2020."""
+    own = logits.gather(1, labels[:, None]).squeeze(1)
+    wanted = logits.gather(1, targets[:, None]).squeeze(1)
+    return (wanted - own) / _scale(logits, True)
+
+
+def _scale(logits: Tensor, targeted: bool) -> Tensor:
+    if logits.shape[1] < 3:
+        return torch.ones_like(logits[:, 0])
+    ordered = logits.sort(dim=1, descending=True).values
+    last = logits.shape[1] - 1
+    low = ordered[:, min(2, last)]
+    if targeted:
+        low = (low + ordered[:, min(3, last)]) / 2
+    return ordered[:, 0] - low + 1e-12
+
+
+LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
+
+
+def check_loss(name: str) -> Loss:
+    """The loss of this name, or a ValueError that lists them."""
+    if name not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(get_args(LossName))}, got {name!r}")
+    return LOSSES[name]

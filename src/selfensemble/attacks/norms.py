@@ -1,0 +1,127 @@
+"""Geometry of the threat models: L-inf, L2 and L1 balls, within the box [0, 1] of images."""
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Norm = Literal["linf", "l2", "l1"]
+_ORDER = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
+_TINY = 1e-12
+
+
+def check_norm(norm: str, known: tuple[str, ...] = get_args(Norm)) -> None:
+    """Raise a ValueError that lists the known norms unless `norm` is one of them."""
+    if norm not in known:
+        raise ValueError(f"norm must be one of {', '.join(known)}, got {norm!r}")
+
+
+def check_eps(eps: float, norm: str, inputs: Tensor) -> None:
+    """Raise a ValueError unless `0 < eps <=` the diameter of the box."""
+    largest = largest_eps(norm, inputs[:1].numel())
+    if not (math.isfinite(eps) and 0 < eps <= largest):
+        raise ValueError(
+            f"eps must be above 0 and at most {largest:g}, the {norm} diameter of [0, 1] images of this "
+            f"size, got {eps:g}; L-inf distances are fractions of the pixel range, e.g. 8/255"
+        )
+
+
+def largest_eps(norm: str, pixels: int) -> float:
+    """Distance between an all-black and an all-white image."""
+    return {"linf": 1.0, "l2": math.sqrt(max(1, pixels)), "l1": float(max(1, pixels))}[norm]
+
+
+def per_image(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) shaped to multiply (B, ...)."""
+    return values.reshape(-1, *([1] * (like.dim() - 1)))
+
+
+def size(change: Tensor, norm: str) -> Tensor:
+    """(B,) norms of (B, ...)."""
+    return torch.linalg.vector_norm(change.flatten(1), _ORDER[norm], dim=1)
+
+
+def dual_size(gradient: Tensor, norm: str) -> Tensor:
+    """(B,) dual norms: the largest first-order gain of a step of size 1."""
+    return size(gradient, {"linf": "l1", "l2": "l2", "l1": "linf"}[norm])
+
+
+def unit_l2(gradient: Tensor) -> Tensor:
+    """Gradients of Euclidean length 1; zero stays zero."""
+    return gradient / per_image(size(gradient, "l2").clamp(min=_TINY), gradient)
+
+
+def steepest(gradient: Tensor, norm: str, share: Tensor | float = 0.05) -> Tensor:
+    """Directions of norm 1 along which the loss grows fastest.
+
+    For L1 that would be one pixel; the step goes equally over the `share` of the pixels with the
+    largest gradients instead (Tramer & Boneh, NeurIPS 2019, section 3).
+    """
+    if norm == "linf":
+        return gradient.sign()
+    if norm == "l2":
+        return unit_l2(gradient)
+    flat = gradient.abs().flatten(1)
+    count = flat.shape[1]
+    keep = torch.as_tensor(share, device=gradient.device).expand(len(flat)) * count
+    rank = count - keep.long().clamp(1, count)
+    threshold = flat.sort(dim=1).values.gather(1, rank[:, None])
+    sparse = gradient.sign() * (gradient.abs() >= per_image(threshold.squeeze(1), gradient))
+    return sparse / per_image(sparse.abs().flatten(1).sum(dim=1).clamp(min=_TINY), gradient)
+
+
+def project(change: Tensor, norm: str, eps: Tensor | float, inputs: Tensor) -> Tensor:
+    """Bring `inputs + change` into [0, 1] and within `eps` of `inputs`; returns the change.
+
+    L-inf and L1 are exact projections. For L2 the image is scaled into the ball and then clamped, which
+    can only bring it nearer. `eps`: a number or (B,).
+    """
+    radius = torch.as_tensor(eps, dtype=change.dtype, device=change.device).expand(len(change))
+    low, high = -inputs, 1 - inputs
+    if norm == "linf":
+        bound = per_image(radius, change)
+        return change.clamp(-bound, bound).clamp(low, high)
+    if norm == "l2":
+        factor = (radius / size(change, "l2").clamp(min=_TINY)).clamp(max=1.0)
+        return (change * per_image(factor, change)).clamp(low, high)
+    return _project_l1(change, radius, low, high)
+
+
+def _project_l1(change: Tensor, radius: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Onto the L1 ball and the box at once: soft thresholding, then clamping, at the level found by bisection.
+
+    Source: Croce & Hein, Mind the box, ICML 2021, proposition 2.1 (there by sorting).
+    """
+
+    def at(level: Tensor) -> Tensor:
+        soft = change.sign() * (change.abs() - per_image(level, change)).clamp(min=0)
+        return soft.clamp(low, high)
+
+    bottom = torch.zeros_like(radius)
+    inside = size(at(bottom), "l1") <= radius
+    top = change.abs().flatten(1).amax(dim=1)
+    for _ in range(40):
+        middle = (bottom + top) / 2
+        too_long = size(at(middle), "l1") > radius
+        bottom, top = torch.where(too_long, middle, bottom), torch.where(too_long, top, middle)
+    return at(torch.where(inside, torch.zeros_like(top), top))
+
+
+def random_start(inputs: Tensor, norm: str, eps: float, generator: torch.Generator) -> Tensor:
+    """Changes uniform in the ball of radius `eps`, brought into the box."""
+
+    def draw(kind: str) -> Tensor:
+        values = torch.empty(inputs.shape, dtype=torch.float32)
+        filled = values.uniform_(-1, 1, generator=generator) if kind == "uniform" else (
+            values.normal_(generator=generator) if kind == "normal" else values.exponential_(generator=generator)
+        )  # fmt: skip
+        return filled.to(inputs.device, inputs.dtype)
+
+    if norm == "linf":
+        return project(eps * draw("uniform"), norm, eps, inputs)
+    radius = torch.rand(len(inputs), generator=generator).to(inputs.device, inputs.dtype)
+    radius = eps * radius ** (1 / max(1, inputs[:1].numel()))
+    direction = draw("normal") if norm == "l2" else draw("uniform").sign() * draw("exponential")
+    unit = direction / per_image(size(direction, norm).clamp(min=_TINY), direction)
+    return project(unit * per_image(radius, direction), norm, eps, inputs)

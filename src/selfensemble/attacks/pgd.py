@@ -1,0 +1,114 @@
+"""Gradient ascent within a ball: the fast gradient method and projected gradient descent.
+
+Sources: Goodfellow et al., ICLR 2015 (FGSM); Madry et al., ICLR 2018 (PGD); Tramer & Boneh, NeurIPS 2019
+(sparse steps for L1).
+"""
+
+import math
+from typing import Unpack
+
+import torch
+from torch import Tensor, nn
+
+from ..ensemble import check_count
+from .expectation import Noise, NoiseOptions, Oracle, run_attack
+from .keeper import Keeper
+from .losses import LossName, check_loss
+from .norms import Norm, check_eps, check_norm, project, random_start, steepest
+
+
+def fgsm(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    targeted: bool = False,
+    norm: Norm = "linf",
+    eps: float = 8 / 255,
+    loss: LossName = "ce",
+    max_batch: int | None = None,
+    **noise: Unpack[NoiseOptions],
+) -> Tensor:
+    """One step of length `eps` along the steepest direction; see `pgd`. Cheap and weak."""
+    return pgd(
+        model, inputs, labels, targeted=targeted, norm=norm, eps=eps, loss=loss, steps=1, step_size=eps,
+        random_starts=False, max_batch=max_batch, **noise,
+    )  # fmt: skip
+
+
+def pgd(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    targeted: bool = False,
+    norm: Norm = "linf",
+    eps: float = 8 / 255,
+    steps: int = 50,
+    step_size: float | None = None,
+    restarts: int = 1,
+    random_starts: bool = True,
+    loss: LossName = "ce",
+    early_stop: bool = False,
+    max_batch: int | None = None,
+    **noise: Unpack[NoiseOptions],
+) -> Tensor:
+    """Projected gradient descent on the loss, expected over noise.
+
+    Of the last iterates of the restarts, the one kept leads most in mean probability on fresh draws;
+    where no randomness is found, of all iterates the one of the largest loss.
+
+    Args:
+        model: a classifier; of a `SelfEnsemble`, single draws are attacked.
+        inputs: (B, C, H, W) in [0, 1].
+        labels: (B,) int64, true classes, or wanted ones if `targeted`.
+        targeted: reach `labels` rather than leave them.
+        norm: "linf", "l2" or "l1".
+        eps: radius of the ball, in [0, 1] pixels.
+        steps: gradient steps a restart.
+        step_size: by default `2.5 eps / steps`, for L2 `5 eps / steps`, at most `eps`.
+        restarts: runs from a new random start.
+        random_starts: begin within the ball rather than at the image (the first restart).
+        loss: "ce", "margin" or "dlr".
+        early_stop: an image leaves the batch once a success is confirmed; saves time, but stops at the
+            first success rather than the largest loss.
+        max_batch: images attacked at a time; None for all. Memory does not depend on `eot`.
+        noise: `eot`, `average`, `confirm_draws`, `frozen`, `seed`; see `Noise`.
+
+    Returns:
+        (B, C, H, W) in the ball and in [0, 1]; judge them on fresh noise.
+
+    Raises:
+        ValueError, TypeError: inputs, labels or settings that cannot be attacked.
+    """
+    check_norm(norm)
+    check_eps(eps, norm, inputs)
+    objective = check_loss(loss)
+    check_count("steps", steps)
+    check_count("restarts", restarts)
+    travel = 5.0 if norm == "l2" else 2.5  # in eps; on the sphere steps also have to turn
+    length = min(eps, travel * eps / steps) if step_size is None else step_size
+    if not (length > 0 and math.isfinite(length)):
+        raise ValueError(f"step_size must be finite and > 0, got {length}")
+
+    def run(oracle: Oracle, x: Tensor, y: Tensor) -> Tensor:
+        keep = Keeper(oracle, x, y, targeted)
+        for restart in range(restarts):
+            active = keep.candidates(early_stop)
+            change = torch.zeros_like(x[active])
+            if random_starts or restart > 0:
+                change = random_start(x[active], norm, eps, oracle.generator)
+            for step in range(steps):
+                if len(active) == 0:
+                    break
+                images = x[active]
+                estimate = oracle.gradient(images + change, lambda z, a=active: objective(z, y[a], targeted))
+                stay = keep.visit(active, images + change, estimate, stop=early_stop, step=step)
+                change = project(change + length * steepest(estimate.gradient, norm), norm, eps, images)
+                active, change = active[stay], change[stay]
+            keep.finish(active, x[active] + change, lambda z, a=active: objective(z, y[a], targeted))
+        return keep.best
+
+    return run_attack(model, inputs, labels, run, Noise(**noise), max_batch)
+
+

@@ -1,0 +1,135 @@
+"""What an evaluation writes: `results.json`, its schema and its version."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+RESULTS = "results.json"
+FORMAT_VERSION = 1
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Entry(_Record):
+    """One attack (or none) on all images, as judged.
+
+    Attributes:
+        key: unique within the results; names the files of its images.
+        title: for people.
+        attack: name in `ATTACKS`, "none", or "worst case".
+        settings: keyword arguments of the attack.
+        norm: the threat model of a fixed budget, "linf", "l2" or "l1"; None for other attacks.
+        eps: its radius, in [0, 1] pixels.
+        c: strength of a C&W attack at fixed c.
+        images: attacked images.
+        accuracy: share answered correctly by the first seed of the defender's noise.
+        low, high: 95 % Clopper-Pearson interval of `accuracy`.
+        seeds: accuracy by each seed of the defender's noise.
+        all_seeds: share answered correctly under every one of them.
+        wrong_per_query: mean probability of a wrong answer to one query.
+        persistent: by number of queries k, the share of images of which one of k queries is answered
+            wrongly: the mean of `1 - (1 - p)^k`.
+        rms_l2, median_l2, mean_linf, max_linf: distances to the originals, in [0, 1] pixels.
+        gradients, forwards: evaluations an image that the attack spent, one noise draw each.
+    """
+
+    key: str
+    title: str
+    attack: str
+    settings: dict[str, Any] = {}
+    norm: str | None = None
+    eps: float | None = None
+    c: float | None = None
+    images: int
+    accuracy: float
+    low: float
+    high: float
+    seeds: tuple[float, ...]
+    all_seeds: float
+    wrong_per_query: float
+    persistent: dict[int, float]
+    rms_l2: float
+    median_l2: float
+    mean_linf: float
+    max_linf: float
+    gradients: float
+    forwards: float
+
+
+class CheckRecord(_Record):
+    """One honesty check, see `evaluation.doctor`."""
+
+    name: str
+    passed: bool | None  # None: it does not apply, `advice` says why
+    figure: str
+    advice: str
+
+
+class DataRecord(_Record):
+    """The images of an evaluation."""
+
+    source: str
+    images: int
+    classes: tuple[str, ...]
+    digest: str
+
+
+class ModelRecord(_Record):
+    """The network of an evaluation; `digest` covers weights and noise."""
+
+    name: str
+    digest: str
+    draws: int
+    noise: dict[str, float]
+    architecture: dict[str, Any] | None = None
+
+
+class Results(_Record):
+    """What stands in `results.json`; see `Entry` for the figures."""
+
+    format: Literal["selfensemble-evaluation"] = "selfensemble-evaluation"
+    format_version: int = FORMAT_VERSION
+    name: str
+    model: ModelRecord
+    data: DataRecord
+    protocol: dict[str, Any]
+    clean: Entry
+    attacks: tuple[Entry, ...]
+    worst_case: tuple[Entry, ...]
+    checks: tuple[CheckRecord, ...] | None = None
+    provenance: dict[str, Any]
+
+
+def read_results(path: str | Path) -> Results:
+    """The checked results of a run: its folder, or the file itself.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: the file is damaged, foreign, or written by a newer version.
+    """
+    file = Path(path) / RESULTS if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"no {RESULTS} in {path}: pass the folder of a finished `selfensemble evaluate --protocol ...`"
+        )
+    try:
+        values = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is damaged ({error}): run the evaluation again") from error
+    if not isinstance(values, dict) or values.get("format") != "selfensemble-evaluation":
+        raise ValueError(f"{file} does not hold results of `selfensemble evaluate --protocol`")
+    if values.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{file} has format version {values.get('format_version')!r}, this version reads "
+            f"{FORMAT_VERSION}: upgrade selfensemble"
+        )
+    try:
+        return Results.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise ValueError(f"{file} is damaged: {where}: {problem['msg']}") from error
