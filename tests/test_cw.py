@@ -153,7 +153,7 @@ def test_one_lucky_draw_is_no_success(grey: Tensor) -> None:
             return torch.stack([value, -value], dim=1)
 
     labels = torch.zeros(8, dtype=torch.int64)
-    assert torch.equal(cw_l2(Coin(), grey, labels, steps=50, binary_search_steps=2), grey)
+    assert torch.equal(cw_l2(Coin(), grey, labels, steps=50, binary_search_steps=2, confirm_draws=10), grey)
     lucky = cw_l2(Coin(), grey, labels, steps=50, binary_search_steps=2, confirm_draws=1, lr=0.1)
     assert lucky.shape == grey.shape
 

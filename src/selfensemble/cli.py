@@ -1,9 +1,11 @@
 """The command line. Everything heavy is imported by the command that needs it.
 
-Exit status: 0 done, 1 an error of the program, 2 wrong input or surroundings, 130 interrupted.
+Exit status: 0 done, 1 an error of the program, 2 wrong input or surroundings, 3 `doctor` found a fault,
+130 interrupted.
 """
 
 import errno
+import os
 import sys
 import traceback
 import warnings
@@ -29,7 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_INTERRUPTED = 130
+_INTERRUPTED, _UNSOUND = 130, 3
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps, ...; auto takes an accelerator if there is one.")]
@@ -46,10 +48,12 @@ class _InputError(Exception):
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for results and pictures.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(min=0, help="Of weights, noise, attack and judge.")] = 0,
-    n: Annotated[int, typer.Option(min=10, max=450, help="Test images to attack.")] = 200,
+    n: Annotated[
+        int | None, typer.Option(min=10, max=450, help="Test images to attack; 200 and 100 by default.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a plain network and its self-ensemble on handwritten digits, attack both, draw the result."""
+    """Train a plain network and its self-ensemble on handwritten digits, attack both, write a report."""
     from .demo import run_demo
 
     if out.exists() and not out.is_dir():
@@ -59,31 +63,45 @@ def demo(
     if as_json:
         terminal.print_json(results)
         return
-    plain, rse = results["networks"]["plain"], results["networks"]["rse"]
-    title = f"Accuracy on {n} handwritten digits, attacked ever harder (C&W)"
-    table = Table(title=title, caption="in brackets: 95 % interval; distortion: RMS L2 of the change")
-    table.add_column("strength\nc", justify="right")
-    for name in ("plain network", "self-ensemble"):
-        table.add_column(f"{name}\nanswers right", justify="right")
-        table.add_column("\ndistortion", justify="right")
-    for one, other in zip(plain["curve"], rse["curve"], strict=True):
-        cells = [f"{one['c']:g}" if one["c"] else "no attack"]
-        for point in (one, other):
-            interval = f"[{100 * point['low']:.0f}, {100 * point['high']:.0f}]"
-            cells += [f"{100 * point['accuracy']:.1f} % {interval:>9}", f"{point['rms_l2']:.2f}"]
-        style = "bold" if one["c"] == results["shown_strength"] else None
-        table.add_row(*cells, style=style)
-    terminal.out.print(table)
+    networks = [results["networks"][kind] for kind in ("plain", "rse")]
+    for title, key, unit in (
+        ("the paper's attack (C&W, one noise draw a step)", "curve", "c"),
+        ("the strongest of five honest attacks, image by image (L-inf)", "worst_case", "eps"),
+    ):
+        _print_demo([network[key] for network in networks], title, unit, results["shown_strength"])
     shown = results["shown_strength"]
-    at = [next(p for p in network["curve"] if p["c"] == shown)["accuracy"] for network in (plain, rse)]
+    at = [next(p for p in network["curve"] if p["c"] == shown)["accuracy"] for network in networks]
     terminal.out.print(
         f"At c = {shown:g} the plain network still answers {at[0]:.0%} of the attacked images correctly, "
         f"the Random Self-Ensemble {at[1]:.0%}."
     )
-    clean = [terminal.percent(network["training"]["metrics"]["test"]) for network in (plain, rse)]
+    clean = [terminal.percent(network["training"]["metrics"]["test"]) for network in networks]
     terminal.out.print(f"Without attack, all 450 test images: plain {clean[0]}, self-ensemble {clean[1]}.")
+    failed = [check for network in networks for check in network["checks"] if check["passed"] is False]
+    terminal.out.print(f"Honesty checks that failed: {len(failed)}.")
     terminal.out.print(results["caveat"], style="yellow")
-    terminal.out.print(f"Written to {out}: accuracy.png, adversarial.png, results.json", soft_wrap=True)
+    terminal.out.print(
+        f"Written to {out}: report.html, results.json, accuracy.png, adversarial.png", soft_wrap=True
+    )
+
+
+def _print_demo(curves: list[list[dict[str, Any]]], title: str, unit: str, shown: float) -> None:
+    images = curves[0][0]["images"]
+    table = Table(
+        title=f"Accuracy on {images} handwritten digits: {title}",
+        caption="in brackets: 95 % interval; distortion: RMS L2 of the change",
+    )
+    table.add_column(unit, justify="right")
+    for name in ("plain network", "self-ensemble"):
+        table.add_column(f"{name}\nanswers right", justify="right")
+        table.add_column("\ndistortion", justify="right")
+    for points in zip(*curves, strict=True):
+        cells = [f"{points[0][unit]:g}" if points[0][unit] else "no attack"]
+        for point in points:
+            interval = f"[{100 * point['low']:.0f}, {100 * point['high']:.0f}]"
+            cells += [f"{100 * point['accuracy']:.1f} % {interval:>9}", f"{point['rms_l2']:.2f}"]
+        table.add_row(*cells, style="bold" if unit == "c" and points[0]["c"] == shown else None)
+    terminal.out.print(table)
 
 
 @app.command()
@@ -132,74 +150,126 @@ def train(
 @app.command()
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Folder that `train` wrote.")],
+    protocol: Annotated[str, typer.Option(help="A shipped protocol (see `info`) or a YAML file.")] = "paper",
     data: Data = None,
-    c: Annotated[list[float] | None, typer.Option(help="Strengths of the attack; 0.03 by default.")] = None,
-    n: Annotated[int, typer.Option(min=1, help="Test images: the first n.")] = 1000,
-    steps: Annotated[int, typer.Option(min=1, help="Adam steps of the attack.")] = 300,
-    lr: Annotated[float, typer.Option(help="Learning rate of the attack.")] = 1e-3,
-    draws: Annotated[int | None, typer.Option(min=1, help="Noise draws a prediction.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise of attack and judge.")] = 0,
+    n: Annotated[int | None, typer.Option(min=1, help="Test images: the first n.")] = None,
+    c: Annotated[
+        list[float] | None, typer.Option(help="Strengths of the paper's attack, instead of the protocol's.")
+    ] = None,
+    draws: Annotated[int | None, typer.Option(min=1, help="Noise draws of the defender's answer.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of attacks and judge.")] = None,
+    shard: Annotated[int | None, typer.Option(min=1, help="Images a unit of work.")] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Images a forward pass.")] = 200,
-    out: Annotated[Path | None, typer.Option(help="Also write the results to this JSON file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; runs/MODEL-PROTOCOL by default.")
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Accuracy without attack and under the paper's C&W (fixed c, last iterate, one draw a step)."""
+    """Attack a model by a protocol and judge it on fresh noise; started again, it goes on where it stopped."""
     from . import hub
-    from .evaluation import CurvePoint, cw_curve
-    from .files import write_json
-    from .provenance import provenance
+    from .evaluation.protocol import load_protocol
+    from .evaluation.runner import Evaluation
 
-    if out is not None and out.is_dir():
-        raise _InputError(f"{out} is a folder: --out takes the file to write")
+    overrides: dict[str, Any] = {"images": n, "seed": seed, "shard": shard}
+    if c is not None:
+        overrides["attacks"] = [{"attack": "cw-paper", "title": "C&W paper", "c": c}]
+    plan = load_protocol(protocol, {key: value for key, value in overrides.items() if value is not None})
+    if c is not None and plan.name != "paper":
+        raise _InputError("--c sets the strengths of --protocol paper; write a YAML file for others")
+    config = hub.read_config(model)
+    rank, world, target = _process(device)
+    ensemble = hub.load(model).to(target)
+    ensemble.draws = draws or ensemble.draws
+    test = _test_data(config, data)
+    name = model.resolve().name
+    folder = out or Path("runs") / f"{name}-{plan.name}"
+    with terminal.progress() as update:
+        update("preparing", 0.0)
+        evaluation = Evaluation(
+            ensemble,
+            test,
+            plan,
+            folder,
+            name=name,
+            max_batch=max_batch,
+            architecture=config.architecture.model_dump() if config.architecture else None,
+            progress=update,
+            rank=rank,
+            world=world,
+        )
+        try:
+            results = evaluation.run()
+        except Interrupted as stop:
+            raise Interrupted(f"{stop}; go on with the same command") from None
+    if rank != 0:
+        return
+    if as_json:
+        terminal.print_json(results.model_dump(mode="json"))
+        return
+    terminal.print_results(results)
+    terminal.out.print(
+        f"Written to {folder}: results.json, images.csv; for people: selfensemble report {folder}",
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def doctor(
+    model: Annotated[Path, typer.Argument(help="Folder that `train` wrote.")],
+    data: Data = None,
+    n: Annotated[int, typer.Option(min=5, help="Test images for the trial attacks.")] = 50,
+    norm: Annotated[str, typer.Option(help="linf, l2 or l1.")] = "linf",
+    eps: Annotated[str, typer.Option(help="Radius of the trial attacks, e.g. 8/255.")] = "8/255",
+    steps: Annotated[int, typer.Option(min=1, help="Gradient steps of the trial attacks.")] = 20,
+    eot: Annotated[int, typer.Option(min=1, help="Noise draws of each step.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Of the trial attacks.")] = 0,
+    max_batch: Annotated[int, typer.Option(min=1, help="Images a forward pass.")] = 200,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Check whether an evaluation of a model can be trusted; exit status 3 if a check fails."""
+    from . import hub
+    from .evaluation.honesty import doctor as examine
+    from .evaluation.protocol import check_radius, number
+
     config = hub.read_config(model)
     ensemble = hub.load(model).to(_device(device))
     test = _test_data(config, data)
-    images = min(n, len(test))
-    strengths = [0.0, *(c or [0.03])]
+    images = slice(4 * n)
     with terminal.progress() as update:
-        finished = 0
-
-        def report(point: CurvePoint) -> None:
-            nonlocal finished
-            finished += 1
-            update(f"c = {point.c:g}: accuracy {point.verdict.accuracy:.1%}", finished / len(strengths))
-
-        update(f"attacking {images} images", 0.0)
-        points = cw_curve(
+        checks = examine(
             ensemble,
-            test.inputs(slice(images)),
-            test.labels[:images],
-            strengths,
+            test.inputs(images),
+            test.labels[images],
+            norm=norm,
+            eps=check_radius(number(eps), "--eps"),
             steps=steps,
-            lr=lr,
-            draws=draws,
-            seed=seed,
+            eot=eot,
+            images=n,
+            expect_random=any(std > 0 for std in config.noise.values()),
             max_batch=max_batch,
-            progress=report,
+            seed=seed,
+            progress=update,
         )
-    results: dict[str, Any] = {
-        "model": str(model),
-        "protocol": "paper: C&W L2, fixed c, kappa 0, last iterate, one draw a step",
-        "settings": {
-            "data": test.name, "images": images, "steps": steps, "lr": lr, "seed": seed,
-            "draws": draws or ensemble.draws, "noise": config.noise,
-        },
-        "points": [point.record() for point in points],
-        "provenance": provenance(),
-    }  # fmt: skip
-    if out is not None:
-        write_json(out, results)
     if as_json:
-        terminal.print_json(results)
-        return
-    table = Table(title=f"{images} test images, paper protocol (weak against randomised defenses)")
-    for title in ("c", "accuracy (95 % interval)", "RMS L2", "median L2"):
-        table.add_column(title, justify="right")
-    for point in results["points"]:
-        name = f"{point['c']:g}" if point["c"] else "no attack"
-        table.add_row(name, terminal.percent(point), f"{point['rms_l2']:.3f}", f"{point['median_l2']:.3f}")
-    terminal.out.print(table)
+        terminal.print_json([check.model_dump(mode="json") for check in checks])
+    else:
+        terminal.print_checks(checks)
+    if any(check.passed is False for check in checks):
+        raise typer.Exit(_UNSOUND)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders that `evaluate` wrote.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file.")] = Path("report.html"),
+) -> None:
+    """Compare evaluation runs in one HTML file that needs no network."""
+    from .report.html import write_report
+
+    write_report(runs, out)
+    terminal.out.print(f"Written to {out}", soft_wrap=True)
 
 
 @app.command()
@@ -260,12 +330,14 @@ def info(
 
         described = hub.read_config(model).model_dump(mode="json")
     else:
+        from .evaluation.protocol import load_protocol, shipped_protocols
         from .models import MODELS
         from .provenance import provenance
         from .recipe import load_recipe, shipped_recipes
 
         recipes = {name: load_recipe(name).description for name in shipped_recipes()}
-        described = provenance() | {"models": list(MODELS), "recipes": recipes}
+        protocols = {name: load_protocol(name).description for name in shipped_protocols()}
+        described = provenance() | {"models": list(MODELS), "recipes": recipes, "protocols": protocols}
     if as_json:
         terminal.print_json(described)
         return
@@ -330,6 +402,17 @@ def _device(name: str) -> "torch.device":
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise _InputError(f"cannot use device {name!r}: {str(error)[:200]}") from error
     return device
+
+
+def _process(name: str) -> tuple[int, int, "torch.device"]:
+    """Rank, number of processes (torchrun, accelerate launch) and device of this one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0, 1, _device(name)
+    from accelerate import PartialState
+
+    device = _device(name)
+    state = PartialState(cpu=device.type == "cpu")
+    return state.process_index, state.num_processes, state.device
 
 
 def _test_data(config: "ArtefactConfig", data: str | None) -> "ImageData":

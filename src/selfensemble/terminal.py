@@ -6,9 +6,14 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .evaluation.results import CheckRecord, Results
 
 out, err = Console(), Console(stderr=True)
 
@@ -46,6 +51,43 @@ def progress() -> Iterator[Any]:
                 last = text
 
         yield line
+
+
+def print_results(results: "Results") -> None:
+    """An evaluation as a table."""
+    from rich.table import Table
+
+    title = f"{results.name}: {results.data.images} test images, protocol {results.protocol['name']}"
+    seeds = len(results.clean.seeds)
+    table = Table(title=title, caption="accuracy: first seed, 95 % interval; upper bounds of the robustness")
+    table.add_column("attack")
+    for column in ("accuracy", f"right under all {seeds} seeds", "RMS L2", "gradients\nan image"):
+        table.add_column(column, justify="right")
+    for entry in (results.clean, *results.attacks, *results.worst_case):
+        where = f", {entry.norm} {entry.eps:.4g}" if entry.eps is not None else ""
+        where += f", c = {entry.c:g}" if entry.c is not None else ""
+        cells = (
+            percent(entry.model_dump()), f"{100 * entry.all_seeds:.1f} %", f"{entry.rms_l2:.3f}",
+            f"{entry.gradients:.0f}",
+        )  # fmt: skip
+        table.add_row(entry.title + where, *cells, style="bold" if entry.attack == "worst case" else None)
+    out.print(table)
+    if results.checks is not None:
+        print_checks(results.checks)
+
+
+def print_checks(checks: "Sequence[CheckRecord]") -> None:
+    """Honesty checks as a table."""
+    from rich.table import Table
+
+    table = Table(title="Honesty checks")
+    for column in ("check", "", "figure", "what to do"):
+        table.add_column(column, overflow="fold")
+    for check in checks:
+        verdict = {True: "ok", False: "FAIL", None: "n/a"}[check.passed]
+        style = "red" if check.passed is False else None
+        table.add_row(check.name, verdict, check.figure, check.advice, style=style)
+    out.print(table)
 
 
 def percent(record: dict[str, Any]) -> str:

@@ -1,8 +1,60 @@
-"""Attacks: `attack(model, inputs, labels, *, targeted=False, ...) -> adversarial`.
+"""Attacks: `attack(model, inputs, labels, *, targeted=False, ..., eot=1, seed=None) -> adversarial`.
 
 `inputs` are (B, C, H, W) in [0, 1]; `labels` are (B,) int64, the true classes, or the wanted ones where
 `targeted`. Adversarial images have the shape of `inputs` and stay in [0, 1]. An attack attacks the
 model in eval mode and computes gradients with respect to its inputs only. It claims nothing: whether an
-image is adversarial is for `evaluation.judge` to say, on fresh noise.
+image is adversarial is for `evaluation.judge` to say, on fresh noise. How attacks meet noise: `Noise`.
 """
 
+from collections.abc import Callable
+
+from torch import Tensor
+
+from .apgd import apgd, apgd_targeted
+from .autoattack import autoattack_rand, autoattack_standard
+from .cw import cw_l2, cw_l2_paper
+from .expectation import Budget, Noise, count_evaluations
+from .fab import fab
+from .minimum_norm import ddn, fmn
+from .pgd import fgsm, pgd
+from .random_search import random_noise
+from .square import square
+from .transfer import transfer
+
+__all__ = [
+    "ATTACKS",
+    "Budget",
+    "Noise",
+    "apgd",
+    "apgd_targeted",
+    "autoattack_rand",
+    "autoattack_standard",
+    "count_evaluations",
+    "cw_l2",
+    "cw_l2_paper",
+    "ddn",
+    "fab",
+    "fgsm",
+    "fmn",
+    "pgd",
+    "random_noise",
+    "square",
+    "transfer",
+]
+
+# Attacks by the names that protocols use.
+ATTACKS: dict[str, Callable[..., Tensor]] = {
+    "fgsm": fgsm,
+    "pgd": pgd,
+    "apgd": apgd,
+    "apgd-t": apgd_targeted,
+    "cw": cw_l2,
+    "cw-paper": cw_l2_paper,
+    "ddn": ddn,
+    "fmn": fmn,
+    "fab": fab,
+    "square": square,
+    "random-noise": random_noise,
+    "autoattack-rand": autoattack_rand,
+    "autoattack-standard": autoattack_standard,
+}

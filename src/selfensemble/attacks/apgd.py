@@ -5,6 +5,7 @@ parameter-free attacks, ICML 2020, algorithm 1; for L1, Mind the box, ICML 2021,
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Unpack
 
 import torch
@@ -18,7 +19,7 @@ from .norms import Norm, check_eps, check_norm, per_image, project, random_start
 
 _ALPHA = 0.75  # share of the new step in a momentum step
 _L1_DECREASE, _L1_SMALLEST = 1.5, 10.0
-PointLoss = Callable[[Tensor, Tensor], Tensor]  # logits (A, K) and indices (A,) of the images to (A,)
+PointLoss = Callable[[Tensor, Tensor], Tensor]  # indices (A,) of the images and logits (A, K) to (A,)
 
 
 def apgd(
@@ -56,7 +57,7 @@ def apgd(
         keep = Keeper(oracle, x, y, targeted)
         for _ in range(restarts):
 
-            def at(logits: Tensor, indices: Tensor) -> Tensor:
+            def at(indices: Tensor, logits: Tensor) -> Tensor:
                 return objective(logits, y[indices], targeted)
 
             _ascend(keep, at, norm=norm, eps=eps, steps=steps, rho=rho, stop=early_stop)
@@ -88,7 +89,9 @@ def apgd_targeted(
         model, inputs, norm, eps, steps, rho, early_stop, max_batch, noise: see `apgd`.
     """
     if targeted:
-        raise ValueError("apgd_targeted takes the true labels; to reach wanted classes use apgd(targeted=True)")
+        raise ValueError(
+            "apgd_targeted takes the true labels; to reach wanted classes use apgd(targeted=True)"
+        )
     check_count("targets", targets)
     _check(norm, eps, inputs, steps, 1, rho)
 
@@ -99,7 +102,7 @@ def apgd_targeted(
         for rank in range(min(targets, oracle.classes - 1)):
             goal = order[:, rank]
 
-            def at(logits: Tensor, indices: Tensor, goal: Tensor = goal) -> Tensor:
+            def at(indices: Tensor, logits: Tensor, goal: Tensor = goal) -> Tensor:
                 return targeted_dlr(logits, y[indices], goal[indices])
 
             _ascend(keep, at, norm=norm, eps=eps, steps=steps, rho=rho, stop=early_stop)
@@ -127,7 +130,7 @@ def _ascend(
     run = _Run(keep.x[active], norm, eps, steps, rho, keep.oracle.generator)
     for step in range(steps + 1):
         images = run.x + run.change
-        estimate = keep.oracle.gradient(images, lambda z, a=active: loss(z, a))
+        estimate = keep.oracle.gradient(images, partial(loss, active))
         run.note(estimate, step)
         stay = keep.visit(active, images, estimate, stop=stop, step=step)
         if not stay.all():
@@ -138,7 +141,7 @@ def _ascend(
         if step < steps:
             run.step(step)
     for change in (run.best, run.change) if keep.oracle.is_random else (run.best,):
-        keep.finish(active, run.x + change, lambda z: loss(z, active))
+        keep.finish(active, run.x + change, partial(loss, active))
 
 
 class _Run:
@@ -157,7 +160,10 @@ class _Run:
         self.gradient = self.best_gradient = torch.zeros_like(x)
         self.loss = self.best_loss = self.checked_loss = x.new_full((len(x),), -torch.inf)
         self.length = x.new_full((len(x),), eps if norm == "l1" else 2 * eps)
-        self.rises, self.reduced = torch.zeros_like(self.length), torch.ones_like(self.length, dtype=torch.bool)
+        self.rises, self.reduced = (
+            torch.zeros_like(self.length),
+            torch.ones_like(self.length, dtype=torch.bool),
+        )
         # For L1: the share of the pixels that a step moves, and how many the best image has moved.
         self.share = x.new_full((len(x),), 0.2)
         self.sparsity = x.new_full((len(x),), float(x[:1].numel()))

@@ -9,20 +9,15 @@ Sources: Carlini & Wagner, Towards Evaluating the Robustness of Neural Networks,
 
 import math
 from collections.abc import Callable
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
-from ..ensemble import SelfEnsemble, check_count, explain_shape
-from .expectation import (
-    Forward,
-    attacked,
-    check_batch,
-    device_of,
-    expected_gradient,
-    margin,
-    mean_probabilities,
-)
+from ..ensemble import check_count
+from .expectation import Estimate, Noise, NoiseOptions, Oracle, run_attack
+from .losses import margin
+from .nearest import Nearest
 
 # The box that tanh spans reaches this far beyond [0, 1], and the image is clamped into [0, 1]. Without
 # it a black or white pixel has w = +-inf and gradient 0, and never moves.
@@ -45,7 +40,7 @@ class _TanhBox:
 
 
 def _descend(
-    forward: Forward,
+    oracle: Oracle,
     inputs: Tensor,
     labels: Tensor,
     *,
@@ -54,61 +49,33 @@ def _descend(
     kappa: float,
     steps: int,
     lr: float,
-    eot: int,
     decay: bool = False,
-    visit: Callable[[Tensor, Tensor], None] | None = None,
+    visit: Callable[[Tensor, Estimate], None] | None = None,
 ) -> Tensor:
-    """Adam on w for `steps`; `visit(image, mean softmax)` sees every iterate; returns the last one.
+    """Adam on w for `steps`; `visit(image, estimate)` sees every iterate; returns the last one.
 
     `decay`: the learning rate falls linearly to 0, so that the last steps resolve small distances.
     """
     box = _TanhBox(inputs)
     optimizer = torch.optim.Adam([box.w], lr=lr)
 
-    def loss(logits: Tensor) -> Tensor:
-        return c * margin(logits, labels, targeted).clamp(min=-kappa)
+    def gain(logits: Tensor) -> Tensor:
+        return c * margin(logits, labels, targeted).clamp(max=kappa)
 
     for step in range(steps):
         if decay:
             optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
         image = box.image()
-        gradient, probabilities = expected_gradient(forward, image, loss, eot)
+        estimate = oracle.gradient(image, gain)
         if visit is not None:
-            visit(image, probabilities)
-        box.w.grad = box.chain(gradient + 2 * (image - inputs))
+            visit(image, estimate)
+        box.w.grad = box.chain(2 * (image - inputs) - estimate.gradient)
         optimizer.step()
     return box.image()
 
 
-def _over_batches(
-    model: nn.Module,
-    inputs: Tensor,
-    labels: Tensor,
-    max_batch: int | None,
-    run: Callable[[Forward, Tensor, Tensor], Tensor],
-) -> Tensor:
-    check_batch(inputs, labels)
-    if len(inputs) == 0:
-        return inputs.clone()
-    size = len(inputs) if max_batch is None else check_count("max_batch", max_batch)
-    device, parts = device_of(model, inputs), []
-    with attacked(model) as forward:
-        with torch.no_grad(), explain_shape(model, inputs):
-            classes = forward(inputs[:1].to(device)).shape[1]
-        if int(labels.max()) >= classes:
-            raise ValueError(
-                f"labels must be below {classes}, the number of classes; got {int(labels.max())}"
-            )
-        for x, y in zip(inputs.split(size), labels.split(size), strict=True):
-            # In float32, whatever the model computes in: smaller types cannot hold small changes.
-            part = run(forward, x.to(device, torch.float32), y.to(device))
-            parts.append(part.to(inputs.device, inputs.dtype))
-    return torch.cat(parts)
-
-
-def _check(steps: int, lr: float, eot: int) -> None:
+def _check(steps: int, lr: float) -> None:
     check_count("steps", steps)
-    check_count("eot", eot)
     if not (lr > 0 and math.isfinite(lr)):
         raise ValueError(f"lr must be finite and > 0, got {lr}")
 
@@ -123,6 +90,7 @@ def cw_l2_paper(
     steps: int = 300,
     lr: float = 1e-3,
     max_batch: int | None = None,
+    **noise: Unpack[NoiseOptions],
 ) -> Tensor:
     """C&W exactly as in the paper: fixed c, kappa 0, last iterate, one noise draw a step.
 
@@ -140,6 +108,7 @@ def cw_l2_paper(
         steps: Adam steps.
         lr: Adam's learning rate in tanh space.
         max_batch: images attacked at a time; None for all.
+        noise: see `Noise`; the paper's attack is `eot=1`.
 
     Returns:
         (B, C, H, W) the last iterates; judge them on fresh noise.
@@ -147,15 +116,15 @@ def cw_l2_paper(
     Raises:
         ValueError, TypeError: inputs, labels or settings that cannot be attacked.
     """
-    _check(steps, lr, 1)
+    _check(steps, lr)
     if not (c >= 0 and math.isfinite(c)):
         raise ValueError(f"c must be finite and >= 0, got {c}")
 
-    def run(forward: Forward, x: Tensor, y: Tensor) -> Tensor:
+    def run(oracle: Oracle, x: Tensor, y: Tensor) -> Tensor:
         strength = x.new_full((len(x),), c)
-        return _descend(forward, x, y, c=strength, targeted=targeted, kappa=0.0, steps=steps, lr=lr, eot=1)
+        return _descend(oracle, x, y, c=strength, targeted=targeted, kappa=0.0, steps=steps, lr=lr)
 
-    return _over_batches(model, inputs, labels, max_batch, run)
+    return run_attack(model, inputs, labels, run, Noise(**noise), max_batch)
 
 
 def cw_l2(
@@ -166,67 +135,60 @@ def cw_l2(
     targeted: bool = False,
     kappa: float = 0.0,
     steps: int = 300,
-    lr: float = 1e-2,
+    lr: float | None = None,
     initial_c: float = 1.0,
     binary_search_steps: int = 6,
-    eot: int = 1,
-    confirm_draws: int = 10,
     max_batch: int | None = None,
+    **noise: Unpack[NoiseOptions],
 ) -> Tensor:
     """C&W with binary search over c and the nearest confirmed image kept for each image.
 
     Each search step starts at the image, and its learning rate falls linearly to 0. An iterate counts
-    as a success when the mean softmax of its own draws gives a wrong class *and* that of `confirm_draws`
-    fresh draws does so too: a best-so-far from one lucky draw is no success.
+    as a success when the mean softmax of its own draws gives a wrong class *and* fresh draws confirm it.
+    Images that need no attack, and those whose c is known to 1 %, leave the batch.
 
     Args:
-        model, inputs, labels, targeted, steps, lr, max_batch: see `cw_l2_paper`.
+        model, inputs, labels, targeted, steps, max_batch: see `cw_l2_paper`.
+        lr: Adam's first learning rate in tanh space; by default 0.01, and more for fewer than 100 steps.
         kappa: confidence, the margin of logits to aim beyond.
         initial_c: where the search over c starts; then 10 times more until it succeeds, then bisection.
         binary_search_steps: values of c tried for each image.
-        eot: noise draws a step.
-        confirm_draws: fresh draws that confirm a success; 1 for a network without noise.
+        noise: `eot`, `average`, `confirm_draws`, `frozen`, `seed`; see `Noise`.
 
     Returns:
         (B, C, H, W) the nearest confirmed images; where none was found, the original image.
     """
-    _check(steps, lr, eot)
-    if not (kappa >= 0 and initial_c > 0 and binary_search_steps >= 1 and confirm_draws >= 1):
-        raise ValueError("need kappa >= 0, initial_c > 0, binary_search_steps >= 1 and confirm_draws >= 1")
-    if isinstance(model, SelfEnsemble) and not model.is_random:
-        confirm_draws = eot = 1
+    check_count("steps", steps)
+    rate = 0.01 * max(1.0, 100 / steps) if lr is None else lr
+    _check(steps, rate)
+    check_count("binary_search_steps", binary_search_steps)
+    if not (kappa >= 0 and initial_c > 0 and math.isfinite(kappa) and math.isfinite(initial_c)):
+        raise ValueError(f"need kappa >= 0 and initial_c > 0, got {kappa} and {initial_c}")
 
-    def run(forward: Forward, x: Tensor, y: Tensor) -> Tensor:
-        best, distance = x.clone(), x.new_full((len(x),), torch.inf)
-        c, low = torch.full_like(distance, initial_c), torch.zeros_like(distance)
-        high = torch.full_like(distance, torch.inf)
+    def run(oracle: Oracle, x: Tensor, y: Tensor) -> Tensor:
+        nearest = Nearest(oracle, x, y, targeted, "l2")
+        c, low = x.new_full((len(x),), initial_c), x.new_zeros(len(x))
+        high = torch.full_like(c, torch.inf)
         for _ in range(binary_search_steps):
-            found = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+            active = ((nearest.distance > 0) & ((high - low) > 0.01 * low)).nonzero().squeeze(1)
+            if len(active) == 0:
+                break
+            found = torch.zeros(len(active), dtype=torch.bool, device=x.device)
 
-            def visit(image: Tensor, probabilities: Tensor, found: Tensor = found) -> None:
-                size = (image - x).flatten(1).norm(dim=1)
+            def visit(
+                image: Tensor, estimate: Estimate, active: Tensor = active, found: Tensor = found
+            ) -> None:
                 # A success counts for the search over c even where an earlier c came nearer.
-                wanted = _fooled(probabilities, y, targeted) & ((size < distance) | ~found)
-                candidates = wanted.nonzero().squeeze(1)
-                if len(candidates) and confirm_draws > 1:
-                    again = mean_probabilities(forward, image[candidates], confirm_draws)
-                    candidates = candidates[_fooled(again, y[candidates], targeted)]
-                found[candidates] = True
-                nearer = candidates[size[candidates] < distance[candidates]]
-                best[nearer], distance[nearer] = image[nearer], size[nearer]
+                found |= nearest.visit(active, image, estimate.probabilities, asked=~found)
 
+            strength = c[active]
             _descend(
-                forward, x, y, c=c, targeted=targeted, kappa=kappa, steps=steps, lr=lr, eot=eot,
+                oracle, x[active], y[active], c=strength, targeted=targeted, kappa=kappa, steps=steps, lr=rate,
                 decay=True, visit=visit,
             )  # fmt: skip
-            high = torch.where(found, torch.minimum(high, c), high)
-            low = torch.where(found, low, torch.maximum(low, c))
+            high[active] = torch.where(found, torch.minimum(high[active], strength), high[active])
+            low[active] = torch.where(found, low[active], torch.maximum(low[active], strength))
             c = torch.where(high.isinf(), c * 10, (low + high) / 2)
-        return best
+        return nearest.refined()
 
-    return _over_batches(model, inputs, labels, max_batch, run)
-
-
-def _fooled(probabilities: Tensor, labels: Tensor, targeted: bool) -> Tensor:
-    answers = probabilities.argmax(dim=1)
-    return answers == labels if targeted else answers != labels
+    return run_attack(model, inputs, labels, run, Noise(**noise), max_batch)

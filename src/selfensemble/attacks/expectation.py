@@ -21,7 +21,7 @@ Forward = Callable[[Tensor], Tensor]
 Average = Literal["losses", "probabilities"]
 
 _CONFIRM_DRAWS = 10
-_OTHER_NOISE = 4094  # number of a layer that no network has: noise from torch's global generator
+OTHER_NOISE = 4094  # number of a layer that no network has: noise from torch's global generator
 
 
 @dataclass(slots=True)
@@ -76,8 +76,9 @@ class Noise:
         eot: noise draws averaged in a step.
         average: what is averaged, "losses" of single draws, or their "probabilities": the loss is then
             that of the ensemble, `loss(log(mean softmax))`.
-        confirm_draws: fresh draws that must confirm a success; None for 10 where two passes differ,
-            else 1.
+        confirm_draws: fresh draws that must confirm a success; None for 10 where two passes differ. Where
+            they do not, the model counts as deterministic, and one draw stands for all; set this to
+            more than 1 for a model whose randomness is rare.
         frozen: every step meets the same draws, those of `predict(draws=eot, seed=seed)`, and they
             decide about success too. For checking attacks: frozen noise is no defense.
         seed: of the noise and of random starts; None for fresh entropy.
@@ -141,6 +142,8 @@ class Oracle:
         self.noise = noise
         self.classes = classes
         self.generator = torch.Generator().manual_seed(stream_seed(seed, 0, 0) & 0x7FFF_FFFF_FFFF_FFFF)
+        # Who asks for confirmation by several draws knows of a randomness that two passes do not show.
+        is_random = is_random or (noise.confirm_draws or 1) > 1
         self.is_random = is_random and not noise.frozen
         # Frozen noise of torch's global generators is that of a fixed batch.
         self.may_shrink = not (noise.frozen and reseed)
@@ -165,7 +168,7 @@ class Oracle:
                 return self._forward(inputs).float()
             kind = self._devices[0].type if self._devices else "cuda"
             with torch.random.fork_rng(self._devices, device_type=kind):
-                torch.manual_seed(stream_seed(seed, index, _OTHER_NOISE))
+                torch.manual_seed(stream_seed(seed, index, OTHER_NOISE))
                 return self._forward(inputs).float()
 
     def _indices(self) -> range:
@@ -197,6 +200,11 @@ class Oracle:
                 else:
                     share = (drawn.detach() - over.detach()).exp() * outer
                     values = (share * drawn).sum(dim=1)
+                if not values.requires_grad:
+                    raise ValueError(
+                        "the model passes no gradient to its inputs (detach, rounding, numpy?): attack it "
+                        "with square or random_noise, or put a differentiable approximation in its place"
+                    )
                 gradient += torch.autograd.grad(values.sum(), leaf, materialize_grads=True)[0]
             total += values.detach()
             softmax = drawn.detach().exp()
@@ -233,10 +241,11 @@ class Oracle:
 
     @torch.no_grad()
     def lead(self, inputs: Tensor, labels: Tensor, targeted: bool) -> tuple[Tensor, Tensor]:
-        """(B,) by how much the attack leads in mean probability on fresh draws, and whether that decides.
+        """(B,) by how much the attack leads in mean probability on fresh draws, and whether that is sure.
 
-        The lead is `max p_j - p_y`, j != y (negative where the defender is right), or `p_y - max p_j` if
-        targeted.
+        The lead is `p_j - p_y` for the likeliest j != y (negative where the defender is right), or the
+        negative if targeted. It is sure above two standard errors: searches ask often, and the luckiest
+        of many answers proves little. Without randomness the answer is sure.
         """
         draws = self.noise.eot if self.noise.frozen else self.confirm_draws
         if self.noise.frozen:
@@ -244,16 +253,19 @@ class Oracle:
         else:
             seed, start = self._confirm_seed, self._confirmed
             self._confirmed += draws
-        mean: Tensor | None = None
-        for index in range(start, start + draws):
-            softmax = self._logits(inputs, seed, index).softmax(dim=1)
-            mean = softmax if mean is None else mean + softmax
+        each = torch.stack(
+            [self._logits(inputs, seed, index).softmax(dim=1) for index in range(start, start + draws)]
+        )
         spend(forwards=len(inputs) * draws)
-        assert mean is not None
-        mean /= draws
-        own = mean.gather(1, labels[:, None]).squeeze(1)
-        rival = mean.scatter(1, labels[:, None], -torch.inf).amax(dim=1)
-        return (own - rival if targeted else rival - own), fooled(mean, labels, targeted)
+        mean = each.mean(dim=0)
+        rival = mean.scatter(1, labels[:, None], -torch.inf).argmax(dim=1)
+        image = torch.arange(len(labels), device=labels.device)
+        leads = each[:, image, rival] - each[:, image, labels]
+        leads = -leads if targeted else leads
+        success, lead = fooled(mean, labels, targeted), leads.mean(dim=0)
+        if self.is_random and draws > 1:
+            success &= lead > 2 * leads.std(dim=0) / math.sqrt(draws)
+        return lead, success
 
     def confirmed(self, inputs: Tensor, probabilities: Tensor, labels: Tensor, targeted: bool) -> Tensor:
         """(B,) whether `probabilities` of a step claim a success and fresh draws agree."""
@@ -341,11 +353,22 @@ def _probe(model: nn.Module, forward: Forward, inputs: Tensor) -> tuple[int, boo
     after = _global_states(inputs.device)
     if not torch.isfinite(first).all():
         raise ValueError("the model returns NaN or infinite logits: mend it before attacking it")
+    if looks_like_probabilities(first):
+        raise ValueError(
+            "the model returns probabilities, and attacks need logits: leave out its final softmax, or wrap "
+            "it in a module that returns their logarithm"
+        )
     reseed = any(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
     _restore(before, inputs.device)
     if isinstance(model, SelfEnsemble) and not model.is_random and not reseed:
         return first.shape[1], False, False
     return first.shape[1], reseed or not torch.equal(first, forward(inputs)), reseed
+
+
+def looks_like_probabilities(outputs: Tensor) -> bool:
+    """Whether every row of outputs (B, K) is a distribution."""
+    sums = outputs.float().sum(dim=1)
+    return bool((outputs >= 0).all() and torch.allclose(sums, torch.ones_like(sums), atol=1e-3))
 
 
 def _global_states(device: torch.device) -> list[Tensor]:

@@ -61,6 +61,11 @@ def _scale(logits: Tensor, targeted: bool) -> Tensor:
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
 
 
+def of_labels(loss: Loss, labels: Tensor, targeted: bool) -> Callable[[Tensor], Tensor]:
+    """The loss as a function of the logits alone."""
+    return lambda logits: loss(logits, labels, targeted)
+
+
 def check_loss(name: str) -> Loss:
     """The loss of this name, or a ValueError that lists them."""
     if name not in LOSSES:

@@ -39,7 +39,8 @@ def per_image(values: Tensor, like: Tensor) -> Tensor:
 
 def size(change: Tensor, norm: str) -> Tensor:
     """(B,) norms of (B, ...)."""
-    return torch.linalg.vector_norm(change.flatten(1), _ORDER[norm], dim=1)
+    norms: Tensor = torch.linalg.vector_norm(change.flatten(1), _ORDER[norm], dim=1)
+    return norms
 
 
 def dual_size(gradient: Tensor, norm: str) -> Tensor:

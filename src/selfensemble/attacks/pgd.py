@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..ensemble import check_count
 from .expectation import Noise, NoiseOptions, Oracle, run_attack
 from .keeper import Keeper
-from .losses import LossName, check_loss
+from .losses import LossName, check_loss, of_labels
 from .norms import Norm, check_eps, check_norm, project, random_start, steepest
 
 
@@ -102,13 +102,11 @@ def pgd(
                 if len(active) == 0:
                     break
                 images = x[active]
-                estimate = oracle.gradient(images + change, lambda z, a=active: objective(z, y[a], targeted))
+                estimate = oracle.gradient(images + change, of_labels(objective, y[active], targeted))
                 stay = keep.visit(active, images + change, estimate, stop=early_stop, step=step)
                 change = project(change + length * steepest(estimate.gradient, norm), norm, eps, images)
                 active, change = active[stay], change[stay]
-            keep.finish(active, x[active] + change, lambda z, a=active: objective(z, y[a], targeted))
+            keep.finish(active, x[active] + change, of_labels(objective, y[active], targeted))
         return keep.best
 
     return run_attack(model, inputs, labels, run, Noise(**noise), max_batch)
-
-

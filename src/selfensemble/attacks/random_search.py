@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..ensemble import check_count
 from .expectation import Noise, NoiseOptions, Oracle, run_attack
 from .keeper import Keeper
-from .losses import margin
+from .losses import margin, of_labels
 from .norms import Norm, check_eps, check_norm, per_image, project, random_start, size
 
 
@@ -52,14 +52,13 @@ def random_noise(
             else:
                 change *= per_image(eps / size(change, norm).clamp(min=1e-12), change)
                 change = project(change, norm, eps, start)
-            own = y[active]
-            estimate = oracle.evaluate(start + change, lambda z, own=own: margin(z, own, targeted))
+            estimate = oracle.evaluate(start + change, of_labels(margin, y[active], targeted))
             better = estimate.loss > best[active]
             best[active[better]] = estimate.loss[better]
             images[active[better]] = (start + change)[better]
             stay = keep.visit(active, start + change, estimate, stop=early_stop, step=step)
             active = active[stay]
-        keep.finish(active, images[active], lambda z: margin(z, y[active], targeted))
+        keep.finish(active, images[active], of_labels(margin, y[active], targeted))
         return keep.best
 
     return run_attack(model, inputs, labels, run, Noise(**noise), max_batch)

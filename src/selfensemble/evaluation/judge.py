@@ -1,34 +1,52 @@
 """The judge: whether images fool a model is decided here, on fresh noise, never by the attack."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from scipy.special import gammaln
 from torch import Tensor, nn
 
 from ..attacks.expectation import check_batch, device_of, mean_probabilities, single_draw
-from ..ensemble import SelfEnsemble
+from ..attacks.norms import size
+from ..ensemble import SelfEnsemble, check_count
 from ..inject import eval_mode
-from ..noise import noise_draw
+from ..noise import fresh_seed, noise_draw, stream_seed
 from ..provenance import binomial_interval
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of B attacked images.
+    """What became of B attacked images, each asked Q times, every time with noise of its own.
 
     Attributes:
-        correct: (B,) bool, whether the defender still answers with the true class.
+        answers: (B, Q) int64, the defender's answers.
+        labels: (B,) int64, the true classes.
+        lead: (B,) mean over the queries of `max p_j - p_y`, j != y: above 0 the attack has the lead.
         l2: (B,) Euclidean distance to the originals, in [0, 1] pixels.
         linf: (B,) largest change of a pixel.
     """
 
-    correct: Tensor
+    answers: Tensor
+    labels: Tensor
+    lead: Tensor
     l2: Tensor
     linf: Tensor
 
     @property
+    def wrong(self) -> Tensor:
+        """(B, Q) bool, which answers are wrong."""
+        return self.answers != self.labels[:, None]
+
+    @property
+    def correct(self) -> Tensor:
+        """(B,) bool, whether the first query is answered with the true class."""
+        return ~self.wrong[:, 0]
+
+    @property
     def accuracy(self) -> float:
-        """Share of the images answered correctly."""
+        """Share of the images answered correctly at the first query."""
         return int(self.correct.sum()) / len(self.correct)
 
     @property
@@ -41,6 +59,31 @@ class Verdict:
         """Root of the mean squared distance, the distortion that the paper reports."""
         return float(self.l2.square().mean().sqrt())
 
+    @property
+    def wrong_per_query(self) -> Tensor:
+        """(B,) estimated probability p of a wrong answer to one query."""
+        return self.wrong.double().mean(dim=1)
+
+    def persistent(self, queries: int) -> float:
+        """Mean over the images of `1 - (1 - p)^k`: one of k queries is answered wrongly.
+
+        Unbiased: of an image with w wrong answers in Q, k of the Q queries drawn without replacement
+        miss all of them with probability C(Q - w, k) / C(Q, k). (`1 - (1 - w/Q)^k` is too low.)
+
+        Raises:
+            ValueError: k is above Q; then nothing unbiased can be said.
+        """
+        asked = self.answers.shape[1]
+        if not 1 <= queries <= asked:
+            raise ValueError(f"{asked} queries were judged: k must be 1 to {asked}, got {queries}")
+        right = (asked - self.wrong.sum(dim=1)).double()
+        log_miss = (
+            gammaln(right + 1) - gammaln((right - queries).clamp(min=0) + 1)
+            - gammaln(asked + 1) + gammaln(asked - queries + 1)
+        )  # fmt: skip
+        miss = torch.where(right >= queries, torch.as_tensor(log_miss).exp(), 0.0)
+        return float(1 - miss.mean())
+
 
 @torch.no_grad()
 def judge(
@@ -50,10 +93,13 @@ def judge(
     labels: Tensor,
     *,
     draws: int | None = None,
+    queries: int = 1,
     seed: int | None = None,
+    norm: str = "linf",
+    eps: float | None = None,
     max_batch: int | None = None,
 ) -> Verdict:
-    """Answer `adversarial` with fresh noise, drawn for each image on its own.
+    """Answer `adversarial` with fresh noise, drawn for each image and query on its own.
 
     Args:
         model: the defender; a `SelfEnsemble` answers by the mean softmax of its draws, any other
@@ -62,29 +108,74 @@ def judge(
         adversarial: (B, C, H, W) the attacked ones.
         labels: (B,) int64, the true classes, also for targeted attacks.
         draws: noise draws an answer; by default the ensemble's own, 1 for any other module.
+        queries: how often each image is asked. A `SelfEnsemble` without noise is asked once, and the
+            answer stands for all.
         seed: of the defender's noise; None for fresh entropy. Never the attack's.
+        norm, eps: the ball that the attack was bound to; None to leave distances unchecked.
         max_batch: images a forward pass.
 
     Raises:
-        ValueError: shapes differ, or adversarial images leave [0, 1] or hold NaN.
+        ValueError: shapes differ, or adversarial images leave [0, 1] or the ball, or hold NaN.
     """
     check_batch(inputs, labels)
+    check_count("queries", queries)
     if len(inputs) == 0:
         raise ValueError("no images to judge")
     if adversarial.shape != inputs.shape:
         raise ValueError(f"adversarial is {tuple(adversarial.shape)}, inputs {tuple(inputs.shape)}")
     check_batch(adversarial, labels)
+    change = adversarial - inputs
+    if eps is not None and (farthest := float(size(change, norm).max())) > eps * (1 + 1e-4) + 1e-6:
+        raise ValueError(
+            f"an adversarial image is {farthest:g} from its original ({norm}), beyond eps = {eps:g}: "
+            "the attack broke its budget"
+        )
+    fixed = isinstance(model, SelfEnsemble) and not model.is_random
+    answers, leads = [], []
+    for query in range(1 if fixed else queries):
+        own = None if seed is None else stream_seed(seed, query, 0)
+        probabilities = _answer(model, adversarial, draws, own, max_batch)
+        if not torch.isfinite(probabilities).all():
+            raise ValueError("the model returns NaN or infinite logits: its answers cannot be judged")
+        answers.append(probabilities.argmax(dim=1))
+        own_class = probabilities.gather(1, labels[:, None]).squeeze(1)
+        rival = probabilities.scatter(1, labels[:, None], -torch.inf).amax(dim=1)
+        leads.append(rival - own_class)
+    return Verdict(
+        torch.stack(answers, dim=1).expand(-1, queries),
+        labels,
+        torch.stack(leads).mean(dim=0),
+        size(change, "l2"),
+        size(change, "linf"),
+    )
+
+
+def _answer(
+    model: nn.Module, images: Tensor, draws: int | None, seed: int | None, max_batch: int | None
+) -> Tensor:
+    """Mean softmax (B, K) of one query."""
+    device = device_of(model, images)
     if isinstance(model, SelfEnsemble):
-        answers = model.predict(
-            adversarial, draws=draws, seed=seed, max_batch=max_batch, sampling="per_image"
-        ).label
-    else:
-        device, forward = device_of(model, inputs), single_draw(model)
-        with eval_mode(model), noise_draw(seed, sampling="per_image"):
-            parts = [
-                mean_probabilities(forward, part.to(device), draws or 1).argmax(dim=1)
-                for part in adversarial.split(max_batch or max(1, len(adversarial)))
-            ]
-        answers = torch.cat(parts).to(labels.device)
-    change = (adversarial - inputs).flatten(1)
-    return Verdict(answers == labels, change.norm(dim=1), change.abs().amax(dim=1))
+        with _global_noise(seed, device):
+            return model.predict_proba(
+                images, draws=draws, seed=seed, max_batch=max_batch, sampling="per_image"
+            )
+    forward = single_draw(model)
+    with eval_mode(model), _global_noise(seed, device), noise_draw(seed, sampling="per_image"):
+        parts = [
+            mean_probabilities(forward, part.to(device), draws or 1).to(images.device)
+            for part in images.split(max_batch or max(1, len(images)))
+        ]
+    return torch.cat(parts)
+
+
+@contextmanager
+def _global_noise(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Noise of torch's global generators (dropout at test time) from `seed`; the caller's state stays."""
+    if seed is None:
+        with noise_draw(None):  # a seed in the surroundings is none of the judge's
+            seed = fresh_seed()
+    devices = [device] if device.type != "cpu" else []
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        torch.manual_seed(seed)
+        yield

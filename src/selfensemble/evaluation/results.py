@@ -61,7 +61,7 @@ class Entry(_Record):
 
 
 class CheckRecord(_Record):
-    """One honesty check, see `evaluation.doctor`."""
+    """One honesty check, see `evaluation.honesty`."""
 
     name: str
     passed: bool | None  # None: it does not apply, `advice` says why

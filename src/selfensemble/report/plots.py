@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..evaluation import CurvePoint
+from ..evaluation.results import Entry
 from ..files import atomic_write
 
 # Okabe & Ito's palette, distinguishable with any colour vision; markers tell the lines apart in grey.
@@ -23,20 +23,20 @@ def save_figure(figure: Figure, path: Path) -> None:
     atomic_write(path, buffer.getvalue())
 
 
-def accuracy_curves(curves: Mapping[str, Sequence[CurvePoint]], title: str) -> Figure:
+def accuracy_curves(curves: Mapping[str, Sequence[Entry]], title: str) -> Figure:
     """Accuracy with its 95 % interval, against c on the left and against distortion on the right."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for (name, points), (color, marker) in zip(curves.items(), _STYLES, strict=False):
-        accuracy = np.array([100 * point.verdict.accuracy for point in points])
-        intervals = np.array([point.verdict.interval for point in points]).T * 100
+        accuracy = np.array([100 * point.accuracy for point in points])
+        intervals = np.array([(point.low, point.high) for point in points]).T * 100
         bars = np.abs(intervals - accuracy)
         style: dict[str, Any] = {
             "color": color, "marker": marker, "markersize": 5, "capsize": 3, "label": name,
         }  # fmt: skip
-        left.errorbar([point.c for point in points], accuracy, yerr=bars, **style)
-        right.errorbar([point.verdict.rms_l2 for point in points], accuracy, yerr=bars, **style)
-    smallest = min(point.c for points in curves.values() for point in points if point.c > 0)
+        left.errorbar([point.c or 0.0 for point in points], accuracy, yerr=bars, **style)
+        right.errorbar([point.rms_l2 for point in points], accuracy, yerr=bars, **style)
+    smallest = min(point.c for points in curves.values() for point in points if point.c)
     left.set_xscale("symlog", linthresh=smallest)
     left.set_xlim(left=0)
     left.xaxis.set_major_formatter(lambda value, position: f"{value:g}")

@@ -1,0 +1,71 @@
+"""The nearest confirmed adversarial image of each image; shared by the minimum-norm attacks."""
+
+import torch
+from torch import Tensor
+
+from .expectation import Oracle, fooled
+from .norms import per_image, size
+
+_HALVINGS = 10
+
+
+class Nearest:
+    """Keeps, for B images, the nearest image that fools the model, confirmed on fresh draws.
+
+    Attributes:
+        best: (B, ...) the images; the original where nothing was found.
+        distance: (B,) their distances by `norm`, infinite where nothing was found.
+    """
+
+    def __init__(self, oracle: Oracle, x: Tensor, y: Tensor, targeted: bool, norm: str) -> None:
+        self.oracle, self.x, self.y, self.targeted, self.norm = oracle, x, y, targeted, norm
+        self.best = x.clone()
+        self.distance = x.new_full((len(x),), torch.inf)
+        # Images that the model gets wrong as they are need no attack.
+        self.distance[oracle.lead(x, y, targeted)[1]] = 0.0
+
+    def active(self) -> Tensor:
+        """Indices of the images that need an attack."""
+        return (self.distance > 0).nonzero().squeeze(1)
+
+    def visit(
+        self, active: Tensor, images: Tensor, probabilities: Tensor, asked: Tensor | None = None
+    ) -> Tensor:
+        """Take note of an iterate of the images `active`.
+
+        Args:
+            active: (A,) indices.
+            images: (A, ...).
+            probabilities: (A, K) of the draws of the step.
+            asked: (A,) images whose success is to be confirmed even where they are not nearer.
+
+        Returns:
+            (A,) which are confirmed successes; not asked ones are confirmed only where nearer.
+        """
+        distance = size(images - self.x[active], self.norm)
+        nearer = distance < self.distance[active]
+        success = fooled(probabilities, self.y[active], self.targeted)
+        success &= nearer if asked is None else nearer | asked
+        chosen = success.nonzero().squeeze(1)
+        if len(chosen) and self.oracle.is_random:
+            sure = self.oracle.lead(images[chosen], self.y[active[chosen]], self.targeted)[1]
+            success[chosen] = sure
+        self._take(active[success & nearer], images[success & nearer])
+        return success
+
+    def _take(self, chosen: Tensor, images: Tensor) -> None:
+        self.best[chosen] = images
+        self.distance[chosen] = size(images - self.x[chosen], self.norm)
+
+    def refined(self) -> Tensor:
+        """The best images, moved towards their originals as far as they still fool the model (bisection)."""
+        chosen = ((self.distance > 0) & self.distance.isfinite()).nonzero().squeeze(1)
+        origin, change, labels = self.x[chosen], self.best[chosen] - self.x[chosen], self.y[chosen]
+        low, high = torch.zeros_like(self.distance[chosen]), torch.ones_like(self.distance[chosen])
+        for _ in range(_HALVINGS if len(chosen) else 0):
+            middle = (low + high) / 2
+            success = self.oracle.lead(origin + per_image(middle, change) * change, labels, self.targeted)[1]
+            low, high = torch.where(success, low, middle), torch.where(success, middle, high)
+        moved = high < 1
+        self._take(chosen[moved], (origin + per_image(high, change) * change)[moved])
+        return self.best

@@ -1,0 +1,348 @@
+"""Attacks of other libraries, with the signature of this project's own: torchattacks, foolbox and ART.
+
+    attack = foolbox_attack("L2CarliniWagnerAttack", steps=100)
+    adversarial = attack(model, inputs, labels, eot=10, seed=0)
+
+The library sees a plain classifier: the logits of one noise draw or, with `eot` > 1, the logarithm of the
+mean softmax over `eot` fresh draws a pass. What it calls a success counts for little: `judge` decides.
+"""
+
+import importlib
+import inspect
+import math
+import random
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..attacks.expectation import Forward, Noise, Oracle, run_attack, single_draw, spend
+from ..noise import noise_draw, stream_seed
+
+_TOLERANCE = 1e-4  # how far outside [0, 1] an attack may end: rounding, not a search without a box
+_WARNINGS = r"(torchattacks|foolbox|eagerpy|art)(\.|$)"  # modules whose warnings nobody here can mend
+
+_INSTALL = {
+    "torchattacks": "pip install --no-deps torchattacks (its metadata asks for packages it never imports)",
+    "foolbox": "pip install foolbox",
+    "art": "pip install adversarial-robustness-toolbox",
+}
+# torchattacks: they attack several models, or train one.
+_WRAPPERS = {"MultiAttack", "LGV"}
+# foolbox: its images come from elsewhere.
+_NEEDS_IMAGES = {"DatasetAttack"}
+# ART: attacks whose answer is a patch, a texture, sound or a table, that need one layer of a network, or
+# that run on other frameworks.
+_NO_IMAGES = (
+    "ASR", "DPatch", "DecisionTree", "FeatureAdversaries", "FrameSaliency", "GRAPHITE", "HighConfidence",
+    "Laser", "LowProFool", "Malware", "OverTheAir", "Overload", "Patch", "SNAL", "TargetedUniversal",
+    "TensorFlow", "Texture",
+)  # fmt: skip
+_ASKS_PROBABILITIES = {"SimBA", "VirtualAdversarialMethod"}  # ART: they refuse logits
+
+
+class LibraryClassifier(nn.Module):
+    """The model as a library sees it: images (B, C, H, W) in [0, 1] to logits (B, K).
+
+    It holds neither the model's parameters nor its training mode, so that no library can change them.
+
+    Attributes:
+        gradients: forward and backward passes so far, in images times draws.
+        forwards: forward passes alone.
+    """
+
+    def __init__(self, forward: Forward, oracle: Oracle, device: torch.device, seed: int) -> None:
+        super().__init__()
+        self.device = nn.Parameter(torch.empty(0, device=device), requires_grad=False)  # libraries ask it
+        self.answers_probabilities = False
+        self.gradients = self.forwards = 0
+        self._single_draw: Forward = forward
+        self._to = device
+        self._eot = oracle.eot
+        self._seed, self._drawn = seed, 0
+        self.eval()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        each = [self._draw(inputs.to(self._to)) for _ in range(self._eot)]
+        answer = each[0]
+        if self._eot > 1:
+            answer = torch.stack([logits.log_softmax(dim=1) for logits in each]).logsumexp(dim=0)
+            answer = answer - math.log(self._eot)
+        if self.answers_probabilities:
+            answer = answer.softmax(dim=1)
+        self._count(answer, len(inputs) * self._eot)
+        return answer.to(inputs.device)
+
+    def _draw(self, inputs: Tensor) -> Tensor:
+        self._drawn += 1
+        with noise_draw(self._seed, self._drawn, "shared"):
+            return self._single_draw(inputs).float()
+
+    def _count(self, answer: Tensor, evaluations: int) -> None:
+        """A forward pass, and for every backward pass from it one with a gradient."""
+        self.forwards += evaluations
+        if not answer.requires_grad:
+            return
+        alone = evaluations
+
+        def backward(gradient: Tensor) -> None:
+            nonlocal alone
+            self.forwards -= alone
+            self.gradients += evaluations
+            alone = 0
+
+        answer.register_hook(backward)
+
+
+# (classifier, images, labels, targeted, number of classes, seed) to adversarial images.
+_Run = Callable[[LibraryClassifier, Tensor, Tensor, bool, int, int], Tensor]
+
+
+@dataclass(frozen=True)
+class LibraryAttack:
+    """An attack of another library, called like this project's own.
+
+    Attributes:
+        library: its import name.
+        name: the attack's name there.
+        settings: what the attack is built with, beyond the library's defaults.
+    """
+
+    library: str
+    name: str
+    settings: Mapping[str, Any]
+    run: _Run
+
+    def __call__(
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        labels: Tensor,
+        *,
+        targeted: bool = False,
+        eot: int = 1,
+        max_batch: int | None = None,
+        seed: int | None = None,
+    ) -> Tensor:
+        """Attack `model` in eval mode; evaluations are counted, the caller's random states left alone.
+
+        Args:
+            model: a classifier; of a `SelfEnsemble`, single draws are attacked, or means of `eot`.
+            inputs: (B, C, H, W) in [0, 1].
+            labels: (B,) int64, true classes, or wanted ones if `targeted`.
+            targeted: reach `labels` rather than leave them, where the attack can.
+            eot: noise draws of a pass, in the memory of that many; 1 for a model without noise.
+            max_batch: images the library gets at a time; None for all.
+            seed: of the noise and of the library's random numbers; None for fresh entropy. A few attacks
+                draw from the operating system besides, and do not repeat (ART's HopSkipJump).
+
+        Returns:
+            (B, C, H, W) in [0, 1], on the device and in the dtype of `inputs`.
+
+        Raises:
+            ValueError: inputs or settings the library cannot attack, or its images are not finite, leave
+                [0, 1] by more than 1e-4 or have another shape.
+        """
+
+        def run(oracle: Oracle, x: Tensor, y: Tensor) -> Tensor:
+            own = int(torch.randint(2**31, (), generator=oracle.generator))
+            classifier = LibraryClassifier(single_draw(model), oracle, x.device, stream_seed(own, 0, 0))
+            try:
+                with _isolated(own), torch.enable_grad():
+                    images = self.run(classifier, x.clamp(0.0, 1.0), y, targeted, oracle.classes, own)
+            finally:
+                spend(gradients=classifier.gradients, forwards=classifier.forwards)
+            return self._checked(images.detach().to(x.device, torch.float32), x)
+
+        return run_attack(model, inputs, labels, run, Noise(eot=eot, seed=seed), max_batch)
+
+    def _checked(self, images: Tensor, inputs: Tensor) -> Tensor:
+        what = f"{self.library}'s {self.name}"
+        if images.shape != inputs.shape:
+            raise ValueError(f"{what} returned shape {tuple(images.shape)} for {tuple(inputs.shape)}")
+        if images.isnan().any():
+            raise ValueError(f"{what} returned NaN")
+        low, high = (bound.item() for bound in images.aminmax())
+        if low < -_TOLERANCE or high > 1 + _TOLERANCE:
+            raise ValueError(f"{what} returned images in [{low:g}, {high:g}], outside [0, 1]")
+        return images
+
+
+def torchattacks_attack(name: str, **settings: Any) -> LibraryAttack:
+    """An attack of torchattacks.
+
+    Args:
+        name: of its class, e.g. "PGD", "APGD", "CW".
+        settings: arguments of the class. The number of classes and the seed are filled in.
+
+    Raises:
+        ImportError: torchattacks is not installed.
+        ValueError: no such attack, or settings it does not know.
+    """
+    library = _import("torchattacks", "torchattacks")
+    found = {each: getattr(library, each) for each in library.__all__ if each not in _WRAPPERS}
+    build = _choose("torchattacks", found, name)
+    known = _check_settings("torchattacks", name, build, settings, skip={"model"})
+
+    def run(
+        classifier: LibraryClassifier, x: Tensor, y: Tensor, targeted: bool, classes: int, seed: int
+    ) -> Tensor:
+        filled = {"n_classes": classes, "seed": seed}
+        attack = build(classifier, **{key: filled[key] for key in filled if key in known} | settings)
+        if targeted:
+            if "targeted" not in attack.supported_mode:
+                raise ValueError(f"torchattacks' {name} has no targeted mode")
+            attack.set_mode_targeted_by_label(quiet=True)
+        adversarial: Tensor = attack(x, y)
+        return adversarial
+
+    return LibraryAttack("torchattacks", name, settings, run)
+
+
+def foolbox_attack(name: str, *, eps: float | None = None, **settings: Any) -> LibraryAttack:
+    """An attack of foolbox.
+
+    Args:
+        name: of its class, e.g. "LinfPGD", "L2CarliniWagnerAttack".
+        eps: radius of the ball. Attacks of a fixed budget need it; those that minimise the distance do so
+            without it, and with it stop there.
+        settings: arguments of the class.
+
+    Returns:
+        An attack whose images are the originals where a search for the nearest found nothing; those of a
+        fixed budget are what the last step reached.
+
+    Raises:
+        ImportError: foolbox is not installed.
+        ValueError: no such attack, settings it does not know, or a missing or impossible `eps`.
+    """
+    library = _import("foolbox", "foolbox")
+    base = _import("foolbox", "foolbox.attacks.base")
+    found = {
+        each: kind
+        for each, kind in vars(library.attacks).items()
+        if inspect.isclass(kind) and issubclass(kind, base.Attack) and not inspect.isabstract(kind)
+        if each not in _NEEDS_IMAGES
+    }
+    build = _choose("foolbox", found, name)
+    _check_settings("foolbox", name, build, settings)
+    fixed = issubclass(build, base.FixedEpsilonAttack)
+    if fixed and eps is None:
+        raise ValueError(f"foolbox's {name} has a fixed budget: give eps")
+    if eps is not None and not (eps > 0 and math.isfinite(eps)):
+        raise ValueError(f"eps must be finite and > 0, got {eps}")
+
+    def run(
+        classifier: LibraryClassifier, x: Tensor, y: Tensor, targeted: bool, classes: int, seed: int
+    ) -> Tensor:
+        model = library.PyTorchModel(classifier, bounds=(0, 1), device=x.device)
+        goal = library.criteria.TargetedMisclassification if targeted else library.criteria.Misclassification
+        _, images, success = build(**settings)(model, x, goal(y), epsilons=eps)
+        adversarial: Tensor = images if fixed else torch.where(success[:, None, None, None], images, x)
+        return adversarial
+
+    return LibraryAttack("foolbox", name, settings if eps is None else settings | {"eps": eps}, run)
+
+
+def art_attack(name: str, **settings: Any) -> LibraryAttack:
+    """An evasion attack of the Adversarial Robustness Toolbox.
+
+    Args:
+        name: of its class in `art.attacks.evasion`, e.g. "ProjectedGradientDescent", "CarliniL2Method".
+        settings: arguments of the class. Note the small default `batch_size` of some, and its default of
+            eps 0.3. Progress bars are off where the attack lets us.
+
+    Raises:
+        ImportError: ART is not installed.
+        ValueError: no such attack, or settings it does not know.
+    """
+    library = _import("art", "art.attacks.evasion")
+    base = _import("art", "art.attacks.attack").EvasionAttack
+    estimator = _import("art", "art.estimators.classification").PyTorchClassifier
+    found = {
+        each: kind
+        for each, kind in vars(library).items()
+        if inspect.isclass(kind) and issubclass(kind, base) and not inspect.isabstract(kind)
+        if not any(part in each for part in _NO_IMAGES)
+    }
+    build = _choose("art", found, name)
+    known = _check_settings("art", name, build, settings, skip={"estimator", "classifier", "targeted"})
+
+    def run(
+        classifier: LibraryClassifier, x: Tensor, y: Tensor, targeted: bool, classes: int, seed: int
+    ) -> Tensor:
+        classifier.answers_probabilities = name in _ASKS_PROBABILITIES
+        # The arrays are NumPy's; the classifier takes them to the model's device itself.
+        victim = estimator(
+            model=classifier, loss=nn.CrossEntropyLoss(), input_shape=tuple(x.shape[1:]), nb_classes=classes,
+            clip_values=(0.0, 1.0), device_type="cpu",
+        )  # fmt: skip
+        filled: dict[str, Any] = {"verbose": False} if "verbose" in known else {}
+        if "targeted" in inspect.signature(build).parameters:
+            filled["targeted"] = targeted
+        elif targeted:
+            raise ValueError(f"art's {name} has no targeted mode")
+        attack = build(victim, **filled | settings)
+        goals = nn.functional.one_hot(y, classes).float().cpu().numpy()
+        return torch.from_numpy(np.asarray(attack.generate(x=x.cpu().numpy(), y=goals)))
+
+    return LibraryAttack("art", name, settings, run)
+
+
+def _import(library: str, module: str) -> Any:
+    """The module, imported without its warnings and without a trace in the random states."""
+    try:
+        with _isolated(None):
+            return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{library} cannot be imported ({error}): {_INSTALL[library]}") from error
+
+
+def _choose(library: str, found: Mapping[str, Any], name: str) -> Any:
+    if name not in found:
+        raise ValueError(f"{library} has no attack {name!r} for images; known: {', '.join(sorted(found))}")
+    return found[name]
+
+
+def _check_settings(
+    library: str, name: str, build: Any, settings: Mapping[str, Any], skip: set[str] | None = None
+) -> set[str]:
+    """The settings that the attack knows; a ValueError for others, and for required ones left out."""
+    parameters = {
+        key: parameter
+        for key, parameter in inspect.signature(build).parameters.items()
+        if key not in (skip or set())
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    }
+    if unknown := sorted(set(settings) - set(parameters)):
+        raise ValueError(
+            f"{library}'s {name} has no setting {', '.join(unknown)}; known: {', '.join(parameters)}"
+        )
+    needed = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
+    if missing := [key for key in needed if key not in settings]:
+        raise ValueError(f"{library}'s {name} needs the setting {', '.join(missing)}")
+    return set(parameters)
+
+
+@contextmanager
+def _isolated(seed: int | None) -> Iterator[None]:
+    """The libraries' warnings off; global generators seeded (but for None), and put back at the end."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices):
+            warnings.filterwarnings("ignore", module=_WARNINGS)
+            warnings.filterwarnings("ignore", message="torch.meshgrid")  # foolbox's, raised in torch
+            if seed is not None:
+                random.seed(seed)
+                np.random.seed(seed)  # noqa: NPY002
+                torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002

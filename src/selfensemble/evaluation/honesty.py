@@ -1,0 +1,117 @@
+"""Honesty checks: signs that an evaluation of a model, or the model itself, is not what it seems.
+
+Each check is a function of a `Patient`; its name is what the report shows. Sources: Carlini et al., On
+Evaluating Adversarial Robustness, 2019, section 3; Athalye et al., Obfuscated Gradients Give a False
+Sense of Security, ICML 2018, section 3.1.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..attacks.norms import check_eps, check_norm
+from . import symptoms, trials
+from .patient import Patient
+from .results import CheckRecord
+
+Progress = Callable[[str, float], None]
+
+CHECKS: dict[str, Callable[[Patient], CheckRecord]] = {
+    "eval mode": symptoms.eval_mode_on,
+    "batch independence": symptoms.batch_independence,
+    "input range": symptoms.input_range,
+    "logits": symptoms.logits,
+    "randomness": symptoms.randomness,
+    "nothing hidden": symptoms.nothing_hidden,
+    "where noise enters": symptoms.where_noise_enters,
+    "gradients": symptoms.gradients,
+    "success grows with eps": trials.grows_with_eps,
+    "frozen noise falls": trials.frozen_noise_falls,
+    "twice the steps": trials.twice_the_steps,
+    "twice the restarts": trials.twice_the_restarts,
+    "twice the draws": trials.twice_the_draws,
+    "random noise is weaker": trials.random_noise_is_weaker,
+    "transfer is weaker": trials.transfer_is_weaker,
+    "black box is weaker": trials.black_box_is_weaker,
+}
+
+
+def doctor(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    norm: str = "linf",
+    eps: float = 8 / 255,
+    steps: int = 20,
+    eot: int = 10,
+    images: int = 50,
+    expect_random: bool | None = None,
+    max_batch: int = 200,
+    seed: int = 0,
+    progress: Progress = lambda text, done: None,
+) -> list[CheckRecord]:
+    """Examine a model as it is handed over: mode, outputs, noise, gradients, and how attacks fare on it.
+
+    Args:
+        model: any classifier; it is left as it was.
+        inputs: (B, C, H, W) in [0, 1], real images of the task.
+        labels: (B,) int64, the true classes.
+        norm, eps: threat model of the trial attacks.
+        steps, eot: their budget, which the checks of twice the budget find sufficient or not.
+        images: how many images the trials use, the first ones that the model gets right.
+        expect_random: whether two answers of the model should differ; None to judge by what is in it.
+        max_batch: images a forward pass.
+        seed: of trials; the noise of the model itself stays fresh where freshness is examined.
+        progress: called with the name of each check and the share done.
+
+    Returns:
+        A record for each of `CHECKS`, in order; `passed` is None where a check does not apply.
+
+    Raises:
+        ValueError, TypeError: inputs, labels or settings that cannot be used. Faults of the model are no
+            errors, but failed checks.
+    """
+    check_norm(norm)
+    check_eps(eps, norm, inputs)
+    patient = Patient(
+        model, inputs, labels, norm=norm, eps=eps, steps=steps, eot=eot, images=images,
+        expect_random=expect_random, max_batch=max_batch, seed=seed,
+    )  # fmt: skip
+    records = []
+    with _left_as_it_was(model):
+        for place, (name, check) in enumerate(CHECKS.items()):
+            progress(name, place / len(CHECKS))
+            records.append(_examine(check, patient).model_copy(update={"name": name}))
+    progress("done", 1.0)
+    return records
+
+
+def _examine(check: Callable[[Patient], CheckRecord], patient: Patient) -> CheckRecord:
+    try:
+        return check(patient)
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        return CheckRecord(
+            name="", passed=False, figure="could not be done",
+            advice=f"the model failed under examination ({type(error).__name__}: {reason})",
+        )  # fmt: skip
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Buffers and modes come back, also those of a model that ignores eval() and updates its statistics."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)

@@ -1,0 +1,188 @@
+"""A model under examination by `doctor`: its images, and what several checks want to know of it."""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..attacks import pgd
+from ..attacks.expectation import attacked, check_batch, device_of, looks_like_probabilities
+from ..ensemble import SelfEnsemble, logits_of
+from ..inject import eval_mode
+from ..noise import GaussianNoise, stream_seed
+from .judge import judge
+from .results import CheckRecord
+
+_JUDGE_QUERIES = 3
+
+
+def passed(figure: str) -> CheckRecord:
+    """A check that found nothing."""
+    return CheckRecord(name="", passed=True, figure=figure, advice="")
+
+
+def failed(figure: str, advice: str) -> CheckRecord:
+    """A check that found a fault."""
+    return CheckRecord(name="", passed=False, figure=figure, advice=advice)
+
+
+def not_applicable(reason: str) -> CheckRecord:
+    """A check that has no meaning for this model."""
+    return CheckRecord(name="", passed=None, figure="", advice=reason)
+
+
+class _RandomOps(TorchDispatchMode):
+    """Counts operators that draw random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
+
+
+class Patient:
+    """The model as it was handed over, the images of the trials, and cached findings."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        labels: Tensor,
+        *,
+        norm: str,
+        eps: float,
+        steps: int,
+        eot: int,
+        images: int,
+        expect_random: bool | None,
+        max_batch: int,
+        seed: int,
+    ) -> None:
+        check_batch(inputs, labels)
+        if len(inputs) == 0:
+            raise ValueError("no images to examine the model with")
+        self.model, self.norm, self.eps, self.steps, self.eot = model, norm, eps, steps, eot
+        self.max_batch, self.seed, self.images = max_batch, seed, images
+        self.expect_random = expect_random
+        self.device = device_of(model, inputs)
+        self.all_inputs, self.all_labels = inputs[: 4 * images], labels[: 4 * images]
+
+    def once(self, inputs: Tensor) -> Tensor:
+        """Outputs of one pass in eval mode, one noise draw of an ensemble, fresh noise."""
+        with torch.no_grad(), eval_mode(self.model):
+            return self._forward(inputs)
+
+    def _forward(self, inputs: Tensor) -> Tensor:
+        x = inputs.to(self.device)
+        if isinstance(self.model, SelfEnsemble):
+            return self.model.draw_logits(x)
+        return logits_of(self.model(x))
+
+    @cached_property
+    def few(self) -> Tensor:
+        """Up to 8 images, for checks of single outputs."""
+        return self.all_inputs[:8]
+
+    @cached_property
+    def outputs(self) -> list[Tensor]:
+        """Outputs (B, K) of eight passes over the same images, without gradients."""
+        return [self.once(self.few) for _ in range(8)]
+
+    @cached_property
+    def is_random(self) -> bool:
+        """Whether those eight differ."""
+        return any(not torch.equal(self.outputs[0], other) for other in self.outputs[1:])
+
+    @cached_property
+    def random_ops(self) -> int:
+        """Operators of one pass in eval mode that draw random numbers."""
+        with _RandomOps() as mode:
+            self.once(self.few)
+        return mode.count
+
+    @cached_property
+    def noise_layers(self) -> list[GaussianNoise]:
+        """All noise layers within the model."""
+        return [module for module in self.model.modules() if isinstance(module, GaussianNoise)]
+
+    @cached_property
+    def clean(self) -> tuple[Tensor, Tensor]:
+        """The first images that the model gets right in each of three queries, and their labels."""
+        verdict = judge(
+            self.model, self.all_inputs, self.all_inputs, self.all_labels, queries=_JUDGE_QUERIES,
+            draws=self.judge_draws, seed=stream_seed(self.seed, 0, 8), max_batch=self.max_batch,
+        )  # fmt: skip
+        right = (~verdict.wrong).all(dim=1).nonzero().squeeze(1)[: self.images]
+        if len(right) < 5:
+            raise ValueError(
+                f"the model gets only {len(right)} of {len(self.all_labels)} images right: the trials need 5; "
+                "pass images of its task, in its range, with its labels"
+            )
+        return self.all_inputs[right], self.all_labels[right]
+
+    @property
+    def judge_draws(self) -> int | None:
+        """Noise draws of an answer."""
+        if isinstance(self.model, SelfEnsemble):
+            return None
+        return 10 if self.is_random else 1
+
+    @property
+    def answer_draws(self) -> int:
+        """The same as a number."""
+        if not self.is_random:
+            return 1
+        return self.model.draws if isinstance(self.model, SelfEnsemble) else 10
+
+    @property
+    def draws(self) -> int:
+        """Noise draws of a step of the trial attacks."""
+        return self.eot if self.is_random else 1
+
+    def accuracy(self, images: Tensor, number: int) -> Tensor:
+        """(B,) share of right answers to three queries on `images`, made from those of `clean`."""
+        inputs, labels = self.clean
+        verdict = judge(
+            self.model, inputs, images, labels, queries=_JUDGE_QUERIES, draws=self.judge_draws,
+            seed=stream_seed(self.seed, number, 9), max_batch=self.max_batch,
+        )  # fmt: skip
+        return 1 - verdict.wrong_per_query
+
+    def attack(self, attack: Callable[..., Tensor], **settings: Any) -> Tensor:
+        """(B,) share of right answers under an attack of the trial's threat model."""
+        inputs, labels = self.clean
+        options = {"norm": self.norm, "eps": self.eps, "seed": self.seed, "max_batch": self.max_batch}
+        images = attack(self.model, inputs, labels, **(options | settings))
+        return self.accuracy(images, len(settings))
+
+    def white_box(self, **settings: Any) -> Tensor:
+        """(B,) share of right answers under PGD on the ensemble's loss, two restarts."""
+        standard: dict[str, Any] = {
+            "steps": self.steps, "restarts": 2, "eot": self.draws, "average": "probabilities",
+            "early_stop": True,
+        }  # fmt: skip
+        return self.attack(pgd, **(standard | settings))
+
+    @cached_property
+    def base_line(self) -> Tensor:
+        """`white_box` with the standard budget."""
+        return self.white_box()
+
+    @cached_property
+    def gives_probabilities(self) -> bool:
+        """Whether outputs are distributions rather than logits."""
+        return looks_like_probabilities(self.outputs[0])
+
+    def with_gradient(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs (B, K) of one pass, and the images as the leaf of their graph."""
+        with attacked(self.model):
+            leaf = inputs.detach().to(self.device, torch.float32, copy=True).requires_grad_()
+            return self._forward(leaf), leaf

@@ -1,0 +1,227 @@
+"""Protocols: which attacks, with which budgets and seeds, on how many images. YAML, validated."""
+
+import inspect
+import itertools
+import math
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from torch import Tensor
+
+from ..attacks import ATTACKS
+from ..attacks.expectation import NoiseOptions
+
+_FOLDER = "protocols"
+_OURS = {"model", "inputs", "labels", "targeted", "max_batch", "noise", "seed", "frozen"}
+# Attacks that look for the nearest image: `eps` of their specification judges, and does not bind them.
+MINIMUM_NORM = ("cw", "ddn", "fmn", "fab")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class JudgeSection(_Section):
+    """How the defender is asked.
+
+    `seeds`: seeds of its noise, a query each, for every attack. `queries`: queries of the worst case and
+    of the clean images, for the persistent attacker's curve. `draws`: noise draws a query, None for
+    the ensemble's own.
+    """
+
+    seeds: Annotated[int, Field(ge=1)] = 3
+    queries: Annotated[int, Field(ge=1)] = 100
+    draws: Annotated[int, Field(ge=1)] | None = None
+
+
+class AttackSpec(BaseModel):
+    """One attack: its name and its settings. Lists of settings are crossed.
+
+    `surrogate`: "base" makes the images on the same network with its noise off (transfer). `title`: for
+    people; made from the settings where it is missing. Numbers may be written as fractions, `8/255`.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    attack: str
+    title: str | None = None
+    surrogate: Literal["base"] | None = None
+
+
+class Protocol(_Section):
+    """A way to evaluate a model. `images`: the first so many of the test set; `shard`: images at a time."""
+
+    name: str
+    description: str = ""
+    images: Annotated[int, Field(ge=1)] = 1000
+    seed: Annotated[int, Field(ge=0)] = 0
+    shard: Annotated[int, Field(ge=1)] = 100
+    judge: JudgeSection = JudgeSection()
+    checks: bool = False
+    attacks: tuple[AttackSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One attack with one set of settings, and the radii within which its images are judged.
+
+    Attributes:
+        key: unique within the protocol, for file names.
+        title: for people, without the radius.
+        settings: keyword arguments of the attack, `eps` among them where it binds the attack.
+        norm: of the distances judged, or None.
+        radii: where empty, images are judged wherever they are.
+    """
+
+    key: str
+    title: str
+    attack: str
+    surrogate: Literal["base"] | None
+    settings: dict[str, Any]
+    norm: str | None
+    radii: tuple[float, ...]
+
+    def call(self) -> Callable[..., Tensor]:
+        """The attack itself."""
+        return ATTACKS[self.attack]
+
+
+def shipped_protocols() -> list[str]:
+    """Names of the protocols in the package."""
+    folder = resources.files("selfensemble") / _FOLDER
+    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_protocol(source: str, overrides: dict[str, Any] | None = None) -> Protocol:
+    """Read and validate a protocol.
+
+    Args:
+        source: a shipped name, or the path of a YAML file.
+        overrides: values for top-level keys.
+
+    Raises:
+        FileNotFoundError: no such protocol; the message lists the shipped ones.
+        ValueError: YAML, a key, an attack or a value is wrong; the message says which.
+    """
+    if source in shipped_protocols():
+        text = (resources.files("selfensemble") / _FOLDER / f"{source}.yaml").read_text()
+    elif Path(source).suffix in (".yaml", ".yml") and Path(source).is_file():
+        text = Path(source).read_text()
+    else:
+        raise FileNotFoundError(
+            f"no protocol {source!r}: pass a .yaml file or one of {', '.join(shipped_protocols())}"
+        )
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"protocol {source} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"protocol {source} must hold keys and values, e.g. `attacks: [...]`")
+    values.setdefault("name", Path(source).stem)
+    try:
+        protocol = Protocol.model_validate(values | (overrides or {}))
+        expand(protocol)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        known = ""
+        if problem["type"] == "extra_forbidden":
+            section = JudgeSection if problem["loc"][0] == "judge" else Protocol
+            known = f"; known here: {', '.join(section.model_fields)}"
+        raise ValueError(f"protocol {source}: {where}: {problem['msg']}{known}") from error
+    except ValueError as error:
+        raise ValueError(f"protocol {source}: {error}") from error
+    return protocol
+
+
+def expand(protocol: Protocol) -> list[Run]:
+    """The runs of a protocol, its lists of settings crossed, every setting checked.
+
+    Raises:
+        ValueError: an attack or a setting is unknown, or a value has a wrong type or range.
+    """
+    runs: list[Run] = []
+    for place, spec in enumerate(protocol.attacks):
+        runs += _runs(place, spec)
+    if not runs:
+        raise ValueError("attacks is empty: name at least one attack")
+    return runs
+
+
+def _runs(place: int, spec: AttackSpec) -> Iterator[Run]:
+    if spec.attack not in ATTACKS:
+        raise ValueError(f"attacks.{place}: unknown attack {spec.attack!r}; known: {', '.join(ATTACKS)}")
+    given = dict(spec.model_extra or {})
+    radii: tuple[float, ...] = ()
+    if spec.attack in MINIMUM_NORM and "eps" in given:
+        value = given.pop("eps")
+        each = value if isinstance(value, list) else [value]
+        radii = tuple(check_radius(number(eps), f"attacks.{place}.eps") for eps in each)
+    known = _parameters(spec.attack)
+    for name in given:
+        if name not in known:
+            raise ValueError(
+                f"attacks.{place}: {spec.attack} has no setting {name!r}; known: {', '.join(known)}"
+            )
+    lists = [value if isinstance(value, list) else [value] for value in given.values()]
+    for choice, values in enumerate(itertools.product(*lists)):
+        settings = {}
+        for name, value in zip(given, values, strict=True):
+            try:
+                settings[name] = TypeAdapter(known[name]).validate_python(number(value))
+            except ValidationError as error:
+                raise ValueError(f"attacks.{place}.{name}: {error.errors()[0]['msg']}") from error
+        default = inspect.signature(ATTACKS[spec.attack]).parameters
+        norm = settings.get("norm", default["norm"].default if "norm" in default else None)
+        bound = radii
+        if "eps" in default and spec.attack not in MINIMUM_NORM:
+            bound = (check_radius(settings.get("eps", default["eps"].default), f"attacks.{place}.eps"),)
+        if spec.attack in ("cw", "ddn", "cw-paper"):
+            norm = "l2"
+        title = spec.title or _title(spec, settings)
+        yield Run(
+            f"{place:02d}-{choice:02d}-{spec.attack}",
+            title,
+            spec.attack,
+            spec.surrogate,
+            settings,
+            norm,
+            bound,
+        )
+
+
+def check_radius(eps: Any, where: str) -> float:
+    """`eps` as a float, or a ValueError unless it is finite and above 0."""
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not math.isfinite(eps) or eps <= 0:
+        raise ValueError(f"{where} must be a number above 0 in [0, 1] pixels, such as 8/255; got {eps!r}")
+    return float(eps)
+
+
+def _parameters(attack: str) -> dict[str, Any]:
+    """Settings of an attack that a protocol may give, with their types."""
+    hints = typing.get_type_hints(ATTACKS[attack])
+    own = [name for name in inspect.signature(ATTACKS[attack]).parameters if name not in _OURS]
+    shared = {name: hint for name, hint in typing.get_type_hints(NoiseOptions).items() if name not in _OURS}
+    return {name: hints[name] for name in own} | shared
+
+
+def number(value: Any) -> Any:
+    """Text such as `8/255` or `0.5` as a number; anything else as it is."""
+    if isinstance(value, str):
+        above, _, below = value.partition("/")
+        try:
+            return float(above) / float(below or 1)
+        except (ValueError, ZeroDivisionError):
+            return value
+    return value
+
+
+def _title(spec: AttackSpec, settings: dict[str, Any]) -> str:
+    shown = [f"{name}={value}" for name, value in settings.items() if name not in ("eps", "norm", "c")]
+    name = f"{spec.attack} on the static base" if spec.surrogate is not None else spec.attack
+    return f"{name} ({', '.join(shown)})" if shown else name

@@ -1,0 +1,376 @@
+"""Line plots of evaluation results, drawn as SVG for light and dark pages.
+
+An SVG holds no text of users: names of runs stand in the legend, which is HTML and wraps on a phone.
+"""
+
+import io
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from ..evaluation.results import Entry, Results
+
+NORMS = {"linf": "L\N{INFINITY}", "l2": "L2", "l1": "L1"}
+
+# Okabe & Ito's palette, distinguishable with any colour vision, without its black and its yellow: one
+# vanishes on a dark page, the other on a light one. Markers tell the lines apart in grey.
+_COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# By matplotlib's name, the same marker as a path in a box of 24 x 12 around (12, 6).
+_MARKERS = {
+    "o": "M9 6a3 3 0 1 0 6 0a3 3 0 1 0-6 0z",
+    "s": "M9 3h6v6h-6z",
+    "^": "M12 2.5l3.5 6.5h-7z",
+    "D": "M12 2l4 4l-4 4l-4-4z",
+    "v": "M12 9.5l3.5-6.5h-7z",
+    "P": "M11 2.5h2v2.5h2.5v2h-2.5v2.5h-2v-2.5h-2.5v-2h2.5z",
+}
+_DASHES = ("none", "6 2", "2 1.5", "6 2 1.5 2")
+_CLEAN_DASH = "3.5 2"
+
+# Text and axes take the colour of the page's text; this one stands for it until the SVG is made.
+_INK = "#010203"
+_INCHES = (4.8, 3.3)
+VIEW_BOX = " ".join(f"{side:g}" for side in (0, 0, 72 * _INCHES[0], 72 * _INCHES[1]))
+_RC: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "selfensemble",
+    "font.size": 10,
+    **dict.fromkeys(
+        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), _INK
+    ),
+}
+
+
+class Point(NamedTuple):
+    """A point of a line; shares in [0, 1], the ends of the interval None where there is none."""
+
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def text(self) -> str:
+        """The share with its interval, in per cent."""
+        share = f"{100 * self.y:.1f}"
+        if self.low is None or self.high is None:
+            return share
+        return f"{share} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line and its look; `kind` is the number of its attack among the attacks of the plot."""
+
+    kind: int
+    label: str
+    points: tuple[Point, ...]
+    color: str
+    width: float
+    dash: str
+
+    @property
+    def marker(self) -> str:
+        return list(_MARKERS)[self.kind % len(_MARKERS)]
+
+    @property
+    def swatch(self) -> str:
+        """The marker as the data of an SVG path, for the legend."""
+        return _MARKERS[self.marker]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot with what stands around it on the page."""
+
+    title: str
+    caption: str
+    x_label: str
+    y_label: str
+    lines: tuple[Line, ...]
+    scale: str = "linear"  # or "symlog", "log"
+
+    @property
+    def description(self) -> str:
+        """The plot in words, for those who do not see it."""
+        parts = []
+        for line in self.lines:
+            ends = dict.fromkeys((line.points[0], line.points[-1]))
+            values = " and ".join(f"{100 * point.y:.1f} % at {point.x:.4g}" for point in ends)
+            parts.append(f"{line.label}: {values}.")
+        return f"{self.y_label} against {self.x_label}. " + " ".join(parts)
+
+    @property
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """The data as the head and the rows of a table, its first column naming the rows."""
+        xs = sorted({point.x for line in self.lines for point in line.points})
+        by_x = [{point.x: point.text for point in line.points} for line in self.lines]
+        if 2 * sum(map(len, by_x)) < len(xs) * len(by_x):  # hardly a point stands below another
+            rows = [[line.label, f"{p.x:.4g}", p.text] for line in self.lines for p in line.points]
+            return ["line", self.x_label, f"{self.y_label}, %"], rows
+        labels = [line.label for line in self.lines]
+        cells = [[values.get(x, "\N{EN DASH}") for x in xs] for values in by_x]
+        names = [f"{x:.4g}" for x in xs]
+        if len(xs) > 10:
+            labels, names, cells = names, labels, [list(column) for column in zip(*cells, strict=True)]
+        head = f"{self.y_label}, %, by {self.x_label}"
+        return [head, *names], [[label, *row] for label, row in zip(labels, cells, strict=True)]
+
+    def svg(self, identity: str) -> str:
+        """The content of an `<svg>` with `VIEW_BOX`; its ids begin with `identity`."""
+        buffer = io.StringIO()
+        # The only way to tell the SVG backend; left as it was afterwards.
+        with matplotlib.rc_context(_RC):
+            self._figure().savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        text = buffer.getvalue()
+        text = text[text.index("<svg") :].partition(">")[2].rpartition("</svg>")[0]
+        # The style would reach the whole page, and the metadata say nothing new.
+        text = re.sub(r"<metadata>.*?</metadata>\s*|<style.*?</style>", "", text, flags=re.DOTALL)
+        text = re.sub(r"font-family: [^;\"]*; ?", "", text)
+        text = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{identity}-", text)
+        return text.replace("xlink:href", "href").replace(_INK, "currentColor")
+
+    def _figure(self) -> Figure:
+        figure = Figure(figsize=_INCHES, layout="constrained")
+        axes = figure.subplots()
+        for line in self.lines:
+            x = [point.x for point in line.points]
+            y = np.array([100 * point.y for point in line.points])
+            ends = [
+                (100 * (p.y if p.low is None else p.low), 100 * (p.y if p.high is None else p.high))
+                for p in line.points
+            ]
+            bars = None if all(p.low is None for p in line.points) else np.abs(np.array(ends).T - y)
+            dash = (0, [float(part) for part in line.dash.split()]) if line.dash != "none" else "-"
+            axes.errorbar(
+                x, y, yerr=bars, color=line.color, marker=line.marker, markersize=4.5, capsize=2,
+                linewidth=line.width, elinewidth=1, linestyle=dash, zorder=2 + line.width,
+            )  # fmt: skip
+        self._scale(axes)
+        axes.set_xlabel(self.x_label)
+        axes.set_ylabel(self.y_label + ", %")
+        axes.set_ylim(-3, 103)
+        axes.grid(alpha=0.3)
+        return figure
+
+    def _scale(self, axes: Any) -> None:
+        xs = sorted({point.x for line in self.lines for point in line.points})
+        if self.scale == "log":
+            axes.set_xscale("log")
+        elif self.scale == "symlog" and any(x > 0 for x in xs):
+            smallest = min(x for x in xs if x > 0)
+            axes.set_xscale("symlog", linthresh=smallest)
+            axes.set_xlim(left=-smallest / 4)
+        elif xs[-1] > 0:
+            axes.set_xlim(-0.04 * xs[-1], 1.04 * xs[-1])
+        if self.scale != "linear":
+            axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
+            axes.xaxis.set_minor_formatter(lambda value, position: "")
+        if self.scale == "log" and len(xs) <= 6:
+            axes.set_xticks(xs)
+
+
+def threat_model(entry: Entry) -> str:
+    """What the attacker of `entry` may do, in words."""
+    if entry.attack == "none":
+        return "No attack"
+    norm = NORMS.get(entry.norm, entry.norm) if entry.norm else None
+    if norm and entry.eps is not None:
+        return f"{norm}, \N{GREEK SMALL LETTER EPSILON} = {_radius(entry.eps, entry.norm)}"
+    if entry.c is not None:
+        return "Fixed strength c"
+    return f"Minimum distance, {norm}" if norm else "Minimum distance"
+
+
+def row_title(entry: Entry) -> str:
+    """The title of an entry within its threat model."""
+    return entry.title if entry.c is None else f"{entry.title}, c = {entry.c:g}"
+
+
+def _radius(eps: float, norm: str | None) -> str:
+    steps = 255 * eps
+    if norm != "linf" or not eps:
+        return f"{eps:.6g}"
+    return f"{round(steps)}/255" if abs(steps - round(steps)) < 1e-4 else f"{eps:.6g} ({steps:.3g}/255)"
+
+
+def _name(entry: Entry, among: Sequence[Entry]) -> str:
+    """The title of an entry, with its threat model where others bear the same title."""
+    title = row_title(entry)
+    same = [other for other in among if row_title(other) == title]
+    return f"{title} ({threat_model(entry)})" if len(same) > 1 else title
+
+
+def protocol_plots(runs: Mapping[str, Results]) -> list[Plot]:
+    """The plots that the runs of one protocol, by their labels, have data for."""
+    norms = {entry.norm for results in runs.values() for entry in results.attacks if entry.eps is not None}
+    plots = [_against_c(runs), *(_against_eps(runs, norm) for norm in NORMS if norm in norms)]
+    plots += [_against_distortion(runs), _against_draws(runs), _persistent(runs)]
+    return [plot for plot in plots if plot.lines]
+
+
+def _against_c(runs: Mapping[str, Results]) -> Plot:
+    caption = (
+        "Accuracy under attacks of a fixed strength c; c = 0 is no attack. What a c does depends on the "
+        "scale of a network's logits: compare networks by distortion instead. Bars: 95 % intervals."
+    )
+    lines = _curves(runs, lambda entry: entry.c, lambda entry: entry.c)
+    label = "strength c of the attack"
+    return Plot("Accuracy against the strength c", caption, label, "accuracy", lines, "symlog")
+
+
+def _against_eps(runs: Mapping[str, Results], norm: str) -> Plot:
+    unit = 255 if norm == "linf" else 1
+    caption = (
+        f"Accuracy under attacks that may change an image by at most \N{GREEK SMALL LETTER EPSILON} in "
+        f"{NORMS[norm]}. The worst case takes for every image the attack that harms it most. "
+        "Bars: 95 % intervals."
+    )
+
+    def radius(entry: Entry) -> float | None:
+        return entry.eps * unit if entry.norm == norm and entry.eps is not None else None
+
+    x_label = f"\N{GREEK SMALL LETTER EPSILON} ({NORMS[norm]})" + (", in 1/255" if unit == 255 else "")
+    lines = _curves(runs, radius, radius)
+    return Plot(f"Accuracy against the radius, {NORMS[norm]}", caption, x_label, "accuracy", lines)
+
+
+def _against_distortion(runs: Mapping[str, Results]) -> Plot:
+    caption = (
+        "Accuracy against the distance that attacks without a fixed radius went; 0 is no attack. "
+        "A line farther right is a network that needs larger changes. An attack that seeks the minimum "
+        "distance is a single mark. Bars: 95 % intervals."
+    )
+
+    def order(entry: Entry) -> float | None:
+        return (entry.c or 0.0) if entry.eps is None and entry.norm in (None, "l2") else None
+
+    lines = _curves(runs, order, lambda entry: entry.rms_l2)
+    x_label = "distortion, RMS L2 (images in [0, 1])"
+    return Plot("Accuracy against distortion", caption, x_label, "accuracy", lines)
+
+
+def _against_draws(runs: Mapping[str, Results]) -> Plot:
+    """Lines join runs of one network: other differences would pass for an effect of the draws."""
+    networks: dict[str, list[Results]] = {}
+    for results in runs.values():
+        networks.setdefault(results.model.digest, []).append(results)
+    several = [group for group in networks.values() if len({each.model.draws for each in group}) > 1]
+    kinds: dict[str, int] = {}
+    lines = []
+    for number, group in enumerate(several):
+        entries: dict[str, list[tuple[int, Entry]]] = {}
+        for results in group:
+            shown = (results.clean, *(results.worst_case or results.attacks))
+            for entry in shown:
+                entries.setdefault(_name(entry, shown), []).append((results.model.draws, entry))
+        for title, pairs in entries.items():
+            points = tuple(sorted(_point(draws, entry) for draws, entry in pairs))
+            label = f"{group[0].model.name}, {title}" if len(several) > 1 else title
+            kind = kinds.setdefault(title, len(kinds))
+            lines.append(_line(number, kind, label, points, len(several)))
+    caption = (
+        "Accuracy by the number of noise draws a prediction, for runs of one name and noise of a model. "
+        "Bars: 95 % intervals."
+    )
+    x_label = "draws a prediction"
+    return Plot("Accuracy against the number of draws", caption, x_label, "accuracy", tuple(lines), "log")
+
+
+def _persistent(runs: Mapping[str, Results]) -> Plot:
+    caption = (
+        "The attacker who asks again: the share of images of which at least one of k queries is answered "
+        "wrongly. Dashed: unchanged images, which are answered wrongly now and then, too. "
+        "Solid: worst case under attack."
+    )
+    kinds: dict[str, int] = {}
+    lines = []
+    for number, (label, results) in enumerate(runs.items()):
+        shown = (results.clean, *results.worst_case)
+        for entry in shown:
+            points = tuple(Point(k, share) for k, share in sorted(entry.persistent.items()) if k > 0)
+            title = _name(entry, shown)
+            kind = kinds.setdefault(title, len(kinds))
+            name = f"{label}, {title}" if len(runs) > 1 else title
+            if len(points) > 1:
+                dash = _CLEAN_DASH if entry is results.clean else None
+                lines.append(_line(number, kind, name, points, len(runs), dash=dash))
+    return Plot(
+        "The persistent attacker", caption, "queries k", "images with a wrong answer", tuple(lines), "log"
+    )
+
+
+def _curves(
+    runs: Mapping[str, Results],
+    order: Callable[[Entry], float | None],
+    x: Callable[[Entry], float | None],
+) -> tuple[Line, ...]:
+    """A line per run and kind of attack, from no attack at x = 0 on.
+
+    Args:
+        runs: by their labels.
+        order: the strength of an attack, None where it does not belong on the plot.
+        x: where it stands on the plot.
+    """
+    kinds = {"worst case": 0}
+    lines = []
+    for number, (label, results) in enumerate(runs.items()):
+        wanted = [entry for entry in (*results.worst_case, *results.attacks) if order(entry) is not None]
+        for kind, entries in _families(wanted, order):
+            shown = [_point(x(entry) or 0.0, entry) for entry in entries]
+            # An attack of minimum distance is a point: no line leads there.
+            if all(entry.eps is not None or entry.c is not None for entry in entries) and min(shown).x > 0:
+                shown.append(_point(0.0, results.clean))
+            name = f"{label}, {kind}" if len(runs) > 1 else kind
+            place = kinds.setdefault(kind, len(kinds))
+            lines.append(
+                _line(number, place, name, tuple(sorted(shown)), len(runs), thick=kind == "worst case")
+            )
+    return tuple(lines)
+
+
+def _families(
+    entries: Sequence[Entry], order: Callable[[Entry], float | None]
+) -> Iterator[tuple[str, list[Entry]]]:
+    """Entries of one title, apart by the settings in which entries of equal strength differ."""
+    by_title: dict[str, list[Entry]] = {}
+    for entry in entries:
+        by_title.setdefault(entry.title, []).append(entry)
+    for title, members in by_title.items():
+        differing: set[str] = set()
+        for one in members:
+            for other in members:
+                if order(one) == order(other):
+                    names = one.settings.keys() | other.settings.keys()
+                    differing |= {n for n in names if one.settings.get(n) != other.settings.get(n)}
+        families: dict[str, list[Entry]] = {}
+        for entry in members:
+            values = ", ".join(f"{name}={entry.settings.get(name)}" for name in sorted(differing))
+            families.setdefault(f"{title} ({values})" if values else title, []).append(entry)
+        yield from families.items()
+
+
+def _point(x: float, entry: Entry) -> Point:
+    return Point(float(x), entry.accuracy, entry.low, entry.high)
+
+
+def _line(
+    run: int,
+    kind: int,
+    label: str,
+    points: tuple[Point, ...],
+    runs: int,
+    *,
+    thick: bool = False,
+    dash: str | None = None,
+) -> Line:
+    """Colours tell runs apart, or kinds where there is one run; dashes where the colours are used up."""
+    chosen = run if runs > 1 else kind
+    if dash is None:
+        dash = _DASHES[chosen // len(_COLORS) % len(_DASHES)]
+    return Line(kind, label, points, _COLORS[chosen % len(_COLORS)], 2.8 if thick else 1.3, dash)

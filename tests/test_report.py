@@ -1,0 +1,430 @@
+"""The report: one page that needs nothing else, for any runs, with nothing taken from them as HTML."""
+
+import base64
+import io
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from selfensemble.evaluation.results import (
+    RESULTS,
+    CheckRecord,
+    DataRecord,
+    Entry,
+    ModelRecord,
+    Results,
+)
+from selfensemble.files import write_json
+from selfensemble.provenance import binomial_interval
+from selfensemble.report.html import GALLERY, write_report
+
+VOID = {"meta", "img", "br", "link", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, the text, and whether every tag was closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.mistakes: list[str] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.mistakes.append(f"</{tag}> at {self.getpos()}")
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    def attributes(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def entry(key: str, correct: int, images: int = 50, **changes: Any) -> Entry:
+    low, high = binomial_interval(correct, images)
+    accuracy = correct / images
+    values: dict[str, Any] = {
+        "key": key,
+        "title": key.partition("-")[0].upper(),
+        "attack": key.partition("-")[0],
+        "images": images,
+        "accuracy": accuracy,
+        "low": low,
+        "high": high,
+        "seeds": (accuracy, accuracy, max(0.0, accuracy - 0.02)),
+        "all_seeds": max(0.0, accuracy - 0.04),
+        "wrong_per_query": 1 - accuracy,
+        "persistent": {k: 1 - accuracy ** (1 + np.log10(k)) for k in (1, 2, 5, 10, 20, 50, 100)},
+        "rms_l2": 0.4,
+        "median_l2": 0.3,
+        "mean_linf": 0.02,
+        "max_linf": 0.03,
+        "gradients": 2000,
+        "forwards": 2040,
+    }
+    return Entry(**(values | changes))
+
+
+def honest(shift: int = 0) -> dict[str, Any]:
+    """Attacks at several radii in two norms, and at minimum distance."""
+    attacks, worst = [], []
+    for norm, radii in (("linf", (2 / 255, 4 / 255, 8 / 255)), ("l2", (0.25, 0.5))):
+        for i, eps in enumerate(radii):
+            threat: dict[str, Any] = {"norm": norm, "eps": eps}
+            for j, name in enumerate(("pgd", "apgd", "transfer")):
+                correct = 40 - 10 * i - 3 * j * (1 if j < 2 else -1) - shift
+                settings = {"eps": eps, "steps": 100}
+                attacks.append(entry(f"{name}-{norm}-{i}", correct, settings=settings, **threat))
+            title: dict[str, Any] = {"title": "worst case", "attack": "worst case"}
+            worst.append(entry(f"worst-{norm}-{i}", 35 - 10 * i - shift, **title, **threat))
+    attacks.append(entry("ddn-min", 1, norm="l2", rms_l2=0.8))
+    return {
+        "protocol": {"name": "honest", "attacks": ["pgd", "apgd"]},
+        "attacks": attacks,
+        "worst_case": worst,
+    }
+
+
+def paper(shift: int = 0) -> dict[str, Any]:
+    """The C&W attack at several fixed strengths."""
+    attacks = [
+        entry(f"cw-{i}", 42 - 9 * i - shift, title="C&W", c=c, rms_l2=0.2 * (i + 1))
+        for i, c in enumerate((0.01, 0.1, 1.0, 10.0))
+    ]
+    return {"protocol": {"name": "paper"}, "attacks": attacks, "worst_case": ()}
+
+
+def a_run(
+    folder: Path,
+    *,
+    channels: int | None = 3,
+    classes: tuple[str, ...] = ("cat", "dog", "owl"),
+    draws: int = 10,
+    digest: str = "0123abcd",
+    size: int = 16,
+    **changes: Any,
+) -> Path:
+    """Write a run; no gallery where `channels` is None."""
+    values: dict[str, Any] = {
+        "name": folder.name,
+        "model": ModelRecord(
+            name="small-vgg", digest=digest, draws=draws, noise={"init_std": 0.2, "inner_std": 0.1}
+        ),
+        "data": DataRecord(source="cifar10:test", images=50, classes=classes, digest="feed"),
+        "clean": entry("clean", 45, title="No attack", attack="none", rms_l2=0.0, gradients=0, forwards=0),
+        "provenance": {"versions": {"torch": "2.8.0"}, "hardware": {"cpu": "an example"}},
+    } | honest()
+    results = Results(**(values | changes))
+    folder.mkdir(parents=True)
+    write_json(folder / RESULTS, results.model_dump(mode="json"))
+    if channels is not None:
+        save_file(pictures(results, channels, size), folder / GALLERY)
+    return folder
+
+
+def pictures(results: Results, channels: int, size: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    wave = torch.linspace(0, 6, size).sin()
+    original = (0.5 + 0.4 * wave.outer(wave).expand(10, channels, size, size)).contiguous()
+    label = torch.arange(10) % 3
+    tensors = {"original": original, "label": label, "answer.clean": label.clone()}
+    for each in results.attacks:
+        change = 8 / 255 * torch.randn(original.shape, generator=generator).sign()
+        tensors[each.key] = (original + change).clamp(0, 1)
+        tensors[f"answer.{each.key}"] = (label + 1) % 4  # the last class has no name
+    return tensors
+
+
+def report(*runs: Path) -> tuple[str, Page]:
+    text = write_report(runs, runs[0].parent / "report.html").read_text()
+    return text, Page(text)
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Page]:
+    folder = tmp_path_factory.mktemp("runs")
+    return report(a_run(folder / "first"), a_run(folder / "second", digest="beef", **honest(3)))
+
+
+def test_one_file_that_asks_the_network_for_nothing(two_runs: tuple[str, Page]) -> None:
+    text, page = two_runs
+    for name, attributes in page.tags:
+        assert name not in {"link", "script", "iframe", "object", "base"}
+        for reference in ("src", "href", "xlink:href", "srcset", "action", "poster"):
+            assert (attributes.get(reference) or "#").startswith(("#", "data:image/png;base64,"))
+        assert not [attribute for attribute in attributes if attribute.startswith("on")]
+    assert not re.search(r"https?://|@import|url\((?!#)", text)
+
+
+def test_well_formed(two_runs: tuple[str, Page]) -> None:
+    text, page = two_runs
+    assert text.startswith("<!doctype html>")
+    assert page.mistakes == []
+    assert page.open == []
+
+
+def test_ids_are_unique_and_references_lead_somewhere(two_runs: tuple[str, Page]) -> None:
+    text, page = two_runs
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    references = re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', text)
+    references += [
+        (name, "") for names in re.findall(r'labelledby="([^"]+)"', text) for name in names.split()
+    ]
+    assert references
+    assert {one or other for one, other in references} <= set(ids)
+
+
+def test_figures_have_text_alternatives(two_runs: tuple[str, Page]) -> None:
+    text, page = two_runs
+    for attributes in page.attributes("svg"):
+        assert attributes.get("aria-hidden") == "true" or (
+            attributes["role"] == "img" and attributes["aria-labelledby"]
+        )
+    assert page.attributes("img")
+    assert all(attributes["alt"] for attributes in page.attributes("img"))
+    drawn = [attributes for attributes in page.attributes("svg") if attributes.get("role") == "img"]
+    assert len(drawn) == len(page.attributes("desc")) == text.count("The data of this plot")
+
+
+def test_figures_and_intervals_appear(two_runs: tuple[str, Page]) -> None:
+    _, page = two_runs
+    low, high = binomial_interval(45, 50)
+    assert f"90.0 [{100 * low:.1f}, {100 * high:.1f}]" in page.text
+    for expected in (
+        "L∞, ε = 8/255", "L2, ε = 0.25", "Minimum distance, L2", "a stronger attack may exist",
+        "Accuracy against the radius, L∞", "Accuracy against the radius, L2", "Accuracy against distortion",
+        "The persistent attacker", "second, worst case (L2, ε = 0.25)",
+        "first, worst case", "second, worst case", "True: cat",
+        "Under attack: dog", "class 3", "magnified 10 times", "an example", "feed", "beef", "2000",
+    ):  # fmt: skip
+        assert expected in page.text
+    assert "Accuracy against the strength c" not in page.text
+    assert "number of draws" not in page.text
+
+
+def test_names_of_users_are_text(tmp_path: Path) -> None:
+    evil = '<script>alert("1")</script>$x$ id="figure_1" #010203 "\'&'
+    run = a_run(tmp_path / "run", name=evil, classes=(evil, evil, evil), protocol={"name": evil})
+    text, page = report(run)
+    assert "<script" not in text
+    assert page.mistakes == []
+    assert not page.attributes("script")
+    assert evil in page.text
+    assert any(evil in (attributes["alt"] or "") for attributes in page.attributes("img"))
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+
+
+def test_names_that_no_font_of_the_plots_holds(tmp_path: Path) -> None:
+    _, page = report(a_run(tmp_path / "a", name="試験"), a_run(tmp_path / "b", name="_hidden"))
+    assert "試験, worst case" in page.text
+    assert "_hidden, worst case" in page.text
+
+
+def test_protocols_are_never_mixed(tmp_path: Path) -> None:
+    runs = [
+        a_run(tmp_path / "alpha"),
+        a_run(tmp_path / "beta", **paper()),
+        a_run(tmp_path / "gamma", **paper(4)),
+    ]
+    text, page = report(*runs)
+    sections = re.findall(r'<section aria-labelledby="protocol-\d+">(.*?)</section>', text, re.DOTALL)
+    assert len(sections) == 2
+    first, second = (Page(section).text for section in sections)
+    assert "Protocol honest" in first
+    assert "beta" not in first
+    assert "C&W, c = 0.1" not in first
+    assert "Protocol paper" in second
+    assert "alpha" not in second
+    assert "Accuracy against the strength c" in second
+    assert "beta, C&W" in second
+    assert "gamma, C&W" in second
+    assert "Accuracy against the radius" not in second
+    assert page.mistakes == []
+
+
+def test_rows_are_shared_and_what_a_run_lacks_is_a_dash(tmp_path: Path) -> None:
+    more = paper()
+    more["attacks"] = more["attacks"][:2]
+    text, _ = report(a_run(tmp_path / "one", **paper()), a_run(tmp_path / "two", **more))
+    table = re.findall(r"<table>.*?</table>", text, re.DOTALL)[1]
+    row = re.findall(r"<tr>.*?</tr>", table, re.DOTALL)
+    assert sum("C&amp;W, c = 0.01" in each for each in row) == 1
+    assert next(each for each in row if "C&amp;W, c = 0.01" in each).count("\N{EN DASH}") == 0
+    assert next(each for each in row if "C&amp;W, c = 10" in each).count("\N{EN DASH}") == 3
+
+
+def test_what_makes_a_comparison_doubtful_is_said(tmp_path: Path) -> None:
+    other = DataRecord(source="cifar10:test", images=50, classes=("a",), digest="other")
+    changed = {"protocol": {"name": "honest", "attacks": ["fgsm"]}, "data": other}
+    _, page = report(a_run(tmp_path / "one"), a_run(tmp_path / "two", **(honest() | changed)))
+    assert "differ in its settings: attacks." in page.text
+    assert "judged on different images" in page.text
+
+
+def test_draws_of_one_network_become_a_plot(tmp_path: Path) -> None:
+    runs = [a_run(tmp_path / f"draws{n}", draws=n, digest=f"of {n}", **honest(10 - n)) for n in (1, 10)]
+    _, page = report(*runs)
+    assert "Accuracy against the number of draws" in page.text
+    other = ModelRecord(name="small-vgg", digest="other", draws=10, noise={"init_std": 0.5})
+    runs[1] = a_run(tmp_path / "other", model=other)
+    assert "Accuracy against the number of draws" not in report(*runs)[1].text
+
+
+def test_attacks_of_one_strength_are_lines_of_their_own(tmp_path: Path) -> None:
+    attacks = [
+        entry(f"pgd-{eot}-{eps}", 30, norm="l2", eps=eps, settings={"eot": eot, "eps": eps, "step": eps / 4})
+        for eot in (1, 20)
+        for eps in (0.25, 0.5)
+    ]
+    _, page = report(a_run(tmp_path / "run", attacks=attacks, worst_case=()))
+    assert "PGD (eot=1)" in page.text
+    assert "PGD (eot=20)" in page.text
+    assert "step=" not in page.text.partition("Honesty checks")[0]
+
+
+def test_checks_in_words_and_symbols(tmp_path: Path) -> None:
+    checks = [
+        CheckRecord(name="more steps", passed=True, figure="40 % to 40 %", advice=""),
+        CheckRecord(name="random noise", passed=False, figure="30 %", advice="use a stronger attack"),
+        CheckRecord(name="frozen noise", passed=None, figure="", advice="the model has no noise"),
+    ]
+    _, page = report(a_run(tmp_path / "checked", checks=checks), a_run(tmp_path / "unchecked"))
+    for expected in ("✓ passed", "✗ failed", "\N{EN DASH} not applicable", "use a stronger attack"):
+        assert expected in page.text
+    assert page.text.count("selfensemble doctor MODEL") == 1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures(tmp_path: Path, channels: int) -> None:
+    text, page = report(a_run(tmp_path / "run", channels=channels))
+    assert len(page.attributes("img")) == 6 * 8 * 3
+    assert "Attacks left out: 10." in page.text
+    assert re.findall(r"<summary>(\S+ \(.*?\)):", text) == [
+        "APGD (L∞, ε = 2/255)", "APGD (L∞, ε = 4/255)", "APGD (L∞, ε = 8/255)", "APGD (L2, ε = 0.25)",
+        "APGD (L2, ε = 0.5)", "DDN (Minimum distance, L2)",
+    ]  # fmt: skip
+    first = re.findall(r'src="data:image/png;base64,([^"]+)"', text)[0]
+    with Image.open(io.BytesIO(base64.b64decode(first))) as image:
+        assert (image.size, image.mode) == ((16, 16), "L" if channels == 1 else "RGB")
+
+
+def test_few_pictures_of_large_images(tmp_path: Path) -> None:
+    _, page = report(a_run(tmp_path / "run", channels=1, size=250, **paper()))
+    assert len(page.attributes("img")) == 4 * 3 * 3
+
+
+def test_channels_that_are_no_colours(tmp_path: Path) -> None:
+    _, page = report(a_run(tmp_path / "run", channels=4))
+    assert "images of 4 channels can not be shown" in page.text
+
+
+def test_missing_gallery(tmp_path: Path) -> None:
+    _, page = report(a_run(tmp_path / "run", channels=None))
+    assert f"the run has no {GALLERY}" in page.text
+    assert page.attributes("img") == []
+
+
+def test_damaged_gallery(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run", **paper())
+    whole = (run / GALLERY).read_bytes()
+    tensors = pictures(Results.model_validate_json((run / RESULTS).read_text()), 3, 16)
+
+    def refused(match: str, **changes: Tensor) -> None:
+        save_file(tensors | changes, run / GALLERY)
+        with pytest.raises(ValueError, match=match):
+            write_report([run], tmp_path / "out.html")
+
+    refused("'original' is float64", original=tensors["original"].double())
+    refused("'cw-0' is float32", **{"cw-0": tensors["cw-0"][:, :1].contiguous()})
+    refused("not finite", **{"cw-1": tensors["cw-1"] * torch.nan})
+    refused("'label' is int64", label=torch.zeros(4, dtype=torch.int64))
+    del tensors["answer.cw-2"]
+    refused(r"holds no 'answer\.cw-2'")
+    for content in (whole[: len(whole) // 2], b"", b"nonsense"):
+        (run / GALLERY).write_bytes(content)
+        with pytest.raises(ValueError, match=r"gallery.safetensors is damaged"):
+            write_report([run], tmp_path / "out.html")
+    assert not (tmp_path / "out.html").exists()
+
+
+def test_same_input_same_bytes(tmp_path: Path) -> None:
+    runs = [a_run(tmp_path / "a"), a_run(tmp_path / "b", **paper())]
+    first = write_report(runs, tmp_path / "one.html")
+    assert first == tmp_path / "one.html"
+    assert first.read_bytes() == write_report(runs, tmp_path / "new" / "two.html").read_bytes()
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    runs = [a_run(tmp_path / where, name="rse") for where in ("x/same", "y/same", "z/other")]
+    _, page = report(*runs)
+    for expected in ("rse (x/same)", "rse (y/same)"):
+        assert expected in page.text
+    _, page = report(runs[0], runs[2])
+    assert "rse (same), worst case" in page.text
+    assert "rse (other), worst case" in page.text
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run")
+    with pytest.raises(ValueError, match="no runs"):
+        write_report([], tmp_path / "out.html")
+    with pytest.raises(FileNotFoundError, match=r"no results\.json"):
+        write_report([tmp_path], tmp_path / "out.html")
+    with pytest.raises(ValueError, match="is a folder"):
+        write_report([run], tmp_path)
+    with pytest.raises(ValueError, match="given twice"):
+        write_report([run, run / RESULTS], tmp_path / "out.html")
+    with pytest.raises(ValueError, match="do not name their protocol"):
+        write_report([a_run(tmp_path / "unnamed", protocol={"steps": 3})], tmp_path / "out.html")
+    (run / RESULTS).write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        write_report([run], tmp_path / "out.html")
+    assert not (tmp_path / "out.html").exists()
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_a_browser_renders_it(tmp_path: Path) -> None:
+    page = write_report(
+        [a_run(tmp_path / "run"), a_run(tmp_path / "paper", **paper())], tmp_path / "out.html"
+    )
+    picture = tmp_path / "page.png"
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    command += [
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--screenshot={picture}",
+        "--window-size=500,2500",
+    ]
+    subprocess.run([*command, page.as_uri()], check=True, capture_output=True, timeout=60)
+    with Image.open(picture) as image:
+        pixels = np.asarray(image.convert("RGB"), dtype=int)
+    colourful = (pixels.max(axis=2) - pixels.min(axis=2) > 100).sum()
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
+    assert colourful > 500  # lines of a plot
