@@ -112,7 +112,7 @@ def test_box_and_ball_at_once() -> None:
         # With d = p - q, p, q >= 0, a smooth problem.
         goal, here = u.numpy()[0], x.numpy()[0]
         bounds = [(0, 1 - value) for value in here] + [(0, value) for value in here]
-        best = minimize(
+        best = minimize(  # type: ignore[call-overload]
             lambda pq, goal=goal: np.square(pq[:6] - pq[6:] - goal).sum(),
             np.zeros(12),
             bounds=bounds,
@@ -290,10 +290,11 @@ def test_memory_does_not_depend_on_draws_nor_batch(tiny: nn.Module, images: Tens
 def test_random_noise_is_weaker_than_gradients(linear: LinearClassifier, grey: Tensor) -> None:
     labels = linear(grey).argmax(dim=1)
     down = torch.where(labels == 0, 1.0, -1.0)
+    attacks: tuple[Callable[..., Tensor], ...] = (random_noise, pgd)
     for norm, eps in EPS.items():
         random, best = (
             down * (linear.value(grey) - linear.value(attack(linear, grey, labels, norm=norm, eps=eps)))
-            for attack in (random_noise, pgd)
+            for attack in attacks
         )
         assert (random > 0).all()
         assert (random < 0.95 * best).all()

@@ -5,25 +5,39 @@ from pathlib import Path
 
 from PIL import Image
 
-from selfensemble.demo import STRENGTHS, run_demo
+from selfensemble.demo import PROTOCOLS, run_demo
+from selfensemble.evaluation.results import read_results
 
 
-def test_demo_writes_figures_pictures_and_settings(tmp_path: Path) -> None:
+def test_demo_writes_figures_pictures_and_a_report(tmp_path: Path) -> None:
     seen: list[float] = []
-    results = run_demo(tmp_path / "demo", images=40, steps=40, progress=lambda text, done: seen.append(done))
+    out = tmp_path / "demo"
+    attacks = [
+        {"attack": "cw-paper", "c": [0.2, 2], "steps": 40, "lr": 0.02},
+        {"attack": "pgd", "eps": [0.1, 0.3], "steps": 5, "eot": 3, "early_stop": True},
+        {"attack": "apgd", "eps": [0.1, 0.3], "steps": 10, "surrogate": "base"},
+    ]
+    short = {"attacks": attacks, "judge": {"seeds": 3, "queries": 10}, "checks": False, "shard": 30}
+    results = run_demo(out, images=40, overrides=short, progress=lambda text, done: seen.append(done))
     assert seen == sorted(seen)
     assert seen[-1] == 1.0
-    assert json.loads((tmp_path / "demo" / "results.json").read_text()) == results
+    assert json.loads((out / "results.json").read_text()) == results
     for kind in ("plain", "rse"):
         network = results["networks"][kind]
         assert network["training"]["metrics"]["test"]["accuracy"] > 0.95
-        assert [point["c"] for point in network["curve"]] == list(STRENGTHS)
-        distances = [point["rms_l2"] for point in network["curve"]]
-        assert distances[0] == 0
-        assert distances[-1] > 0.1
-    assert results["settings"]["seed"] == 0
-    assert "upper bounds" in results["caveat"]
+        assert [point["c"] for point in network["curve"] if point["c"] is not None] == [0.0, 0.2, 2]
+        assert network["curve"][0]["rms_l2"] == 0
+        assert [point["eps"] for point in network["worst_case"]] == [None, 0.1, 0.3]
+        assert network["worst_case"][-1]["accuracy"] < network["worst_case"][0]["accuracy"]
+        for protocol in PROTOCOLS:
+            run = read_results(out / f"{kind}-{protocol.removeprefix('demo-')}")
+            assert run.data.images == 40
+    page = (out / "report.html").read_text()
+    assert "plain network" in page
+    assert "Random Self-Ensemble" in page
     for name in ("accuracy.png", "adversarial.png"):
-        with Image.open(tmp_path / "demo" / name) as picture:
+        with Image.open(out / name) as picture:
             assert min(picture.size) > 400
             assert len(picture.convert("L").getcolors(maxcolors=256) or []) > 10
+    again = run_demo(out, images=40, overrides=short)
+    assert again["networks"]["rse"]["curve"] == results["networks"]["rse"]["curve"]

@@ -62,6 +62,65 @@ def test_the_judge_refuses_what_is_no_valid_image(images: Tensor) -> None:
         judge(model, images, images[:5], labels)
 
 
+class Guesses(nn.Module):
+    """Answers class 1 with probability p, else the true class 0; noise of torch's global generator."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        wrong = (torch.rand(len(inputs)) < self.p).float()
+        return torch.stack([1 - wrong, wrong], dim=1) + 0 * inputs.flatten(1).sum(dim=1, keepdim=True)
+
+
+def test_persistent_attacker_is_the_binomial_law() -> None:
+    """`1 - (1 - p)^k` within 4.4 standard errors (level 1e-5), also where w/Q plugged in is biased."""
+    images, queries = torch.rand(400, 1, 2, 2), 20
+    labels = torch.zeros(400, dtype=torch.int64)
+    verdict = judge(Guesses(0.05), images, images, labels, queries=queries, seed=3)
+    assert verdict.answers.shape == (400, queries)
+    for k in (1, 5, 20):
+        expected = 1 - (1 - 0.05) ** k
+        # The unbiased estimate of one image has at most the variance of one trial.
+        error = (expected * (1 - expected) / 400) ** 0.5
+        assert abs(verdict.persistent(k) - expected) < 4.4 * error
+    assert verdict.persistent(1) == pytest.approx(float(verdict.wrong_per_query.mean()))
+    assert verdict.persistent(20) == pytest.approx(float(verdict.wrong.any(dim=1).double().mean()))
+    with pytest.raises(ValueError, match="k must be 1 to 20"):
+        verdict.persistent(21)
+
+
+def test_queries_are_fresh_repeat_by_seed_and_leave_the_callers_generator() -> None:
+    images, labels = torch.rand(300, 1, 2, 2), torch.zeros(300, dtype=torch.int64)
+    state = torch.get_rng_state()
+    one, same, other, free = (
+        judge(Guesses(0.5), images, images, labels, queries=2, seed=seed).answers for seed in (1, 1, 2, None)
+    )
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert not torch.equal(one, free)
+    assert not torch.equal(one[:, 0], one[:, 1])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_lead_budget_and_broken_outputs(images: Tensor) -> None:
+    model, labels = LinearClassifier(192), torch.zeros(6, dtype=torch.int64)
+    verdict = judge(model, images, images, labels, queries=2)
+    probabilities = model(images).softmax(dim=1)
+    torch.testing.assert_close(verdict.lead, (probabilities[:, 1] - probabilities[:, 0]).detach())
+    with pytest.raises(ValueError, match="broke its budget"):
+        judge(model, images, (images + 0.2).clamp(max=1), labels, norm="linf", eps=0.1)
+    judge(model, images, (images + 0.2).clamp(max=1), labels, norm="linf", eps=0.2)
+
+    class Broken(nn.Module):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return torch.full((len(inputs), 2), torch.nan)
+
+    with pytest.raises(ValueError, match="NaN"):
+        judge(Broken(), images, images, labels)
+
+
 def test_curve_repeats_by_seed_and_falls_with_strength(images: Tensor) -> None:
     model = LinearClassifier(192)
     labels = model(images).argmax(dim=1)

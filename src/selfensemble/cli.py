@@ -166,7 +166,7 @@ def evaluate(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Attack a model by a protocol and judge it on fresh noise; started again, it goes on where it stopped."""
+    """Attack a model by a protocol, judge it on fresh noise; started again, it goes on where it stopped."""
     from . import hub
     from .evaluation.protocol import load_protocol
     from .evaluation.runner import Evaluation

@@ -50,7 +50,8 @@ def run_demo(
     from .report.html import write_report
 
     test = load_data("digits", "test")
-    done, record = 0.0, {}
+    done = 0.0
+    record: dict[str, dict[str, Any]] = {}
     runs: dict[tuple[str, str], tuple[Path, Results]] = {}
     for kind, name in _NAMES.items():
         progress(f"training the {name}", done)
@@ -106,7 +107,18 @@ def _emptied(folder: Path) -> Path:
 
 def _point(entry: Any) -> dict[str, Any]:
     """The figures of an entry that the command line shows."""
-    names = ("c", "eps", "accuracy", "low", "high", "all_seeds", "persistent", "rms_l2", "median_l2", "images")
+    names = (
+        "c",
+        "eps",
+        "accuracy",
+        "low",
+        "high",
+        "all_seeds",
+        "persistent",
+        "rms_l2",
+        "median_l2",
+        "images",
+    )
     values: dict[str, Any] = entry.model_dump(mode="json")
     return {name: values[name] for name in names} | ({"c": 0.0} if entry.attack == "none" else {})
 

@@ -202,7 +202,7 @@ class _Run:
         self.period = max(self.period - self.shrink, self.shortest, 1)
 
     def _check(self) -> Tensor:
-        """Halve the step where too few steps rose or the best stands still; such images go back to their best."""
+        """Halve the step where too few steps rose or the best stands still; such images go back to it."""
         stuck = ~self.reduced & (self.checked_loss >= self.best_loss)
         halve = (self.rises <= self.period * self.rho) | stuck
         self.length = torch.where(halve, self.length / 2, self.length)

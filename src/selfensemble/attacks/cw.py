@@ -183,8 +183,8 @@ def cw_l2(
 
             strength = c[active]
             _descend(
-                oracle, x[active], y[active], c=strength, targeted=targeted, kappa=kappa, steps=steps, lr=rate,
-                decay=True, visit=visit,
+                oracle, x[active], y[active], c=strength, targeted=targeted, kappa=kappa, steps=steps,
+                lr=rate, decay=True, visit=visit,
             )  # fmt: skip
             high[active] = torch.where(found, torch.minimum(high[active], strength), high[active])
             low[active] = torch.where(found, low[active], torch.maximum(low[active], strength))

@@ -26,7 +26,7 @@ class Keeper:
         self._looked = False
 
     def candidates(self, early_stop: bool) -> Tensor:
-        """Indices of the images for the next run: all, or those without a success, which some need not seek."""
+        """Indices of the images for the next run: all, or with `early_stop` those without a success."""
         everything = torch.arange(len(self.x), device=self.x.device)
         if not early_stop or not self.oracle.may_shrink:
             return everything

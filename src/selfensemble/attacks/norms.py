@@ -90,7 +90,7 @@ def project(change: Tensor, norm: str, eps: Tensor | float, inputs: Tensor) -> T
 
 
 def _project_l1(change: Tensor, radius: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Onto the L1 ball and the box at once: soft thresholding, then clamping, at the level found by bisection.
+    """Onto the L1 ball and the box at once: soft thresholding, then clamping; bisection finds the level.
 
     Source: Croce & Hein, Mind the box, ICML 2021, proposition 2.1 (there by sorting).
     """
@@ -111,18 +111,17 @@ def _project_l1(change: Tensor, radius: Tensor, low: Tensor, high: Tensor) -> Te
 
 def random_start(inputs: Tensor, norm: str, eps: float, generator: torch.Generator) -> Tensor:
     """Changes uniform in the ball of radius `eps`, brought into the box."""
-
-    def draw(kind: str) -> Tensor:
-        values = torch.empty(inputs.shape, dtype=torch.float32)
-        filled = values.uniform_(-1, 1, generator=generator) if kind == "uniform" else (
-            values.normal_(generator=generator) if kind == "normal" else values.exponential_(generator=generator)
-        )  # fmt: skip
-        return filled.to(inputs.device, inputs.dtype)
-
+    values = torch.empty(inputs.shape, dtype=torch.float32)
     if norm == "linf":
-        return project(eps * draw("uniform"), norm, eps, inputs)
+        uniform = values.uniform_(-eps, eps, generator=generator).to(inputs.device, inputs.dtype)
+        return project(uniform, norm, eps, inputs)
+    if norm == "l2":
+        direction = values.normal_(generator=generator)
+    else:
+        signs = torch.empty_like(values).uniform_(-1, 1, generator=generator).sign()
+        direction = signs * values.exponential_(generator=generator)
+    direction = direction.to(inputs.device, inputs.dtype)
     radius = torch.rand(len(inputs), generator=generator).to(inputs.device, inputs.dtype)
     radius = eps * radius ** (1 / max(1, inputs[:1].numel()))
-    direction = draw("normal") if norm == "l2" else draw("uniform").sign() * draw("exponential")
     unit = direction / per_image(size(direction, norm).clamp(min=_TINY), direction)
     return project(unit * per_image(radius, direction), norm, eps, inputs)

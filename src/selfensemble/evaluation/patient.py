@@ -38,7 +38,7 @@ class _RandomOps(TorchDispatchMode):
     """Counts operators that draw random numbers."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(
@@ -106,7 +106,7 @@ class Patient:
         """Operators of one pass in eval mode that draw random numbers."""
         with _RandomOps() as mode:
             self.once(self.few)
-        return mode.count
+        return int(mode.count)
 
     @cached_property
     def noise_layers(self) -> list[GaussianNoise]:
@@ -123,8 +123,8 @@ class Patient:
         right = (~verdict.wrong).all(dim=1).nonzero().squeeze(1)[: self.images]
         if len(right) < 5:
             raise ValueError(
-                f"the model gets only {len(right)} of {len(self.all_labels)} images right: the trials need 5; "
-                "pass images of its task, in its range, with its labels"
+                f"the model gets only {len(right)} of {len(self.all_labels)} images right, and the trials "
+                "need 5: pass images of its task, in its range, with its labels"
             )
         return self.all_inputs[right], self.all_labels[right]
 
@@ -140,7 +140,7 @@ class Patient:
         """The same as a number."""
         if not self.is_random:
             return 1
-        return self.model.draws if isinstance(self.model, SelfEnsemble) else 10
+        return int(self.model.draws) if isinstance(self.model, SelfEnsemble) else 10
 
     @property
     def draws(self) -> int:

@@ -307,14 +307,15 @@ class Evaluation:
 
         path = self.out / SHARDS / "checks.json"
         if not path.is_file():
-            self.progress("honesty checks", 1.0)
+            began = time.monotonic()
             checks = doctor(
                 self.ensemble, self.inputs, self.labels, seed=self._seed(0, 0, 9), max_batch=self.max_batch,
                 progress=lambda text, done: self.progress(f"honesty checks: {text}", 1.0),
             )  # fmt: skip
-            write_json(path, {"checks": [check.model_dump(mode="json") for check in checks], "seconds": 0})
-        found = json.loads(path.read_text())["checks"]
-        return tuple(CheckRecord.model_validate(check) for check in found)
+            seconds = round(time.monotonic() - began, 3)
+            found = [check.model_dump(mode="json") for check in checks]
+            write_json(path, {"checks": found, "seconds": seconds})
+        return tuple(CheckRecord.model_validate(check) for check in json.loads(path.read_text())["checks"])
 
     def _entry(self, plan: _Plan, starts: list[int]) -> Entry:
         parts = [self._read(start, plan.key) for start in starts]

@@ -94,7 +94,8 @@ def logits(patient: Patient) -> CheckRecord:
     many = torch.cat([patient.once(part) for part in patient.all_inputs.split(patient.max_batch)]).float()
     distinct = len(many.flatten().unique())
     saturated = float((many.softmax(dim=1).amax(dim=1) == 1).double().mean())
-    figure = f"{distinct} distinct values of {many.numel()}, softmax exactly 1 on {100 * saturated:.1f} % of images"
+    figure = f"{distinct} distinct values of {many.numel()}"
+    figure += f", softmax exactly 1 on {100 * saturated:.1f} % of images"
     if distinct < 0.5 * many.numel() and many.numel() >= 40:
         return failed(
             figure, "outputs are quantised or clipped: gradients vanish; attack the values before that"
@@ -232,7 +233,7 @@ def where_noise_enters(patient: Patient) -> CheckRecord:
     order: list[tuple[GaussianNoise, Tensor]] = []
     handles = [
         layer.register_forward_pre_hook(
-            lambda module, args, layer=layer: order.append((layer, args[0].detach()))  # type: ignore[misc]
+            lambda module, args, layer=layer: order.append((layer, args[0].detach()))
         )
         for layer in layers
     ]
@@ -275,8 +276,11 @@ def gradients(patient: Patient) -> CheckRecord:
     for name, loss in (("cross-entropy", cross_entropy), ("margin", margin)):
         outputs, leaf = patient.with_gradient(images)
         if not outputs.requires_grad:
-            return failed("none", "the outputs do not depend differentiably on the images: attack without "
-                          "gradients (square), or put an approximation in place of what breaks them")  # fmt: skip
+            return failed(
+                "none",
+                "the outputs do not depend differentiably on the images: attack without gradients "
+                "(square), or put an approximation in place of what breaks them",
+            )
         (gradient,) = torch.autograd.grad(
             loss(outputs.float(), labels, False).sum(), leaf, materialize_grads=True
         )

@@ -5,6 +5,7 @@ attack. Two attacks differ when they differ by more than `MARGIN`, or three stan
 difference if that is more.
 """
 
+import itertools
 import math
 
 import torch
@@ -43,7 +44,7 @@ def grows_with_eps(patient: Patient) -> CheckRecord:
     radii = [patient.eps / 2, patient.eps, 2 * patient.eps, large]
     found = [patient.base_line if eps == patient.eps else patient.white_box(eps=eps) for eps in radii]
     figure = ", ".join(f"{_share(value)} at {eps:.3g}" for eps, value in zip(radii, found, strict=True))
-    for before, after in zip(found, found[1:], strict=False):
+    for before, after in itertools.pairwise(found):
         rise, allowed = _difference(after, before)
         if rise > allowed:
             return failed(figure, "accuracy rises with eps: the attack is stuck; look for masked gradients")
@@ -67,7 +68,8 @@ def frozen_noise_falls(patient: Patient) -> CheckRecord:
         patient.model, inputs, labels, norm=patient.norm, eps=large, steps=patient.steps, restarts=2,  # type: ignore[arg-type]
         seed=seed, frozen=True, max_batch=patient.max_batch, loss="margin",
     )  # fmt: skip
-    answers, again = [], []
+    answers: list[Tensor] = []
+    again: list[Tensor] = []
     with torch.no_grad():
         for part in images.split(patient.max_batch):
             for store in (answers, again):
@@ -111,7 +113,8 @@ def twice_the_draws(patient: Patient) -> CheckRecord:
 
 def _weaker(patient: Patient, other: Tensor, name: str, advice: str) -> CheckRecord:
     gain, allowed = _difference(patient.base_line, other)
-    figure = f"white box {_share(patient.base_line)}, {name} {_share(other)}; allowed: {100 * allowed:.1f} points less"
+    figure = f"white box {_share(patient.base_line)}, {name} {_share(other)}"
+    figure += f"; allowed: {100 * allowed:.1f} points less"
     return failed(figure, advice) if gain > allowed else passed(figure)
 
 

@@ -1,0 +1,211 @@
+"""Evaluation runs: results that repeat, survive SIGKILL, and are never mixed up or half-written."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import selfensemble as rse
+from selfensemble.data import ImageData
+from selfensemble.evaluation.protocol import Protocol
+from selfensemble.evaluation.results import read_results
+from selfensemble.evaluation.runner import Evaluation
+from selfensemble.hub import Architecture
+
+PROTOCOL = """
+name: short
+images: 30
+shard: 6
+judge: {seeds: 3, queries: 10}
+attacks:
+  - {attack: cw-paper, c: [0.1, 2], steps: 5, lr: 0.02}
+  - {attack: pgd, eps: [0.1, 0.3], steps: 4, eot: 2, early_stop: true}
+  - {attack: apgd, surrogate: base, eps: [0.1, 0.3], steps: 4}
+  - {attack: fmn, norm: linf, eps: [0.1, 0.3], steps: 5, eot: 2}
+  - {attack: ddn, steps: 4}
+"""
+
+
+@pytest.fixture
+def model() -> rse.SelfEnsemble:
+    net = rse.create_model("small-cnn", classes=10, channels=1, width=0.25)
+    return rse.SelfEnsemble(net, draws=2).eval()
+
+
+@pytest.fixture
+def data() -> ImageData:
+    return rse.load_data("digits", "test")
+
+
+@pytest.fixture
+def protocol() -> Protocol:
+    import yaml
+
+    return Protocol.model_validate(yaml.safe_load(PROTOCOL))
+
+
+def saved(model: rse.SelfEnsemble, folder: Path) -> Path:
+    architecture = Architecture(name="small-cnn", classes=10, channels=1, width=0.25)
+    rse.save(model, folder, architecture=architecture, input_shape=(1, 8, 8))
+    (folder / "short.yaml").write_text(PROTOCOL)
+    return folder
+
+
+def command(folder: Path, out: Path, *more: str) -> list[str]:
+    return [
+        sys.executable, "-m", "selfensemble", "evaluate", str(folder), "--protocol",
+        str(folder / "short.yaml"), "--data", "digits", "--out", str(out), *more,
+    ]  # fmt: skip
+
+
+def test_results(model: rse.SelfEnsemble, data: ImageData, protocol: Protocol, tmp_path: Path) -> None:
+    seen: list[tuple[str, float]] = []
+    evaluation = Evaluation(
+        model,
+        data,
+        protocol,
+        tmp_path / "run",
+        name="m",
+        progress=lambda text, done: seen.append((text, done)),
+    )
+    results = evaluation.run()
+    assert read_results(tmp_path / "run") == results
+    assert [done for _, done in seen] == sorted(done for _, done in seen)
+    assert "left" in seen[5][0]
+    entries = (results.clean, *results.attacks, *results.worst_case)
+    assert len(entries) == 1 + 2 + 2 + 2 + 2 + 1 + 2
+    for entry in entries:
+        assert entry.images == 30
+        assert entry.low <= entry.accuracy <= entry.high
+        assert len(entry.seeds) == 3
+        assert entry.accuracy == entry.seeds[0]
+        assert entry.all_seeds <= min(entry.seeds)
+        if entry.eps is not None:
+            assert entry.max_linf <= entry.eps + 1e-6
+    assert set(results.clean.persistent) == {1, 10}
+    assert results.clean.persistent[1] == pytest.approx(results.clean.wrong_per_query)
+    assert results.clean.persistent[1] <= results.clean.persistent[10]
+    pgd = next(entry for entry in results.attacks if entry.attack == "pgd")
+    assert 0 < pgd.gradients <= 8
+    worst = results.worst_case[0]
+    assert worst.eps == 0.1
+    assert "time" not in results.provenance
+    with (tmp_path / "run" / "images.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 30 * len(entries)
+    for entry in entries:
+        own = [row for row in rows if row["entry"] == entry.key]
+        assert sum(row["correct"] == "1" for row in own) / 30 == pytest.approx(entry.accuracy)
+    timings = json.loads((tmp_path / "run" / "timings.json").read_text())
+    assert len(timings["seconds"]) == 5 * 9
+
+
+def test_killed_and_started_again_it_repeats_nothing(model: rse.SelfEnsemble, tmp_path: Path) -> None:
+    """SIGKILL twice, at whatever it is doing: the same bytes as an undisturbed run."""
+    folder = saved(model, tmp_path / "model")
+    subprocess.run(command(folder, tmp_path / "whole"), check=True, capture_output=True)
+    out = tmp_path / "killed"
+    kept: dict[Path, int] = {}
+    for shards in (3, 11):
+        process = subprocess.Popen(command(folder, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while len(list(out.glob("shards/*.safetensors"))) < shards and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        found = {path: path.stat().st_mtime_ns for path in out.glob("shards/*.safetensors")}
+        assert shards <= len(found) < 45
+        assert all(found[path] == when for path, when in kept.items())
+        assert not (out / "results.json").exists()
+        kept = found
+    subprocess.run(command(folder, out), check=True, capture_output=True)
+    assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
+    for name in ("results.json", "images.csv", "gallery.safetensors", "run.json"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_interrupt_says_how_to_go_on(model: rse.SelfEnsemble, tmp_path: Path) -> None:
+    folder, out = saved(model, tmp_path / "model"), tmp_path / "run"
+    process = subprocess.Popen(command(folder, out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("shards/*.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert b"go on with the same command" in errors
+
+
+def test_two_processes_share_the_work(model: rse.SelfEnsemble, tmp_path: Path) -> None:
+    folder = saved(model, tmp_path / "model")
+    subprocess.run(command(folder, tmp_path / "one"), check=True, capture_output=True)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [*launcher, *command(folder, tmp_path / "two", "--device", "cpu")[1:]],
+        check=True, capture_output=True, env=environment,
+    )  # fmt: skip
+    one, two = (read_results(tmp_path / name) for name in ("one", "two"))
+    assert two.attacks == one.attacks
+    assert two.worst_case == one.worst_case
+
+
+def test_another_model_or_protocol_is_refused(
+    model: rse.SelfEnsemble, data: ImageData, protocol: Protocol, tmp_path: Path
+) -> None:
+    few = protocol.model_copy(update={"images": 6, "attacks": protocol.attacks[:1]})
+    Evaluation(model, data, few, tmp_path / "run").run()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    other = rse.SelfEnsemble(rse.create_model("small-cnn", classes=10, channels=1, width=0.25)).eval()
+    for change, message in (
+        ({"ensemble": other}, "model.digest"),
+        ({"protocol": few.model_copy(update={"seed": 1})}, "protocol.seed"),
+        ({"protocol": few.model_copy(update={"images": 7})}, "protocol.images"),
+    ):
+        arguments = {"ensemble": model, "data": data, "protocol": few} | change
+        with pytest.raises(ValueError, match=f"differs in .*{message}.*untouched"):
+            Evaluation(out=tmp_path / "run", **arguments)  # type: ignore[arg-type]
+    assert {path: path.read_bytes() for path in before} == before
+    noisier = rse.SelfEnsemble(model.model, rse.NoiseConfig(0.5, 0.5), draws=2).eval()
+    with pytest.raises(ValueError, match=r"model\.digest"):
+        Evaluation(noisier, data, few, tmp_path / "run")
+
+
+def test_bad_folders_and_files(
+    model: rse.SelfEnsemble, data: ImageData, protocol: Protocol, tmp_path: Path
+) -> None:
+    few = protocol.model_copy(update={"images": 6, "attacks": protocol.attacks[:1]})
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file"):
+        Evaluation(model, data, few, tmp_path / "file")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thesis.txt").touch()
+    with pytest.raises(ValueError, match="holds other files"):
+        Evaluation(model, data, few, tmp_path / "used")
+    Evaluation(model, data, few, tmp_path / "run").run()
+    shard = next((tmp_path / "run" / "shards").glob("*cw*.safetensors"))
+    shard.write_bytes(b"rubbish")
+    with pytest.raises(ValueError, match=r"damaged.*delete it"):
+        Evaluation(model, data, few, tmp_path / "run").run()
+    empty = ImageData("none", torch.zeros(0, 1, 8, 8, dtype=torch.uint8), data.labels[:0], data.classes)
+    with pytest.raises(ValueError, match="no images"):
+        Evaluation(model, empty, few, tmp_path / "empty")
+    path = tmp_path / "run" / "results.json"
+    for text, message in (
+        ("{", "damaged"),
+        ("[]", "does not hold results"),
+        ('{"format": "selfensemble-evaluation", "format_version": 9}', "version 9"),
+        ('{"format": "selfensemble-evaluation", "format_version": 1}', "damaged: name"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_results(path)
+    with pytest.raises(FileNotFoundError, match=r"no results\.json"):
+        read_results(tmp_path / "nowhere")
