@@ -157,6 +157,7 @@ def evaluate(
         list[float] | None, typer.Option(help="Strengths of the paper's attack, instead of the protocol's.")
     ] = None,
     draws: Annotated[int | None, typer.Option(min=1, help="Noise draws of the defender's answer.")] = None,
+    static: Annotated[bool, typer.Option("--static", help="The network with its noise taken out.")] = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Of attacks and judge.")] = None,
     shard: Annotated[int | None, typer.Option(min=1, help="Images a unit of work.")] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Images a forward pass.")] = 200,
@@ -170,6 +171,7 @@ def evaluate(
     from . import hub
     from .evaluation.protocol import load_protocol
     from .evaluation.runner import Evaluation
+    from .inject import remove_noise_
 
     overrides: dict[str, Any] = {"images": n, "seed": seed, "shard": shard}
     if c is not None:
@@ -183,6 +185,9 @@ def evaluate(
     ensemble.draws = draws or ensemble.draws
     test = _test_data(config, data)
     name = model.resolve().name
+    if static:
+        remove_noise_(ensemble.model)
+        name += "-static"
     folder = out or Path("runs") / f"{name}-{plan.name}"
     with terminal.progress() as update:
         update("preparing", 0.0)
