@@ -69,7 +69,7 @@ def groups(options: argparse.Namespace, images: int) -> dict[str, Group]:
     steps, linf, l2, queries = options.steps, options.linf, options.l2, options.queries
     searches = options.binary_search_steps
     # The step sizes of our default.
-    alpha, alpha_l2 = min(linf, 2.5 * linf / steps), min(l2, 5 * l2 / steps)
+    alpha, alpha_l2 = min(linf, 5 * linf / steps), min(l2, 10 * l2 / steps)
     batch = {"batch_size": images}
     pgd_art = {"max_iter": steps, "num_random_init": 1} | batch
     cw = partial(attacks.cw_l2, steps=steps, binary_search_steps=searches, lr=0.01, initial_c=1.0)

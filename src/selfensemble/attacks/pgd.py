@@ -66,7 +66,7 @@ def pgd(
         norm: "linf", "l2" or "l1".
         eps: radius of the ball, in [0, 1] pixels.
         steps: gradient steps a restart.
-        step_size: by default `2.5 eps / steps`, for L2 `5 eps / steps`, at most `eps`.
+        step_size: by default `5 eps / steps`, for L2 `10 eps / steps`, at most `eps`.
         restarts: runs from a new random start.
         random_starts: begin within the ball rather than at the image (the first restart).
         loss: "ce", "margin" or "dlr".
@@ -86,7 +86,7 @@ def pgd(
     objective = check_loss(loss)
     check_count("steps", steps)
     check_count("restarts", restarts)
-    travel = 5.0 if norm == "l2" else 2.5  # in eps; on the sphere steps also have to turn
+    travel = 10.0 if norm == "l2" else 5.0  # in eps; on the sphere steps also have to turn
     length = min(eps, travel * eps / steps) if step_size is None else step_size
     if not (length > 0 and math.isfinite(length)):
         raise ValueError(f"step_size must be finite and > 0, got {length}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks.norms import check_eps, check_norm
+from ..noise import noise_draw, stream_seed
 from . import symptoms, trials
 from .patient import Patient
 from .results import CheckRecord
@@ -64,7 +65,7 @@ def doctor(
         images: how many images the trials use, the first ones that the model gets right.
         expect_random: whether two answers of the model should differ; None to judge by what is in it.
         max_batch: images a forward pass.
-        seed: of trials; the noise of the model itself stays fresh where freshness is examined.
+        seed: of everything random, so that records repeat.
         progress: called with the name of each check and the share done.
 
     Returns:
@@ -84,7 +85,12 @@ def doctor(
     with _left_as_it_was(model):
         for place, (name, check) in enumerate(CHECKS.items()):
             progress(name, place / len(CHECKS))
-            records.append(_examine(check, patient).model_copy(update={"name": name}))
+            # One seed for all the noise of a check: its calls draw on, each anew, and records repeat.
+            own = stream_seed(seed, place, 5)
+            with noise_draw(own), torch.random.fork_rng():
+                torch.manual_seed(own)
+                record = _examine(check, patient)
+            records.append(record.model_copy(update={"name": name}))
     progress("done", 1.0)
     return records
 
