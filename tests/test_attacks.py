@@ -24,9 +24,10 @@ from selfensemble.attacks import (
     random_noise,
     transfer,
 )
-from selfensemble.attacks.expectation import Oracle, attacked
+from selfensemble.attacks.expectation import OTHER_NOISE, Oracle, attacked
 from selfensemble.attacks.losses import LOSSES, dlr
 from selfensemble.attacks.norms import project, random_start, size
+from selfensemble.noise import stream_seed
 
 from .conftest import LinearClassifier
 
@@ -334,6 +335,33 @@ def test_dropout_at_test_time_is_averaged_and_can_be_frozen(images: Tensor) -> N
     assert all(torch.equal(seen[1], mask) for mask in seen[2:])
 
 
+@pytest.mark.parametrize("name", ["pgd", "apgd", "cw", "ddn", "fmn", "fab", "square", "autoattack-rand"])
+def test_frozen_dropout_falls_to_every_attack(images: Tensor, name: str) -> None:
+    """The batch stays whole, so that its frozen masks do; the seed need not be given."""
+
+    class Dropped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(192, 5)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            out: Tensor = self.head(nn.functional.dropout(inputs.flatten(1), 0.3, training=True))
+            return out
+
+    model = Dropped()
+
+    def frozen(batch: Tensor) -> Tensor:
+        with torch.random.fork_rng():
+            torch.manual_seed(stream_seed(7, 0, OTHER_NOISE))
+            answers: Tensor = model(batch).argmax(dim=1)
+            return answers
+
+    labels = frozen(images)
+    ball = {"eps": 0.5} if name in ("pgd", "apgd", "square", "autoattack-rand") else {}
+    adversarial = ATTACKS[name](model, images, labels, frozen=True, seed=7, **ball)
+    assert (frozen(adversarial) != labels).all()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -380,3 +408,24 @@ def test_a_model_without_gradients_is_refused(linear: LinearClassifier, grey: Te
 
     with pytest.raises(ValueError, match="no gradient"):
         pgd(Detached(), grey, torch.zeros(8, dtype=torch.int64))
+
+
+def test_inference_mode_and_inputs_with_gradients(linear: LinearClassifier, grey: Tensor) -> None:
+    labels = linear(grey).argmax(dim=1)
+    expected = pgd(linear, grey, labels, eps=0.1, seed=0)
+    with torch.inference_mode():
+        assert torch.equal(pgd(linear, grey, labels, eps=0.1, seed=0), expected)
+    leaf = grey.clone().requires_grad_()
+    assert torch.equal(pgd(linear, leaf, labels, eps=0.1, seed=0), expected)
+    assert leaf.grad is None
+    assert not torch.equal(cw_l2(linear, leaf, labels), grey)
+
+
+@pytest.mark.parametrize("name", sorted(set(ATTACKS) - {"square", "autoattack-standard"}))
+def test_inputs_need_not_be_images(grey: Tensor, name: str) -> None:
+    linear = LinearClassifier(16).requires_grad_(False)
+    rows = grey.flatten(1)
+    labels = linear(rows).argmax(dim=1)
+    assert ATTACKS[name](linear, rows, labels).shape == (8, 16)
+    with pytest.raises(ValueError, match="Square changes squares of images"):
+        ATTACKS["square"](linear, rows, labels)

@@ -74,6 +74,78 @@ def test_an_honest_model_of_another_kind_passes(trained: dict[str, rse.SelfEnsem
     assert failures(examine(Dropped(trained["plain"].model).eval(), digits)) == []
 
 
+class FunctionalDropout(nn.Module):
+    """Dropout as a function, in training mode only, as many networks have it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        out: Tensor = nn.functional.dropout(self.net(inputs), 0.3, self.training)
+        return out
+
+
+class Attention(nn.Module):
+    """Attention's operator is tagged as random; without dropout it is not."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        rows = inputs.flatten(2)
+        mixed = nn.functional.scaled_dot_product_attention(rows, rows, rows)
+        out: Tensor = self.net(inputs + 0 * mixed.view_as(inputs))
+        return out
+
+
+class Strict(nn.Module):
+    """Refuses images that leave [0, 1]."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        assert inputs.min() >= 0
+        assert inputs.max() <= 1
+        out: Tensor = self.net(inputs)
+        return out
+
+
+class Halved(nn.Module):
+    """bfloat16 throughout, and confident: softmax is 1 to float32 on many images."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net.to(torch.bfloat16)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        out: Tensor = 2 * self.net(inputs)
+        return out
+
+
+def only_symptoms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the trial attacks, which take longer and have tests of their own."""
+    import selfensemble.evaluation.honesty as honesty
+
+    some = {name: check for name, check in CHECKS.items() if check.__module__.endswith("symptoms")}
+    monkeypatch.setattr(honesty, "CHECKS", some)
+
+
+@pytest.mark.parametrize("honest", [FunctionalDropout, Attention, Strict, Halved])
+def test_no_false_alarms(
+    trained: dict[str, rse.SelfEnsemble],
+    digits: Images,
+    honest: Callable[[nn.Module], nn.Module],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    only_symptoms(monkeypatch)
+    records = examine(honest(deepcopy(trained["plain"].model)).eval(), digits)
+    assert failures(records) == [], records
+
+
 class Wrapped(nn.Module):
     """A network and what someone put around it."""
 
@@ -173,6 +245,32 @@ class OutOfTree(nn.Module):
         return out
 
 
+class FrozenOutOfTree(OutOfTree):
+    """The same with weights that want no gradient, and left in training mode."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net.requires_grad_(False).train())
+
+
+class LouderForAttacks(Wrapped):
+    """More noise where someone wants a gradient, without a shift of the mean."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits = self.answer(inputs)
+        return logits + (3.0 if inputs.requires_grad else 0.3) * torch.randn_like(logits)
+
+
+class TwelveSeeds(Wrapped):
+    """Recycles its noise."""
+
+    calls = 0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        TwelveSeeds.calls += 1
+        with rse.noise_draw(seed=TwelveSeeds.calls % 12):
+            return self.answer(inputs)
+
+
 class BatchStatistics(Wrapped):
     """Ignores eval()."""
 
@@ -181,6 +279,13 @@ class BatchStatistics(Wrapped):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.answer(inputs)
+
+
+class NoisyBatchStatistics(BatchStatistics):
+    """The same under noise that no seed of ours freezes."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.answer(inputs + 0.05 * torch.randn_like(inputs))
 
 
 class Standardised(Wrapped):
@@ -207,7 +312,11 @@ class Standardised(Wrapped):
         ("rse", QuietForAttacks, "nothing hidden"),
         ("rse", QuietForAttacksByMode, "nothing hidden"),
         ("rse", OutOfTree, "nothing hidden"),
+        ("rse", FrozenOutOfTree, "nothing hidden"),
+        ("plain", LouderForAttacks, "nothing hidden"),
+        ("rse", TwelveSeeds, "randomness"),
         ("plain", BatchStatistics, "batch independence"),
+        ("plain", NoisyBatchStatistics, "batch independence"),
         ("plain", Standardised, "input range"),
         ("rse", Rounding, "gradients"),
         ("rse", Saturated, "gradients"),
@@ -222,10 +331,7 @@ def test_planted_faults_are_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By the check that looks for them; the trial attacks are left out, which others may fail as well."""
-    import selfensemble.evaluation.honesty as honesty
-
-    some = {name: check for name, check in CHECKS.items() if check.__module__.endswith("symptoms")}
-    monkeypatch.setattr(honesty, "CHECKS", some)
+    only_symptoms(monkeypatch)
     records = examine(fault(deepcopy(trained[kind].model)).eval(), digits)
     assert found_by in failures(records), records
     assert records[found_by].advice
@@ -302,3 +408,5 @@ def test_bad_input(trained: dict[str, rse.SelfEnsemble], digits: Images) -> None
         doctor(trained["plain"], *digits, eps=3.0)
     with pytest.raises(ValueError, match="no images"):
         doctor(trained["plain"], digits[0][:0], digits[1][:0])
+    with pytest.raises(ValueError, match="below 10"):
+        doctor(trained["plain"], digits[0], digits[1] + 1)

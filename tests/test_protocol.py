@@ -77,6 +77,7 @@ def test_overrides(tmp_path: Path) -> None:
         ("attacks: [{attack: pgd, eps: 8/0}]", "eps"),
         ("attacks: [{attack: cw, eps: [0.5, .nan]}]", "eps must be a number above 0"),
         ("attacks: []", "attacks is empty"),
+        ("attacks: [{attack: cw, eps: []}]", "attacks.0.eps is an empty list"),
         ("attack: pgd", "attack: Extra inputs.*known here: name, description"),
         ("attacks: [{attack: pgd}]\njudge: {seedz: 3}", "known here: seeds, queries"),
         ("attacks: [{attack: pgd}]\nimages: 0", "images"),

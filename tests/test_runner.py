@@ -168,6 +168,7 @@ def test_another_model_or_protocol_is_refused(
         ({"ensemble": other}, "model.digest"),
         ({"protocol": few.model_copy(update={"seed": 1})}, "protocol.seed"),
         ({"protocol": few.model_copy(update={"images": 7})}, "protocol.images"),
+        ({"max_batch": 7}, "max_batch"),
     ):
         arguments = {"ensemble": model, "data": data, "protocol": few} | change
         with pytest.raises(ValueError, match=f"differs in .*{message}.*untouched"):
@@ -176,6 +177,25 @@ def test_another_model_or_protocol_is_refused(
     noisier = rse.SelfEnsemble(model.model, rse.NoiseConfig(0.5, 0.5), draws=2).eval()
     with pytest.raises(ValueError, match=r"model\.digest"):
         Evaluation(noisier, data, few, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"attack": "pgd", "steps": 0}, "steps must be"),
+        ({"attack": "pgd", "eps": 8}, "eps must be above 0 and at most 1"),
+        ({"attack": "apgd", "rho": 3.0}, "rho"),
+        ({"attack": "cw-paper", "c": -1.0}, "c must be"),
+        ({"attack": "cw", "eps": 100}, "eps must be above 0 and at most 8"),
+    ],
+)
+def test_impossible_settings_are_found_before_any_work(
+    model: rse.SelfEnsemble, data: ImageData, tmp_path: Path, spec: dict[str, object], message: str
+) -> None:
+    protocol = Protocol.model_validate({"name": "p", "images": 5, "attacks": [{"attack": "fgsm"}, spec]})
+    with pytest.raises(ValueError, match=f"attack 01.*{message}"):
+        Evaluation(model, data, protocol, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_bad_folders_and_files(

@@ -4,6 +4,7 @@ Exit status: 0 done, 1 an error of the program, 2 wrong input or surroundings, 3
 130 interrupted.
 """
 
+import datetime
 import errno
 import os
 import sys
@@ -416,7 +417,8 @@ def _process(name: str) -> tuple[int, int, "torch.device"]:
     from accelerate import PartialState
 
     device = _device(name)
-    state = PartialState(cpu=device.type == "cpu")
+    # Shards take as long as they take: nobody gives up waiting for the others.
+    state = PartialState(cpu=device.type == "cpu", timeout=datetime.timedelta(days=7))
     return state.process_index, state.num_processes, state.device
 
 

@@ -34,7 +34,8 @@ def autoattack_rand(
     """APGD on the cross-entropy, then on DLR, 100 steps each, 1 restart, rho 0.75, `eot=20` by default.
 
     Unlike the published code, means over all draws accept iterates and set step sizes (there: the last
-    draw), and a success must be confirmed on fresh draws (there: one forward pass).
+    draw), and a success must be confirmed on fresh draws (there: one forward pass). L1 has the same one
+    restart as the other norms (there: five, over larger radii first).
 
     Args:
         model, inputs, labels, targeted, norm, eps, max_batch, noise: see `pgd`.
@@ -105,9 +106,8 @@ def _in_turn(
             left = keep.candidates(early_stop=True)
             if len(left) == 0:
                 break
-            seed = noise.get("seed") if noise.get("frozen") else None
-            if seed is None:
-                seed = int(torch.randint(2**62, (), generator=oracle.generator))
+            fresh = int(torch.randint(2**62, (), generator=oracle.generator))
+            seed = oracle.seed if oracle.noise.frozen else fresh
             options: dict[str, Any] = {**noise, "seed": seed}
             images = part(model, x[left], y[left], norm=norm, eps=eps, early_stop=True, **options)
             # FAB looks for the nearest image, wherever that is.

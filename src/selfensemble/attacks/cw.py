@@ -170,7 +170,9 @@ def cw_l2(
         c, low = x.new_full((len(x),), initial_c), x.new_zeros(len(x))
         high = torch.full_like(c, torch.inf)
         for _ in range(binary_search_steps):
-            active = ((nearest.distance > 0) & ((high - low) > 0.01 * low)).nonzero().squeeze(1)
+            active = nearest.active()
+            if oracle.may_shrink:
+                active = active[((high - low) > 0.01 * low)[active]]
             if len(active) == 0:
                 break
             found = torch.zeros(len(active), dtype=torch.bool, device=x.device)

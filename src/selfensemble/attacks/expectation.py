@@ -139,7 +139,7 @@ class Oracle:
         device: torch.device | None = None,
         reseed: bool = False,
     ) -> None:
-        self.noise = noise
+        self.noise, self.seed = noise, seed
         self.classes = classes
         self.generator = torch.Generator().manual_seed(stream_seed(seed, 0, 0) & 0x7FFF_FFFF_FFFF_FFFF)
         # Who asks for confirmation by several draws knows of a randomness that two passes do not show.
@@ -290,7 +290,8 @@ def single_draw(model: nn.Module) -> Forward:
     Inputs of another floating dtype than the model's are converted on the way, differentiably.
     """
     draw = model.draw_logits if isinstance(model, SelfEnsemble) else lambda x: logits_of(model(x))
-    dtype = next((parameter.dtype for parameter in model.parameters()), None)
+    floating = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    dtype = next(floating, None)
     return draw if dtype is None else lambda inputs: draw(inputs.to(dtype))
 
 
@@ -301,7 +302,7 @@ def attacked(model: nn.Module) -> Iterator[Forward]:
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
-        with eval_mode(model), torch.enable_grad():
+        with eval_mode(model), torch.inference_mode(False), torch.enable_grad():
             yield single_draw(model)
     finally:
         for parameter in trainable:
@@ -329,7 +330,8 @@ def run_attack(
     device, parts = device_of(model, inputs), []
     with attacked(model) as forward:
         with explain_shape(model, inputs):
-            classes, is_random, reseed = _probe(model, forward, inputs[:size].to(device, torch.float32))
+            first = inputs[:size].detach().to(device, torch.float32, copy=True)
+            classes, is_random, reseed = _probe(model, forward, first)
         if int(labels.max()) >= classes:
             raise ValueError(
                 f"labels must be below {classes}, the number of classes; got {int(labels.max())}"
@@ -340,7 +342,7 @@ def run_attack(
                 forward, noise, seed=own, is_random=is_random, classes=classes, device=device, reseed=reseed
             )
             # In float32, whatever the model computes in: smaller types cannot hold small changes.
-            part = run(oracle, x.to(device, torch.float32), y.to(device))
+            part = run(oracle, x.detach().to(device, torch.float32, copy=True), y.to(device, copy=True))
             parts.append(part.detach().clamp(0.0, 1.0).to(inputs.device, inputs.dtype))
     return torch.cat(parts)
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ..ensemble import check_count
 from .expectation import Noise, NoiseOptions, Oracle, fooled, run_attack
 from .losses import margin
+from .nearest import Nearest
 from .norms import Norm, check_eps, check_norm, dual_size, largest_eps, per_image, random_start, size
 
 _START = {"linf": 0.3, "l2": 1.0, "l1": 5.0}  # radius of restarts where nothing is known, as published
-_HALVINGS = 10  # of the final search
 _TINY = 1e-12
 # Of images (A, ...) and their indices (A,): values (A,), above 0 beyond the boundary, and gradients.
 Boundary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -87,27 +87,24 @@ def fab(
             raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {number}")
 
     def run(oracle: Oracle, x: Tensor, y: Tensor) -> Tensor:
-        keep = _Nearest(oracle, x, y, targeted, norm, eps)
+        keep = _Near(oracle, x, y, targeted, norm, eps)
         for boundary in _boundaries(oracle, x, y, targeted, targets, norm):
             for restart in range(restarts):
                 images = keep.start() if restart > 0 else x
                 _walk(keep, boundary, images, steps, alpha_max, eta, beta)
-        keep.final_search()
-        return keep.best
+        return keep.refined()
 
     return run_attack(model, inputs, labels, run, Noise(**noise), max_batch)
 
 
-class _Nearest:
-    """Keeps, for B images, the nearest adversarial image found."""
+class _Near(Nearest):
+    """The nearest images, and what of it decides where FAB goes on."""
 
     def __init__(
         self, oracle: Oracle, x: Tensor, y: Tensor, targeted: bool, norm: str, eps: float | None
     ) -> None:
-        self.oracle, self.x, self.y, self.targeted, self.norm, self.eps = oracle, x, y, targeted, norm, eps
-        self.best = x.clone()
-        self.distance = x.new_full((len(x),), torch.inf)
-        self.distance[oracle.lead(x, y, targeted)[1]] = 0.0
+        super().__init__(oracle, x, y, targeted, norm)
+        self.eps = eps
 
     def wanting(self, active: Tensor) -> Tensor:
         """(len(active),) which images stay: those that are not yet near enough."""
@@ -125,37 +122,12 @@ class _Nearest:
         change = change * per_image(length / size(change, self.norm).clamp(min=_TINY), change)
         return (self.x + change).clamp(0.0, 1.0)
 
-    def visit(self, active: Tensor, images: Tensor) -> Tensor:
-        """Take note of images; (len(active),) whether they are adversarial."""
-        labels = self.y[active]
-        estimate = self.oracle.evaluate(images, lambda z: z[:, 0])
-        found = fooled(estimate.probabilities, labels, self.targeted)
-        distance = size(images - self.x[active], self.norm)
-        check = (found & (distance < self.distance[active])).nonzero().squeeze(1)
-        if len(check):
-            agreed = self.oracle.confirmed(
-                images[check], estimate.probabilities[check], labels[check], self.targeted
-            )
-            found[check] = agreed
-            check = check[agreed]
-            self.best[active[check]], self.distance[active[check]] = images[check], distance[check]
-        return found
-
-    def final_search(self) -> None:
-        """Halve the way from the original to the best image; not with noise: near the boundary it decides."""
-        if self.oracle.is_random:
-            return
-        everything = torch.arange(len(self.x), device=self.x.device)
-        useful = torch.isfinite(self.distance) & (self.distance > 0)
-        active = everything[useful] if self.oracle.may_shrink else everything
-        if not useful.any():
-            return
-        x, far = self.x[active], self.best[active]
-        low, high = x.new_zeros(len(x)), x.new_ones(len(x))
-        for _ in range(_HALVINGS):
-            middle = (low + high) / 2
-            found = self.visit(active, x + per_image(middle, x) * (far - x))
-            low, high = torch.where(found, low, middle), torch.where(found, middle, high)
+    def adversarial(self, active: Tensor, images: Tensor) -> Tensor:
+        """Take note of images; (len(active),) whether they fool the model, confirmed where nearer."""
+        probabilities = self.oracle.evaluate(images, lambda z: z[:, 0]).probabilities
+        nearer = size(images - self.x[active], self.norm) < self.distance[active]
+        claimed = fooled(probabilities, self.y[active], self.targeted)
+        return torch.where(nearer, self.visit(active, images, probabilities), claimed)
 
 
 def _boundaries(
@@ -176,7 +148,7 @@ def _boundaries(
         return boundary
 
     def nearest(images: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-        value, gradient = torch.zeros_like(images[:, 0, 0, 0]), torch.zeros_like(images)
+        value, gradient = images.new_zeros(len(images)), torch.zeros_like(images)
         least = torch.full_like(value, torch.inf)
         for rank in range(oracle.classes - 1):
             now, slope = towards(rank + (rank >= y).long())(images, active)
@@ -196,7 +168,7 @@ def _boundaries(
 
 
 def _walk(
-    keep: _Nearest, boundary: Boundary, images: Tensor, steps: int, alpha_max: float, eta: float, beta: float
+    keep: _Near, boundary: Boundary, images: Tensor, steps: int, alpha_max: float, eta: float, beta: float
 ) -> None:
     """One run from `images` (B, ...); `keep` takes what it finds."""
     active = torch.arange(len(keep.x), device=keep.x.device)
@@ -214,7 +186,7 @@ def _walk(
         lengths = size(near, keep.norm).clamp(min=1e-8), size(far, keep.norm).clamp(min=1e-8)
         alpha = per_image((lengths[0] / (lengths[0] + lengths[1])).clamp(max=alpha_max), images)
         images = ((1 - alpha) * (images + eta * near) + alpha * (original + eta * far)).clamp(0.0, 1.0)
-        found = keep.visit(active, images)
+        found = keep.adversarial(active, images)
         images = torch.where(per_image(found, images), original + beta * (images - original), images)
         stay = keep.wanting(active)
 

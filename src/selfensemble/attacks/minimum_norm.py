@@ -118,12 +118,12 @@ def fmn(
             now = size(change, norm)
             found |= success
             smallest = torch.where(success, torch.minimum(smallest, now), smallest)
-            # Until the boundary was crossed once: as far as a linear model would need.
+            # Until the boundary was crossed once: a little farther than a linear model would need.
             ahead = now + estimate.loss.abs() / dual_size(estimate.gradient, norm).clamp(min=1e-12)
             radius = torch.where(
                 success,
                 torch.minimum(radius * (1 - shrink), smallest),
-                torch.where(found, radius * (1 + shrink), ahead),
+                torch.where(found, radius, ahead) * (1 + shrink),
             ).clamp(max=largest)
             change = change + _half_cosine(length, length / 100, step, steps) * unit_l2(estimate.gradient)
             change = project(change, norm, radius, images)

@@ -25,7 +25,9 @@ class Nearest:
         self.distance[oracle.lead(x, y, targeted)[1]] = 0.0
 
     def active(self) -> Tensor:
-        """Indices of the images that need an attack."""
+        """Indices of the images that need an attack; all of them where a batch must stay whole."""
+        if not self.oracle.may_shrink:
+            return torch.arange(len(self.x), device=self.x.device)
         return (self.distance > 0).nonzero().squeeze(1)
 
     def visit(
@@ -59,13 +61,16 @@ class Nearest:
 
     def refined(self) -> Tensor:
         """The best images, moved towards their originals as far as they still fool the model (bisection)."""
-        chosen = ((self.distance > 0) & self.distance.isfinite()).nonzero().squeeze(1)
+        found = (self.distance > 0) & self.distance.isfinite()
+        if not found.any():
+            return self.best
+        chosen = self.active() if not self.oracle.may_shrink else found.nonzero().squeeze(1)
         origin, change, labels = self.x[chosen], self.best[chosen] - self.x[chosen], self.y[chosen]
         low, high = torch.zeros_like(self.distance[chosen]), torch.ones_like(self.distance[chosen])
-        for _ in range(_HALVINGS if len(chosen) else 0):
+        for _ in range(_HALVINGS):
             middle = (low + high) / 2
             success = self.oracle.lead(origin + per_image(middle, change) * change, labels, self.targeted)[1]
             low, high = torch.where(success, low, middle), torch.where(success, middle, high)
-        moved = high < 1
+        moved = (high < 1) & found[chosen]
         self._take(chosen[moved], (origin + per_image(high, change) * change)[moved])
         return self.best

@@ -19,7 +19,7 @@ def check_norm(norm: str, known: tuple[str, ...] = get_args(Norm)) -> None:
 
 def check_eps(eps: float, norm: str, inputs: Tensor) -> None:
     """Raise a ValueError unless `0 < eps <=` the diameter of the box."""
-    largest = largest_eps(norm, inputs[:1].numel())
+    largest = largest_eps(norm, math.prod(inputs.shape[1:]))
     if not (math.isfinite(eps) and 0 < eps <= largest):
         raise ValueError(
             f"eps must be above 0 and at most {largest:g}, the {norm} diameter of [0, 1] images of this "

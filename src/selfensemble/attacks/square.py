@@ -66,6 +66,8 @@ def square(
     check_norm(norm)
     check_eps(eps, norm, inputs)
     objective = check_loss(loss)
+    if inputs.dim() != 4:
+        raise ValueError(f"Square changes squares of images (B, C, H, W), got shape {tuple(inputs.shape)}")
     check_count("queries", queries)
     if not 0 < p_init <= 1:
         raise ValueError(f"p_init must be above 0 and at most 1, got {p_init}")

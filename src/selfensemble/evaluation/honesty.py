@@ -81,6 +81,8 @@ def doctor(
         model, inputs, labels, norm=norm, eps=eps, steps=steps, eot=eot, images=images,
         expect_random=expect_random, max_batch=max_batch, seed=seed,
     )  # fmt: skip
+    if int(labels.max()) >= (classes := _classes(patient)):
+        raise ValueError(f"labels must be below {classes}, the number of classes; got {int(labels.max())}")
     records = []
     with _left_as_it_was(model):
         for place, (name, check) in enumerate(CHECKS.items()):
@@ -95,12 +97,21 @@ def doctor(
     return records
 
 
+def _classes(patient: Patient) -> float:
+    """Number of classes; infinite where the model fails, which the checks will say."""
+    try:
+        with _left_as_it_was(patient.model):
+            return patient.once(patient.few[:1]).shape[1]
+    except Exception:
+        return float("inf")
+
+
 def _examine(check: Callable[[Patient], CheckRecord], patient: Patient) -> CheckRecord:
     try:
         return check(patient)
     except torch.OutOfMemoryError:
         raise
-    except (ValueError, TypeError, RuntimeError) as error:
+    except Exception as error:  # the model is a stranger's, and may fail in any way
         reason = " ".join(str(error).split())[:300]
         return CheckRecord(
             name="", passed=False, figure="could not be done",

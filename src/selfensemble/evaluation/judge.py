@@ -1,11 +1,11 @@
 """The judge: whether images fool a model is decided here, on fresh noise, never by the attack."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from scipy.special import gammaln
 from torch import Tensor, nn
 
 from ..attacks.expectation import check_batch, device_of, mean_probabilities, single_draw
@@ -78,10 +78,10 @@ class Verdict:
             raise ValueError(f"{asked} queries were judged: k must be 1 to {asked}, got {queries}")
         right = (asked - self.wrong.sum(dim=1)).double()
         log_miss = (
-            gammaln(right + 1) - gammaln((right - queries).clamp(min=0) + 1)
-            - gammaln(asked + 1) + gammaln(asked - queries + 1)
+            torch.lgamma(right + 1) - torch.lgamma((right - queries).clamp(min=0) + 1)
+            - math.lgamma(asked + 1) + math.lgamma(asked - queries + 1)
         )  # fmt: skip
-        miss = torch.where(right >= queries, torch.as_tensor(log_miss).exp(), 0.0)
+        miss = torch.where(right >= queries, log_miss.exp(), 0.0)
         return float(1 - miss.mean())
 
 
@@ -137,6 +137,11 @@ def judge(
         probabilities = _answer(model, adversarial, draws, own, max_batch)
         if not torch.isfinite(probabilities).all():
             raise ValueError("the model returns NaN or infinite logits: its answers cannot be judged")
+        if int(labels.max()) >= probabilities.shape[1]:
+            raise ValueError(
+                f"labels must be below {probabilities.shape[1]}, the number of classes; "
+                f"got {int(labels.max())}"
+            )
         answers.append(probabilities.argmax(dim=1))
         own_class = probabilities.gather(1, labels[:, None]).squeeze(1)
         rival = probabilities.scatter(1, labels[:, None], -torch.inf).amax(dim=1)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..attacks import pgd
-from ..attacks.expectation import attacked, check_batch, device_of, looks_like_probabilities
-from ..ensemble import SelfEnsemble, logits_of
+from ..attacks.expectation import attacked, check_batch, device_of, looks_like_probabilities, single_draw
+from ..ensemble import SelfEnsemble
 from ..inject import eval_mode
 from ..noise import GaussianNoise, stream_seed
 from .judge import judge
@@ -34,17 +34,24 @@ def not_applicable(reason: str) -> CheckRecord:
     return CheckRecord(name="", passed=None, figure="", advice=reason)
 
 
-class _RandomOps(TorchDispatchMode):
-    """Counts operators that draw random numbers."""
+# Operators that may draw random numbers, and do not in eval mode.
+_USUAL = {"rrelu", "rrelu_with_noise", "scaled_dot_product_attention"}
+
+
+class RandomOps(TorchDispatchMode):
+    """Notes the operators that can draw random numbers, by their names."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.count = 0
+        self.names: set[str] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self.count += torch.Tag.nondeterministic_seeded in func.tags
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            name = str(func.overloadpacket).rpartition(".")[2].strip("_")
+            attention = name.startswith("scaled_dot_product")
+            self.names.add("scaled_dot_product_attention" if attention else name)
         return func(*args, **(kwargs or {}))
 
 
@@ -73,6 +80,8 @@ class Patient:
         self.max_batch, self.seed, self.images = max_batch, seed, images
         self.expect_random = expect_random
         self.device = device_of(model, inputs)
+        floating = (p.dtype for p in model.parameters() if p.is_floating_point())
+        self.dtype = next(floating, torch.float32)
         self.all_inputs, self.all_labels = inputs[: 4 * images], labels[: 4 * images]
 
     def once(self, inputs: Tensor) -> Tensor:
@@ -81,10 +90,7 @@ class Patient:
             return self._forward(inputs)
 
     def _forward(self, inputs: Tensor) -> Tensor:
-        x = inputs.to(self.device)
-        if isinstance(self.model, SelfEnsemble):
-            return self.model.draw_logits(x)
-        return logits_of(self.model(x))
+        return single_draw(self.model)(inputs.to(self.device))
 
     @cached_property
     def few(self) -> Tensor:
@@ -93,20 +99,21 @@ class Patient:
 
     @cached_property
     def outputs(self) -> list[Tensor]:
-        """Outputs (B, K) of eight passes over the same images, without gradients."""
-        return [self.once(self.few) for _ in range(8)]
+        """Outputs (B, K) of 32 passes over the same images, without gradients."""
+        return [self.once(self.few) for _ in range(32)]
 
     @cached_property
     def is_random(self) -> bool:
-        """Whether those eight differ."""
+        """Whether those differ."""
         return any(not torch.equal(self.outputs[0], other) for other in self.outputs[1:])
 
     @cached_property
-    def random_ops(self) -> int:
+    def random_ops(self) -> set[str]:
         """Operators of one pass in eval mode that draw random numbers."""
-        with _RandomOps() as mode:
+        with RandomOps() as mode:
             self.once(self.few)
-        return int(mode.count)
+        names: set[str] = mode.names - _USUAL
+        return names
 
     @cached_property
     def noise_layers(self) -> list[GaussianNoise]:

@@ -31,13 +31,11 @@ class JudgeSection(_Section):
     """How the defender is asked.
 
     `seeds`: seeds of its noise, a query each, for every attack. `queries`: queries of the worst case and
-    of the clean images, for the persistent attacker's curve. `draws`: noise draws a query, None for
-    the ensemble's own.
+    of the clean images, for the persistent attacker's curve.
     """
 
     seeds: Annotated[int, Field(ge=1)] = 3
     queries: Annotated[int, Field(ge=1)] = 100
-    draws: Annotated[int, Field(ge=1)] | None = None
 
 
 class AttackSpec(BaseModel):
@@ -127,7 +125,8 @@ def load_protocol(source: str, overrides: dict[str, Any] | None = None) -> Proto
         protocol = Protocol.model_validate(values | (overrides or {}))
         expand(protocol)
     except ValidationError as error:
-        problem = error.errors()[0]
+        # A key that is not known explains one that is missing.
+        problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
         where = ".".join(str(part) for part in problem["loc"])
         known = ""
         if problem["type"] == "extra_forbidden":
@@ -168,6 +167,8 @@ def _runs(place: int, spec: AttackSpec) -> Iterator[Run]:
             raise ValueError(
                 f"attacks.{place}: {spec.attack} has no setting {name!r}; known: {', '.join(known)}"
             )
+    if empty := [name for name, value in (spec.model_extra or {}).items() if value == []]:
+        raise ValueError(f"attacks.{place}.{empty[0]} is an empty list: give a value, or leave it out")
     lists = [value if isinstance(value, list) else [value] for value in given.values()]
     for choice, values in enumerate(itertools.product(*lists)):
         settings = {}

@@ -2,7 +2,8 @@
 
 The folder holds `run.json` (what is evaluated), `shards/` (a file an attack and slice of images; what is
 there is never computed again), and at the end `results.json`, `images.csv`, `gallery.safetensors` and
-`timings.json`. All but the timings depend on model, data and protocol alone.
+`timings.json`. All but the timings depend on model, data,
+protocol, `max_batch` and kind of device alone.
 """
 
 import csv
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..attacks.expectation import count_evaluations
-from ..attacks.norms import size
+from ..attacks.norms import check_eps, size
 from ..data import ImageData
 from ..ensemble import SelfEnsemble
 from ..files import atomic_write, write_json
@@ -107,6 +108,7 @@ class Evaluation:
         self.labels = self.data.labels[: self.images]
         self.runs = expand(self.protocol)
         self.plans = list(_plans(self.runs))
+        self._try_settings()
         self.model = model_record(self.ensemble, self.name, self.architecture)
         self.data_record = DataRecord(
             source=self.data.name,
@@ -115,6 +117,16 @@ class Evaluation:
             digest=_digest([self.inputs, self.labels]),
         )
         self._claim()
+
+    def _try_settings(self) -> None:
+        """Every attack on no images: settings that it would refuse are found before any work is done."""
+        for run in self.runs:
+            try:
+                run.call()(self.ensemble, self.inputs[:0], self.labels[:0], **run.settings)
+                for eps in run.radii:
+                    check_eps(eps, run.norm or "linf", self.inputs)
+            except ValueError as error:
+                raise ValueError(f"attack {run.key}: {error}") from error
 
     def _claim(self) -> None:
         """Write what this run is, or find that the folder holds just this run."""
@@ -125,6 +137,9 @@ class Evaluation:
                 "model": {"digest": self.model.digest, "draws": self.model.draws},
                 "data": {"digest": self.data_record.digest},
                 "protocol": self.protocol.model_dump(mode="json"),
+                # Streams of noise follow the batches, and differ between kinds of devices.
+                "max_batch": self.max_batch,
+                "device": next((p.device.type for p in self.ensemble.parameters()), "cpu"),
             },
             self.out / RUN,
         )
@@ -175,15 +190,18 @@ class Evaluation:
                 if stop.is_set():
                     raise Interrupted(f"stopped; {path.parent} holds what is finished")
         self.progress("writing results", 1.0)
-        return self._finish(list(starts)) if self._wait() else read_results(self.out)
+        self._wait()
+        if self.rank == 0:
+            self._finish(list(starts))
+        self._wait()
+        return read_results(self.out)
 
-    def _wait(self) -> bool:
-        """Wait for all processes; whether this is the one that writes."""
+    def _wait(self) -> None:
+        """Wait for all processes."""
         if self.world > 1:
             from accelerate import PartialState
 
             PartialState().wait_for_everyone()
-        return self.rank == 0
 
     def _end(self, start: int) -> int:
         return min(start + self.protocol.shard, self.images)
@@ -246,7 +264,7 @@ class Evaluation:
         seed: int,
     ) -> None:
         verdict = judge(
-            self.ensemble, x, images, y, draws=self.protocol.judge.draws, queries=queries, seed=seed,
+            self.ensemble, x, images, y, queries=queries, seed=seed,
             norm=plan.norm or "l2", eps=plan.eps, max_batch=self.max_batch,
         )  # fmt: skip
         if plan.key != CLEAN:
@@ -275,7 +293,8 @@ class Evaluation:
             raise ValueError(f"{path} is damaged ({error}): delete it and run the same again") from error
         return _Judged(adversarial=images, **values)
 
-    def _finish(self, starts: list[int]) -> Results:
+    def _finish(self, starts: list[int]) -> None:
+        """Put the shards together."""
         entries = {plan.key: self._entry(plan, starts) for plan in self.plans}
         checks = self._checks() if self.protocol.checks else None
         about = provenance()
@@ -300,7 +319,6 @@ class Evaluation:
         finished = provenance()["time"]
         write_json(self.out / TIMINGS, {"finished": finished, "seconds": seconds})
         write_json(self.out / RESULTS, results.model_dump(mode="json"))
-        return results
 
     def _checks(self) -> tuple[CheckRecord, ...]:
         from .honesty import doctor

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +11,15 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ..attacks.losses import cross_entropy, margin
 from ..noise import GaussianNoise, noise_draw
-from .patient import Patient, failed, not_applicable, passed
+from .patient import Patient, RandomOps, failed, not_applicable, passed
 from .results import CheckRecord
 
 _FEW = 1e-3  # relative: two figures closer than this are equal up to rounding
+_NOISE = {"normal", "randn", "randn_like", "normal_functional", "rand", "rand_like", "uniform", "add_noise"}
+_OF_TORCH = set(vars(nn.Module()))
+_STEP = 0.05  # Euclidean length of the steps that gradients must predict
+_UNDERFLOW = 88.0  # a margin beyond which float32 softmax has no gradient left
+_PASSES = 24  # over the same images, where means are compared
 
 
 def eval_mode_on(patient: Patient) -> CheckRecord:
@@ -38,18 +44,28 @@ def batch_independence(patient: Patient) -> CheckRecord:
             return patient.once(x)
 
     together = frozen(images)
+    advice = (
+        "answers depend on the other images of the batch: batch norm uses batch statistics (call eval(), "
+        "or train with track_running_stats), or noise is tied to the place in the batch"
+    )
     if not torch.equal(together, frozen(images)):
-        return not_applicable("the model's noise cannot be frozen, so that a difference would prove nothing")
+        # Noise that no seed freezes: the means of many passes have to agree.
+        many = torch.stack([patient.once(images) for _ in range(_PASSES)]).float()
+        each = [torch.cat([patient.once(image[None]) for image in images]) for _ in range(_PASSES)]
+        figure = f"means of {_PASSES} passes"
+        return failed(figure, advice) if _differ(many, torch.stack(each).float()) else passed(figure)
     alone = torch.cat([frozen(image[None]) for image in images])
     gap = float((together - alone).abs().max() / together.abs().max().clamp(min=1e-12))
     figure = f"largest relative difference {gap:.1e}"
-    if gap > 10 * _FEW:
-        return failed(
-            figure,
-            "answers depend on the other images of the batch: batch norm uses batch statistics (call "
-            "eval(), or train with track_running_stats), or noise is tied to the place in the batch",
-        )
-    return passed(figure)
+    rounding = 10 * _FEW if together.dtype in (torch.float32, torch.float64) else 0.1
+    return failed(figure, advice) if gap > rounding else passed(figure)
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    """Whether the means of outputs (N, B, K) of N passes differ by more than 7 standard errors."""
+    error = ((one.var(dim=0) + other.var(dim=0)) / len(one)).sqrt()
+    scale = one.abs().amax().clamp(min=1e-12)
+    return bool(((one.mean(dim=0) - other.mean(dim=0)).abs() > 7 * error + _FEW * scale).any())
 
 
 def input_range(patient: Patient) -> CheckRecord:
@@ -75,28 +91,33 @@ def input_range(patient: Patient) -> CheckRecord:
 
 
 def _right(patient: Patient, images: Tensor, labels: Tensor) -> float:
-    """Accuracy by the mean softmax of as many draws as an answer has."""
+    """Accuracy by the mean softmax of as many draws as an answer has; 0 where the model refuses."""
     draws = range(patient.answer_draws)
-    answers = [
-        torch.stack([patient.once(part).float().softmax(dim=1) for _ in draws]).mean(dim=0).argmax(dim=1)
-        for part in images.split(patient.max_batch)
-    ]
+    try:
+        answers = [
+            torch.stack([patient.once(part).float().softmax(dim=1) for _ in draws]).mean(dim=0).argmax(dim=1)
+            for part in images.split(patient.max_batch)
+        ]
+    except (ValueError, TypeError, AssertionError, RuntimeError):
+        return 0.0
     return float((torch.cat(answers).cpu() == labels.cpu()).double().mean())
 
 
 def logits(patient: Patient) -> CheckRecord:
     """Outputs are logits: finite, not probabilities, not rounded, not saturated."""
-    outputs = patient.outputs[0].float()
+    outputs = patient.outputs[0]
     if not torch.isfinite(outputs).all():
         return failed("NaN or infinite outputs", "mend the model: no attack can be judged on it")
     if patient.gives_probabilities:
         return failed("rows sum to 1", "return logits: leave out the final softmax, or take the logarithm")
-    many = torch.cat([patient.once(part) for part in patient.all_inputs.split(patient.max_batch)]).float()
+    many = torch.cat([patient.once(part) for part in patient.all_inputs.split(patient.max_batch)])
     distinct = len(many.flatten().unique())
-    saturated = float((many.softmax(dim=1).amax(dim=1) == 1).double().mean())
+    best = many.float().topk(min(2, many.shape[1]), dim=1).values
+    saturated = float((best[:, 0] - best[:, -1] > _UNDERFLOW).double().mean())
     figure = f"{distinct} distinct values of {many.numel()}"
-    figure += f", softmax exactly 1 on {100 * saturated:.1f} % of images"
-    if distinct < 0.5 * many.numel() and many.numel() >= 40:
+    figure += f", margin above {_UNDERFLOW:g} on {100 * saturated:.1f} % of images"
+    wide = many.dtype in (torch.float32, torch.float64)  # others are coarse by themselves
+    if wide and distinct < 0.5 * many.numel() and many.numel() >= 40:
         return failed(
             figure, "outputs are quantised or clipped: gradients vanish; attack the values before that"
         )
@@ -142,49 +163,67 @@ def randomness(patient: Patient) -> CheckRecord:
 
 
 def _random_in_training(patient: Patient) -> bool:
-    """Whether something other than dropout and batch norm makes the model random in training mode."""
+    """Whether noise other than dropout's (which draws bits) makes the model random in training mode."""
     modules = list(patient.model.modules())
     before = [module.training for module in modules]
     try:
         for module in modules:
             usual = isinstance(module, _DropoutNd | _BatchNorm) or "drop" in type(module).__name__.lower()
             module.training = not usual
-        with torch.no_grad(), torch.random.fork_rng():
-            x = patient.few.to(patient.device)
-            one, other = (patient.model(x) for _ in range(2))
+        with torch.no_grad(), RandomOps() as mode:
+            patient.model(patient.few.to(patient.device, patient.dtype))
     finally:
         for module, training in zip(modules, before, strict=True):
             module.training = training
-    return not torch.equal(getattr(one, "logits", one), getattr(other, "logits", other))
+    return bool(mode.names & _NOISE)
 
 
 def nothing_hidden(patient: Patient) -> CheckRecord:
     """Attacks see what the judge sees: the same randomness with gradients as without, no hidden weights."""
-    stray = _stray_parameters(patient)
-    if stray:
+    stray, strangers = _stray_parameters(patient), _hidden_modules(patient.model)
+    if stray or strangers:
         return failed(
-            f"{stray} parameters outside the module tree",
+            f"{stray} parameters and {strangers} modules outside the module tree",
             "register the network as a submodule: eval(), noise layers and devices of what is hidden are "
             "out of reach",
         )
     images = patient.few
-    seen = torch.stack([patient.once(images) for _ in range(24)]).float()
-    attack = torch.stack([patient.with_gradient(images)[0].detach() for _ in range(24)]).float()
+    seen = torch.stack(patient.outputs[:_PASSES]).float()
+    attack = torch.stack([patient.with_gradient(images)[0].detach() for _ in range(_PASSES)]).float()
     spread = (seen.std(dim=0), attack.std(dim=0))
     random = [bool((value > 0).any()) for value in spread]
     figure = (
         f"std of outputs {float(spread[0].mean()):.3g} without gradients, {float(spread[1].mean()):.3g} with"
     )
+    advice = "attacks meet another model than the judge: it must not ask whether gradients are wanted"
     if random[0] != random[1]:
-        return failed(
-            figure, "the model is random in only one of the two: attacks meet another model than the judge"
-        )
-    error = ((spread[0].square() + spread[1].square()) / len(seen)).sqrt()
-    scale = seen.abs().amax().clamp(min=1e-12)
-    gap = (seen.mean(dim=0) - attack.mean(dim=0)).abs()
-    if bool((gap > 7 * error + _FEW * scale).any()):
-        return failed(figure, "outputs differ with gradients on: attacks meet another model than the judge")
+        return failed(f"{figure}: random in only one of the two", advice)
+    ratio = float((spread[1] / spread[0].clamp(min=1e-12)).median()) if all(random) else 1.0
+    if _differ(seen, attack) or not 0.5 < ratio < 2:
+        return failed(figure, advice)
     return passed(figure)
+
+
+def _hidden_modules(model: nn.Module) -> int:
+    """Modules kept as plain attributes, in lists, tuples, sets or dicts, and nowhere in the tree."""
+    known, hidden = set(model.modules()), set()
+
+    def search(value: Any, depth: int) -> None:
+        if isinstance(value, nn.Module):
+            if value not in known:
+                hidden.add(value)
+        elif depth and isinstance(value, list | tuple | set | frozenset):
+            for item in value:
+                search(item, depth - 1)
+        elif depth and isinstance(value, dict):
+            search(list(value.values()), depth - 1)
+
+    for module in known:
+        for name, value in vars(module).items():
+            # What torch itself keeps there: submodules, hooks and tensors.
+            if not (name.startswith("_") and name in _OF_TORCH):
+                search(value, 3)
+    return len(hidden)
 
 
 def _stray_parameters(patient: Patient) -> int:
@@ -194,7 +233,7 @@ def _stray_parameters(patient: Patient) -> int:
         training = [module for module in patient.model.modules() if module.training]
         patient.model.eval()
         try:
-            leaf = patient.few.detach().to(patient.device, copy=True).requires_grad_()
+            leaf = patient.few.detach().to(patient.device, patient.dtype, copy=True).requires_grad_()
             outputs = patient.model(leaf)
         finally:
             for module in training:
@@ -264,14 +303,16 @@ def where_noise_enters(patient: Patient) -> CheckRecord:
             "the first noise acts on a nonlinear map of the pixels",
             "noise enters after a preprocessor: its std is not in pixel units; put it on the pixels",
         )
-    levels = ", ".join(f"{layer.std / abs(float(value)):.3g}" for value in slope)
+    known = [abs(float(value)) for value in slope]
+    levels = ", ".join(f"{layer.std / value:.3g}" if value > 0 else "unknown" for value in known)
     return passed(f"std {layer.std:g} at the first noise layer, in [0, 1] pixels by channel: {levels}")
 
 
 def gradients(patient: Patient) -> CheckRecord:
     """Gradients exist, are not zero, and predict what a small step does."""
     images, labels = patient.clean
-    images, labels = images[:32], labels[:32].to(patient.device)
+    # A little inside the box, so that small steps stay in it.
+    images, labels = images[:32].clamp(_STEP, 1 - _STEP), labels[:32].to(patient.device)
     zero = {}
     for name, loss in (("cross-entropy", cross_entropy), ("margin", margin)):
         outputs, leaf = patient.with_gradient(images)
@@ -314,7 +355,7 @@ def _error_of_prediction(patient: Patient, images: Tensor, labels: Tensor) -> fl
         outputs, leaf = patient.with_gradient(images)
         (gradient,) = torch.autograd.grad(margin(outputs.float(), labels, False).sum(), leaf)
     length = gradient.flatten(1).norm(dim=1)
-    step = 0.05 * gradient / length.reshape(-1, *[1] * (images.dim() - 1)).clamp(min=1e-12)
+    step = _STEP * gradient / length.reshape(-1, *[1] * (images.dim() - 1)).clamp(min=1e-12)
     change = value(leaf.detach() + step) - value(leaf.detach() - step)
-    predicted = 0.1 * length
+    predicted = 2 * _STEP * length
     return float(((change - predicted).abs() / predicted.clamp(min=1e-12)).median())
