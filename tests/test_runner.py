@@ -91,7 +91,7 @@ def test_results(model: rse.SelfEnsemble, data: ImageData, protocol: Protocol, t
             assert entry.max_linf <= entry.eps + 1e-6
     assert set(results.clean.persistent) == {1, 10}
     assert results.clean.persistent[1] == pytest.approx(results.clean.wrong_per_query)
-    assert results.clean.persistent[1] <= results.clean.persistent[10]
+    assert results.clean.persistent[1] <= results.clean.persistent[10] + 1e-9
     pgd = next(entry for entry in results.attacks if entry.attack == "pgd")
     assert 0 < pgd.gradients <= 8
     worst = results.worst_case[0]
@@ -104,7 +104,7 @@ def test_results(model: rse.SelfEnsemble, data: ImageData, protocol: Protocol, t
         own = [row for row in rows if row["entry"] == entry.key]
         assert sum(row["correct"] == "1" for row in own) / 30 == pytest.approx(entry.accuracy)
     timings = json.loads((tmp_path / "run" / "timings.json").read_text())
-    assert len(timings["seconds"]) == 5 * 9
+    assert len(timings["seconds"]) == 5 * (1 + 8 + 1)
 
 
 def test_killed_and_started_again_it_repeats_nothing(model: rse.SelfEnsemble, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_killed_and_started_again_it_repeats_nothing(model: rse.SelfEnsemble, tm
         process.send_signal(signal.SIGKILL)
         process.wait()
         found = {path: path.stat().st_mtime_ns for path in out.glob("shards/*.safetensors")}
-        assert shards <= len(found) < 45
+        assert shards <= len(found) < 50
         assert all(found[path] == when for path, when in kept.items())
         assert not (out / "results.json").exists()
         kept = found
@@ -146,7 +146,7 @@ def test_interrupt_says_how_to_go_on(model: rse.SelfEnsemble, tmp_path: Path) ->
 def test_two_processes_share_the_work(model: rse.SelfEnsemble, tmp_path: Path) -> None:
     folder = saved(model, tmp_path / "model")
     subprocess.run(command(folder, tmp_path / "one"), check=True, capture_output=True)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(
         [*launcher, *command(folder, tmp_path / "two", "--device", "cpu")[1:]],
@@ -174,6 +174,7 @@ def test_another_model_or_protocol_is_refused(
         with pytest.raises(ValueError, match=f"differs in .*{message}.*untouched"):
             Evaluation(out=tmp_path / "run", **arguments)  # type: ignore[arg-type]
     assert {path: path.read_bytes() for path in before} == before
+    rse.remove_noise_(model.model)
     noisier = rse.SelfEnsemble(model.model, rse.NoiseConfig(0.5, 0.5), draws=2).eval()
     with pytest.raises(ValueError, match=r"model\.digest"):
         Evaluation(noisier, data, few, tmp_path / "run")
