@@ -62,7 +62,7 @@ def test_help_does_not_wait_for_torch() -> None:
         "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
     )
     finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    for command in ("demo", "train", "evaluate", "predict", "info"):
+    for command in ("demo", "train", "evaluate", "doctor", "report", "predict", "info"):
         assert command in finished.stdout
 
 
@@ -78,15 +78,35 @@ def test_info(model: Path) -> None:
 
 
 def test_evaluate(model: Path, tmp_path: Path) -> None:
-    out = tmp_path / "evaluation.json"
-    arguments = ("evaluate", model, "--n", 20, "--steps", 10, "--lr", 0.1, "--c", 1, "--c", 5)
-    results = json.loads(run(*arguments, "--json", "--out", out).stdout)
-    assert json.loads(out.read_text()) == results
-    assert [point["c"] for point in results["points"]] == [0.0, 1.0, 5.0]
-    assert results["settings"]["images"] == 20
-    again = json.loads(run(*arguments, "--json", "--max-batch", 20).stdout)
-    assert again["points"] == results["points"]
-    assert "weak against" in run(*arguments).stdout
+    out = tmp_path / "run"
+    arguments = ("evaluate", model, "--n", 20, "--c", 0.1, "--c", 5, "--out", out)
+    results = json.loads(run(*arguments, "--json").stdout)
+    assert json.loads((out / "results.json").read_text()) == results
+    assert [entry["c"] for entry in results["attacks"]] == [0.1, 5.0]
+    assert results["data"]["images"] == 20
+    assert results["protocol"]["name"] == "paper"
+    assert "protocol paper" in run(*arguments).stdout
+    assert "untouched" in error(*arguments, "--seed", 1)
+    page = tmp_path / "report.html"
+    assert "report.html" in run("report", out, "-o", page).stdout
+    assert page.read_text().startswith("<!doctype html>")
+    static = json.loads(run(*arguments[:-1], tmp_path / "static", "--static", "--json").stdout)
+    assert static["model"]["noise"] == {}
+    assert static["name"].endswith("-static")
+    assert len(set(static["clean"]["seeds"])) == 1
+
+
+def test_doctor(model: Path) -> None:
+    arguments = ("doctor", model, "--n", 5, "--eps", "1/10", "--steps", 3, "--eot", 2)
+    process = subprocess.run(
+        [sys.executable, "-m", "selfensemble", *map(str, arguments), "--json"],
+        env=ENVIRONMENT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    checks = json.loads(process.stdout)
+    assert {check["name"] for check in checks} >= {"eval mode", "randomness", "gradients"}
+    assert process.returncode == (3 if any(check["passed"] is False for check in checks) else 0)
+    assert "eps" in error("doctor", model, "--eps", "8/0")
+    assert "norm must be one of" in error("doctor", model, "--norm", "l9")
 
 
 def test_predict(model: Path, pictures: Path) -> None:
@@ -122,7 +142,11 @@ def test_wrong_calls_are_one_line(model: Path, pictures: Path, tmp_path: Path) -
     assert "no file" in error("predict", "--model", model, tmp_path / "missing.png")
     assert "no images" in error("predict", "--model", model, tmp_path)
     assert "as an image" in error("predict", "--model", model, pictures / "notes.txt")
-    assert "c must be" in error("evaluate", model, "--c", "-1", "--n", 5)
+    assert "c must be" in error("evaluate", model, "--c", "-1", "--n", 5, "--out", tmp_path / "y")
+    assert "autoattack-rand" in error("evaluate", model, "--protocol", "onest")
+    assert "--protocol paper" in error("evaluate", model, "--protocol", "honest", "--c", 1)
+    assert "no results.json" in error("report", tmp_path)
+    assert not (tmp_path / "y").exists()
 
 
 def test_usage_errors_exit_2() -> None:
@@ -167,9 +191,9 @@ def test_debug_shows_the_traceback() -> None:
     assert "Traceback" in run("train", "nothing", "--debug", expect=2).stderr
 
 
-def test_ctrl_c_exits_130_without_traceback(model: Path) -> None:
+def test_ctrl_c_exits_130_without_traceback(model: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "selfensemble", "evaluate", str(model), "--n", "450"],
+        [sys.executable, "-m", "selfensemble", "evaluate", str(model), "--n", "450", "--out", str(tmp_path)],
         env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stderr is not None

@@ -206,8 +206,10 @@ def evaluate(
         )
         try:
             results = evaluation.run()
-        except Interrupted as stop:
-            raise Interrupted(f"{stop}; go on with the same command") from None
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"stopped; {folder} holds what is finished: go on with the same command"
+            ) from None
     if rank != 0:
         return
     if as_json:

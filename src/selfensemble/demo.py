@@ -9,7 +9,7 @@ import torch
 
 from .data import load_data
 from .evaluation.protocol import load_protocol
-from .evaluation.results import Results
+from .evaluation.results import Entry, Results
 from .evaluation.runner import GALLERY, Evaluation
 from .files import write_json
 from .provenance import provenance
@@ -77,7 +77,7 @@ def run_demo(
             done += share
     for kind in _NAMES:
         paper, honest = (runs[kind, protocol][1] for protocol in PROTOCOLS)
-        record[kind]["curve"] = [_point(entry) for entry in (paper.clean, *paper.attacks)]
+        record[kind]["curve"] = [_point(entry) for entry in (paper.clean, *_by_strength(paper))]
         record[kind]["worst_case"] = [_point(entry) for entry in (honest.clean, *honest.worst_case)]
         record[kind]["checks"] = [check.model_dump(mode="json") for check in honest.checks or ()]
     shown = _shown(runs["plain", PROTOCOLS[0]][1])
@@ -102,10 +102,12 @@ def _emptied(folder: Path) -> Path:
     for pattern in ("shards/*", "*.json", "*.csv", "*.safetensors"):
         for file in folder.glob(pattern):
             file.unlink()
+    if (folder / "shards").is_dir():
+        (folder / "shards").rmdir()
     return folder
 
 
-def _point(entry: Any) -> dict[str, Any]:
+def _point(entry: Entry) -> dict[str, Any]:
     """The figures of an entry that the command line shows."""
     names = (
         "c",
@@ -125,21 +127,27 @@ def _point(entry: Any) -> dict[str, Any]:
 
 def _shown(plain: Results) -> int:
     """Index in the curve of the strength at which the plain network has fallen below 10 %, or of the last."""
-    fallen = (i for i, entry in enumerate(plain.attacks, start=1) if entry.accuracy < 0.1)
-    return next(fallen, len(plain.attacks))
+    entries = _by_strength(plain)
+    fallen = (i for i, entry in enumerate(entries, start=1) if entry.accuracy < 0.1)
+    return next(fallen, len(entries))
+
+
+def _by_strength(results: Results) -> list[Entry]:
+    """The attacks of a fixed strength c."""
+    return [entry for entry in results.attacks if entry.c is not None]
 
 
 def _draw(out: Path, runs: dict[str, tuple[Path, Results]], shown: int) -> None:
     from .report.plots import accuracy_curves, gallery, save_figure
 
     images = runs["plain"][1].data.images
-    names = {_NAMES[kind]: (results.clean, *results.attacks) for kind, (_, results) in runs.items()}
+    names = {_NAMES[kind]: (results.clean, *_by_strength(results)) for kind, (_, results) in runs.items()}
     title = f"Digits under the single-draw C&W attack ({images} test images)"
     save_figure(accuracy_curves(names, title), out / "accuracy.png")
     rows: dict[str, tuple[torch.Tensor, list[str]]] = {}
     for kind, (folder, results) in runs.items():
         tensors = safetensors.torch.load_file(folder / GALLERY)
-        key, labels = results.attacks[shown - 1].key, tensors["label"].tolist()
+        key, labels = _by_strength(results)[shown - 1].key, tensors["label"].tolist()
         originals, attacked = tensors["original"], tensors[key]
         rows[f"original\n({_NAMES[kind]})"] = (originals, [f"is {label}" for label in labels])
         answers = tensors[f"answer.{key}"].tolist()
@@ -151,5 +159,5 @@ def _draw(out: Path, runs: dict[str, tuple[Path, Results]], shown: int) -> None:
         rows[f"attack on the\n{_NAMES[kind]}"] = (attacked, captions)
         sizes = [f"L2 {float(size):.2f}" for size in change.flatten(1).norm(dim=1)]
         rows[f"its change\n(grey: none)\n{_NAMES[kind]}"] = ((0.5 + change / 2).clamp(0, 1), sizes)
-    strength = runs["plain"][1].attacks[shown - 1].c
+    strength = _by_strength(runs["plain"][1])[shown - 1].c
     save_figure(gallery(rows, f"Adversarial digits at c = {strength:g}"), out / "adversarial.png")

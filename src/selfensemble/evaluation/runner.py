@@ -28,7 +28,6 @@ from ..data import ImageData
 from ..ensemble import SelfEnsemble
 from ..files import atomic_write, write_json
 from ..inject import noise_disabled, noise_layers
-from ..interrupts import Interrupted, stop_requests
 from ..noise import stream_seed
 from ..provenance import provenance
 from .judge import Verdict, judge
@@ -162,33 +161,26 @@ class Evaluation:
             )
 
     def run(self) -> Results:
-        """Do what is not done yet, then write the results.
-
-        Raises:
-            Interrupted: by a signal, between two units of work; the same call goes on from there.
-        """
+        """Do what is not done yet, then write the results; may be stopped at any time."""
         starts = range(0, self.images, self.protocol.shard)
         units = [
             (number, start, run) for number, start in enumerate(starts) for run in [None, *self.runs, WORST]
         ]
         mine = [unit for unit in units if unit[0] % self.world == self.rank]
         began, computed = time.monotonic(), 0
-        with stop_requests() as stop:
-            for place, (number, start, run) in enumerate(mine):
-                path = self._path(run, start)
-                if path.is_file():
-                    continue
-                title = run.title if isinstance(run, Run) else run or "no attack"
-                left = ""
-                if computed:
-                    seconds = (time.monotonic() - began) / computed * (len(mine) - place)
-                    left = f", about {_duration(seconds)} left"
-                text = f"images {start} to {self._end(start) - 1}: {title}{left}"
-                self.progress(text, place / len(mine))
-                self._compute(number, start, run)
-                computed += 1
-                if stop.is_set():
-                    raise Interrupted(f"stopped; {path.parent} holds what is finished")
+        for place, (number, start, run) in enumerate(mine):
+            path = self._path(run, start)
+            if path.is_file():
+                continue
+            title = run.title if isinstance(run, Run) else run or "no attack"
+            left = ""
+            if computed:
+                seconds = (time.monotonic() - began) / computed * (len(mine) - place)
+                left = f", about {_duration(seconds)} left"
+            text = f"images {start} to {self._end(start) - 1}: {title}{left}"
+            self.progress(text, place / len(mine))
+            self._compute(number, start, run)
+            computed += 1
         self.progress("writing results", 1.0)
         self._wait()
         if self.rank == 0:
