@@ -290,7 +290,7 @@ def test_what_makes_a_comparison_doubtful_is_said(tmp_path: Path) -> None:
 
 
 def test_draws_of_one_network_become_a_plot(tmp_path: Path) -> None:
-    runs = [a_run(tmp_path / f"draws{n}", draws=n, digest=f"of {n}", **honest(10 - n)) for n in (1, 10)]
+    runs = [a_run(tmp_path / f"draws{n}", draws=n, **honest(10 - n)) for n in (1, 10)]
     _, page = report(*runs)
     assert "Accuracy against the number of draws" in page.text
     other = ModelRecord(name="small-vgg", digest="other", draws=10, noise={"init_std": 0.5})
