@@ -107,6 +107,9 @@ class Evaluation:
         self.labels = self.data.labels[: self.images]
         self.runs = expand(self.protocol)
         self.plans = list(_plans(self.runs))
+        # Units of work in order: no attack, the attacks, and the worst cases that choose among them.
+        worst = [plan for plan in self.plans if plan.members]
+        self.work: list[Run | _Plan] = [self.plans[0], *self.runs, *worst]
         self._try_settings()
         self.model = model_record(self.ensemble, self.name, self.architecture)
         self.data_record = DataRecord(
@@ -163,23 +166,20 @@ class Evaluation:
     def run(self) -> Results:
         """Do what is not done yet, then write the results; may be stopped at any time."""
         starts = range(0, self.images, self.protocol.shard)
-        units = [
-            (number, start, run) for number, start in enumerate(starts) for run in [None, *self.runs, WORST]
-        ]
+        units = [(number, start, work) for number, start in enumerate(starts) for work in self.work]
         mine = [unit for unit in units if unit[0] % self.world == self.rank]
         began, computed = time.monotonic(), 0
-        for place, (number, start, run) in enumerate(mine):
-            path = self._path(run, start)
+        for place, (number, start, work) in enumerate(mine):
+            path = self._path(work, start)
             if path.is_file():
                 continue
-            title = run.title if isinstance(run, Run) else run or "no attack"
             left = ""
             if computed:
                 seconds = (time.monotonic() - began) / computed * (len(mine) - place)
                 left = f", about {_duration(seconds)} left"
-            text = f"images {start} to {self._end(start) - 1}: {title}{left}"
+            text = f"images {start} to {self._end(start) - 1}: {work.title}{left}"
             self.progress(text, place / len(mine))
-            self._compute(number, start, run)
+            self._compute(number, start, work)
             computed += 1
         self.progress("writing results", 1.0)
         self._wait()
@@ -198,9 +198,8 @@ class Evaluation:
     def _end(self, start: int) -> int:
         return min(start + self.protocol.shard, self.images)
 
-    def _path(self, run: Run | str | None, start: int) -> Path:
-        key = run.key if isinstance(run, Run) else run or CLEAN
-        return self.out / SHARDS / f"{start:07d}-{key}.safetensors"
+    def _path(self, work: "Run | _Plan", start: int) -> Path:
+        return self.out / SHARDS / f"{start:07d}-{work.key}.safetensors"
 
     def _seed(self, *numbers: int) -> int:
         seed = self.protocol.seed
@@ -208,14 +207,15 @@ class Evaluation:
             seed = stream_seed(seed, number, 7)
         return seed
 
-    def _compute(self, number: int, start: int, run: Run | str | None) -> None:
+    def _compute(self, number: int, start: int, work: "Run | _Plan") -> None:
         """One unit of work: an attack on a slice of images, judged; written when it is complete."""
         part = slice(start, self._end(start))
         x, y = self.inputs[part], self.labels[part]
-        order = 0 if run is None else 1 + self.runs.index(run) if isinstance(run, Run) else 1 + len(self.runs)
+        order = self.work.index(work)
         began = time.monotonic()
         tensors: dict[str, Tensor] = {}
-        if isinstance(run, Run):
+        if isinstance(work, Run):
+            run = work
             base = noise_disabled(self.ensemble) if run.surrogate is not None else nullcontext()
             with count_evaluations() as budget, base:
                 found = run.call()(
@@ -231,14 +231,10 @@ class Evaluation:
                     images = torch.where(within.reshape(-1, *[1] * (x.dim() - 1)), found, x)
                 seed = self._seed(number, order, 1 + index)
                 self._judge(tensors, plan, x, images, y, self.protocol.judge.seeds, seed)
-        elif run is None:
-            seed = self._seed(number, order, 1)
-            self._judge(tensors, self.plans[0], x, x, y, self._many(), seed)
         else:
-            for index, plan in enumerate(plan for plan in self.plans if plan.members):
-                images = self._worst(start, plan, x)
-                self._judge(tensors, plan, x, images, y, self._many(), self._seed(number, order, 1 + index))
-        path = self._path(run, start)
+            images = self._worst(start, work, x) if work.members else x
+            self._judge(tensors, work, x, images, y, self._many(), self._seed(number, order, 1))
+        path = self._path(work, start)
         atomic_write(path, safetensors.torch.save(tensors))
         write_json(path.with_suffix(".json"), {"seconds": round(time.monotonic() - began, 3)})
 
@@ -274,7 +270,7 @@ class Evaluation:
 
     def _read(self, start: int, key: str) -> _Judged:
         plan = next(plan for plan in self.plans if plan.key == key)
-        path = self._path(plan.run if plan.run is not None else WORST if plan.members else None, start)
+        path = self._path(plan.run or plan, start)
         try:
             with safetensors.safe_open(path, "pt") as file:
                 names = ("answers", "lead", "l2", "linf")
