@@ -219,14 +219,15 @@ def test_data_given_on_the_command_line_are_remembered(tmp_path: Path) -> None:
     other = train(tmp_path / "run", "--resume", sets=sets)
     assert other.returncode == 2
     assert "data.source" in other.stderr
+    (tmp_path / "quick.yaml").write_text("attacks: [{attack: fgsm}]\njudge: {queries: 1}")
     evaluated = subprocess.run(
         [sys.executable, "-m", "selfensemble", "evaluate", str(tmp_path / "run"), "--n", "400",
-         "--steps", "1", "--json"],
+         "--protocol", str(tmp_path / "quick.yaml"), "--out", str(tmp_path / "evaluation"), "--json"],
         env=ENVIRONMENT, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    settings = json.loads(evaluated.stdout)["settings"]
-    assert settings["images"] == 300
-    assert settings["data"] == str(tmp_path / "data")
+    data = json.loads(evaluated.stdout)["data"]
+    assert data["images"] == 300
+    assert data["source"] == str(tmp_path / "data")
 
 
 def test_images_that_a_network_cannot_take(tmp_path: Path) -> None:

@@ -190,26 +190,24 @@ def evaluate(
         remove_noise_(ensemble.model)
         name += "-static"
     folder = out or Path("runs") / f"{name}-{plan.name}"
-    with terminal.progress() as update:
-        update("preparing", 0.0)
-        evaluation = Evaluation(
-            ensemble,
-            test,
-            plan,
-            folder,
-            name=name,
-            max_batch=max_batch,
-            architecture=config.architecture.model_dump() if config.architecture else None,
-            progress=update,
-            rank=rank,
-            world=world,
-        )
-        try:
+    try:
+        with terminal.progress() as update:
+            update("preparing", 0.0)
+            evaluation = Evaluation(
+                ensemble,
+                test,
+                plan,
+                folder,
+                name=name,
+                max_batch=max_batch,
+                architecture=config.architecture.model_dump() if config.architecture else None,
+                progress=update,
+                rank=rank,
+                world=world,
+            )
             results = evaluation.run()
-        except KeyboardInterrupt:
-            raise Interrupted(
-                f"stopped; {folder} holds what is finished: go on with the same command"
-            ) from None
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped; {folder} holds what is finished: go on with the same command") from None
     if rank != 0:
         return
     if as_json:
@@ -358,7 +356,11 @@ def main() -> None:
     debug = len(arguments) < len(sys.argv) - 1
     if not debug:
         warnings.simplefilter("ignore")
-    sys.exit(_run(arguments, debug))
+    try:
+        status = _run(arguments, debug)
+    except KeyboardInterrupt:  # while an error or an interrupt was being reported
+        status = _INTERRUPTED
+    sys.exit(status)
 
 
 def _run(arguments: list[str], debug: bool) -> int:
