@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import selfensemble as rse
-from selfensemble.evaluation import cw_curve, judge
+from selfensemble.evaluation import judge
 from selfensemble.provenance import accuracy_record, binomial_interval, provenance
 
 from .conftest import LinearClassifier
@@ -119,24 +119,6 @@ def test_lead_budget_and_broken_outputs(images: Tensor) -> None:
 
     with pytest.raises(ValueError, match="NaN"):
         judge(Broken(), images, images, labels)
-
-
-def test_curve_repeats_by_seed_and_falls_with_strength(images: Tensor) -> None:
-    model = LinearClassifier(192)
-    labels = model(images).argmax(dim=1)
-    curve = cw_curve(model, images, labels, (0.0, 0.001, 10.0), steps=50, lr=1e-2, seed=1)
-    assert [point.c for point in curve] == [0.0, 0.001, 10.0]
-    accuracies = [point.verdict.accuracy for point in curve]
-    assert accuracies[0] == 1.0
-    assert accuracies[-1] < 0.5
-    assert curve[0].verdict.rms_l2 == 0.0
-    json.dumps([point.record() for point in curve], allow_nan=False)
-    ensemble = rse.SelfEnsemble(rse.create_model("small-cnn", classes=5, width=0.25), draws=2)
-    labels = ensemble.predict(images).label
-    runs = [cw_curve(ensemble, images, labels, (1.0,), steps=5, seed=s) for s in (1, 1, 2)]
-    pictures = [run[0].adversarial for run in runs]
-    assert torch.equal(pictures[0], pictures[1])
-    assert not torch.equal(pictures[0], pictures[2])
 
 
 def test_intervals() -> None:

@@ -221,7 +221,7 @@ def test_bad_folders_and_files(
     path = tmp_path / "run" / "results.json"
     for text, message in (
         ("{", "damaged"),
-        ("[]", "does not hold results"),
+        ("[]", "was not written by selfensemble"),
         ('{"format": "selfensemble-evaluation", "format_version": 9}', "version 9"),
         ('{"format": "selfensemble-evaluation", "format_version": 1}', "damaged: name"),
     ):

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .attacks import cw_l2, cw_l2_paper
     from .data import ImageData, load_data
     from .ensemble import Prediction, SelfEnsemble
-    from .evaluation import cw_curve, judge
+    from .evaluation import judge
     from .hub import load, save
     from .inject import inject_noise_, noise_disabled, noise_layers, remove_noise_
     from .models import create_model
@@ -39,7 +39,6 @@ __all__ = [
     "cw_l2",
     "cw_l2_paper",
     "evaluation",
-    "cw_curve",
     "judge",
     # training
     "Trainer",
@@ -54,7 +53,7 @@ _MODULES = {
     "attacks": ("cw_l2", "cw_l2_paper"),
     "data": ("ImageData", "load_data"),
     "ensemble": ("Prediction", "SelfEnsemble"),
-    "evaluation": ("cw_curve", "judge"),
+    "evaluation": ("judge",),
     "hub": ("load", "save"),
     "inject": ("inject_noise_", "noise_disabled", "noise_layers", "remove_noise_"),
     "models": ("create_model",),

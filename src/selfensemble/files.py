@@ -7,7 +7,11 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+Schema = TypeVar("Schema", bound=BaseModel)
 
 
 @contextmanager
@@ -49,6 +53,37 @@ def to_json(value: Any) -> bytes:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON; NaN is an error."""
     atomic_write(path, to_json(value))
+
+
+def read_versioned(path: Path, schema: type[Schema], name: str, version: int, mend: str) -> Schema:
+    """Read JSON that says its `format` and `format_version`, checked against a pydantic model.
+
+    Args:
+        path: an existing file.
+        schema: what it must hold.
+        name, version: of the format.
+        mend: what to do about a damaged file, for the error.
+
+    Raises:
+        ValueError: the file is damaged, foreign, or written by a newer version.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): {mend}") from error
+    if not isinstance(values, dict) or values.get("format") != name:
+        raise ValueError(f"{path} was not written by selfensemble as {name}: pass a folder of its own")
+    if values.get("format_version") != version:
+        raise ValueError(
+            f"{path} has format version {values.get('format_version')!r}, this version reads "
+            f"{version}: upgrade selfensemble"
+        )
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise ValueError(f"{path} is damaged: {where}: {problem['msg']}") from error
 
 
 def cache_dir() -> Path:

@@ -3,17 +3,16 @@
 Nothing is pickled, so loading a file from a stranger runs none of its code.
 """
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import safetensors.torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from torch import nn
 
 from .ensemble import SelfEnsemble
-from .files import atomic_file, sync, to_json
+from .files import atomic_file, read_versioned, sync, to_json
 from .inject import attach_noise_, noise_layers
 from .models import create_model
 from .noise import NoiseConfig, Sampling
@@ -103,23 +102,9 @@ def read_config(folder: str | Path) -> ArtefactConfig:
         raise FileNotFoundError(
             f"no {CONFIG} in {folder}: pass the folder that `selfensemble train` wrote (its --out)"
         )
-    try:
-        values = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): train again or restore the file") from error
-    if not isinstance(values, dict) or values.get("format") != "selfensemble":
-        raise ValueError(f"{path} was not written by selfensemble: pass a folder of its own")
-    if values.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {values.get('format_version')!r}, this version reads "
-            f"{FORMAT_VERSION}: upgrade selfensemble"
-        )
-    try:
-        return ArtefactConfig.model_validate(values)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        raise ValueError(f"{path} is damaged: {where}: {problem['msg']}") from error
+    return read_versioned(
+        path, ArtefactConfig, "selfensemble", FORMAT_VERSION, "train again or restore the file"
+    )
 
 
 def load(folder: str | Path, model: nn.Module | None = None) -> SelfEnsemble:

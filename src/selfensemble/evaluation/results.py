@@ -1,10 +1,11 @@
 """What an evaluation writes: `results.json`, its schema and its version."""
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
+
+from ..files import read_versioned
 
 RESULTS = "results.json"
 FORMAT_VERSION = 1
@@ -116,20 +117,6 @@ def read_results(path: str | Path) -> Results:
         raise FileNotFoundError(
             f"no {RESULTS} in {path}: pass the folder of a finished `selfensemble evaluate --protocol ...`"
         )
-    try:
-        values = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is damaged ({error}): run the evaluation again") from error
-    if not isinstance(values, dict) or values.get("format") != "selfensemble-evaluation":
-        raise ValueError(f"{file} does not hold results of `selfensemble evaluate --protocol`")
-    if values.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{file} has format version {values.get('format_version')!r}, this version reads "
-            f"{FORMAT_VERSION}: upgrade selfensemble"
-        )
-    try:
-        return Results.model_validate(values)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        raise ValueError(f"{file} is damaged: {where}: {problem['msg']}") from error
+    return read_versioned(
+        file, Results, "selfensemble-evaluation", FORMAT_VERSION, "run the evaluation again"
+    )
