@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import selfensemble as rse
-from selfensemble.attacks.expectation import count_evaluations
+from selfensemble.attacks.budget import count_evaluations
 from selfensemble.evaluation.adapters import LibraryAttack, art_attack, foolbox_attack, torchattacks_attack
 
 from .conftest import LinearClassifier

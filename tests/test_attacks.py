@@ -24,7 +24,8 @@ from selfensemble.attacks import (
     random_noise,
     transfer,
 )
-from selfensemble.attacks.expectation import OTHER_NOISE, Oracle, attacked
+from selfensemble.attacks.driver import attacked
+from selfensemble.attacks.expectation import OTHER_NOISE, Oracle
 from selfensemble.attacks.losses import LOSSES, dlr
 from selfensemble.attacks.norms import project, random_start, size
 from selfensemble.noise import stream_seed

@@ -9,7 +9,7 @@ from scipy.optimize import linprog
 from torch import Tensor, nn
 
 import selfensemble as rse
-from selfensemble.attacks.expectation import count_evaluations
+from selfensemble.attacks.budget import count_evaluations
 from selfensemble.attacks.fab import fab, to_hyperplane
 from selfensemble.attacks.norms import Norm, dual_size, size
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import selfensemble as rse
-from selfensemble.attacks.expectation import count_evaluations
+from selfensemble.attacks.budget import count_evaluations
 from selfensemble.attacks.norms import Norm, size
 from selfensemble.attacks.square import square
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .apgd import apgd, apgd_targeted
-from .expectation import Noise, NoiseOptions, Oracle, run_attack
+from .driver import run_attack
+from .expectation import Noise, NoiseOptions, Oracle
 from .fab import fab
 from .keeper import Keeper
 from .losses import margin, of_labels

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ensemble import check_count
-from .expectation import Estimate, Noise, NoiseOptions, Oracle, run_attack
+from .driver import run_attack
+from .expectation import Estimate, Noise, NoiseOptions, Oracle
 from .losses import margin
 from .nearest import Nearest
 

@@ -4,58 +4,22 @@ Source: Athalye et al., Synthesizing Robust Adversarial Examples, ICML 2018 (EOT
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypedDict, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..ensemble import SelfEnsemble, check_count, check_images, explain_shape, logits_of
-from ..inject import eval_mode
-from ..noise import fresh_seed, noise_draw, stream_seed
+from ..ensemble import check_count
+from ..noise import noise_draw, stream_seed
+from .budget import spend
 
 Forward = Callable[[Tensor], Tensor]
 Average = Literal["losses", "probabilities"]
 
 _CONFIRM_DRAWS = 10
 OTHER_NOISE = 4094  # number of a layer that no network has: noise from torch's global generator
-
-
-@dataclass(slots=True)
-class Budget:
-    """What an attack spent: evaluations of one image by one noise draw.
-
-    Attributes:
-        gradients: forward and backward passes.
-        forwards: forward passes alone.
-    """
-
-    gradients: int = 0
-    forwards: int = 0
-
-
-_budgets: ContextVar[tuple[Budget, ...]] = ContextVar("selfensemble_budgets", default=())
-
-
-@contextmanager
-def count_evaluations() -> Iterator[Budget]:
-    """Count the evaluations that attacks make within this context."""
-    budget = Budget()
-    token = _budgets.set((*_budgets.get(), budget))
-    try:
-        yield budget
-    finally:
-        _budgets.reset(token)
-
-
-def spend(gradients: int = 0, forwards: int = 0) -> None:
-    """Enter evaluations in every count that is open."""
-    for budget in _budgets.get():
-        budget.gradients += gradients
-        budget.forwards += forwards
 
 
 class NoiseOptions(TypedDict, total=False):
@@ -282,130 +246,3 @@ def fooled(probabilities: Tensor, labels: Tensor, targeted: bool) -> Tensor:
     """(B,) whether the largest probability is what the attack wants."""
     answers = probabilities.argmax(dim=1)
     return answers == labels if targeted else answers != labels
-
-
-def single_draw(model: nn.Module) -> Forward:
-    """The logits of one noise draw: of an ensemble, a single draw rather than the mean of many.
-
-    Inputs of another floating dtype than the model's are converted on the way, differentiably.
-    """
-    draw = model.draw_logits if isinstance(model, SelfEnsemble) else lambda x: logits_of(model(x))
-    floating = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    dtype = next(floating, None)
-    return draw if dtype is None else lambda inputs: draw(inputs.to(dtype))
-
-
-@contextmanager
-def attacked(model: nn.Module) -> Iterator[Forward]:
-    """The single-draw forward of `model` in eval mode, without gradients of its parameters."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        with eval_mode(model), torch.inference_mode(False), torch.enable_grad():
-            yield single_draw(model)
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
-def run_attack(
-    model: nn.Module,
-    inputs: Tensor,
-    labels: Tensor,
-    run: Callable[[Oracle, Tensor, Tensor], Tensor],
-    noise: Noise,
-    max_batch: int | None = None,
-) -> Tensor:
-    """Check the input, then `run(oracle, images, labels)` on `max_batch` images at a time.
-
-    Returns:
-        What `run` returned, clamped into [0, 1], on the device and in the dtype of `inputs`.
-    """
-    check_batch(inputs, labels)
-    if len(inputs) == 0:
-        return inputs.clone()
-    size = len(inputs) if max_batch is None else check_count("max_batch", max_batch)
-    seed = fresh_seed() if noise.seed is None else noise.seed
-    device, parts = device_of(model, inputs), []
-    with attacked(model) as forward:
-        with explain_shape(model, inputs):
-            first = inputs[:size].detach().to(device, torch.float32, copy=True)
-            classes, is_random, reseed = _probe(model, forward, first)
-        if int(labels.max()) >= classes:
-            raise ValueError(
-                f"labels must be below {classes}, the number of classes; got {int(labels.max())}"
-            )
-        for number, (x, y) in enumerate(zip(inputs.split(size), labels.split(size), strict=True)):
-            own = seed if number == 0 or noise.frozen else stream_seed(seed, number, 1)
-            oracle = Oracle(
-                forward, noise, seed=own, is_random=is_random, classes=classes, device=device, reseed=reseed
-            )
-            # In float32, whatever the model computes in: smaller types cannot hold small changes.
-            part = run(oracle, x.detach().to(device, torch.float32, copy=True), y.to(device, copy=True))
-            parts.append(part.detach().clamp(0.0, 1.0).to(inputs.device, inputs.dtype))
-    return torch.cat(parts)
-
-
-@torch.no_grad()
-def _probe(model: nn.Module, forward: Forward, inputs: Tensor) -> tuple[int, bool, bool]:
-    """Number of classes, whether two passes differ, and whether they use torch's global generators."""
-    before = _global_states(inputs.device)
-    first = forward(inputs)
-    after = _global_states(inputs.device)
-    if not torch.isfinite(first).all():
-        raise ValueError("the model returns NaN or infinite logits: mend it before attacking it")
-    if looks_like_probabilities(first):
-        raise ValueError(
-            "the model returns probabilities, and attacks need logits: leave out its final softmax, or wrap "
-            "it in a module that returns their logarithm"
-        )
-    reseed = any(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
-    _restore(before, inputs.device)
-    if isinstance(model, SelfEnsemble) and not model.is_random and not reseed:
-        return first.shape[1], False, False
-    return first.shape[1], reseed or not torch.equal(first, forward(inputs)), reseed
-
-
-def looks_like_probabilities(outputs: Tensor) -> bool:
-    """Whether every row of outputs (B, K) is a distribution."""
-    sums = outputs.float().sum(dim=1)
-    return bool((outputs >= 0).all() and torch.allclose(sums, torch.ones_like(sums), atol=1e-3))
-
-
-def _global_states(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return states
-
-
-def _restore(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
-
-
-@torch.no_grad()
-def mean_probabilities(forward: Forward, inputs: Tensor, draws: int) -> Tensor:
-    """Mean softmax (B, K) over fresh noise draws."""
-    spend(forwards=len(inputs) * draws)
-    return torch.stack([forward(inputs).float().softmax(dim=-1) for _ in range(draws)]).mean(dim=0)
-
-
-def check_batch(inputs: Tensor, labels: Tensor) -> None:
-    """Raise a ValueError or TypeError unless inputs and labels fit each other and the rules."""
-    check_images(inputs)
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
-    if labels.dtype != torch.int64 or labels.shape != inputs.shape[:1]:
-        raise ValueError(
-            f"labels must be int64 of shape ({len(inputs)},), got {labels.dtype} {tuple(labels.shape)}"
-        )
-    if len(labels) and int(labels.min()) < 0:
-        raise ValueError("labels must be class numbers >= 0")
-
-
-def device_of(model: nn.Module, inputs: Tensor) -> torch.device:
-    """Where the model lives."""
-    return next((parameter.device for parameter in model.parameters()), inputs.device)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ensemble import check_count
-from .expectation import Noise, NoiseOptions, Oracle, fooled, run_attack
+from .driver import run_attack
+from .expectation import Noise, NoiseOptions, Oracle, fooled
 from .losses import margin
 from .nearest import Nearest
 from .norms import Norm, check_eps, check_norm, dual_size, largest_eps, per_image, random_start, size

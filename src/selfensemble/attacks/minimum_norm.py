@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ensemble import check_count
-from .expectation import Noise, NoiseOptions, Oracle, fooled, run_attack
+from .driver import run_attack
+from .expectation import Noise, NoiseOptions, Oracle, fooled
 from .losses import cross_entropy, margin, of_labels
 from .nearest import Nearest
 from .norms import Norm, check_norm, dual_size, largest_eps, per_image, project, size, unit_l2

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ensemble import check_count
-from .expectation import Noise, NoiseOptions, Oracle, run_attack
+from .driver import run_attack
+from .expectation import Noise, NoiseOptions, Oracle
 from .keeper import Keeper
 from .losses import LossName, check_loss, of_labels
 from .norms import Norm, check_eps, check_norm, project, random_start, steepest

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ensemble import check_count
-from .expectation import Noise, NoiseOptions, Oracle, run_attack
+from .driver import run_attack
+from .expectation import Noise, NoiseOptions, Oracle
 from .keeper import Keeper
 from .losses import margin, of_labels
 from .norms import Norm, check_eps, check_norm, per_image, project, random_start, size

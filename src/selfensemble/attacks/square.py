@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ensemble import check_count
-from .expectation import Estimate, Noise, NoiseOptions, Oracle, run_attack
+from .driver import run_attack
+from .expectation import Estimate, Noise, NoiseOptions, Oracle
 from .keeper import Keeper
 from .losses import LossName, check_loss
 from .norms import Norm, check_eps, check_norm, per_image, project, size

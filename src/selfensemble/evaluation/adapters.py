@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..attacks.expectation import Forward, Noise, Oracle, run_attack, single_draw, spend
+from ..attacks.budget import spend
+from ..attacks.driver import run_attack, single_draw
+from ..attacks.expectation import Forward, Noise, Oracle
 from ..noise import noise_draw, stream_seed
 
 _TOLERANCE = 1e-4  # how far outside [0, 1] an attack may end: rounding, not a search without a box

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..attacks.expectation import check_batch, device_of, mean_probabilities, single_draw
+from ..attacks.budget import spend
+from ..attacks.driver import check_batch, device_of, single_draw
+from ..attacks.expectation import Forward
 from ..attacks.norms import size
 from ..ensemble import SelfEnsemble, check_count
 from ..inject import eval_mode
@@ -168,7 +170,7 @@ def _answer(
     forward = single_draw(model)
     with eval_mode(model), _global_noise(seed, device), noise_draw(seed, sampling="per_image"):
         parts = [
-            mean_probabilities(forward, part.to(device), draws or 1).to(images.device)
+            _mean_probabilities(forward, part.to(device), draws or 1).to(images.device)
             for part in images.split(max_batch or max(1, len(images)))
         ]
     return torch.cat(parts)
@@ -184,3 +186,10 @@ def _global_noise(seed: int | None, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
         torch.manual_seed(seed)
         yield
+
+
+@torch.no_grad()
+def _mean_probabilities(forward: Forward, inputs: Tensor, draws: int) -> Tensor:
+    """Mean softmax (B, K) over fresh noise draws."""
+    spend(forwards=len(inputs) * draws)
+    return torch.stack([forward(inputs).float().softmax(dim=-1) for _ in range(draws)]).mean(dim=0)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..attacks import pgd
-from ..attacks.expectation import attacked, check_batch, device_of, looks_like_probabilities, single_draw
+from ..attacks.driver import attacked, check_batch, device_of, looks_like_probabilities, single_draw
 from ..ensemble import SelfEnsemble
 from ..inject import eval_mode
 from ..noise import GaussianNoise, stream_seed

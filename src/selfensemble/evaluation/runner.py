@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..attacks.expectation import count_evaluations
+from ..attacks.budget import count_evaluations
 from ..attacks.norms import check_eps, size
 from ..data import ImageData
 from ..ensemble import SelfEnsemble
