@@ -4,26 +4,19 @@ Exit status: 0 done, 1 an error of the program, 2 wrong input or surroundings, 3
 130 interrupted.
 """
 
-import datetime
 import errno
-import os
 import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from . import terminal
+from .arguments import InputError, device_named, image_files, read_image, test_data_of, this_process
 from .interrupts import Interrupted
-
-if TYPE_CHECKING:
-    import torch
-
-    from .data import ImageData
-    from .hub import ArtefactConfig
 
 app = typer.Typer(
     help="Random Self-Ensemble: defend a classifier by noise, and say honestly how well.",
@@ -41,10 +34,6 @@ Data = Annotated[
 ]
 
 
-class _InputError(Exception):
-    """Something the user can mend; the message says how."""
-
-
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for results and pictures.")] = Path("runs/demo"),
@@ -58,7 +47,7 @@ def demo(
     from .demo import run_demo
 
     if out.exists() and not out.is_dir():
-        raise _InputError(f"{out} is a file: --out takes the folder to write to")
+        raise InputError(f"{out} is a file: --out takes the folder to write to")
     with terminal.progress() as update:
         results = run_demo(out, seed=seed, images=n, progress=update)
     if as_json:
@@ -179,12 +168,12 @@ def evaluate(
         overrides["attacks"] = [{"attack": "cw-paper", "title": "C&W paper", "c": c}]
     plan = load_protocol(protocol, {key: value for key, value in overrides.items() if value is not None})
     if c is not None and plan.name != "paper":
-        raise _InputError("--c sets the strengths of --protocol paper; write a YAML file for others")
+        raise InputError("--c sets the strengths of --protocol paper; write a YAML file for others")
     config = hub.read_config(model)
-    rank, world, target = _process(device)
+    rank, world, target = this_process(device)
     ensemble = hub.load(model).to(target)
     ensemble.draws = draws or ensemble.draws
-    test = _test_data(config, data)
+    test = test_data_of(config, data)
     name = model.resolve().name
     if static:
         remove_noise_(ensemble.model)
@@ -240,8 +229,8 @@ def doctor(
     from .evaluation.protocol import check_radius, number
 
     config = hub.read_config(model)
-    ensemble = hub.load(model).to(_device(device))
-    test = _test_data(config, data)
+    ensemble = hub.load(model).to(device_named(device))
+    test = test_data_of(config, data)
     images = slice(4 * n)
     with terminal.progress() as update:
         checks = examine(
@@ -295,10 +284,10 @@ def predict(
 
     config = hub.read_config(model)
     if config.input_shape is None:
-        raise _InputError(f"{model} does not say the shape of its inputs: use the Python interface")
-    files = _image_files(paths)
-    images = torch.stack([_read_image(path, config.input_shape) for path in files])
-    ensemble = hub.load(model).to(_device(device))
+        raise InputError(f"{model} does not say the shape of its inputs: use the Python interface")
+    files = image_files(paths)
+    images = torch.stack([read_image(path, config.input_shape) for path in files])
+    ensemble = hub.load(model).to(device_named(device))
     answer = ensemble.predict(images.float() / 255, draws=draws, seed=seed, max_batch=256)
     classes = config.classes or tuple(str(label) for label in range(answer.probabilities.shape[1]))
     records: list[dict[str, Any]] = []
@@ -384,7 +373,7 @@ def _report(error: Exception, debug: bool) -> int:
     if isinstance(error, Interrupted):
         _fail(str(error), debug)
         return _INTERRUPTED
-    known = (_InputError, ValueError, TypeError, OSError, FloatingPointError)
+    known = (InputError, ValueError, TypeError, OSError, FloatingPointError)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
         _fail(f"no room to write ({error.strerror}): free some space; earlier files are intact", debug)
         return 2
@@ -399,73 +388,3 @@ def _fail(message: str, debug: bool) -> None:
     if debug:
         traceback.print_exc()
     terminal.err.print(f"error: {message}", style="red", highlight=False, soft_wrap=True, markup=False)
-
-
-def _device(name: str) -> "torch.device":
-    import torch
-
-    if name == "auto":
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        (torch.ones(1, device=device) + 1).item()
-    except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
-        raise _InputError(f"cannot use device {name!r}: {str(error)[:200]}") from error
-    return device
-
-
-def _process(name: str) -> tuple[int, int, "torch.device"]:
-    """Rank, number of processes (torchrun, accelerate launch) and device of this one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0, 1, _device(name)
-    from accelerate import PartialState
-
-    device = _device(name)
-    # Shards take as long as they take: nobody gives up waiting for the others.
-    state = PartialState(cpu=device.type == "cpu", timeout=datetime.timedelta(days=7))
-    return state.process_index, state.num_processes, state.device
-
-
-def _test_data(config: "ArtefactConfig", data: str | None) -> "ImageData":
-    from .data import load_data
-
-    trained_on = (config.recipe or {}).get("data", {})
-    source = data or trained_on.get("source")
-    if source is None:
-        raise _InputError("the model does not say what it was trained on: pass --data")
-    test = load_data(source, "test", size=trained_on.get("size"))
-    if config.input_shape is not None and tuple(test.images.shape[1:]) != config.input_shape:
-        raise _InputError(
-            f"{source} has images of shape {tuple(test.images.shape[1:])}, the model takes "
-            f"{config.input_shape}: pass the data it was trained on"
-        )
-    return test if config.classes is None else test.with_classes(config.classes)
-
-
-def _image_files(paths: list[Path]) -> list[Path]:
-    from .data import IMAGE_SUFFIXES
-
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-            if not inside:
-                raise _InputError(f"no images in {path}")
-            files += inside
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise _InputError(f"no file {path}")
-    return files
-
-
-def _read_image(path: Path, shape: tuple[int, int, int]) -> "torch.Tensor":
-    from PIL import Image, UnidentifiedImageError
-
-    from .data import prepare_image
-
-    try:
-        with Image.open(path) as image:
-            return prepare_image(image, shape[0], (shape[1], shape[2]))
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
-        raise _InputError(f"cannot read {path} as an image: {error}") from error

@@ -2,22 +2,18 @@
 
 The folder holds `run.json` (what is evaluated), `shards/` (a file an attack and slice of images; what is
 there is never computed again), and at the end `results.json`, `images.csv`, `gallery.safetensors` and
-`timings.json`. All but the timings depend on model, data,
-protocol, `max_batch` and kind of device alone.
+`timings.json`. All but the timings depend on model, data, protocol, `max_batch` and kind of device alone.
 """
 
-import csv
 import hashlib
-import io
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -30,9 +26,11 @@ from ..files import atomic_write, write_json
 from ..inject import noise_disabled, noise_layers
 from ..noise import stream_seed
 from ..provenance import provenance
-from .judge import Verdict, judge
+from . import collect
+from .judge import judge
 from .protocol import Protocol, Run, expand
-from .results import RESULTS, CheckRecord, DataRecord, Entry, ModelRecord, Results, read_results
+from .results import RESULTS, CheckRecord, DataRecord, ModelRecord, Results, read_results
+from .shards import CLEAN, Plan, Shards, plans_of
 
 RUN, SHARDS, TIMINGS, TABLE, GALLERY = (
     "run.json",
@@ -41,33 +39,7 @@ RUN, SHARDS, TIMINGS, TABLE, GALLERY = (
     "images.csv",
     "gallery.safetensors",
 )
-CLEAN, WORST = "clean", "worst"
-_GALLERY_IMAGES = 8
-_PERSISTENT = (1, 10, 100)
 Progress = Callable[[str, float], None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Judged:
-    """One entry's outcome on some images, as it lies in a shard."""
-
-    adversarial: Tensor
-    answers: Tensor
-    lead: Tensor
-    l2: Tensor
-    linf: Tensor
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """An entry of the results before it is measured."""
-
-    key: str
-    title: str
-    run: Run | None = None
-    eps: float | None = None
-    norm: str | None = None
-    members: tuple[str, ...] = ()  # of a worst case: keys of the entries it chooses from
 
 
 @dataclass
@@ -106,10 +78,11 @@ class Evaluation:
         self.inputs = self.data.inputs(slice(self.images))
         self.labels = self.data.labels[: self.images]
         self.runs = expand(self.protocol)
-        self.plans = list(_plans(self.runs))
+        self.plans = list(plans_of(self.runs))
         # Units of work in order: no attack, the attacks, and the worst cases that choose among them.
         worst = [plan for plan in self.plans if plan.members]
-        self.work: list[Run | _Plan] = [self.plans[0], *self.runs, *worst]
+        self.work: list[Run | Plan] = [self.plans[0], *self.runs, *worst]
+        self.shards = Shards(self.out / SHARDS, self.plans, self.inputs, self.protocol.shard)
         self._try_settings()
         self.model = model_record(self.ensemble, self.name, self.architecture)
         self.data_record = DataRecord(
@@ -165,26 +138,26 @@ class Evaluation:
 
     def run(self) -> Results:
         """Do what is not done yet, then write the results; may be stopped at any time."""
-        starts = range(0, self.images, self.protocol.shard)
-        units = [(number, start, work) for number, start in enumerate(starts) for work in self.work]
+        starts = enumerate(self.shards.starts)
+        units = [(number, start, work) for number, start in starts for work in self.work]
         mine = [unit for unit in units if unit[0] % self.world == self.rank]
         began, computed = time.monotonic(), 0
         for place, (number, start, work) in enumerate(mine):
-            path = self._path(work, start)
+            path = self.shards.path(work, start)
             if path.is_file():
                 continue
             left = ""
             if computed:
                 seconds = (time.monotonic() - began) / computed * (len(mine) - place)
                 left = f", about {_duration(seconds)} left"
-            text = f"images {start} to {self._end(start) - 1}: {work.title}{left}"
+            text = f"images {start} to {self.shards.part(start).stop - 1}: {work.title}{left}"
             self.progress(text, place / len(mine))
             self._compute(number, start, work)
             computed += 1
         self.progress("writing results", 1.0)
         self._wait()
         if self.rank == 0:
-            self._finish(list(starts))
+            self._finish()
         self._wait()
         return read_results(self.out)
 
@@ -195,21 +168,15 @@ class Evaluation:
 
             PartialState().wait_for_everyone()
 
-    def _end(self, start: int) -> int:
-        return min(start + self.protocol.shard, self.images)
-
-    def _path(self, work: "Run | _Plan", start: int) -> Path:
-        return self.out / SHARDS / f"{start:07d}-{work.key}.safetensors"
-
     def _seed(self, *numbers: int) -> int:
         seed = self.protocol.seed
         for number in numbers:
             seed = stream_seed(seed, number, 7)
         return seed
 
-    def _compute(self, number: int, start: int, work: "Run | _Plan") -> None:
+    def _compute(self, number: int, start: int, work: "Run | Plan") -> None:
         """One unit of work: an attack on a slice of images, judged; written when it is complete."""
-        part = slice(start, self._end(start))
+        part = self.shards.part(start)
         x, y = self.inputs[part], self.labels[part]
         order = self.work.index(work)
         began = time.monotonic()
@@ -234,7 +201,7 @@ class Evaluation:
         else:
             images = self._worst(start, work, x) if work.members else x
             self._judge(tensors, work, x, images, y, self._many(), self._seed(number, order, 1))
-        path = self._path(work, start)
+        path = self.shards.path(work, start)
         atomic_write(path, safetensors.torch.save(tensors))
         write_json(path.with_suffix(".json"), {"seconds": round(time.monotonic() - began, 3)})
 
@@ -244,7 +211,7 @@ class Evaluation:
     def _judge(
         self,
         tensors: dict[str, Tensor],
-        plan: _Plan,
+        plan: Plan,
         x: Tensor,
         images: Tensor,
         y: Tensor,
@@ -261,29 +228,19 @@ class Evaluation:
         for name in ("lead", "l2", "linf"):
             tensors[f"{plan.key}.{name}"] = getattr(verdict, name)
 
-    def _worst(self, start: int, plan: _Plan, x: Tensor) -> Tensor:
+    def _worst(self, start: int, plan: Plan, x: Tensor) -> Tensor:
         """Of each image the attacked version with the largest lead; fresh queries then judge it."""
-        members = [self._read(start, key) for key in plan.members]
+        members = [self.shards.read(start, key) for key in plan.members]
         leads = torch.stack([member.lead for member in members])
         chosen = leads.argmax(dim=0)
         return torch.stack([member.adversarial for member in members])[chosen, torch.arange(len(x))]
 
-    def _read(self, start: int, key: str) -> _Judged:
-        plan = next(plan for plan in self.plans if plan.key == key)
-        path = self._path(plan.run or plan, start)
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                names = ("answers", "lead", "l2", "linf")
-                values = {name: file.get_tensor(f"{key}.{name}") for name in names}
-                part = slice(start, self._end(start))
-                images = self.inputs[part] if key == CLEAN else file.get_tensor(f"{key}.images")
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}): delete it and run the same again") from error
-        return _Judged(adversarial=images, **values)
-
-    def _finish(self, starts: list[int]) -> None:
+    def _finish(self) -> None:
         """Put the shards together."""
-        entries = {plan.key: self._entry(plan, starts) for plan in self.plans}
+        entries = {
+            plan.key: collect.entry(self.shards, plan, self.labels, self.protocol.judge.seeds)
+            for plan in self.plans
+        }
         checks = self._checks() if self.protocol.checks else None
         about = provenance()
         about.pop("time")
@@ -298,8 +255,8 @@ class Evaluation:
             checks=checks,
             provenance=about,
         )
-        atomic_write(self.out / TABLE, self._table(starts).encode())
-        atomic_write(self.out / GALLERY, self._gallery(starts))
+        atomic_write(self.out / TABLE, collect.table(self.shards, self.labels).encode())
+        atomic_write(self.out / GALLERY, collect.gallery(self.shards, self.labels))
         seconds = {
             path.stem: json.loads(path.read_text())["seconds"]
             for path in sorted((self.out / SHARDS).glob("*.json"))
@@ -327,115 +284,6 @@ class Evaluation:
             found = [check.model_dump(mode="json") for check in checks]
             write_json(path, {"checks": found, "seconds": seconds})
         return tuple(CheckRecord.model_validate(check) for check in json.loads(path.read_text())["checks"])
-
-    def _entry(self, plan: _Plan, starts: list[int]) -> Entry:
-        parts = [self._read(start, plan.key) for start in starts]
-        answers = torch.cat([part.answers for part in parts])
-        verdict = Verdict(
-            answers,
-            self.labels,
-            torch.cat([part.lead for part in parts]),
-            torch.cat([part.l2 for part in parts]),
-            torch.cat([part.linf for part in parts]),
-        )
-        seeds = self.protocol.judge.seeds
-        asked = answers.shape[1]
-        low, high = verdict.interval
-        settings = dict(plan.run.settings) if plan.run is not None else {}
-        if plan.run is not None and plan.run.surrogate is not None:
-            settings["surrogate"] = plan.run.surrogate
-        gradients, forwards = self._budget(plan, starts)
-        return Entry(
-            key=plan.key,
-            title=plan.title,
-            attack=plan.run.attack if plan.run is not None else "worst case" if plan.members else "none",
-            settings=settings,
-            norm=plan.norm,
-            eps=plan.eps,
-            c=settings.get("c"),
-            images=self.images,
-            accuracy=verdict.accuracy,
-            low=low,
-            high=high,
-            seeds=tuple((~verdict.wrong[:, :seeds]).double().mean(dim=0).tolist()),
-            all_seeds=float((~verdict.wrong[:, :seeds]).all(dim=1).double().mean()),
-            wrong_per_query=float(verdict.wrong_per_query.mean()),
-            persistent={k: verdict.persistent(k) for k in _PERSISTENT if k <= asked},
-            rms_l2=verdict.rms_l2,
-            median_l2=float(verdict.l2.median()),
-            mean_linf=float(verdict.linf.mean()),
-            max_linf=float(verdict.linf.max()),
-            gradients=gradients / self.images,
-            forwards=forwards / self.images,
-        )
-
-    def _budget(self, plan: _Plan, starts: list[int]) -> tuple[int, int]:
-        if plan.run is None:
-            return 0, 0
-        total = torch.zeros(2, dtype=torch.int64)
-        for start in starts:
-            with safetensors.safe_open(self._path(plan.run, start), "pt") as file:
-                total += file.get_tensor("budget")
-        return int(total[0]), int(total[1])
-
-    def _table(self, starts: list[int]) -> str:
-        """One line an image and entry."""
-        text = io.StringIO()
-        table = csv.writer(text, lineterminator="\n")
-        table.writerow(
-            ["image", "label", "entry", "attack", "norm", "eps", "c", "answer", "correct", "wrong_per_query",
-             "queries", "lead", "l2", "linf"]
-        )  # fmt: skip
-        for plan in self.plans:
-            attack = plan.run.attack if plan.run is not None else plan.key
-            c = plan.run.settings.get("c", "") if plan.run is not None else ""
-            for start in starts:
-                part = self._read(start, plan.key)
-                for row in range(len(part.lead)):
-                    label = int(self.labels[start + row])
-                    answers = part.answers[row]
-                    wrong = float((answers != label).double().mean())
-                    table.writerow(
-                        [start + row, label, plan.key, attack, plan.norm or "", plan.eps or "", c,
-                         int(answers[0]), int(answers[0] == label), f"{wrong:.6g}", len(answers),
-                         f"{float(part.lead[row]):.6g}", f"{float(part.l2[row]):.6g}",
-                         f"{float(part.linf[row]):.6g}"]
-                    )  # fmt: skip
-        return text.getvalue()
-
-    def _gallery(self, starts: list[int]) -> bytes:
-        """A few images that are answered rightly without attack, and what each attack made of them."""
-        clean = [self._read(start, CLEAN) for start in starts]
-        answers = torch.cat([part.answers[:, 0] for part in clean])
-        chosen = (answers == self.labels).nonzero().squeeze(1)[:_GALLERY_IMAGES]
-        tensors = {
-            "original": self.inputs[chosen],
-            "label": self.labels[chosen],
-            "answer.clean": answers[chosen],
-        }
-        last = int(chosen.max()) if len(chosen) else 0
-        for plan in self.plans[1:]:
-            parts = [self._read(start, plan.key) for start in starts[: 1 + last // self.protocol.shard]]
-            tensors[plan.key] = torch.cat([part.adversarial for part in parts])[chosen]
-            tensors[f"answer.{plan.key}"] = torch.cat([part.answers[:, 0] for part in parts])[chosen]
-        return safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
-
-
-def _plans(runs: list[Run]) -> Iterator[_Plan]:
-    """Entries in order: no attack, every attack by radius, the worst case of each threat model."""
-    yield _Plan(CLEAN, "no attack")
-    threats: dict[tuple[str, float], list[str]] = {}
-    for run in runs:
-        if not run.radii:
-            yield _Plan(run.key, run.title, run, norm=run.norm)
-        for index, eps in enumerate(run.radii):
-            key = f"{run.key}-{index}"
-            yield _Plan(key, run.title, run, eps, run.norm)
-            if run.norm is not None:
-                threats.setdefault((run.norm, eps), []).append(key)
-    for number, ((norm, eps), members) in enumerate(threats.items()):
-        if len(members) > 1:
-            yield _Plan(f"{WORST}-{number:02d}", "worst case", None, eps, norm, tuple(members))
 
 
 def model_record(ensemble: SelfEnsemble, name: str, architecture: dict[str, Any] | None) -> ModelRecord:

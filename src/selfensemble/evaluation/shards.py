@@ -1,0 +1,107 @@
+"""What an evaluation measures, entry by entry, and the files that hold it, one a slice of images."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import torch
+from torch import Tensor
+
+from .protocol import Run
+
+CLEAN, WORST = "clean", "worst"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An entry of the results before it is measured."""
+
+    key: str
+    title: str
+    run: Run | None = None
+    eps: float | None = None
+    norm: str | None = None
+    members: tuple[str, ...] = ()  # of a worst case: keys of the entries it chooses from
+
+
+def plans_of(runs: list[Run]) -> Iterator[Plan]:
+    """Entries in order: no attack, every attack by radius, the worst case of each threat model."""
+    yield Plan(CLEAN, "no attack")
+    threats: dict[tuple[str, float], list[str]] = {}
+    for run in runs:
+        if not run.radii:
+            yield Plan(run.key, run.title, run, norm=run.norm)
+        for index, eps in enumerate(run.radii):
+            key = f"{run.key}-{index}"
+            yield Plan(key, run.title, run, eps, run.norm)
+            if run.norm is not None:
+                threats.setdefault((run.norm, eps), []).append(key)
+    for number, ((norm, eps), members) in enumerate(threats.items()):
+        if len(members) > 1:
+            yield Plan(f"{WORST}-{number:02d}", "worst case", None, eps, norm, tuple(members))
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One entry's outcome on some images, as it lies in a shard."""
+
+    adversarial: Tensor
+    answers: Tensor
+    lead: Tensor
+    l2: Tensor
+    linf: Tensor
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The files of one run.
+
+    Attributes:
+        folder: where they lie.
+        plans: all entries of the results.
+        inputs: (N, ...) images without attack.
+        size: images a file.
+    """
+
+    folder: Path
+    plans: Sequence[Plan]
+    inputs: Tensor
+    size: int
+
+    @property
+    def starts(self) -> range:
+        """The first image of each slice."""
+        return range(0, len(self.inputs), self.size)
+
+    def part(self, start: int) -> slice:
+        """The images of the slice that begins at `start`."""
+        return slice(start, min(start + self.size, len(self.inputs)))
+
+    def path(self, work: Run | Plan, start: int) -> Path:
+        """The file of one unit of work: an attack, or an entry that needs none."""
+        return self.folder / f"{start:07d}-{work.key}.safetensors"
+
+    def read(self, start: int, key: str) -> Judged:
+        """What is known of one slice of images and one entry; a ValueError if the file is damaged."""
+        plan = next(plan for plan in self.plans if plan.key == key)
+        path = self.path(plan.run or plan, start)
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                names = ("answers", "lead", "l2", "linf")
+                values = {name: file.get_tensor(f"{key}.{name}") for name in names}
+                attacked = key != CLEAN
+                images = file.get_tensor(f"{key}.images") if attacked else self.inputs[self.part(start)]
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it and run the same again") from error
+        return Judged(adversarial=images, **values)
+
+    def budget(self, plan: Plan) -> tuple[int, int]:
+        """Gradients and forward passes of all images together."""
+        if plan.run is None:
+            return 0, 0
+        total = torch.zeros(2, dtype=torch.int64)
+        for start in self.starts:
+            with safetensors.safe_open(self.path(plan.run, start), "pt") as file:
+                total += file.get_tensor("budget")
+        return int(total[0]), int(total[1])
