@@ -67,7 +67,8 @@ def pgd(
         norm: "linf", "l2" or "l1".
         eps: radius of the ball, in [0, 1] pixels.
         steps: gradient steps a restart.
-        step_size: by default `5 eps / steps`, for L2 `10 eps / steps`, at most `eps`.
+        step_size: of every step; None for steps that fall linearly to 0 from `12 eps / steps`, for L2
+            from `20 eps / steps`, at most `eps`: constant steps end around the maximum, not in it.
         restarts: runs from a new random start.
         random_starts: begin within the ball rather than at the image (the first restart).
         loss: "ce", "margin" or "dlr".
@@ -87,10 +88,13 @@ def pgd(
     objective = check_loss(loss)
     check_count("steps", steps)
     check_count("restarts", restarts)
-    travel = 10.0 if norm == "l2" else 5.0  # in eps; on the sphere steps also have to turn
-    length = min(eps, travel * eps / steps) if step_size is None else step_size
-    if not (length > 0 and math.isfinite(length)):
-        raise ValueError(f"step_size must be finite and > 0, got {length}")
+    if step_size is not None and not (step_size > 0 and math.isfinite(step_size)):
+        raise ValueError(f"step_size must be finite and > 0, got {step_size}")
+    travel = 20.0 if norm == "l2" else 12.0  # in eps; on the sphere steps also have to turn
+
+    def length(step: int) -> float:
+        falling = min(1.0, travel / steps) * eps * (1 - step / steps)
+        return falling if step_size is None else step_size
 
     def run(oracle: Oracle, x: Tensor, y: Tensor) -> Tensor:
         keep = Keeper(oracle, x, y, targeted)
@@ -105,7 +109,7 @@ def pgd(
                 images = x[active]
                 estimate = oracle.gradient(images + change, of_labels(objective, y[active], targeted))
                 stay = keep.visit(active, images + change, estimate, stop=early_stop, step=step)
-                change = project(change + length * steepest(estimate.gradient, norm), norm, eps, images)
+                change = project(change + length(step) * steepest(estimate.gradient, norm), norm, eps, images)
                 active, change = active[stay], change[stay]
             keep.finish(active, x[active] + change, of_labels(objective, y[active], targeted))
         return keep.best
