@@ -158,7 +158,7 @@ def test_expected_gradient_of_noisy_weights_is_the_analytic_one(grey: Tensor) ->
 
     model, draws = NoisyWeights(0.7), 2000
     labels = torch.ones(8, dtype=torch.int64)
-    with attacked(model) as forward:
+    with attacked(model) as (forward, _):
         oracle = Oracle(forward, Noise(eot=draws), seed=1, reseed=True)
         gradient = oracle.gradient(grey, lambda z: LOSSES["margin"](z, labels, False)).gradient
     error = 2 * 0.7 / math.sqrt(draws)
@@ -205,7 +205,7 @@ def test_average_of_probabilities_is_the_gradient_of_the_ensemble(tiny: nn.Modul
     """Against autograd through all draws at once, which the oracle never holds in memory."""
     model, labels = rse.inject_noise_(tiny).eval(), torch.arange(6) % 5
     for loss in (*LOSSES.values(), dlr):
-        with attacked(model) as forward:
+        with attacked(model) as (forward, _):
             oracle = Oracle(forward, Noise(eot=4, average="probabilities", frozen=True), seed=3)
             found = oracle.gradient(images, lambda z, loss=loss: loss(z, labels, False))  # type: ignore[misc]
             leaf = images.clone().requires_grad_()

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import selfensemble as rse
+from selfensemble.learned_noise import learn_noise_
 
 # Deprecation warnings of torch's own compiler and exporter.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -32,6 +33,31 @@ def test_compiled_whole_equals_eager_draw_by_draw(tiny: nn.Module, images: Tenso
     assert not torch.equal(compiled(images), compiled(images))
     with rse.noise_disabled(tiny):
         torch.testing.assert_close(compiled(images), tiny(images))
+
+
+def test_levels_by_channel_compiled_equal_eager_ones(images: Tensor) -> None:
+    """And learned ones, with the gradient of their parameters."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    rse.inject_noise_(net)
+    learn_noise_(net, "channel")
+    rse.noise_layers(net)["0"].std = (0.5, 0.1, 0.2)
+    first = net[0].get_submodule("gaussian_noise")
+    net[2].add_module("gaussian_noise", rse.GaussianNoise((0.1, 0.0, 0.3, 0.4), layer=1))
+    ensemble = rse.SelfEnsemble(net, draws=2).eval()
+    compiled = torch.compile(ensemble, fullgraph=True)
+    outputs, gradients = [], []
+    for model in (ensemble, compiled):
+        leaf = images.clone().requires_grad_()
+        with rse.noise_draw(seed=4):
+            output = model(leaf)
+        outputs.append(output.detach())
+        gradients.append(torch.autograd.grad(output[:, 0].sum(), [leaf, first.get_parameter("raw")]))
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*gradients)
+    assert gradients[0][1].abs().min() > 0
+    assert not torch.equal(compiled(images), compiled(images))
 
 
 def test_compiled_ensembles_and_gradients(tiny: nn.Module, images: Tensor) -> None:
@@ -97,3 +123,11 @@ def test_autocast_and_memory_formats(
         torch.testing.assert_close(ensemble.predict_proba(inputs, seed=3, draws=50), exact)
     else:  # other noise, same distribution
         torch.testing.assert_close(rounded, exact, rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("sampling", ["per_image", "shared"])
+def test_levels_by_channel_keep_precision_and_format(images: Tensor, sampling: str) -> None:
+    layer = rse.GaussianNoise((0.1, 0.2, 0.3), sampling=sampling).eval()  # type: ignore[arg-type]
+    for inputs in (images.bfloat16(), images.contiguous(memory_format=torch.channels_last)):
+        noisy = layer(inputs)
+        assert (noisy.dtype, noisy.stride()) == (inputs.dtype, inputs.stride())

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import selfensemble as rse
+from selfensemble.evaluation.results import ModelRecord
+from selfensemble.evaluation.runner import model_record
 from selfensemble.hub import Architecture, read_config
 
 from .conftest import Aliased, OutOfOrder
@@ -37,6 +39,26 @@ def test_round_trip_keeps_answers_levels_and_order(tmp_path: Path, images: Tenso
     assert {k: v.layer for k, v in rse.noise_layers(loaded.model).items()} == {"stem": 0, "inner": 1}
     with pytest.raises(ValueError, match="model="):
         rse.load(tmp_path)
+
+
+def test_levels_by_channel_survive(tmp_path: Path, images: Tensor) -> None:
+    ensemble = rse.SelfEnsemble(OutOfOrder(), rse.NoiseConfig(0.3, 0.7), example_inputs=images)
+    rse.noise_layers(ensemble.model)["stem"].std = (0.1, 0.0, 1 / 3)
+    rse.save(ensemble, tmp_path)
+    assert read_config(tmp_path).noise == {"stem": (0.1, 0.0, 1 / 3), "inner": 0.7}
+    loaded = rse.load(tmp_path, model=OutOfOrder())
+    assert torch.equal(loaded.predict_proba(images, seed=2), ensemble.predict_proba(images, seed=2))
+    assert loaded.state_dict().keys() == ensemble.state_dict().keys()
+    records = [model_record(model, "x", None) for model in (ensemble, loaded)]
+    assert records[0] == records[1]
+    assert ModelRecord.model_validate_json(records[0].model_dump_json()) == records[0]
+
+
+def test_the_activation_is_kept(tmp_path: Path, images: Tensor) -> None:
+    architecture = Architecture(name="small-cnn", classes=4, channels=3, width=0.25, activation="brelu")
+    bounded = rse.create_model(**architecture.model_dump()).eval()
+    rse.save(rse.SelfEnsemble(bounded, rse.NoiseConfig(0, 0)), tmp_path, architecture=architecture)
+    torch.testing.assert_close(rse.load(tmp_path).predict_proba(images), bounded(images).softmax(dim=1))
 
 
 def test_shared_parameters_are_saved(tmp_path: Path, images: Tensor) -> None:
@@ -95,6 +117,7 @@ def test_config_mistakes_are_named(tmp_path: Path) -> None:
     for text, message in (
         ('{"format": "selfensemble", "format_version": 1}', "damaged: noise"),
         ('{"format": "selfensemble", "format_version": 1, "noise": {"0": -1}, "draws": 1}', "noise.0"),
+        ('{"format": "selfensemble", "format_version": 1, "noise": {"0": []}, "draws": 1}', "noise.0"),
         ('{"format": "selfensemble", "format_version": 1, "noise": {}, "draws": 0}', "draws"),
         ("[]", "not written by selfensemble"),
         ("\xff", "damaged"),

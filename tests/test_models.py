@@ -30,6 +30,26 @@ def test_model_a_has_the_papers_shape() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_bounded_activations(name: str) -> None:
+    """Every ReLU is replaced, the keys stay, and features are min(max(0, x), 1)."""
+    relu, brelu = (create_model(name, width=0.125, activation=kind) for kind in ("relu", "brelu"))
+    assert relu.state_dict().keys() == brelu.state_dict().keys()
+    assert not any(isinstance(module, torch.nn.ReLU) for module in brelu.modules())
+    bounded = [module for module in brelu.modules() if isinstance(module, torch.nn.Hardtanh)]
+    assert len(bounded) == sum(isinstance(module, torch.nn.ReLU) for module in relu.modules())
+    values = torch.tensor([-2.0, 0.25, 1.0, 3.0])
+    assert torch.equal(bounded[0](values.clone()), torch.tensor([0.0, 0.25, 1.0, 1.0]))
+    features: list[torch.Tensor] = []
+    for module in bounded:
+        module.register_forward_hook(lambda m, args, output: features.append(output))
+    side = 96 if "stl" in name else 32
+    with torch.no_grad():
+        brelu(5 * torch.randn(2, 3, side, side))
+    assert len(features) == len(bounded)
+    assert all(float(each.min()) >= 0 and float(each.max()) <= 1 for each in features)
+
+
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_shapes_and_widths(name: str, channels: int) -> None:
     side = 96 if "stl" in name else 32
@@ -40,6 +60,8 @@ def test_shapes_and_widths(name: str, channels: int) -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="vgg16"):
         create_model("vgg12")
+    with pytest.raises(ValueError, match="brelu"):
+        create_model("vgg11", activation="gelu")  # type: ignore[arg-type]
     for wrong in ({"classes": 1}, {"channels": 0}, {"width": 0.0}, {"width": float("nan")}):
         with pytest.raises(ValueError, match="need classes"):
             create_model("vgg11", **wrong)

@@ -55,9 +55,48 @@ def test_every_layer_of_a_network_has_its_level() -> None:
     assert [layer.std for layer in layers] == [0.2, 0.1, 0.1, 0.1, 0.1]
     with rse.noise_draw(seed=11):
         for layer in layers:
-            noise = sample(layer)
-            assert abs(noise.mean()) < 4 * layer.std / math.sqrt(N)
-            assert abs(noise.std() - layer.std) < 4 * layer.std / math.sqrt(2 * N)
+            noise, std = sample(layer), layer.std
+            assert isinstance(std, float)
+            assert abs(noise.mean()) < 4 * std / math.sqrt(N)
+            assert abs(noise.std() - std) < 4 * std / math.sqrt(2 * N)
+
+
+@pytest.mark.parametrize("sampling", ["per_image", "shared"])
+def test_every_channel_has_its_level(sampling: Sampling) -> None:
+    levels = (0.0, 0.05, 0.3, 1.5)
+    with rse.noise_draw(seed=13, sampling=sampling):
+        noise = rse.GaussianNoise(levels)(torch.zeros(1, 4, 1000, 1000))[0]
+    assert (noise[0] == 0).all()
+    for channel, std in zip(noise[1:], levels[1:], strict=True):
+        assert abs(channel.mean()) < 4 * std / math.sqrt(N)
+        assert abs(channel.std() - std) < 4 * std / math.sqrt(2 * N)
+    assert abs(correlation(noise[2], noise[3])) < 4 / math.sqrt(N)
+
+
+def test_equal_levels_are_the_noise_of_one_level() -> None:
+    inputs = torch.rand(5, 3, 7, 7)
+    samplings: tuple[Sampling, ...] = ("per_image", "shared")
+    for sampling in samplings:
+        found = []
+        for std in (0.3, (0.3, 0.3, 0.3)):
+            with rse.noise_draw(seed=2, sampling=sampling):
+                found.append(rse.GaussianNoise(std)(inputs))
+        torch.testing.assert_close(*found)
+
+
+def test_levels_by_channel_that_do_not_fit() -> None:
+    layer = rse.GaussianNoise([0.1, 0.2])
+    assert (layer.std, layer.varies, layer.state_dict()) == ((0.1, 0.2), True, {})
+    for shape in ((2, 3, 4, 4), (2,)):
+        with pytest.raises(ValueError, match="levels for 2 channels"):
+            layer(torch.zeros(shape))
+    for wrong in ((), (0.1, -0.1), (0.1, math.nan), ("0.1",)):
+        with pytest.raises(ValueError, match="std must"):
+            rse.GaussianNoise(wrong)  # type: ignore[arg-type]
+    layer.std = (0.0, 0.0)
+    assert not layer.varies
+    inputs = torch.rand(1, 2)
+    assert layer(inputs) is inputs
 
 
 def test_calls_layers_and_images_are_independent() -> None:

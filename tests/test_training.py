@@ -145,6 +145,16 @@ def test_resuming_without_a_checkpoint_does_not_replace_an_ensemble(
     assert same(weights(tmp_path), weights(undisturbed))
 
 
+def test_keys_that_recipes_gained_since_do_not_stop_a_resumed_run(undisturbed: Path, tmp_path: Path) -> None:
+    state = torch.load(undisturbed / CHECKPOINT, weights_only=True)
+    recipe = state["recipe"]
+    del recipe["resize_pad"], recipe["model"]["activation"], recipe["noise"]["learn"]
+    torch.save(state, tmp_path / CHECKPOINT)
+    finished = train(tmp_path, "--resume")
+    assert finished.returncode == 0, finished.stderr
+    assert same(weights(tmp_path), weights(undisturbed))
+
+
 def test_a_damaged_checkpoint_is_named(undisturbed: Path, tmp_path: Path) -> None:
     (tmp_path / CHECKPOINT).write_bytes((undisturbed / CHECKPOINT).read_bytes()[:1000])
     finished = train(tmp_path, "--resume")

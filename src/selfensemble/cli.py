@@ -151,6 +151,9 @@ def evaluate(
     seed: Annotated[int | None, typer.Option(min=0, help="Of attacks and judge.")] = None,
     shard: Annotated[int | None, typer.Option(min=1, help="Images a unit of work.")] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Images a forward pass.")] = 200,
+    precision: Annotated[
+        str | None, typer.Option(help="Of the gradients that attacks follow: float32 or bf16 (faster).")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run; runs/MODEL-PROTOCOL by default.")
     ] = None,
@@ -161,9 +164,9 @@ def evaluate(
     from . import hub
     from .evaluation.protocol import load_protocol
     from .evaluation.runner import Evaluation
-    from .inject import remove_noise_
+    from .inject import make_static_
 
-    overrides: dict[str, Any] = {"images": n, "seed": seed, "shard": shard}
+    overrides: dict[str, Any] = {"images": n, "seed": seed, "shard": shard, "precision": precision}
     if c is not None:
         overrides["attacks"] = [{"attack": "cw-paper", "title": "C&W paper", "c": c}]
     plan = load_protocol(protocol, {key: value for key, value in overrides.items() if value is not None})
@@ -176,7 +179,7 @@ def evaluate(
     test = test_data_of(config, data)
     name = model.resolve().name
     if static:
-        remove_noise_(ensemble.model)
+        make_static_(ensemble.model)
         name += "-static"
     folder = out or Path("runs") / f"{name}-{plan.name}"
     try:
@@ -207,6 +210,56 @@ def evaluate(
         f"Written to {folder}: results.json, images.csv; for people: selfensemble report {folder}",
         soft_wrap=True,
     )
+
+
+@app.command()
+def reproduce(
+    names: Annotated[
+        list[str],
+        typer.Argument(help="headline, resnext, stl10, draws, noise, targeted, theory, honest; or all."),
+    ],
+    scale: Annotated[str, typer.Option(help="quick, half or full: how much work.")] = "half",
+    quick: Annotated[bool, typer.Option("--quick", help="The same as --scale quick.")] = False,
+    data: Annotated[
+        str | None, typer.Option(help="CIFAR-10 (or of stl10 alone): a folder of parquet files, or a hub id.")
+    ] = None,
+    stl10: Annotated[str | None, typer.Option(help="STL-10, likewise.")] = None,
+    models: Annotated[
+        Path | None, typer.Option(help="Trained networks, trained if missing; runs/models/SCALE by default.")
+    ] = None,
+    runs: Annotated[
+        Path | None, typer.Option(help="Finished parts of the work; runs/experiments/SCALE by default.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Results, a folder an experiment.")] = Path("docs/results"),
+    only: Annotated[list[str] | None, typer.Option(help="Only this network; may be repeated.")] = None,
+    only_render: Annotated[
+        bool, typer.Option("--render", help="Only write pages and plots again, from the stored results.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of attacks and judge.")] = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Run the paper's experiments and ours; started again, it goes on where it stopped."""
+    from .experiments import Reproduction, render_all
+
+    if only_render:
+        pages = render_all(names, out)
+    else:
+        try:
+            with terminal.progress() as update:
+                pages = Reproduction(
+                    "quick" if quick else scale, data, stl10, models, runs, out, tuple(only or ()), seed,
+                    device_named(device), update,
+                ).run(names)  # fmt: skip
+        except (KeyboardInterrupt, Interrupted) as stop:
+            said = f"{stop}; " if str(stop) else "stopped; "
+            raise Interrupted(f"{said}go on with the same command") from None
+    if as_json:
+        terminal.print_json({name: page.values() for name, page in pages.items()})
+        return
+    for name, page in pages.items():
+        terminal.print_page(page)
+        terminal.out.print(f"Written to {out / name}: index.md and its plots", soft_wrap=True)
 
 
 @app.command()
@@ -242,7 +295,7 @@ def doctor(
             steps=steps,
             eot=eot,
             images=n,
-            expect_random=any(std > 0 for std in config.noise.values()),
+            expect_random=config.is_random,
             max_batch=max_batch,
             seed=seed,
             progress=update,

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .inject import FilterFn, eval_mode, inject_noise_, is_convolution, noise_layers
-from .noise import GaussianNoise, NoiseConfig, Sampling, check_sampling, noise_draw, stream_seed
+from .inject import FilterFn, eval_mode, inject_noise_, is_convolution, noise_layers, random_layers
+from .noise import NoiseConfig, Sampling, check_sampling, noise_draw, stream_seed
 
 _CHUNK = 32 * 3 * 32 * 32  # input elements a forward pass: 32 images of 32x32
 
@@ -86,11 +86,6 @@ def explain_shape(model: nn.Module, inputs: Tensor) -> Iterator[None]:
         ) from error
 
 
-def _noise_modules(model: nn.Module) -> list[GaussianNoise]:
-    """All noise layers, injected or placed by hand."""
-    return [module for module in model.modules() if isinstance(module, GaussianNoise)]
-
-
 class SelfEnsemble(nn.Module):
     """A classifier with noise in front of every convolution, averaged over noise draws.
 
@@ -101,7 +96,7 @@ class SelfEnsemble(nn.Module):
 
     Args:
         model: a classifier that returns logits (B, K); it gets its noise in place.
-        config: noise levels; None keeps the noise that is there, or injects the published levels.
+        config: noise levels; None keeps the randomness that is there, or injects the published levels.
         draws: noise draws a prediction, >= 1.
         sampling: how draws are sampled in eval mode, see `GaussianNoise`.
         filter_fn, example_inputs: see `inject_noise_`.
@@ -122,20 +117,20 @@ class SelfEnsemble(nn.Module):
         bounds: tuple[float, float] | None = (0.0, 1.0),
     ) -> None:
         super().__init__()
-        if config is not None or not _noise_modules(model):
+        if config is not None or not random_layers(model):
             inject_noise_(model, config, filter_fn=filter_fn, example_inputs=example_inputs)
         self.model = model
         self.draws = check_count("draws", draws)
         self.sampling: Sampling = check_sampling(sampling)
         self.bounds = bounds
-        for layer in _noise_modules(model):
+        for layer in random_layers(model):
             layer.sampling = self.sampling
         self.train(model.training)
 
     @property
     def is_random(self) -> bool:
-        """Whether two forward passes can differ: any noise layer on, with std > 0."""
-        return any(layer.enabled and layer.std > 0 for layer in _noise_modules(self.model))
+        """Whether two forward passes can differ: any random layer is on, with a level above 0."""
+        return any(layer.is_active for layer in random_layers(self.model))
 
     def draw_logits(self, inputs: Tensor) -> Tensor:
         """Logits (B, K) of one noise draw."""

@@ -6,19 +6,22 @@ Nothing is pickled, so loading a file from a stranger runs none of its code.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import safetensors.torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
+from .defenses.resize_pad import ResizePadConfig, ResizePadNetwork
 from .ensemble import SelfEnsemble
 from .files import atomic_file, read_versioned, sync, to_json
 from .inject import attach_noise_, noise_layers
-from .models import create_model
-from .noise import NoiseConfig, Sampling
+from .models import Activation, create_model
+from .noise import NoiseConfig, RandomLayer, Sampling
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_Level = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Architecture(BaseModel):
@@ -29,6 +32,7 @@ class Architecture(BaseModel):
     classes: int
     channels: int
     width: float = 1.0
+    activation: Activation = "relu"
 
 
 class ArtefactConfig(BaseModel):
@@ -36,7 +40,9 @@ class ArtefactConfig(BaseModel):
 
     Attributes:
         architecture: how to build the network; None for a network of the user's own.
-        noise: standard deviation by fully qualified module name, in the order of the layers.
+        noise: standard deviation by fully qualified module name, in the order of the layers; a list
+            holds one for each channel.
+        resize_pad: random resize-and-pad in front of the network, if any.
         classes: names of the classes, where known.
         input_shape: (C, H, W) of one input, where known.
         metrics: figures measured when it was saved, with what they were measured on.
@@ -47,7 +53,8 @@ class ArtefactConfig(BaseModel):
     format: Literal["selfensemble"] = "selfensemble"
     format_version: int = FORMAT_VERSION
     architecture: Architecture | None = None
-    noise: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+    noise: dict[str, _Level | Annotated[tuple[_Level, ...], Field(min_length=1)]]
+    resize_pad: ResizePadConfig | None = None
     draws: Annotated[int, Field(ge=1)]
     sampling: Sampling = "shared"
     bounds: tuple[float, float] | None = (0.0, 1.0)
@@ -55,6 +62,12 @@ class ArtefactConfig(BaseModel):
     input_shape: tuple[int, int, int] | None = None
     metrics: dict[str, Any] = {}
     recipe: dict[str, Any] | None = None
+
+    @property
+    def is_random(self) -> bool:
+        """Whether two answers of the network can differ."""
+        levels = [np.max(level) for level in self.noise.values()]
+        return self.resize_pad is not None or any(level > 0 for level in levels)
 
 
 def save(
@@ -68,9 +81,14 @@ def save(
     recipe: dict[str, Any] | None = None,
 ) -> None:
     """Write `ensemble` to `folder`; each file is replaced as a whole or not at all."""
+    model = ensemble.model
+    resize_pad = None
+    if isinstance(model, ResizePadNetwork):
+        resize_pad, model = model.config, model.network
     config = ArtefactConfig(
         architecture=architecture,
-        noise={fqn: layer.std for fqn, layer in noise_layers(ensemble.model).items()},
+        noise={fqn: layer.std for fqn, layer in noise_layers(model).items()},
+        resize_pad=resize_pad,
         draws=ensemble.draws,
         sampling=ensemble.sampling,
         bounds=ensemble.bounds,
@@ -80,7 +98,7 @@ def save(
         recipe=recipe,
     )
     # Tensors that share memory are copied apart: safetensors refuses them otherwise.
-    tensors = {key: tensor.detach().cpu().clone() for key, tensor in ensemble.model.state_dict().items()}
+    tensors = {key: tensor.detach().cpu().clone() for key, tensor in _weights(model).items()}
     tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
     # Both are on disk before either replaces an earlier one.
     with atomic_file(Path(folder) / WEIGHTS) as weights, atomic_file(Path(folder) / CONFIG) as text:
@@ -88,6 +106,13 @@ def save(
         text.write(to_json(config.model_dump(mode="json")))
         for file in (weights, text):
             sync(file)
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict that `model` has without its random layers; learned levels are in the config."""
+    names = model.named_modules(remove_duplicate=False)
+    random = tuple(f"{fqn}." for fqn, module in names if isinstance(module, RandomLayer))
+    return {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(random)}
 
 
 def read_config(folder: str | Path) -> ArtefactConfig:
@@ -135,6 +160,8 @@ def load(folder: str | Path, model: nn.Module | None = None) -> SelfEnsemble:
     except (RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} does not fit the network: {reason}") from error
+    if config.resize_pad is not None:
+        model = ResizePadNetwork(model, config.resize_pad)
     # A network that was saved without noise stays without.
     levels = None if config.noise else NoiseConfig(0, 0)
     ensemble = SelfEnsemble(model, levels, draws=config.draws, sampling=config.sampling, bounds=config.bounds)

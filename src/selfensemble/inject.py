@@ -4,7 +4,7 @@ Each chosen module gets a `GaussianNoise` child and a forward pre-hook that call
 renamed or replaced: state-dict keys stay, and root, aliased and shared convolutions work.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from .noise import GaussianNoise, NoiseConfig
+from .noise import GaussianNoise, NoiseConfig, RandomLayer, Std
 
 CHILD = "gaussian_noise"
 FilterFn = Callable[[nn.Module, str], bool]
@@ -33,10 +33,15 @@ def noise_layers(model: nn.Module) -> dict[str, GaussianNoise]:
     return dict(sorted(found.items(), key=lambda item: item[1].layer))
 
 
+def random_layers(model: nn.Module) -> list[RandomLayer]:
+    """All random layers, injected or placed by hand."""
+    return [module for module in model.modules() if isinstance(module, RandomLayer)]
+
+
 @contextmanager
 def noise_disabled(model: nn.Module) -> Iterator[None]:
-    """Within this context every noise layer of `model` is the identity."""
-    layers = [module for module in model.modules() if isinstance(module, GaussianNoise)]
+    """Within this context `model` is not random: noise layers are the identity, others do what is fixed."""
+    layers = random_layers(model)
     before = [layer.enabled for layer in layers]
     for layer in layers:
         layer.enabled = False
@@ -156,7 +161,7 @@ def inject_noise_(
     return attach_noise_(model, stds)
 
 
-def attach_noise_(model: nn.Module, stds: dict[str, float]) -> nn.Module:
+def attach_noise_(model: nn.Module, stds: Mapping[str, Std]) -> nn.Module:
     """Put noise of the given levels in front of the named modules; their order numbers the layers."""
     modules = [(model.get_submodule(fqn), fqn or "the model") for fqn in stds]
     for module, name in modules:
@@ -184,4 +189,12 @@ def remove_noise_(model: nn.Module) -> nn.Module:
             if hook is _pre_hook:
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+    return model
+
+
+def make_static_(model: nn.Module) -> nn.Module:
+    """Take all randomness out of `model`, in place; what is left is the defense's static base."""
+    remove_noise_(model)
+    for layer in random_layers(model):
+        layer.fix_()
     return model

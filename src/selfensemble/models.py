@@ -4,9 +4,19 @@ Every network takes images (B, channels, H, W) in [0, 1] and returns logits (B, 
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import Literal
 
-import torch
 from torch import Tensor, nn
+
+Activation = Literal["relu", "brelu"]
+
+# BReLU, min(max(0, x), 1): a change of the input cannot grow from layer to layer (Zantedeschi et al.,
+# Efficient Defenses Against Adversarial Attacks, AISec 2017, section 4.1, with t = 1).
+ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {
+    "relu": partial(nn.ReLU, inplace=True),
+    "brelu": partial(nn.Hardtanh, 0.0, 1.0, inplace=True),
+}
 
 _VGG_STAGES = {
     "vgg11": (1, 1, 2, 2, 2),
@@ -20,13 +30,13 @@ def _scaled(channels: int, width: float) -> int:
     return max(1, round(channels * width))
 
 
-def _vgg(depth: str, classes: int, channels: int, width: float) -> nn.Sequential:
+def _vgg(classes: int, channels: int, width: float, activation: Activation, *, depth: str) -> nn.Sequential:
     """VGG (Simonyan & Zisserman 2015) in its form for 32x32: batch norm, one linear layer."""
     layers: list[nn.Module] = []
     for stage, repeats in enumerate(_VGG_STAGES[depth]):
         for _ in range(repeats):
             out = _scaled(min(64 * 2**stage, 512), width)
-            layers += [nn.Conv2d(channels, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU(True)]
+            layers += [nn.Conv2d(channels, out, 3, padding=1), nn.BatchNorm2d(out), ACTIVATIONS[activation]()]
             channels = out
         layers.append(nn.MaxPool2d(2))
     return nn.Sequential(
@@ -35,11 +45,14 @@ def _vgg(depth: str, classes: int, channels: int, width: float) -> nn.Sequential
 
 
 class _Residual(nn.Module):
-    """`relu(branch(x) + shortcut(x))`."""
+    """`activation(branch(x) + shortcut(x))`."""
 
-    def __init__(self, branch: nn.Module, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(
+        self, branch: nn.Module, inputs: int, outputs: int, stride: int, activation: Activation
+    ) -> None:
         super().__init__()
         self.branch = branch
+        self.activation = ACTIVATIONS[activation]()
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
             self.shortcut = nn.Sequential(
@@ -47,7 +60,8 @@ class _Residual(nn.Module):
             )
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return torch.relu(self.branch(inputs) + self.shortcut(inputs))
+        outputs: Tensor = self.activation(self.branch(inputs) + self.shortcut(inputs))
+        return outputs
 
 
 def _conv_norm(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
@@ -57,27 +71,29 @@ def _conv_norm(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: 
     return [convolution, nn.BatchNorm2d(outputs)]
 
 
-def _resnet18(classes: int, channels: int, width: float) -> nn.Sequential:
+def _resnet18(classes: int, channels: int, width: float, activation: Activation) -> nn.Sequential:
     """ResNet-18 (He et al. 2016) in its form for 32x32: 3x3 stem, no pooling after it."""
     planes = _scaled(64, width)
-    layers = [*_conv_norm(channels, planes, 3), nn.ReLU(True)]
+    layers = [*_conv_norm(channels, planes, 3), ACTIVATIONS[activation]()]
     inputs = planes
     for stage in range(4):
         outputs = planes * 2**stage
         for block in range(2):
             stride = 2 if stage > 0 and block == 0 else 1
             branch = nn.Sequential(
-                *_conv_norm(inputs, outputs, 3, stride), nn.ReLU(True), *_conv_norm(outputs, outputs, 3)
+                *_conv_norm(inputs, outputs, 3, stride),
+                ACTIVATIONS[activation](),
+                *_conv_norm(outputs, outputs, 3),
             )
-            layers.append(_Residual(branch, inputs, outputs, stride))
+            layers.append(_Residual(branch, inputs, outputs, stride, activation))
             inputs = outputs
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
 
 
-def _resnext29(classes: int, channels: int, width: float) -> nn.Sequential:
+def _resnext29(classes: int, channels: int, width: float, activation: Activation) -> nn.Sequential:
     """ResNeXt29-2x64d (Xie et al. 2017) as the method's authors use it: 1x1 stem, expansion 2."""
     stem, cardinality = _scaled(64, width), 2
-    layers = [*_conv_norm(channels, stem, 1), nn.ReLU(True)]
+    layers = [*_conv_norm(channels, stem, 1), ACTIVATIONS[activation]()]
     inputs = stem
     for stage in range(3):
         group = cardinality * stem * 2**stage
@@ -85,17 +101,17 @@ def _resnext29(classes: int, channels: int, width: float) -> nn.Sequential:
             stride = 2 if stage > 0 and block == 0 else 1
             branch = nn.Sequential(
                 *_conv_norm(inputs, group, 1),
-                nn.ReLU(True),
+                ACTIVATIONS[activation](),
                 *_conv_norm(group, group, 3, stride, groups=cardinality),
-                nn.ReLU(True),
+                ACTIVATIONS[activation](),
                 *_conv_norm(group, 2 * group, 1),
             )
-            layers.append(_Residual(branch, inputs, 2 * group, stride))
+            layers.append(_Residual(branch, inputs, 2 * group, stride, activation))
             inputs = 2 * group
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
 
 
-def _model_a(classes: int, channels: int, width: float) -> nn.Sequential:
+def _model_a(classes: int, channels: int, width: float, activation: Activation) -> nn.Sequential:
     """Model A of the paper, for STL-10 at 96x96: six plain convolutions, batch norm not affine."""
     planes = _scaled(32, width)
     layers: list[nn.Module] = []
@@ -106,7 +122,7 @@ def _model_a(classes: int, channels: int, width: float) -> nn.Sequential:
         layers += [
             nn.Conv2d(channels, outputs, 3, padding=padding),
             nn.BatchNorm2d(outputs, affine=False),
-            nn.ReLU(True),
+            ACTIVATIONS[activation](),
         ]
         if pool:
             layers.append(nn.MaxPool2d(2))
@@ -114,24 +130,20 @@ def _model_a(classes: int, channels: int, width: float) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels, classes))
 
 
-def _small_cnn(classes: int, channels: int, width: float) -> nn.Sequential:
+def _small_cnn(classes: int, channels: int, width: float, activation: Activation) -> nn.Sequential:
     """Four 3x3 convolutions for 8x8 images."""
     layers: list[nn.Module] = []
     for stage in range(2):
         outputs = _scaled(32 * 2**stage, width)
         for _ in range(2):
-            layers += [*_conv_norm(channels, outputs, 3), nn.ReLU(True)]
+            layers += [*_conv_norm(channels, outputs, 3), ACTIVATIONS[activation]()]
             channels = outputs
         layers.append(nn.MaxPool2d(2))
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 
 
-def _named_vgg(depth: str) -> Callable[[int, int, float], nn.Module]:
-    return lambda classes, channels, width: _vgg(depth, classes, channels, width)
-
-
-MODELS: dict[str, Callable[[int, int, float], nn.Module]] = {
-    **{depth: _named_vgg(depth) for depth in _VGG_STAGES},
+MODELS: dict[str, Callable[[int, int, float, Activation], nn.Module]] = {
+    **{depth: partial(_vgg, depth=depth) for depth in _VGG_STAGES},
     "resnet18": _resnet18,
     "resnext29-2x64d": _resnext29,
     "stl10-model-a": _model_a,
@@ -139,7 +151,9 @@ MODELS: dict[str, Callable[[int, int, float], nn.Module]] = {
 }
 
 
-def create_model(name: str, *, classes: int = 10, channels: int = 3, width: float = 1.0) -> nn.Module:
+def create_model(
+    name: str, *, classes: int = 10, channels: int = 3, width: float = 1.0, activation: Activation = "relu"
+) -> nn.Module:
     """Build the network `name` with fresh weights.
 
     Args:
@@ -147,14 +161,17 @@ def create_model(name: str, *, classes: int = 10, channels: int = 3, width: floa
         classes: K, logits an image.
         channels: channels of the images, 3 for colour and 1 for grey.
         width: factor on the number of channels of every layer.
+        activation: "relu", or "brelu" for `min(max(0, x), 1)`.
 
     Raises:
-        ValueError: unknown name, or counts or width out of range.
+        ValueError: unknown name or activation, or counts or width out of range.
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; choose one of {', '.join(MODELS)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}; choose one of {', '.join(ACTIVATIONS)}")
     if classes < 2 or channels < 1 or not 0 < width <= 16:
         raise ValueError(
             f"need classes >= 2, channels >= 1 and 0 < width <= 16, got {classes}, {channels}, {width}"
         )
-    return MODELS[name](classes, channels, width)
+    return MODELS[name](classes, channels, width, activation)

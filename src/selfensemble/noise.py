@@ -12,19 +12,21 @@ import numbers
 import operator
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 Sampling = Literal["per_image", "shared"]
+Std = float | tuple[float, ...]  # of a layer: one level, or one a channel
 
 # Streams a seed spans before it wraps: LAYERS layers of 2**32 / LAYERS (a million) draws.
-_LAYERS = 4096
+LAYERS = 4096
 _MASK32 = 0xFFFF_FFFF
 
 
@@ -36,6 +38,22 @@ def check_std(name: str, std: object) -> float:
     if not math.isfinite(value) or value < 0:
         raise ValueError(f"{name} must be finite and >= 0 (0 switches it off), got {std}")
     return value
+
+
+def check_stds(name: str, std: object) -> Std:
+    """The same for one level, or for a list of levels, one a channel."""
+    if isinstance(std, Sequence) and not isinstance(std, str):
+        if not std:
+            raise ValueError(f"{name} must hold a level a channel, got none")
+        return tuple(check_std(name, level) for level in std)
+    return check_std(name, std)
+
+
+def describe_std(std: Std) -> str:
+    """For people: one figure, or the smallest and the largest of the channels."""
+    if isinstance(std, float) or len(std) == 1:
+        return f"{np.max(std):.4g}"
+    return f"{min(std):.4g} to {max(std):.4g} ({len(std)} channels)"
 
 
 def check_sampling(sampling: str) -> Sampling:
@@ -111,7 +129,7 @@ def stream_seed(seed: int, index: int, layer: int) -> int:
     """
     digest = hashlib.blake2b(str(seed).encode(), digest_size=8).digest()
     high, low = int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:], "big")
-    mixed = (low + index * _LAYERS + layer) & _MASK32
+    mixed = (low + index * LAYERS + layer) & _MASK32
     mixed = ((mixed ^ (mixed >> 16)) * 0x85EB_CA6B) & _MASK32
     mixed = ((mixed ^ (mixed >> 13)) * 0xC2B2_AE35) & _MASK32
     return (high << 32) | (mixed ^ (mixed >> 16))
@@ -147,23 +165,36 @@ def _generator(draw: _Draw, layer: int, device: torch.device) -> torch.Generator
 
 def fresh_seed() -> int:
     """A seed in [0, 2^62): of fresh entropy, or within a seeded `noise_draw` the next of its seeds."""
-    generator = _generator(_current.get(), _LAYERS - 1, torch.device("cpu"))
+    generator = _generator(_current.get(), LAYERS - 1, torch.device("cpu"))
     return int(torch.randint(2**62, (), generator=generator))
 
 
-def _noise_like(inputs: Tensor, std: float, layer: int, shared: bool) -> Tensor:
-    """Noise of the shape of `inputs`, or with a first dimension of 1 where the batch shares it."""
+def random_source(layer: int, shared: bool, device: torch.device) -> tuple[torch.Generator, bool]:
+    """The generator of a layer in the current draw, and whether a batch shares what is drawn.
+
+    Args:
+        layer: its number.
+        shared: the choice of the layer, which that of `noise_draw` overrides.
+        device: of the generator.
+
+    Raises:
+        RuntimeError: called inside a backward pass.
+    """
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
             "a noisy layer was called inside a backward pass: activation checkpointing would compute it "
             "again with other noise and give wrong gradients; switch checkpointing off"
         )
+    draw = _current.get()
+    policy = shared if draw.sampling is None else draw.sampling == "shared"
+    return _generator(draw, layer, device), policy
+
+
+def _noise_like(inputs: Tensor, std: float, layer: int, shared: bool) -> Tensor:
+    """Noise of the shape of `inputs`, or with a first dimension of 1 where the batch shares it."""
     if inputs.device.type == "meta":
         return torch.empty_like(inputs)
-    draw = _current.get()
-    generator = _generator(draw, layer, inputs.device)
-    if draw.sampling is not None:
-        shared = draw.sampling == "shared"
+    generator, shared = random_source(layer, shared, inputs.device)
     if not shared:
         noise = torch.empty_like(inputs, requires_grad=False)
         # Filled in memory order: `normal_` on a permuted view is several times slower.
@@ -198,10 +229,25 @@ def _identity_backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None, Non
 
 
 _add_noise.register_autograd(_identity_backward)
+
+
+# Levels that differ by channel, or are learned, scale this noise in the graph itself.
+@torch.library.custom_op(
+    "selfensemble::unit_noise", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
+)
+def _unit_noise(inputs: Tensor, layer: int, shared: bool, call: int) -> Tensor:
+    return torch.empty_like(inputs).copy_(_noise_like(inputs, 1.0, layer, shared))
+
+
+@_unit_noise.register_fake
+def _(inputs: Tensor, layer: int, shared: bool, call: int) -> Tensor:
+    return torch.empty_like(inputs)
+
+
 _calls = itertools.count()
 
 
-def _call_number() -> int:
+def call_number() -> int:
     """A number that no other call in a traced graph has.
 
     The compiler's common-subexpression elimination merges calls of custom operators with equal
@@ -211,36 +257,98 @@ def _call_number() -> int:
 
 
 # What torch.compiler.assume_constant_result does; calling that imports the whole compiler.
-_call_number._dynamo_marked_constant = True  # type: ignore[attr-defined]
+call_number._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-class GaussianNoise(nn.Module):
-    """Adds `N(0, std^2)` noise to its input, at training and at test time, fresh at every call.
+class RandomLayer(nn.Module):
+    """A layer that draws random numbers at every call, in training and at test time.
 
-    The layer has no parameters and no buffers: it adds nothing to a state dict. `eval()` does not
-    switch it off; `noise_disabled` does.
+    `eval()` does not switch it off; `noise_disabled` does.
 
-    Args:
-        std: standard deviation, >= 0, in the units of the input.
+    Attributes:
         layer: number of the layer within its network; seeded streams of two layers differ by it.
-        sampling: "per_image" gives every image of a batch its own noise. "shared" gives all images of
-            a batch the same noise in eval mode, which costs 1 / batch of the random numbers and leaves
-            the distribution of each image's output as it is; training is always per image.
-
-    Shape: (B, ...) of any floating dtype, to the same.
-
-    Source: Liu et al., Towards Robust Neural Networks via Random Self-ensemble, ECCV 2018, eq. 2.
+        sampling: "per_image" gives every image of a batch its own randomness. "shared" gives all images
+            of a batch the same in eval mode, which costs 1 / batch of the random numbers and leaves the
+            distribution of each image's output as it is; training is always per image.
+        enabled: what `noise_disabled` sets to False.
+        is_continuous: whether no two draws are ever equal.
     """
 
-    def __init__(self, std: float = 0.1, *, layer: int = 0, sampling: Sampling = "per_image") -> None:
+    is_continuous = True
+
+    def __init__(self, layer: int, sampling: Sampling) -> None:
         super().__init__()
-        self.std = check_std("std", std)
         self.layer = layer
         self.sampling: Sampling = check_sampling(sampling)
         self.enabled = True
 
+    @property
+    def varies(self) -> bool:
+        """Whether two calls differ, while the layer is enabled."""
+        raise NotImplementedError
+
+    @property
+    def is_active(self) -> bool:
+        """Whether two calls differ now."""
+        return self.enabled and self.varies
+
+    def fix_(self) -> None:
+        """Take the randomness out for good."""
+        raise NotImplementedError
+
+
+class GaussianNoise(RandomLayer):
+    """Adds `N(0, std^2)` noise to its input, at training and at test time, fresh at every call.
+
+    The layer adds nothing to a state dict.
+
+    Args:
+        std: standard deviation, >= 0, in the units of the input; or one for each channel.
+        layer, sampling: see `RandomLayer`.
+
+    Shape: (B, ...) of any floating dtype, to the same; (B, C, ...) where `std` holds C levels.
+
+    Source: Liu et al., Towards Robust Neural Networks via Random Self-ensemble, ECCV 2018, eq. 2.
+    """
+
+    _number: float | None  # one level that is a number rather than a tensor
+    _levels: Tensor | None
+    _varies: bool
+
+    def __init__(
+        self, std: float | Sequence[float] = 0.1, *, layer: int = 0, sampling: Sampling = "per_image"
+    ) -> None:
+        super().__init__(layer, sampling)
+        self.std = check_stds("std", std)
+
+    @property
+    def std(self) -> Std:
+        """Standard deviation, or one for each channel."""
+        return self._std
+
+    @std.setter
+    def std(self, std: Std) -> None:
+        self._std = check_stds("std", std)
+        self._number = self._std if isinstance(self._std, float) else None
+        self._varies = bool(np.max(self._std) > 0)
+        levels = torch.tensor(self._std) if self._number is None else None
+        # A buffer moves to the device of the network; one that is not persistent is in no state dict.
+        self.register_buffer("_levels", levels, persistent=False)
+
+    @property
+    def varies(self) -> bool:
+        return self._varies
+
+    def fix_(self) -> None:
+        self.std = 0.0
+
+    def levels(self) -> Tensor:
+        """(C,), or () for one level, where levels are a tensor."""
+        assert self._levels is not None
+        return self._levels
+
     def forward(self, inputs: Tensor) -> Tensor:
-        if not self.enabled or self.std == 0:
+        if not (self.enabled and self._varies):
             return inputs
         if not inputs.is_floating_point():
             raise TypeError(
@@ -248,11 +356,31 @@ class GaussianNoise(nn.Module):
                 "for uint8 images use inputs.float() / 255"
             )
         shared = self.sampling == "shared" and not self.training
+        if self._number is None:
+            return self._scaled(inputs, self.levels(), shared)
         if torch.compiler.is_compiling():
-            noisy: Tensor = _add_noise(inputs, self.std, self.layer, shared, _call_number())
+            noisy: Tensor = _add_noise(inputs, self._number, self.layer, shared, call_number())
             return noisy
-        return inputs + _noise_like(inputs.detach(), self.std, self.layer, shared)
+        return inputs + _noise_like(inputs.detach(), self._number, self.layer, shared)
+
+    def _scaled(self, inputs: Tensor, levels: Tensor, shared: bool) -> Tensor:
+        """Noise times levels that are a tensor, along the channels and differentiable in the levels."""
+        if levels.dim() and (inputs.dim() < 2 or inputs.shape[1] != len(levels)):
+            raise ValueError(
+                f"there are noise levels for {len(levels)} channels, and inputs of shape "
+                f"{tuple(inputs.shape)}: their second dimension must be that of the channels"
+            )
+        noise: Tensor
+        if torch.compiler.is_compiling():
+            noise = _unit_noise(inputs.detach(), self.layer, shared, call_number())
+        else:
+            noise = _noise_like(inputs.detach(), 1.0, self.layer, shared)
+        shape = (-1, *[1] * (inputs.dim() - 2)) if levels.dim() else ()
+        scale = levels.to(inputs.dtype).reshape(shape)
+        if len(noise) < len(inputs):  # of one draw for the batch; scaled before it meets the batch
+            return inputs + noise * scale
+        return torch.addcmul(inputs, noise, scale)
 
     def extra_repr(self) -> str:
         off = "" if self.enabled else ", off"
-        return f"std={self.std:g}, layer={self.layer}, sampling={self.sampling}{off}"
+        return f"std={describe_std(self.std)}, layer={self.layer}, sampling={self.sampling}{off}"

@@ -5,12 +5,15 @@ A recipe is a file, or the name of one shipped in `selfensemble/recipes/`.
 
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from .models import MODELS
+from .defenses import AnyDefense, CrossEntropy
+from .defenses.resize_pad import ResizePadConfig
+from .learned_noise import Granularity
+from .models import MODELS, Activation
 from .noise import NoiseConfig
 
 _Count = Annotated[int, Field(ge=1)]
@@ -33,18 +36,31 @@ class DataSection(_Section):
 
 
 class ModelSection(_Section):
-    """Network: a key of `MODELS`, and the factor on its channels."""
+    """Network: a key of `MODELS`, the factor on its channels, and what stands behind its convolutions."""
 
     name: str = "small-cnn"
     width: _Positive = 1.0
+    activation: Activation = "relu"
 
 
 class NoiseSection(_Section):
-    """Noise levels and draws a prediction; both levels 0 is the plain network."""
+    """Noise levels and draws a prediction; both levels 0 is the plain network.
+
+    `learn`: levels are learned from there, one a layer or one a channel; `hold`: the weight of what keeps
+    them up, see `selfensemble.learned_noise`.
+    """
 
     init_std: _NonNegative = NoiseConfig().init_std
     inner_std: _NonNegative = NoiseConfig().inner_std
+    learn: Granularity | None = None
+    hold: _NonNegative = 0.1
     draws: _Count = 10
+
+    @model_validator(mode="after")
+    def _has_noise_to_learn(self) -> Self:
+        if self.learn and not (self.init_std or self.inner_std):
+            raise ValueError("there is no noise to learn: set init_std or inner_std above 0")
+        return self
 
     def config(self) -> NoiseConfig:
         return NoiseConfig(self.init_std, self.inner_std)
@@ -54,7 +70,9 @@ class TrainSection(_Section):
     """SGD and its schedule.
 
     `stages`: lengths of the stages between which the learning rate falls by 10, relative to each other:
-    they are stretched to `epochs`. `checkpoint_steps`: None for once an epoch.
+    they are stretched to `epochs`. `average`: what is kept of the averaged weights at each step, e.g.
+    0.999; with it the average is validated and saved (Polyak averaging); 0 saves the last weights.
+    `checkpoint_steps`: None for once an epoch.
     """
 
     epochs: _Count = 30
@@ -70,18 +88,24 @@ class TrainSection(_Section):
         Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)
     ] = "no"
     channels_last: bool = True
+    average: Annotated[float, Field(ge=0, lt=1)] = 0.0
     checkpoint_steps: _Count | None = None
 
 
 class Recipe(_Section):
-    """Everything a training run depends on, but for the machine."""
+    """Everything a training run depends on, but for the machine.
+
+    `resize_pad`: random resize-and-pad in front of the network, in training and at test time.
+    """
 
     name: str
     description: str = ""
     seed: Annotated[int, Field(ge=0)] = 0
     data: DataSection = DataSection()
     model: ModelSection = ModelSection()
+    resize_pad: ResizePadConfig | None = None
     noise: NoiseSection = NoiseSection()
+    defense: AnyDefense = CrossEntropy()
     train: TrainSection = TrainSection()
 
 
@@ -167,10 +191,21 @@ def _explain(error: ValidationError) -> str:
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            section: Any = Recipe
-            for part in problem["loc"][:-1]:
-                section = section.model_fields[part].annotation
-            parts.append(f"unknown key {where}; known here: {', '.join(section.model_fields)}")
+            parts.append(f"unknown key {where}; known here: {', '.join(_known_keys(problem['loc'][:-1]))}")
         else:
             parts.append(f"{where}: {problem['msg']}, got {problem['input']!r}")
     return "; ".join(parts)
+
+
+def _known_keys(place: tuple[int | str, ...]) -> list[str]:
+    """Keys of the section at a place; where a section has several kinds, its name follows."""
+    section: Any = Recipe
+    kinds: list[Any] = []
+    for part in place:
+        if kinds and part not in section.model_fields:
+            section = next(kind for kind in kinds if kind.model_fields["name"].default == part)
+            continue
+        annotation = section.model_fields[part].annotation
+        kinds = [kind for kind in get_args(annotation) or (annotation,) if hasattr(kind, "model_fields")]
+        section = kinds[0]
+    return list(section.model_fields)

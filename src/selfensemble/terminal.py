@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .evaluation.results import CheckRecord, Results
+    from .experiments import Page
 
 out, err = Console(), Console(stderr=True)
 
@@ -88,6 +89,19 @@ def print_checks(checks: "Sequence[CheckRecord]") -> None:
         style = "red" if check.passed is False else None
         table.add_row(check.name, verdict, check.figure, check.advice, style=style)
     out.print(table)
+
+
+def print_page(page: "Page") -> None:
+    """The tables of an experiment."""
+    from rich.table import Table
+
+    for part in page.tables:
+        table = Table(title=part.title, caption=part.caption)
+        for number, name in enumerate(part.head):
+            table.add_column(name, overflow="fold", justify="right" if number else "left")
+        for row in part.rows:
+            table.add_row(*row)
+        out.print(table)
 
 
 def percent(record: dict[str, Any]) -> str:

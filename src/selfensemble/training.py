@@ -1,4 +1,4 @@
-"""Training: SGD on the cross-entropy of one noisy forward pass a step.
+"""Training: SGD on the loss of a defense, by default the cross-entropy of one noisy forward pass.
 
 Everything random in step s of rank r is a function of (seed, s, r): the order of the images, the
 augmentation, dropout and the noise. So a checkpoint needs weights, optimiser and step only, and a run
@@ -13,27 +13,32 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import Tensor, nn
+from pydantic import ValidationError
+from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, OneCycleLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from . import hub
 from .augmentation import augmentation
 from .data import ImageData, load_data, split_validation
+from .defenses import Networks
+from .defenses.resize_pad import ResizePadNetwork
 from .ensemble import SelfEnsemble
 from .files import atomic_write, write_json
 from .interrupts import Interrupted, stop_requests
+from .learned_noise import distance_from_start, learn_noise_, mean_levels, parameter_groups
 from .models import create_model
 from .noise import noise_draw, stream_seed
 from .provenance import accuracy_record, provenance
 from .recipe import Recipe, TrainSection, differing_keys
 
-CHECKPOINT, RESULTS = "checkpoint.pt", "results.json"
-_CHECKPOINT_VERSION = 1
+CHECKPOINT, RESULTS, TEACHER = "checkpoint.pt", "results.json", "teacher"
+_CHECKPOINT_VERSION = 2
 _EVAL_BATCH = 500
 Progress = Callable[[int, int, str], None]
 
@@ -41,9 +46,14 @@ Progress = Callable[[int, int, str], None]
 def build_ensemble(recipe: Recipe, data: ImageData) -> SelfEnsemble:
     """The untrained ensemble of a recipe; weights are drawn from the global random state."""
     model = create_model(**architecture(recipe, data).model_dump())
-    return SelfEnsemble(
+    if recipe.resize_pad is not None:
+        model = ResizePadNetwork(model, recipe.resize_pad)
+    ensemble = SelfEnsemble(
         model, recipe.noise.config(), draws=recipe.noise.draws, example_inputs=data.inputs(slice(2))
     )
+    if recipe.noise.learn is not None:
+        learn_noise_(model, recipe.noise.learn)
+    return ensemble
 
 
 def architecture(recipe: Recipe, data: ImageData) -> hub.Architecture:
@@ -51,6 +61,7 @@ def architecture(recipe: Recipe, data: ImageData) -> hub.Architecture:
     return hub.Architecture(
         name=recipe.model.name,
         width=recipe.model.width,
+        activation=recipe.model.activation,
         classes=len(data.classes),
         channels=data.images.shape[1],
     )
@@ -118,8 +129,9 @@ class Trainer:
             recipe = recipe.model_copy(update={"data": section})
         self.recipe, self.out = recipe, Path(out)
         self.progress = progress or (lambda step, steps, text: None)
-        # A second run in one process may want another precision than the first.
-        AcceleratorState._reset_state()
+        # A second run in one process may want another precision than the first; a teacher wants the same.
+        if AcceleratorState._shared_state and AcceleratorState().mixed_precision != recipe.train.precision:
+            AcceleratorState._reset_state()
         # Told so, Accelerate joins the processes that torchrun starts on a machine without accelerator.
         self.accelerator = Accelerator(
             mixed_precision=recipe.train.precision, cpu=not torch.accelerator.is_available()
@@ -147,7 +159,7 @@ class Trainer:
         self._format = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
         ensemble.to(memory_format=self._format)  # type: ignore[call-overload]
         optimizer = torch.optim.SGD(
-            ensemble.parameters(),
+            parameter_groups(ensemble),
             lr=recipe.train.lr,
             momentum=recipe.train.momentum,
             weight_decay=recipe.train.weight_decay,
@@ -155,6 +167,11 @@ class Trainer:
         )
         self.model, self.optimizer = self.accelerator.prepare(ensemble, optimizer)
         self.scheduler = make_scheduler(optimizer, recipe.train, self.steps)
+        self._averaged: AveragedModel | None = None
+        if recipe.train.average:
+            average = get_ema_multi_avg_fn(recipe.train.average)
+            self._averaged = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
+        self._teacher: SelfEnsemble | None = None
         if resume and (self.out / CHECKPOINT).exists():
             self._load_checkpoint()
 
@@ -203,10 +220,17 @@ class Trainer:
         return batch - batch % processes
 
     @property
-    def ensemble(self) -> SelfEnsemble:
-        """The ensemble without the wrapper of a distributed run."""
+    def network(self) -> SelfEnsemble:
+        """The network in training, without the wrapper of a distributed run."""
         unwrapped: SelfEnsemble = self.accelerator.unwrap_model(self.model)
         return unwrapped
+
+    @property
+    def ensemble(self) -> SelfEnsemble:
+        """What is validated and saved: the averaged weights, or those in training."""
+        if self._averaged is None:
+            return self.network
+        return cast(SelfEnsemble, self._averaged.module)
 
     def run(self) -> dict[str, Any]:
         """Train to the end, evaluate, save the ensemble; returns what `results.json` holds.
@@ -217,6 +241,7 @@ class Trainer:
         """
         from torch.utils.tensorboard import SummaryWriter
 
+        self._train_teacher()
         writer = None
         if self.accelerator.is_main_process:
             writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step)
@@ -231,6 +256,17 @@ class Trainer:
             if writer is not None:
                 writer.close()
         return self._finish()
+
+    def _train_teacher(self) -> None:
+        """Train, or load, the network that the defense needs before its own."""
+        recipe = self.recipe.defense.teacher(self.recipe)
+        if recipe is None:
+            return
+        folder = self.out / TEACHER
+        replaces = self._replaces
+        if replaces or not (folder / RESULTS).exists():
+            Trainer(recipe, folder, resume=not replaces, overwrite=replaces, progress=self.progress).run()
+        self._teacher = hub.load(folder).to(self.accelerator.device)
 
     def _run_epoch(self, stop: threading.Event) -> None:
         """The rest of the current epoch, its validation and its checkpoint."""
@@ -257,6 +293,7 @@ class Trainer:
             "train/loss": mean_loss,
             "train/lr": float(self.scheduler.get_last_lr()[0]),
         }
+        record |= dict(mean_levels(self.ensemble))
         if len(self.validation_indices):
             correct = self._evaluate(self.train_data, self.validation_indices, draws=1)
             record["validation/accuracy"] = correct / len(self.validation_indices)
@@ -291,11 +328,15 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad()
         with noise_draw(self._seed, self.step), self.accelerator.autocast():
-            logits = self.model(inputs)
-        loss = nn.functional.cross_entropy(logits.float(), self.train_data.labels[mine].to(device))
+            networks = Networks(self.model, self.network, self._teacher)
+            loss = self.recipe.defense.loss(networks, inputs, self.train_data.labels[mine].to(device))
+            if self.recipe.noise.learn is not None:
+                loss = loss + self.recipe.noise.hold * distance_from_start(self.network)
         self.accelerator.backward(loss)
         self.optimizer.step()
         self.scheduler.step()
+        if self._averaged is not None:
+            self._averaged.update_parameters(self.network)
         return loss.detach()
 
     def _evaluate(self, data: ImageData, indices: Tensor, draws: int | None = None) -> int:
@@ -352,7 +393,8 @@ class Trainer:
             "step": self.step,
             "history": self.history,
             "seconds": self.seconds + running_seconds,
-            "model": self.ensemble.state_dict(),
+            "model": self.network.state_dict(),
+            "averaged": None if self._averaged is None else self._averaged.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "epoch_loss": self._epoch_loss,
@@ -380,7 +422,7 @@ class Trainer:
             ) from error
         if version != _CHECKPOINT_VERSION:
             raise ValueError(f"{path} has version {version}, this release reads {_CHECKPOINT_VERSION}")
-        differing = differing_keys(saved_recipe, self.recipe.model_dump(mode="json"))
+        differing = differing_keys(_with_defaults(saved_recipe), self.recipe.model_dump(mode="json"))
         if differing:
             raise ValueError(
                 f"{path} belongs to another recipe (different: {', '.join(differing)}): pass the same "
@@ -388,10 +430,20 @@ class Trainer:
             )
         if state["processes"] != self.accelerator.num_processes:
             raise ValueError(f"{path} was written by {state['processes']} processes: resume with as many")
-        self.ensemble.load_state_dict(state["model"])
+        self.network.load_state_dict(state["model"])
+        if self._averaged is not None:
+            self._averaged.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.history, self.seconds = state["step"], state["history"], state["seconds"]
         self._epoch_loss = state["epoch_loss"]
+
+
+def _with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as it was saved, with the keys that have been added since; a foreign one as it is."""
+    try:
+        return Recipe.model_validate(saved).model_dump(mode="json")
+    except ValidationError:
+        return saved

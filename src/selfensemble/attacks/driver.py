@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ensemble import SelfEnsemble, check_count, check_images, explain_shape, logits_of
+from ..inference import original_of
 from ..inject import eval_mode
 from ..noise import fresh_seed, stream_seed
 from .expectation import Forward, Noise, Oracle
@@ -31,7 +32,7 @@ def run_attack(
     size = len(inputs) if max_batch is None else check_count("max_batch", max_batch)
     seed = fresh_seed() if noise.seed is None else noise.seed
     device, parts = device_of(model, inputs), []
-    with attacked(model) as forward:
+    with attacked(model) as (forward, follow):
         with explain_shape(model, inputs):
             first = inputs[:size].detach().to(device, torch.float32, copy=True)
             classes, is_random, reseed = _probe(model, forward, first)
@@ -42,8 +43,9 @@ def run_attack(
         for number, (x, y) in enumerate(zip(inputs.split(size), labels.split(size), strict=True)):
             own = seed if number == 0 or noise.frozen else stream_seed(seed, number, 1)
             oracle = Oracle(
-                forward, noise, seed=own, is_random=is_random, classes=classes, device=device, reseed=reseed
-            )
+                forward, noise, seed=own, is_random=is_random, classes=classes, device=device, reseed=reseed,
+                follow=follow,
+            )  # fmt: skip
             # In float32, whatever the model computes in: smaller types cannot hold small changes.
             part = run(oracle, x.detach().to(device, torch.float32, copy=True), y.to(device, copy=True))
             parts.append(part.detach().clamp(0.0, 1.0).to(inputs.device, inputs.dtype))
@@ -51,14 +53,18 @@ def run_attack(
 
 
 @contextmanager
-def attacked(model: nn.Module) -> Iterator[Forward]:
-    """The single-draw forward of `model` in eval mode, without gradients of its parameters."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def attacked(model: nn.Module) -> Iterator[tuple[Forward, Forward | None]]:
+    """The single-draw forward of `model` in eval mode, without gradients of its parameters.
+
+    Of an optimised copy it is that of its original, and second the copy's own, to follow its gradients.
+    """
+    original = original_of(model)
+    trainable = [parameter for parameter in original.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
-        with eval_mode(model), torch.inference_mode(False), torch.enable_grad():
-            yield single_draw(model)
+        with eval_mode(original), eval_mode(model), torch.inference_mode(False), torch.enable_grad():
+            yield single_draw(original), None if model is original else single_draw(model)
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)

@@ -90,6 +90,7 @@ class Oracle:
         classes: K.
         device: of the model; where not the CPU, its global generator counts too.
         reseed: draw noise of torch's global generators from the seed as well (dropout at test time).
+        follow: a faster forward whose gradients stand for those of `forward`, which decides about success.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Oracle:
         classes: int = 0,
         device: torch.device | None = None,
         reseed: bool = False,
+        follow: Forward | None = None,
     ) -> None:
         self.noise, self.seed = noise, seed
         self.classes = classes
@@ -112,7 +114,9 @@ class Oracle:
         # Frozen noise of torch's global generators is that of a fixed batch.
         self.may_shrink = not (noise.frozen and reseed)
         self.eot = noise.eot if is_random else 1
-        self._forward = forward
+        self._forward, self._follow = forward, follow or forward
+        # Whether the answer of a step is all there is to know about its success.
+        self.exact = follow is None and not self.is_random
         self._seed = seed if noise.frozen else stream_seed(seed, 1, 0)
         self._confirm_seed = stream_seed(seed, 2, 0)
         self._drawn = self._confirmed = 0
@@ -126,14 +130,15 @@ class Oracle:
             return _CONFIRM_DRAWS if self.is_random else 1
         return self.noise.confirm_draws
 
-    def _logits(self, inputs: Tensor, seed: int, index: int) -> Tensor:
+    def _logits(self, inputs: Tensor, seed: int, index: int, *, follow: bool = False) -> Tensor:
+        forward = self._follow if follow else self._forward
         with noise_draw(seed, index, "shared"):
             if not self._reseed:
-                return self._forward(inputs).float()
+                return forward(inputs).float()
             kind = self._devices[0].type if self._devices else "cuda"
             with torch.random.fork_rng(self._devices, device_type=kind):
                 torch.manual_seed(stream_seed(seed, index, OTHER_NOISE))
-                return self._forward(inputs).float()
+                return forward(inputs).float()
 
     def _indices(self) -> range:
         """Numbers of the draws of the next step."""
@@ -149,7 +154,7 @@ class Oracle:
         over = None
         if self.noise.average == "probabilities" and len(indices) > 1:
             # The draws twice: for the mean, and then each with its share in the gradient of the mean.
-            over = self._mean_log(inputs, indices).requires_grad_()
+            over = self._mean_log(inputs, indices, follow=True).requires_grad_()
             with torch.enable_grad():
                 (outer,) = torch.autograd.grad(loss(over).sum(), over)
         gradient = torch.zeros_like(inputs)
@@ -157,7 +162,7 @@ class Oracle:
         for index in indices:
             with torch.enable_grad():
                 leaf = inputs.detach().requires_grad_()
-                logits = self._logits(leaf, self._seed, index)
+                logits = self._logits(leaf, self._seed, index, follow=True)
                 drawn = logits.log_softmax(dim=1)
                 if over is None:
                     values = loss(logits if self.noise.average == "losses" else drawn)
@@ -193,11 +198,11 @@ class Oracle:
         return Estimate(total / len(each), softmax, inputs.new_empty(0))
 
     @torch.no_grad()
-    def _mean_log(self, inputs: Tensor, indices: range) -> Tensor:
+    def _mean_log(self, inputs: Tensor, indices: range, *, follow: bool = False) -> Tensor:
         """Log of the mean softmax (B, K)."""
         over: Tensor | None = None
         for index in indices:
-            drawn = self._logits(inputs, self._seed, index).log_softmax(dim=1)
+            drawn = self._logits(inputs, self._seed, index, follow=follow).log_softmax(dim=1)
             over = drawn if over is None else torch.logaddexp(over, drawn)
         spend(forwards=len(inputs) * len(indices))
         assert over is not None
@@ -234,8 +239,7 @@ class Oracle:
     def confirmed(self, inputs: Tensor, probabilities: Tensor, labels: Tensor, targeted: bool) -> Tensor:
         """(B,) whether `probabilities` of a step claim a success and fresh draws agree."""
         claims = fooled(probabilities, labels, targeted)
-        # Without randomness the step's own answer is all there is to know.
-        if not claims.any() or not self.is_random:
+        if not claims.any() or self.exact:
             return claims
         chosen = claims.nonzero().squeeze(1)
         claims[chosen] = self.lead(inputs[chosen], labels[chosen], targeted)[1]

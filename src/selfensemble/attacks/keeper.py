@@ -44,7 +44,7 @@ class Keeper:
         stay = torch.ones(len(active), dtype=torch.bool, device=active.device)
         labels = self.y[active]
         if not self.oracle.is_random:
-            success = fooled(estimate.probabilities, labels, self.targeted)
+            success = self.oracle.confirmed(images, estimate.probabilities, labels, self.targeted)
             self._take(active, images, estimate.loss, success)
             return ~success if stop and self.oracle.may_shrink else stay
         if stop and step % self.check_every == self.check_every - 1:

@@ -49,7 +49,7 @@ class Nearest:
         success = fooled(probabilities, self.y[active], self.targeted)
         success &= nearer if asked is None else nearer | asked
         chosen = success.nonzero().squeeze(1)
-        if len(chosen) and self.oracle.is_random:
+        if len(chosen) and not self.oracle.exact:
             sure = self.oracle.lead(images[chosen], self.y[active[chosen]], self.targeted)[1]
             success[chosen] = sure
         self._take(active[success & nearer], images[success & nearer])

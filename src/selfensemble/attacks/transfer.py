@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..inference import original_of
 from ..inject import noise_disabled
 from .apgd import apgd
 
@@ -29,5 +30,5 @@ def transfer(
     """
     if surrogate is not None:
         return attack(surrogate, inputs, labels, targeted=targeted, **settings)
-    with noise_disabled(model):
+    with noise_disabled(model), noise_disabled(original_of(model)):
         return attack(model, inputs, labels, targeted=targeted, **settings)

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..attacks import pgd
 from ..attacks.driver import attacked, check_batch, device_of, looks_like_probabilities, single_draw
 from ..ensemble import SelfEnsemble
-from ..inject import eval_mode
-from ..noise import GaussianNoise, stream_seed
+from ..inject import eval_mode, random_layers
+from ..noise import GaussianNoise, RandomLayer, stream_seed
 from .judge import judge
 from .results import CheckRecord
 
@@ -118,7 +118,12 @@ class Patient:
     @cached_property
     def noise_layers(self) -> list[GaussianNoise]:
         """All noise layers within the model."""
-        return [module for module in self.model.modules() if isinstance(module, GaussianNoise)]
+        return [layer for layer in self.random_layers if isinstance(layer, GaussianNoise)]
+
+    @cached_property
+    def random_layers(self) -> list[RandomLayer]:
+        """All random layers of this package within the model."""
+        return random_layers(self.model)
 
     @cached_property
     def clean(self) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from ..files import read_versioned
+from ..noise import Std
 
 RESULTS = "results.json"
 FORMAT_VERSION = 1
@@ -80,12 +81,18 @@ class DataRecord(_Record):
 
 
 class ModelRecord(_Record):
-    """The network of an evaluation; `digest` covers weights and noise."""
+    """The network of an evaluation; `digest` covers weights and randomness.
+
+    Attributes:
+        noise: standard deviation, or one for each channel, by the module that the noise precedes.
+        randomness: other random layers, in words.
+    """
 
     name: str
     digest: str
     draws: int
-    noise: dict[str, float]
+    noise: dict[str, Std]
+    randomness: tuple[str, ...] = ()
     architecture: dict[str, Any] | None = None
 
 

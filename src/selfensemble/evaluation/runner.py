@@ -9,7 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from ..attacks.norms import check_eps, size
 from ..data import ImageData
 from ..ensemble import SelfEnsemble
 from ..files import atomic_write, write_json
-from ..inject import noise_disabled, noise_layers
-from ..noise import stream_seed
+from ..inference import optimize
+from ..inject import noise_disabled, noise_layers, random_layers
+from ..noise import GaussianNoise, stream_seed
 from ..provenance import provenance
 from . import collect
 from .judge import judge
@@ -83,6 +84,9 @@ class Evaluation:
         worst = [plan for plan in self.plans if plan.members]
         self.work: list[Run | Plan] = [self.plans[0], *self.runs, *worst]
         self.shards = Shards(self.out / SHARDS, self.plans, self.inputs, self.protocol.shard)
+        self.attacked = self.ensemble
+        if self.protocol.precision != "float32":
+            self.attacked = optimize(self.ensemble, self.inputs[:2], self.protocol.precision)
         self._try_settings()
         self.model = model_record(self.ensemble, self.name, self.architecture)
         self.data_record = DataRecord(
@@ -183,10 +187,11 @@ class Evaluation:
         tensors: dict[str, Tensor] = {}
         if isinstance(work, Run):
             run = work
-            base = noise_disabled(self.ensemble) if run.surrogate is not None else nullcontext()
-            with count_evaluations() as budget, base:
+            with count_evaluations() as budget, ExitStack() as base:
+                for model in (self.ensemble, self.attacked) if run.surrogate is not None else ():
+                    base.enter_context(noise_disabled(model))
                 found = run.call()(
-                    self.ensemble, x, y, seed=self._seed(number, order, 0), max_batch=self.max_batch,
+                    self.attacked, x, y, seed=self._seed(number, order, 0), max_batch=self.max_batch,
                     **run.settings,
                 )  # fmt: skip
             tensors["budget"] = torch.tensor([budget.gradients, budget.forwards])
@@ -289,12 +294,15 @@ class Evaluation:
 def model_record(ensemble: SelfEnsemble, name: str, architecture: dict[str, Any] | None) -> ModelRecord:
     """What is evaluated: its noise, and a digest of weights and noise."""
     noise = {fqn: layer.std for fqn, layer in noise_layers(ensemble.model).items()}
-    text = json.dumps(noise, sort_keys=True)
+    others = [layer for layer in random_layers(ensemble.model) if not isinstance(layer, GaussianNoise)]
+    randomness = tuple(repr(layer) for layer in others)
+    text = json.dumps(noise, sort_keys=True) + "".join(randomness)
     return ModelRecord(
         name=name,
         digest=_digest(list(ensemble.state_dict().values()), text),
         draws=ensemble.draws,
         noise=noise,
+        randomness=randomness,
         architecture=architecture,
     )
 

@@ -10,12 +10,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..attacks.losses import cross_entropy, margin
-from ..noise import GaussianNoise, noise_draw
+from ..noise import GaussianNoise, describe_std, noise_draw
 from .patient import Patient, RandomOps, failed, not_applicable, passed
 from .results import CheckRecord
 
 _FEW = 1e-3  # relative: two figures closer than this are equal up to rounding
 _NOISE = {"normal", "randn", "randn_like", "normal_functional", "rand", "rand_like", "uniform", "add_noise"}
+_NOISE |= {"unit_noise", "placement"}
 _OF_TORCH = set(vars(nn.Module()))
 _STEP = 0.05  # Euclidean length of the steps that gradients must predict
 _UNDERFLOW = 88.0  # a margin beyond which float32 softmax has no gradient left
@@ -138,13 +139,15 @@ def randomness(patient: Patient) -> CheckRecord:
     )
     figure = f"{distinct} distinct outputs in {len(outputs)} passes"
     # Layers of level 0 are a network without noise; layers that are off had some.
-    noisy = [layer for layer in patient.noise_layers if layer.std > 0]
+    noisy = [layer for layer in patient.random_layers if layer.varies]
     off = sum(not layer.enabled for layer in noisy)
     if off:
-        advice = "noise layers are switched off at test time: leave noise_disabled"
-        return failed(f"{off} of {len(noisy)} noise layers off", advice)
+        advice = "random layers are switched off at test time: leave noise_disabled"
+        return failed(f"{off} of {len(noisy)} random layers off", advice)
     if patient.is_random:
-        if distinct < len(outputs):
+        # Places of an image are few, and meet again by chance.
+        few = bool(noisy) and not any(layer.is_continuous for layer in noisy)
+        if distinct < len(outputs) and not few:
             return failed(figure, "noise repeats: draw it afresh at every call, with no fixed seed")
         if patient.expect_random is False:
             return failed(figure, "the model is random, although it should not be: find the source")
@@ -266,7 +269,7 @@ def _trainable(model: nn.Module) -> Iterator[None]:
 
 def where_noise_enters(patient: Patient) -> CheckRecord:
     """The first noise layer acts on the pixels, or on a known affine map of them."""
-    layers = [layer for layer in patient.noise_layers if layer.enabled and layer.std > 0]
+    layers = [layer for layer in patient.noise_layers if layer.is_active]
     if not layers:
         return not_applicable("there are no noise layers")
     order: list[tuple[GaussianNoise, Tensor]] = []
@@ -304,8 +307,12 @@ def where_noise_enters(patient: Patient) -> CheckRecord:
             "noise enters after a preprocessor: its std is not in pixel units; put it on the pixels",
         )
     known = [abs(float(value)) for value in slope]
-    levels = ", ".join(f"{layer.std / value:.3g}" if value > 0 else "unknown" for value in known)
-    return passed(f"std {layer.std:g} at the first noise layer, in [0, 1] pixels by channel: {levels}")
+    stds = [layer.std] * len(known) if isinstance(layer.std, float) else layer.std
+    levels = ", ".join(
+        f"{std / value:.3g}" if value > 0 else "unknown" for std, value in zip(stds, known, strict=True)
+    )
+    title = f"std {describe_std(layer.std)} at the first noise layer"
+    return passed(f"{title}, in [0, 1] pixels by channel: {levels}")
 
 
 def gradients(patient: Patient) -> CheckRecord:

@@ -127,8 +127,8 @@ def random_noise_is_weaker(patient: Patient) -> CheckRecord:
 
 def transfer_is_weaker(patient: Patient) -> CheckRecord:
     """Images made on the same network without noise do no more than those made on it with noise."""
-    if not patient.is_random or not any(layer.std > 0 for layer in patient.noise_layers):
-        return not_applicable("there are no noise layers whose absence makes a static base")
+    if not patient.is_random or not any(layer.varies for layer in patient.random_layers):
+        return not_applicable("there are no random layers whose absence makes a static base")
     with noise_disabled(patient.model):
         inputs, labels = patient.clean
         images = apgd(

@@ -18,8 +18,9 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from ..evaluation.results import Entry, Results, read_results
+from ..evaluation.results import Entry, ModelRecord, Results, read_results
 from ..files import atomic_write
+from ..noise import describe_std
 from .svg import VIEW_BOX, protocol_plots, row_title, threat_model
 
 GALLERY = "gallery.safetensors"
@@ -170,19 +171,17 @@ def _run_context(label: str, run: _Run) -> dict[str, Any]:
         "results": results,
         "entries": [results.clean, *results.attacks, *results.worst_case],
         "gallery": _gallery(run),
-        "noise": _noise(results.model.noise),
+        "noise": _noise(results.model),
         "protocol": _yaml(results.protocol),
         "provenance": _yaml(results.provenance),
     }
 
 
-def _noise(noise: Mapping[str, float]) -> str:
-    """Standard deviations in the order of the layers, with the number of layers in brackets."""
-    counts = Counter(noise.values())
-    return (
-        ", ".join(f"std {std:.4g} ({count} layer{'s' * (count > 1)})" for std, count in counts.items())
-        or "none"
-    )
+def _noise(model: ModelRecord) -> str:
+    """Levels in the order of the layers, with the number of layers in brackets; then other randomness."""
+    counts = Counter(describe_std(std) for std in model.noise.values())
+    levels = [f"std {std} ({count} layer{'s' * (count > 1)})" for std, count in counts.items()]
+    return ", ".join([*levels, *model.randomness]) or "none"
 
 
 def _gallery(run: _Run) -> dict[str, Any]:

@@ -1,0 +1,109 @@
+"""The card of a trained network: what it is, what was measured on it, what it is not."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from .evaluation.results import Entry, Results
+from .hub import ArtefactConfig
+from .noise import describe_std
+
+_LIMITS = """\
+Robust accuracies are what the named attacks left over: upper bounds, not guarantees. The network carries no
+certificate. The noise has to stay on at test time, and fresh: whoever can ask many times, or predict the
+noise, meets a weaker defense. Trained and measured on small images of few classes; nothing is known about
+others, about natural shifts of the data, or about changes that the attacks did not try (patches, rotations,
+colours)."""
+
+
+def model_card(
+    name: str, config: ArtefactConfig, results: Sequence[Results] = (), licence: str = "apache-2.0"
+) -> str:
+    """Markdown with the front matter of model hubs, filled from a saved ensemble and its evaluations.
+
+    Args:
+        name: of the network.
+        config: its `config.json`.
+        results: evaluations of it, see `read_results`.
+        licence: of the weights, an identifier that model hubs know.
+    """
+    recipe = config.recipe or {}
+    front = {
+        "license": licence,
+        "library_name": "selfensemble",
+        "pipeline_tag": "image-classification",
+        "tags": ["random-self-ensemble", "adversarial-robustness"],
+    }
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {name}",
+        str(recipe.get("description", "")),
+        f'```python\nimport selfensemble as rse\n\nensemble = rse.load("{name}")\n'
+        "ensemble.predict(images)  # images (B, C, H, W) in [0, 1], not standardised\n```",
+        _facts(config),
+        "## Measured\n\n" + _measured(config, results),
+        "## Limits\n\n" + _LIMITS,
+    ]
+    if recipe:
+        parts.append(f"## Recipe\n\n```yaml\n{yaml.safe_dump(_public(recipe), sort_keys=False)}```")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _facts(config: ArtefactConfig) -> str:
+    lines = []
+    if config.architecture is not None:
+        lines.append(f"{config.architecture.name}, width {config.architecture.width:g}")
+    if config.input_shape is not None:
+        lines.append(f"inputs {' x '.join(map(str, config.input_shape))}, pixels in [0, 1]")
+    if config.classes is not None:
+        lines.append(f"classes: {', '.join(config.classes)}")
+    levels = [describe_std(std) for std in config.noise.values()]
+    if config.is_random and levels:
+        lines.append(f"noise: std {levels[0]} on the image, {', '.join(dict.fromkeys(levels[1:]))} inside")
+    lines.append(f"a prediction averages {config.draws} noise draw{'s' * (config.draws != 1)}")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _measured(config: ArtefactConfig, results: Sequence[Results]) -> str:
+    lines = []
+    for split, record in config.metrics.items():
+        if isinstance(record, dict) and "accuracy" in record:
+            lines.append(f"{split.capitalize()} accuracy {_share(record)}, {record['images']} images.")
+    for result in results:
+        protocol, about = result.protocol, result.provenance
+        lines += [
+            f"\n`selfensemble evaluate {result.name} --protocol {protocol['name']} "
+            f"--n {result.data.images}`, seed {protocol['seed']}, {_machine(about)}; first {result.data.images} test images, 95 % "
+            "Clopper-Pearson intervals:\n",
+            "| attack | budget | accuracy | RMS L2 |\n|---|---|---|---|",
+            *(_row(entry) for entry in (result.clean, *result.attacks, *result.worst_case)),
+        ]
+    if not results:
+        lines.append("\nNot evaluated under attack.")
+    return "\n".join(lines)
+
+
+def _row(entry: Entry) -> str:
+    budget = f"{entry.norm} {entry.eps:.4g}" if entry.eps is not None else ""
+    if entry.c is not None:
+        budget = f"c = {entry.c:g}"
+    return f"| {entry.title} | {budget} | {_share(entry.model_dump())} | {entry.rms_l2:.3f} |"
+
+
+def _share(record: dict[str, Any]) -> str:
+    accuracy, low, high = (100 * record[key] for key in ("accuracy", "low", "high"))
+    return f"{accuracy:.1f} % ({low:.1f} to {high:.1f})"
+
+
+def _machine(about: dict[str, Any]) -> str:
+    hardware, versions = about["hardware"], about["versions"]
+    device = hardware["accelerator"] or f"{hardware['cpu']} ({hardware['cores']} cores)"
+    return f"{device}, torch {versions['torch']}, selfensemble {versions['selfensemble']}"
+
+
+def _public(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe without the folder that the images lay in."""
+    data = dict(recipe.get("data", {}))
+    if "/" in str(data.get("source", "")) or "\\" in str(data.get("source", "")):
+        data["source"] = str(data["source"]).replace("\\", "/").rstrip("/").rpartition("/")[2]
+    return {**recipe, "data": data}

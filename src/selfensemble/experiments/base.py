@@ -1,0 +1,92 @@
+"""What an experiment is: networks to measure one by one, and a page made from what is stored of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data import ImageData
+from .networks import Family, Network, Trained, family, network
+from .page import Page
+from .records import Record
+from .scales import Scale
+from .units import Units
+
+Report = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a measurement of one network needs.
+
+    Attributes:
+        scale: how much work.
+        network: which network.
+        trained: the network itself, on `device`.
+        test: the test set.
+        folder: for units of work, of this network alone.
+        model, data: digests of the network with its noise, and of the images.
+        seed: of attacks and judge.
+        progress: called with what is being done and the share done.
+    """
+
+    scale: Scale
+    network: Network
+    trained: Trained
+    test: ImageData
+    folder: Path
+    model: str
+    data: str
+    device: torch.device
+    seed: int
+    progress: Report
+
+    def units(self, settings: dict[str, Any]) -> Units:
+        """Units of work of a measurement with these settings."""
+        identity = {"model": self.model, "data": self.data, "seed": self.seed, "shard": self.scale.shard}
+        identity |= {"draws": self.trained.ensemble.draws, "settings": settings}
+        return Units(self.folder, identity)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is stored of a network beside its name, its training and where it was measured."""
+
+    settings: dict[str, Any]
+    entries: dict[str, dict[str, Any]]
+    columns: dict[str, list[str]]
+
+
+class Experiment:
+    """Subclasses say which networks, how one is measured, and what is shown."""
+
+    name: str
+    names: tuple[str, ...]
+    kin: str = "vgg16"
+
+    @property
+    def family(self) -> Family:
+        """Architecture and data of its networks."""
+        return family(self.kin)
+
+    def networks(self, scale: Scale) -> list[Network]:  # noqa: ARG002
+        """In the order of the tables; by default those of `names` in `networks.yaml`."""
+        return [network(name) for name in self.names]
+
+    def measure(self, setting: Setting) -> Measured:
+        """Measure one network; units of work that are done are not repeated."""
+        raise NotImplementedError
+
+    def page(self, records: Sequence[Record]) -> Page:
+        """Tables and plots of the networks measured so far, at least one."""
+        raise NotImplementedError
+
+
+def inputs_of(setting: Setting, images: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first test images and their labels."""
+    part = slice(min(images, len(setting.test)))
+    return setting.test.inputs(part), setting.test.labels[part]

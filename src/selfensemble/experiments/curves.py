@@ -1,0 +1,138 @@
+"""The paper's headline: accuracy against the strength c and against distortion, for every defense.
+
+Experiments `headline`, `resnext` and `stl10`. Source: Liu et al., ECCV 2018, section 4.
+"""
+
+from collections.abc import Callable, Sequence
+
+from matplotlib.figure import Figure
+
+from ..evaluation.protocol import AttackSpec, JudgeSection, Protocol
+from .base import Experiment, Measured, Setting
+from .distances import distance_table
+from .figures import Line, Panel, draw
+from .judged import accuracy, by_strength, evaluate, rms
+from .page import Page, Picture, Table
+from .published import Curve, citation, published_curve
+from .records import Record
+from .scales import Scale
+
+_ABOUT = """\
+The *paper's protocol*: untargeted C&W L2, fixed c, kappa 0, last iterate, one noise draw a step. It is weak
+against randomised defenses, and what a c does depends on the scale of the logits. The table by distance has
+another protocol: C&W with binary search over c, averaged over noise. Accuracies are those of the first seed
+of the defender's noise, drawn for each image, with 95 % Clopper-Pearson intervals; c = 0 is no attack.
+Distances are L2, images in [0, 1]."""
+_RESCALED = """
+
+*Logits / 10* is the undefended network with its logits divided by ten. That changes none of its answers, and
+makes a c a weaker attack: accuracies at a fixed c do not compare defenses."""
+_AXES = {"c": ("strength c (0: no attack)", "symlog"), "rms_l2": ("distortion, RMS L2", "linear")}
+
+
+def curve_protocol(scale: Scale, seed: int) -> Protocol:
+    """The paper's attack at every strength, and C&W with binary search for the distances."""
+    paper = {"attack": "cw-paper", "title": "C&W paper", "c": list(scale.strengths)}
+    search = {"attack": "cw", "title": f"C&W EOT {scale.search.eot}"}
+    return Protocol(
+        name="curves",
+        images=scale.images,
+        seed=seed,
+        shard=scale.shard,
+        judge=JudgeSection(seeds=scale.seeds, queries=1),
+        attacks=(
+            AttackSpec.model_validate(paper | scale.paper.model_dump()),
+            AttackSpec.model_validate(search | scale.search.model_dump()),
+        ),
+    )
+
+
+class Curves(Experiment):
+    """The paper's attack on the defenses of the paper and ours, for one architecture."""
+
+    def __init__(self, name: str, kin: str, *more: str) -> None:
+        self.name, self.kin = name, kin
+        self.names = ("plain", "fgsm-retraining", "brelu", "distillation", "rse", "ours", *more)
+
+    def measure(self, setting: Setting) -> Measured:
+        return evaluate(setting, curve_protocol(setting.scale, setting.seed))
+
+    def page(self, records: Sequence[Record]) -> Page:
+        head, rows = _by_strength(records, lambda record, key: accuracy(record, key).text)
+        parts = [
+            Table("Accuracy against the strength c", "Accuracy in %.", head, rows),
+            Table(
+                "Distortion against the strength c",
+                "RMS L2 of the change.",
+                *_by_strength(records, lambda record, key: f"{rms(record, key):.3f}"),
+            ),
+            Picture(
+                "accuracy",
+                "Accuracy against c and against distortion; bars: 95 % intervals.",
+                self._plot(records),
+            ),
+            *self._authors(records),
+            *distance_table(records),
+        ]
+        facts = records[0].facts
+        rescaled = any(record.facts.network == "rescaled" for record in records)
+        title = f"The paper's experiment: {facts.recipe['model']['name']} on {facts.source}"
+        return Page(title, _ABOUT + (_RESCALED if rescaled else ""), parts)
+
+    def _published(self, record: Record) -> Curve | None:
+        """The authors' curve of the same defense of the same network."""
+        name, model = record.facts.published, record.facts.recipe["model"]["name"]
+        return published_curve(self.kin, name) if name and model == self.family.model else None
+
+    def _authors(self, records: Sequence[Record]) -> list[Table | Picture]:
+        """The authors' curves of the networks measured here."""
+        curves = {each.facts.title: curve for each in records if (curve := self._published(each))}
+        if not curves:
+            return []
+        rows = [
+            [
+                f"{c:g}",
+                *(f"{100 * curve.accuracy[i]:.1f}, {curve.rms_l2[i]:.3f}" for curve in curves.values()),
+            ]
+            for i, c in enumerate(next(iter(curves.values())).c)
+        ]
+        caption = f"Accuracy in % and RMS L2. {citation()}"
+        return [Table("The authors' curves", caption, ["c", *curves], rows)]
+
+    def _plot(self, records: Sequence[Record]) -> Figure:
+        return draw([self._panels(records, x) for x in _AXES], share_x=True)
+
+    def _panels(self, records: Sequence[Record], x: str) -> list[Panel]:
+        """Ours and, up to the same c, the authors' curves against `x`, a key of `_AXES`."""
+        ours, authors = [], []
+        for look, record in enumerate(records):
+            keys, title = by_strength(record), record.facts.title
+            places = list(keys) if x == "c" else [rms(record, key) for key in keys.values()]
+            ours.append(Line(title, look, places, [accuracy(record, key) for key in keys.values()]))
+            if curve := self._published(record):
+                within = sum(c <= max(keys) for c in curve.c)
+                authors.append(Line(title, look, getattr(curve, x)[:within], curve.accuracy[:within]))
+        label, scale = _AXES[x]
+        panels = [Panel("measured here", label, "accuracy, %", ours, scale)]
+        if authors:
+            panels.append(Panel("Liu et al. 2018, the authors' own", label, "accuracy, %", authors, scale))
+        return panels
+
+
+def _by_strength(
+    records: Sequence[Record], cell: Callable[[Record, str], str]
+) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a table with a row a strength and a column a network."""
+    keys = [by_strength(record) for record in records]
+    strengths = sorted({c for each in keys for c in each})
+    rows = [
+        [
+            f"{c:g}",
+            *(
+                cell(record, own[c]) if c in own else "\N{EN DASH}"
+                for record, own in zip(records, keys, strict=True)
+            ),
+        ]
+        for c in strengths
+    ]
+    return ["c", *(record.facts.title for record in records)], rows

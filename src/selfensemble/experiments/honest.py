@@ -1,0 +1,139 @@
+"""Every defense under the honest protocol: expectation over noise, worst case per image, fresh noise."""
+
+from collections.abc import Sequence
+from importlib import resources
+
+from ..evaluation.protocol import Protocol, load_protocol
+from .base import Experiment, Measured, Setting
+from .distances import distance_lines, distance_table
+from .figures import Line, Panel, draw
+from .judged import accuracy, all_seeds, evaluate, seed_range
+from .page import Page, Picture, Table
+from .records import Record
+from .scales import Scale
+
+_DEFENSES = (
+    "plain", "fgsm-retraining", "brelu", "distillation", "resize-pad", "gaussian", "smoothadv", "adversarial",
+    "trades", "rse", "rse-learned", "ours",
+)  # fmt: skip
+_ABOUT = """\
+The *honest protocol*: several attacks that average over the noise, for every image and radius the one that
+leads most, judged again on fresh noise. Accuracies are those of the first of {seeds} seeds of the defender's
+noise, with 95 % Clopper-Pearson intervals; they are upper bounds of the robustness. The attacks:
+{attacks}."""
+
+
+def honest_protocol(scale: Scale, seed: int) -> Protocol:
+    """The protocol of a scale."""
+    file = resources.files(__package__) / "protocols" / f"{scale.honest}.yaml"
+    with resources.as_file(file) as path:
+        return load_protocol(str(path), {"seed": seed})
+
+
+def worst_keys(record: Record, norm: str) -> dict[float, str]:
+    """Keys of the worst cases of a norm by radius."""
+    entries = record.facts.entries
+    found = {
+        entry["eps"]: key
+        for key, entry in entries.items()
+        if entry["norm"] == norm and entry["attack"] == "worst case"
+    }
+    return dict(sorted(found.items()))
+
+
+def _radius(norm: str, eps: float) -> str:
+    return f"L2 {eps:g}" if norm == "l2" else f"L-inf {round(255 * eps)}/255"
+
+
+class Honest(Experiment):
+    """L2 and L-inf, all defenses."""
+
+    name = "honest"
+    names = _DEFENSES
+
+    def measure(self, setting: Setting) -> Measured:
+        return evaluate(setting, honest_protocol(setting.scale, setting.seed))
+
+    def page(self, records: Sequence[Record]) -> Page:
+        protocol = records[0].facts.settings["protocol"]
+        titles = dict.fromkeys(f"{each['title']} ({each.get('norm', 'l2')})" for each in protocol["attacks"])
+        about = _ABOUT.format(seeds=protocol["judge"]["seeds"], attacks=", ".join(titles))
+        parts: list[Table | Picture] = [_worst_table(records, "l2"), _worst_table(records, "linf")]
+        panels = [
+            Panel("worst case" if norm == "l2" else "worst case, L-inf", x_label, "accuracy, %", lines)
+            for norm, x_label in (("l2", "L2 distance"), ("linf", "L-inf distance, in 1/255"))
+            if (lines := _worst_lines(records, norm))
+        ]
+        nearest = Panel("nearest image of C&W", "L2 distance", "accuracy, %", distance_lines(records))
+        figure = draw([[panels[0], nearest], panels[1:]])
+        parts.append(Picture("accuracy", "Accuracy against the distance; bars: 95 % intervals.", figure))
+        parts += [*distance_table(records), _seeds_table(records), _attacks_table(records)]
+        return Page("Every defense under the honest protocol", about, parts)
+
+
+def _worst_table(records: Sequence[Record], norm: str) -> Table:
+    keys = [worst_keys(record, norm) for record in records]
+    radii = sorted({eps for each in keys for eps in each})
+    rows = [
+        [
+            record.facts.title,
+            accuracy(record, "clean").text,
+            *(accuracy(record, own[eps]).text if eps in own else "\N{EN DASH}" for eps in radii),
+        ]
+        for record, own in zip(records, keys, strict=True)
+    ]
+    head = ["defense", "no attack", *(_radius(norm, eps) for eps in radii)]
+    title = "Worst case, L2" if norm == "l2" else "Worst case, L-inf"
+    return Table(title, "Accuracy in %: for each image the attack that leads most.", head, rows)
+
+
+def _worst_lines(records: Sequence[Record], norm: str) -> list[Line]:
+    unit = 255 if norm == "linf" else 1
+    return [
+        Line(
+            record.facts.title,
+            look,
+            [0.0, *(unit * eps for eps in keys)],
+            [accuracy(record, key) for key in ("clean", *keys.values())],
+        )
+        for look, record in enumerate(records)
+        if (keys := worst_keys(record, norm))
+    ]
+
+
+def _seeds_table(records: Sequence[Record]) -> Table:
+    rows = []
+    for record in records:
+        for norm in ("l2", "linf"):
+            for eps, key in worst_keys(record, norm).items():
+                low, high = seed_range(record, key)
+                wrong = record.numbers(f"{key}.wrong") / record.facts.entries[key]["queries"]
+                rows.append(
+                    [
+                        f"{record.facts.title}, {_radius(norm, eps)}",
+                        f"{100 * low:.1f} to {100 * high:.1f}",
+                        f"{100 * all_seeds(record, key):.1f}",
+                        f"{100 * float(wrong.mean()):.1f}",
+                    ]
+                )
+    head = ["worst case", "accuracy by seed", "right under every seed", "wrong answers to one query"]
+    return Table("Seeds of the defender", "In %; smallest and largest accuracy of one seed.", head, rows)
+
+
+def _attacks_table(records: Sequence[Record]) -> Table:
+    """What each attack achieved by itself, and what it spent."""
+    rows = []
+    for record in records:
+        for key, entry in record.facts.entries.items():
+            if entry["attack"] in ("none", "worst case") or entry["eps"] is None:
+                continue
+            rows.append(
+                [
+                    f"{record.facts.title}, {entry['title']}, {_radius(entry['norm'], entry['eps'])}",
+                    accuracy(record, key).text,
+                    f"{entry['gradients']:.0f}",
+                    f"{entry['forwards']:.0f}",
+                ]
+            )
+    head = ["attack", "accuracy", "gradients an image", "forward passes an image"]
+    return Table("Attack by attack", "Accuracy in %; evaluations of one image by one draw.", head, rows)

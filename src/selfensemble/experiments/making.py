@@ -1,0 +1,107 @@
+"""How a page came about: command, scale, training, hardware, versions, commit."""
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..provenance import provenance
+from .intervals import Share
+from .page import Table
+from .records import Facts, Record
+
+
+def commit() -> str | None:
+    """The commit of the source, with `-dirty` where it was changed since; None outside a repository."""
+    try:
+        # Of a repository around an installed copy of the package nothing follows.
+        _git("ls-files", "--error-unmatch", "py.typed")
+        return _git("describe", "--always", "--dirty", "--exclude", "*")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    folder = Path(__file__).parents[1]
+    finished = subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True)
+    return finished.stdout.strip()
+
+
+def measured_on() -> dict[str, Any]:
+    """Versions, hardware and commit."""
+    return provenance() | {"commit": commit()}
+
+
+def making_tables(records: Sequence[Record], command: str, about_scale: str) -> list[Table]:
+    """The networks and their training; and what was run, on what."""
+    facts = [record.facts for record in records]
+    head = ["network", "recipe", "width", "epochs", "noise", "draws", "test accuracy", "trained in"]
+    networks = [_network_row(each) for each in facts]
+    made = [
+        ["command", f"`{command}`"],
+        ["scale", f"{facts[0].scale}: {about_scale}"],
+        ["images", f"the first {len(records[0].columns['label'])} of the test set of {facts[0].source}"],
+        ["seed", str(facts[0].seed)],
+        *([["settings", settings]] if (settings := _settings(facts[0])) else []),
+        *([f"{what} on", text] for what, text in _machines(facts)),
+    ]
+    trained = "Accuracy without attack on the whole test set, 95 % interval, as training reported it."
+    return [
+        Table("Networks", trained, head, networks),
+        Table("How it was made", "", ["", ""], made, numbers=False),
+    ]
+
+
+def _network_row(facts: Facts) -> list[str]:
+    recipe, training = facts.recipe, facts.training
+    noise, test = recipe["noise"], training.get("test")
+    seconds = training.get("seconds")
+    return [
+        facts.title,
+        f"`{recipe['name']}`",
+        f"{recipe['model']['width']:g}",
+        f"{recipe['train']['epochs']}",
+        f"{noise['init_std']:g}, {noise['inner_std']:g}" + (", learned" if noise.get("learn") else ""),
+        f"{facts.draws}",
+        Share(test["accuracy"], test["low"], test["high"]).text if test else "unknown",
+        f"{seconds / 60:.0f} min" if seconds is not None else "unknown",
+    ]
+
+
+def _settings(facts: Facts) -> str:
+    """The settings of the attacks, for people."""
+    protocol = facts.settings.get("protocol")
+    if protocol is None:
+        return ", ".join(f"{key} {value}" for key, value in facts.settings.items())
+    shown = []
+    for attack in protocol["attacks"]:
+        values = [
+            f"{key} {value}"
+            for key, value in attack.items()
+            if key not in ("attack", "title", "eps", "c") and value
+        ]
+        shown.append(f"{attack['title']} ({', '.join(values)})")
+    return "; ".join(shown)
+
+
+def _machines(facts: Sequence[Facts]) -> list[tuple[str, str]]:
+    """Where the networks were trained and measured; a line for each that differs."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for each in facts:
+        places = {"trained": each.training.get("provenance"), "measured": each.provenance}
+        for what, made in places.items():
+            if made:
+                found.setdefault((what, _machine(made)), []).append(each.network)
+    lines = []
+    for what in ("trained", "measured"):
+        own = {text: names for (kind, text), names in found.items() if kind == what}
+        for text, names in own.items():
+            lines.append((what, text if len(own) == 1 else f"{text} ({', '.join(names)})"))
+    return lines
+
+
+def _machine(made: dict[str, Any]) -> str:
+    hardware, versions = made["hardware"], made["versions"]
+    text = hardware["accelerator"] or f"{hardware['cores']} cores of an {hardware['cpu']}"
+    text += "; " + ", ".join(f"{name} {version}" for name, version in versions.items())
+    return text + (f"; commit {made['commit']}" if made.get("commit") else "")

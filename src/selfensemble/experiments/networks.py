@@ -1,0 +1,161 @@
+"""Networks of the experiments: which recipe, how it is shown, where it lies, and training it if need be."""
+
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field
+from torch import Tensor, nn
+
+from .. import hub
+from ..data import HUB_IDS
+from ..ensemble import SelfEnsemble
+from ..inject import noise_layers
+from ..recipe import Recipe, differing_keys, load_recipe, shipped_recipes
+from ..training import CHECKPOINT, RESULTS, Progress, Trainer
+from .scales import Scale, Section
+
+
+class Family(Section):
+    """Networks of one architecture: the `prefix` of their recipes, the key of `MODELS`, the data."""
+
+    prefix: str
+    model: str
+    source: str
+
+
+class Network(Section):
+    """One entry of `networks.yaml`, see there; `overrides` of its recipe, `folder` if not the recipe's."""
+
+    name: str
+    title: str
+    recipe: str
+    published: str | None = None
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    scales: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    digits: dict[str, Any] = Field(default_factory=dict)
+    folder: str | None = None
+    logit_scale: float = 1.0
+    test_noise: tuple[float, float] | None = None
+
+
+class ScaledLogits(nn.Module):
+    """A network whose logits are multiplied by a constant: the same answers, other margins."""
+
+    def __init__(self, model: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.model, self.factor = model, factor
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits: Tensor = self.model(inputs)
+        return self.factor * logits
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network, and what `results.json` beside it says of its training."""
+
+    ensemble: SelfEnsemble
+    recipe: Recipe
+    training: dict[str, Any]
+
+
+def family(name: str) -> Family:
+    """A family of `networks.yaml`."""
+    return Family.model_validate(_file()["families"][name])
+
+
+def network(entry: str, **changes: Any) -> Network:
+    """A network of `networks.yaml`, with other values for some of its keys."""
+    return Network.model_validate({"name": entry} | _file()["networks"][entry] | changes)
+
+
+def _file() -> dict[str, dict[str, Any]]:
+    text = (resources.files(__package__) / "networks.yaml").read_text()
+    content: dict[str, dict[str, Any]] = yaml.safe_load(text)
+    return content
+
+
+def recipe_of(network: Network, kin: Family, scale: Scale, source: str | None) -> tuple[str, Recipe]:
+    """Folder name and recipe of a network at a scale; `source` overrides where the images come from.
+
+    A family without a recipe of its own for a defense takes that of VGG16, with its network and data.
+    """
+    name = f"{kin.prefix}-{network.recipe}"
+    values: dict[str, Any] = {}
+    base = name
+    if name not in shipped_recipes():
+        base = f"{family('vgg16').prefix}-{network.recipe}"
+        values |= {"name": name, "model.name": kin.model, "data.source": kin.source}
+    values |= scale.train | network.scales.get(scale.name, {}) | network.overrides
+    if source is not None:
+        values["data.source"] = source
+    if source == "digits":
+        values |= scale.digits | network.digits
+    recipe = load_recipe(base, _written(values))
+    steps = getattr(recipe.defense, "steps", None)
+    if scale.attack_steps is not None and steps is not None and steps > scale.attack_steps:
+        recipe = load_recipe(base, _written(values | {"defense.steps": scale.attack_steps}))
+    return network.folder or name, recipe
+
+
+def _written(values: dict[str, Any]) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+
+def trained(network: Network, recipe: Recipe, folder: Path, progress: Progress) -> Trained:
+    """The network in `folder`, trained to the end if it is not there.
+
+    Raises:
+        ValueError: the folder holds a network of another recipe; the message names the differing keys.
+    """
+    if not ((folder / hub.CONFIG).is_file() and (folder / hub.WEIGHTS).is_file()):
+        saved = folder / CHECKPOINT
+        progress(0, 1, "going on with its training" if saved.is_file() else "training")
+        source = recipe.data.source
+        Trainer(recipe, folder, data=source, resume=True, progress=progress).run()
+    config = hub.read_config(folder)
+    if config.recipe is None:
+        raise ValueError(f"{folder} holds a network without a recipe: pass another --models")
+    differing = _differing(Recipe.model_validate(config.recipe), recipe)
+    if differing:
+        raise ValueError(
+            f"{folder} holds a network of another recipe (different: {', '.join(differing)}); it is "
+            "untouched: pass another --models, or remove it to train anew"
+        )
+    results = folder / RESULTS
+    training = json.loads(results.read_text()) if results.is_file() else {}
+    return Trained(changed(hub.load(folder), network), recipe, training)
+
+
+def _differing(saved: Recipe, wanted: Recipe) -> list[str]:
+    """Keys that matter in which the recipes differ: where images lie, and words, do not."""
+    one, other = saved.model_dump(mode="json"), wanted.model_dump(mode="json")
+    known = {"digits", *HUB_IDS}
+    keys = differing_keys(one, other)
+    # Folders may move; two known sets of images are different images.
+    sources = {one["data"]["source"], other["data"]["source"]}
+    ignored = {"description", *([] if sources <= known else ["data.source"])}
+    return [key for key in keys if key not in ignored]
+
+
+def changed(ensemble: SelfEnsemble, network: Network) -> SelfEnsemble:
+    """The ensemble with what the network changes of it after training, in place."""
+    if network.logit_scale != 1:
+        ensemble.model = ScaledLogits(ensemble.model, network.logit_scale)
+    if network.test_noise is not None:
+        init_std, inner_std = network.test_noise
+        for number, layer in enumerate(noise_layers(ensemble.model).values()):
+            layer.std = inner_std if number else init_std
+        ensemble.draws = 10 if any(network.test_noise) else 1
+    for parameter in ensemble.parameters():
+        parameter.requires_grad_(False)
+    return ensemble.eval()
+
+
+def local_name(source: str) -> str:
+    """Where images come from, without the folders of this machine."""
+    return Path(source).name if Path(source).is_dir() else source

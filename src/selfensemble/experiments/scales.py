@@ -1,0 +1,108 @@
+"""Scales: how much work an experiment is, from minutes on two cores to the published size."""
+
+from importlib import resources
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Level = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Checked values that do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PaperAttack(Section):
+    """C&W at fixed c, one noise draw a step."""
+
+    steps: Count
+    lr: Positive
+
+
+class SearchAttack(Section):
+    """C&W with binary search over c, averaged over noise."""
+
+    steps: Count
+    binary_search_steps: Count
+    eot: Count
+
+
+class PgdAttack(Section):
+    """PGD in L2 on the loss of the ensemble."""
+
+    steps: Count
+    eot: Count
+    eps: Positive
+
+
+class DrawsScale(PgdAttack):
+    """`repetitions`: independent sets of 100 draws an image."""
+
+    images: Count
+    repetitions: Count
+
+
+class NoiseScale(PgdAttack):
+    """`train`: overrides of the grid's recipes; `strength`: c of the paper's attack."""
+
+    train: dict[str, Any]
+    init: tuple[Level, ...]
+    inner: tuple[Level, ...]
+    strength: Positive
+
+
+class TheoryScale(Section):
+    """`probes`: of the trace; `steps`, `radius`: of the local Lipschitz estimate."""
+
+    images: Count
+    draws: Annotated[int, Field(ge=2)]
+    probes: Count
+    steps: Count
+    radius: Positive
+
+
+class Scale(Section):
+    """One entry of `scales.yaml`.
+
+    Attributes:
+        train: overrides of every recipe.
+        digits: further ones where the data are `digits`.
+        attack_steps: most steps of an attack within training.
+        images, shard: test images, and how many make a unit of work.
+        seeds: of the defender's noise.
+        strengths: c of the paper's attack.
+        honest: protocol of the experiment `honest`.
+    """
+
+    name: str
+    description: str
+    train: dict[str, Any]
+    digits: dict[str, Any]
+    attack_steps: Count | None = None
+    images: Count
+    shard: Count
+    seeds: Annotated[int, Field(ge=3)]
+    strengths: tuple[Positive, ...]
+    paper: PaperAttack
+    search: SearchAttack
+    draws: DrawsScale
+    noise: NoiseScale
+    theory: TheoryScale
+    honest: str
+
+
+def load_scale(name: str) -> Scale:
+    """A shipped scale by its name.
+
+    Raises:
+        ValueError: no such scale; the message lists them.
+    """
+    known = yaml.safe_load((resources.files(__package__) / "scales.yaml").read_text())
+    if name not in known:
+        raise ValueError(f"no scale {name!r}: choose one of {', '.join(known)}")
+    return Scale.model_validate({"name": name} | known[name])

@@ -1,0 +1,218 @@
+"""Training objectives: their losses against closed forms, and what a step may not touch."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import selfensemble as rse
+from selfensemble import defenses
+from selfensemble.attacks.norms import Norm, size
+from selfensemble.defenses.adversarial import maximise
+from selfensemble.recipe import load_recipe
+from selfensemble.training import RESULTS, TEACHER, Trainer
+
+from .conftest import LinearClassifier
+
+
+class Recorded(nn.Module):
+    """A linear classifier that remembers what it was shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = LinearClassifier(48)
+        self.conv = nn.Conv2d(3, 3, 1)  # a place for noise, which is not used
+        self.seen: list[Tensor] = []
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.seen.append(inputs.detach().clone())
+        logits: Tensor = self.linear(inputs)
+        return logits
+
+
+@pytest.fixture
+def ensemble() -> rse.SelfEnsemble:
+    return rse.SelfEnsemble(Recorded(), rse.NoiseConfig(0, 0)).train()
+
+
+@pytest.fixture
+def grey() -> Tensor:
+    return 0.4 + 0.2 * torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(5))
+
+
+def inside(ensemble: rse.SelfEnsemble) -> Recorded:
+    assert isinstance(ensemble.model, Recorded)
+    return ensemble.model
+
+
+def networks(ensemble: rse.SelfEnsemble, teacher: rse.SelfEnsemble | None = None) -> defenses.Networks:
+    return defenses.Networks(ensemble, ensemble, teacher)
+
+
+class Answers(nn.Module):
+    """Gives prepared logits, whatever it is asked."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 1)
+        self.logits = logits
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.logits[: len(inputs)]
+
+
+def answering(logits: Tensor) -> rse.SelfEnsemble:
+    return rse.SelfEnsemble(Answers(logits), rse.NoiseConfig(0, 0)).train()
+
+
+def test_cross_entropy_smoothing_and_consistency_are_their_formulas() -> None:
+    """Two draws p and q of one image: (KL(m, p) + KL(m, q)) / 2, m their mean."""
+    logits = torch.tensor([[2.0, 0.0, -1.0], [0.5, 1.0, 0.0]])
+    image, label = torch.rand(1, 3, 4, 4), torch.tensor([0])
+    one = defenses.CrossEntropy(label_smoothing=0.1).loss(networks(answering(logits[:1])), image, label)
+    wanted = torch.full((3,), 0.1 / 3) + torch.tensor([0.9, 0.0, 0.0])
+    torch.testing.assert_close(one, -(wanted * logits[0].log_softmax(0)).sum())
+    both = defenses.CrossEntropy(draws=2, consistency=0.7)
+    p, q = logits.softmax(dim=1)
+    m = (p + q) / 2
+    divergence = (m * (m / p).log()).sum() + (m * (m / q).log()).sum()
+    expected = -(p[0].log() + q[0].log()) / 2 + 0.7 * divergence / 2
+    torch.testing.assert_close(both.loss(networks(answering(logits)), image, label), expected)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_attack_within_a_step_reaches_the_closed_form(
+    ensemble: rse.SelfEnsemble, grey: Tensor, norm: Norm
+) -> None:
+    linear = inside(ensemble).linear
+    labels = linear(grey).argmax(dim=1)
+    loss = defenses.Adversarial(norm=norm, eps=0.05, steps=10).loss(networks(ensemble), grey, labels)
+    attacked = inside(ensemble).seen[-1]
+    assert (size(attacked - grey, norm) <= 0.05 + 1e-6).all()
+    assert len(inside(ensemble).seen) == 11
+    drop = 0.05 * linear.a.detach().norm(p=1 if norm == "linf" else 2)
+    value = linear.value(grey) + torch.where(labels == 0, -drop, drop)
+    logits = torch.stack([value, torch.zeros(8)], dim=1)
+    torch.testing.assert_close(loss, functional.cross_entropy(logits, labels), rtol=1e-2, atol=0)
+
+
+def test_an_attack_leaves_statistics_modes_and_gradients_alone() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5))
+    ensemble = rse.SelfEnsemble(network, rse.NoiseConfig(0.1, 0.1)).train()
+    before = {key: value.clone() for key, value in ensemble.state_dict().items()}
+    images, labels = torch.rand(6, 3, 4, 4), torch.arange(6) % 5
+    found = maximise(
+        ensemble, images, lambda over: functional.nll_loss(over, labels),
+        norm="l2", eps=0.5, steps=3, step_size=0.2, eot=2,
+    )  # fmt: skip
+    assert ensemble.training
+    assert network[1].training
+    assert all(parameter.grad is None for parameter in ensemble.parameters())
+    assert all(torch.equal(before[key], value) for key, value in ensemble.state_dict().items())
+    assert found.min() >= 0
+    assert found.max() <= 1
+    assert not found.requires_grad
+
+
+def test_trades_is_cross_entropy_plus_a_divergence(ensemble: rse.SelfEnsemble, grey: Tensor) -> None:
+    labels = torch.zeros(8, dtype=torch.long)
+    loss = defenses.Trades(norm="l2", eps=0.2, beta=3.0).loss(networks(ensemble), grey, labels)
+    shown = inside(ensemble).seen[-1]
+    assert torch.equal(shown[:8], grey)
+    natural, moved = inside(ensemble).linear(shown).chunk(2)
+    p, q = natural.softmax(dim=1), moved.softmax(dim=1)
+    divergence = (p * (p / q).log()).sum(dim=1).mean()
+    torch.testing.assert_close(loss, functional.cross_entropy(natural, labels) + 3 * divergence)
+    assert divergence > 0
+
+
+def test_fgsm_retraining_attacks_half_of_the_batch(ensemble: rse.SelfEnsemble, grey: Tensor) -> None:
+    labels = inside(ensemble).linear(grey).argmax(dim=1)
+    loss = defenses.FgsmRetraining().loss(networks(ensemble), grey, labels)
+    shown = inside(ensemble).seen[-1]
+    assert torch.equal(shown[4:], grey[4:])
+    lengths = size(shown[:4] - grey[:4], "linf")
+    assert ((lengths >= 0.1) & (lengths <= 0.3)).all()
+    assert len(set(lengths.tolist())) == 4
+    torch.testing.assert_close(loss, functional.cross_entropy(inside(ensemble).linear(shown), labels))
+
+
+def test_distillation_follows_the_teacher_and_ends_where_both_agree() -> None:
+    """The gradient with respect to the logits is (softmax(student / T) - softmax(teacher / T)) / B."""
+    answers = torch.tensor([[300.0, 100.0, 0.0]])
+    teacher = answering(answers).eval()
+    logits = torch.tensor([[0.0, 100.0, 50.0]], requires_grad=True)
+    defense = defenses.Distillation(temperature=100.0)
+    image, label = torch.rand(1, 3, 4, 4), torch.tensor([2])
+    loss = defense.loss(networks(answering(logits), teacher), image, label)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    wanted = (logits / 100).softmax(dim=1) - answers.div(100).softmax(dim=1)
+    torch.testing.assert_close(gradient, wanted)
+    same = answers.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(defense.loss(networks(answering(same), teacher), image, label), same)
+    assert gradient.abs().max() < 1e-6
+    with pytest.raises(ValueError, match="teacher"):
+        defense.loss(networks(answering(logits)), image, label)
+
+
+def test_an_attack_on_noise_meets_the_ensemble() -> None:
+    """-log(mean softmax) of a network whose draws differ in sign: single draws point anywhere."""
+    convolution = nn.Conv2d(1, 2, 1, bias=False)
+    network = nn.Sequential(convolution, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with torch.no_grad():
+        convolution.weight.copy_(torch.tensor([[[[1.0]]], [[[-1.0]]]]))
+    ensemble = rse.SelfEnsemble(network, rse.NoiseConfig(init_std=3.0)).eval()
+    images, labels = torch.full((16, 1, 1, 1), 0.5), torch.zeros(16, dtype=torch.long)
+    with rse.noise.noise_draw(seed=0):
+        found = maximise(
+            ensemble, images, lambda over: functional.nll_loss(over, labels),
+            norm="linf", eps=0.3, steps=8, step_size=0.1, eot=8,
+        )  # fmt: skip
+    torch.testing.assert_close(found, torch.full_like(found, 0.2))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("defense={name: wizardry}", "cross-entropy"),
+        ("defense={name: adversarial, epsilon: 1}", "epsilon"),
+        ("defense={name: trades, beta: 0}", "greater than 0"),
+        ("defense={name: cross-entropy, consistency: 1.0}", "draws to 2"),
+        ("defense={name: distillation, temperature: .inf}", "finite"),
+    ],
+)
+def test_wrong_settings_are_named(setting: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_recipe("digits-rse", [setting])
+
+
+def test_a_teacher_is_trained_first_and_once(tmp_path: Path) -> None:
+    sets = ["defense={name: distillation}", "train.epochs=3", "model.width=0.25", "noise.draws=1"]
+    recipe = load_recipe("digits-plain", sets)
+    Trainer(recipe, tmp_path).run()
+    written = (tmp_path / TEACHER / RESULTS).stat().st_mtime_ns
+    Trainer(recipe, tmp_path, resume=True).run()
+    assert (tmp_path / TEACHER / RESULTS).stat().st_mtime_ns == written
+    saved = rse.hub.read_config(tmp_path / TEACHER).recipe
+    assert saved is not None
+    assert saved["defense"]["name"] == "temperature"
+    Trainer(recipe, tmp_path, overwrite=True).run()
+    assert (tmp_path / TEACHER / RESULTS).stat().st_mtime_ns > written
+
+
+def test_averaged_weights_are_the_average(tmp_path: Path) -> None:
+    """Polyak's average of the weights after each step, which `average = 0` runs leave behind."""
+    sets = ["train.epochs=1", "model.width=0.25", "noise.draws=1", "train.schedule=cosine"]
+    recipe = load_recipe("digits-plain", [*sets, "train.average=0.5"])
+    trainer, seen = Trainer(recipe, tmp_path), list[Tensor]()
+    weight = next(trainer.network.parameters())
+    trainer.progress = lambda step, steps, text: seen.append(weight.detach().clone())
+    trainer.run()
+    expected = seen[0]
+    for value in seen[1 : trainer.steps]:
+        expected = 0.5 * expected + 0.5 * value
+    found = next(rse.load(tmp_path).parameters()).detach()
+    torch.testing.assert_close(found, expected)
+    assert not torch.equal(found, weight)

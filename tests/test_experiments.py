@@ -1,0 +1,290 @@
+"""Experiments: tables come from stored results alone, work is neither repeated nor mixed up."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from torch import nn
+
+import selfensemble as rse
+from selfensemble import cli
+from selfensemble.experiments import EXPERIMENTS, Reproduction, render_all
+from selfensemble.experiments.curvature import local_lipschitz, second_order_term
+from selfensemble.experiments.draws import COUNTS, right_groups
+from selfensemble.experiments.intervals import mean, robust_at, share
+from selfensemble.experiments.judged import accuracy, by_strength, rms
+from selfensemble.experiments.networks import family, recipe_of
+from selfensemble.experiments.published import published_curve
+from selfensemble.experiments.records import Record, read_record
+from selfensemble.experiments.scales import load_scale
+from selfensemble.experiments.targeted import targets_of
+
+
+class Done:
+    """An experiment that was run by the command: its folders, and what the command printed."""
+
+    def __init__(self, root: Path) -> None:
+        self.models, self.runs, self.out = root / "models", root / "runs", root / "out"
+
+    def reproduction(self, **changes: Any) -> Reproduction:
+        settings = {"models": self.models, "runs": self.runs, "out": self.out} | changes
+        return Reproduction("quick", "digits", **settings)
+
+    def record(self, experiment: str, network: str) -> Record:
+        found = read_record(self.out / experiment, network)
+        assert found is not None
+        return found
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """Three networks of `headline`, by the command."""
+    here = Done(tmp_path_factory.mktemp("experiments"))
+    arguments = ["reproduce", "headline", "--quick", "--data", "digits", "--models", str(here.models)]
+    arguments += ["--runs", str(here.runs), "--out", str(here.out), "--device", "cpu"]
+    arguments += ["--only", "plain", "--only", "rescaled", "--only", "rse"]
+    assert not cli.app(arguments, standalone_mode=False)
+    return here
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_headline_stores_pages_and_images(done: Done) -> None:
+    folder = done.out / "headline"
+    names = {
+        "index.md",
+        "accuracy.svg",
+        *(f"{name}.{kind}" for name in ("plain", "rescaled", "rse") for kind in ("csv", "json")),
+    }
+    assert set(contents(folder)) == names
+    page = (folder / "index.md").read_text()
+    for text in (
+        "`selfensemble reproduce headline --scale quick --data digits`",
+        "cifar10-vgg16-rse",
+        "torch",
+        "seed",
+        "digits",
+    ):
+        assert text in page
+    assert str(done.out.parent) not in page + (folder / "rse.json").read_text()
+    for name in ("plain", "rse"):
+        record = done.record("headline", name)
+        keys = by_strength(record)
+        assert list(keys) == [0, 0.01, 0.03, 0.1, 0.4]
+        assert all(len(values) == 24 for values in record.columns.values())
+        assert f"{100 * accuracy(record, keys[0.4]).value:.1f} (" in page
+        assert rms(record, keys[0.4]) > rms(record, keys[0.01]) > 0
+    assert (folder / "accuracy.svg").read_bytes().startswith(b"<?xml")
+
+
+def test_rescaled_logits_change_margins_and_no_answer(done: Done) -> None:
+    plain, rescaled = done.record("headline", "plain"), done.record("headline", "rescaled")
+    assert plain.columns["clean.right"] == rescaled.columns["clean.right"]
+    key = by_strength(plain)[0.4]
+    assert rms(rescaled, key) < rms(plain, key)
+    assert accuracy(rescaled, key).value >= accuracy(plain, key).value
+
+
+def test_pages_come_from_stored_results_alone(done: Done, tmp_path: Path) -> None:
+    """Deleted and rendered again, without models and runs: the same bytes."""
+    before = contents(done.out)
+    shutil.copytree(done.out, tmp_path / "out")
+    for name in ("index.md", "accuracy.svg"):
+        (tmp_path / "out" / "headline" / name).unlink()
+    assert not cli.app(
+        ["reproduce", "all", "--render", "--out", str(tmp_path / "out")], standalone_mode=False
+    )
+    assert contents(tmp_path / "out") == before
+    with pytest.raises(FileNotFoundError, match="selfensemble reproduce draws"):
+        render_all(["draws"], tmp_path / "out")
+
+
+def test_started_again_it_repeats_nothing(done: Done, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(done.out)
+    said: list[str] = []
+    pages = done.reproduction(only=("plain",), progress=lambda text, part: said.append(text)).run(
+        ["headline"]
+    )
+    assert contents(done.out) == before
+    assert not any("epoch" in text or "images" in text for text in said)
+    assert "plain: preparing" in said[0]
+    assert json.loads(json.dumps(pages["headline"].values()))["tables"][0]["head"][0] == "c"
+
+
+def test_stopped_anywhere_it_ends_the_same(done: Done, tmp_path: Path) -> None:
+    """Stopped while it trains and while it measures: the results of an undisturbed run."""
+
+    def stop_at(word: str, count: int) -> Any:
+        seen = 0
+
+        def progress(text: str, part: float) -> None:
+            nonlocal seen
+            seen += word in text
+            if seen == count:
+                raise KeyboardInterrupt
+
+        return progress
+
+    folders = {"models": tmp_path / "models", "runs": tmp_path / "runs", "out": tmp_path / "out"}
+    for word, count in (("epoch 2", 3), ("C&W", 2)):
+        with pytest.raises(KeyboardInterrupt):
+            done.reproduction(only=("rse",), progress=stop_at(word, count), **folders).run(["headline"])
+        assert not (tmp_path / "out" / "headline" / "index.md").exists()
+    done.reproduction(only=("rse",), **folders).run(["headline"])
+    found = read_record(tmp_path / "out" / "headline", "rse")
+    assert found is not None
+    assert found.columns == done.record("headline", "rse").columns
+
+
+def test_mistakes_are_named(done: Done, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no experiment 'nothing': choose among headline, .*, all"):
+        done.reproduction().run(["nothing"])
+    with pytest.raises(ValueError, match="no scale 'huge': choose one of quick, half, full"):
+        Reproduction("huge").run(["headline"])
+    with pytest.raises(ValueError, match=r"no network 'nobody' here: choose among .*plain"):
+        done.reproduction(only=("nobody",)).run(["headline"])
+    with pytest.raises(FileNotFoundError, match="How to get it"):
+        done.reproduction(stl10=str(tmp_path / "nowhere"), only=("plain",)).run(["stl10"])
+
+
+def test_a_folder_of_another_recipe_is_refused(done: Done) -> None:
+    before = contents(done.models)
+    other = done.models / "cifar10-vgg16-trades"
+    shutil.copytree(done.models / "cifar10-vgg16-rse", other)
+    with pytest.raises(ValueError, match=r"different: .*defense\.name.*noise\.init_std"):
+        done.reproduction(only=("trades",)).run(["honest"])
+    shutil.rmtree(other)
+    assert contents(done.models) == before
+
+
+def test_results_of_two_scales_are_not_mixed(done: Done) -> None:
+    before = contents(done.out)
+    path = done.out / "headline" / "plain.json"
+    path.write_text(path.read_text().replace('"scale": "quick"', '"scale": "half"'))
+    with pytest.raises(ValueError, match="results of the scale half; they are untouched"):
+        done.reproduction(only=("rse",)).run(["headline"])
+    path.write_bytes(before["headline/plain.json"])
+
+
+def test_theory_and_draws_on_trained_networks(done: Done) -> None:
+    pages = done.reproduction(only=("plain", "rse")).run(["theory", "draws"])
+    assert set(pages) == {"theory", "draws"}
+    for name in ("plain", "rse"):
+        record = done.record("theory", name)
+        gap = record.numbers("gap")
+        assert (gap >= -1e-12).all()
+        assert gap.max() > 0
+        assert np.allclose(record.numbers("loss.1") - record.numbers("ensemble"), gap, atol=1e-4)
+        assert (record.numbers("term") >= -1e-6).all()  # a sum of squares: the network is piecewise linear
+    record = done.record("draws", "rse")
+    groups = record.facts.entries["clean"]["groups"]
+    assert groups == {str(n): 2 * (100 // n) for n in COUNTS}
+    for n in COUNTS:
+        assert (record.numbers(f"attacked.{n}") <= groups[str(n)]).all()
+    again = contents(done.out / "theory")
+    render_all(["theory"], done.out)
+    assert contents(done.out / "theory") == again
+
+
+def test_targeted_wants_another_class(done: Done) -> None:
+    labels = torch.arange(10).repeat(200)
+    targets = targets_of(labels, 10, 0)
+    assert (targets != labels).all()
+    assert torch.equal(targets, targets_of(labels, 10, 0))
+    assert torch.bincount((targets - labels) % 10, minlength=10)[1:].min() > 150
+    done.reproduction(only=("plain",)).run(["targeted"])
+    record = done.record("targeted", "plain")
+    assert (record.numbers("target") != record.numbers("label")).all()
+    assert set(record.columns["search.success"]) <= {"000", "111"}  # no noise: all seeds agree
+
+
+@pytest.mark.parametrize("name", ["quick", "half", "full"])
+@pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=EXPERIMENTS.keys())
+def test_every_network_has_a_valid_recipe(name: str, experiment: Any) -> None:
+    scale = load_scale(name)
+    networks = experiment.networks(scale)
+    assert len({network.name for network in networks}) == len(networks)
+    for network in networks:
+        _, recipe = recipe_of(network, experiment.family, scale, None)
+        assert recipe.model.name == family(experiment.kin).model
+        assert recipe.data.source == family(experiment.kin).source
+        if name == "half":
+            assert recipe.model.width == 0.5 or experiment.name == "noise"
+        if name == "full":
+            assert recipe.model.width == 1
+            assert experiment.name == "noise" or network.name == "ours" or recipe.train.epochs == 200
+
+
+@pytest.mark.parametrize(
+    ("defense", "at"),
+    [
+        ("none", 8.9),
+        ("adversarial_retraining", 9.8),
+        ("robust_opt_brelu", 47.9),
+        ("distillation", 17.7),
+        ("rse", 83.7),
+    ],
+)
+def test_the_authors_curves(defense: str, at: float) -> None:
+    curve = published_curve("vgg16", defense)
+    assert curve is not None
+    assert round(100 * curve.accuracy[curve.c.index(0.03)], 1) == pytest.approx(at, abs=0.051)
+    assert len(curve.c) == len(curve.accuracy) == len(curve.rms_l2) == 17
+    assert tuple(c for c in curve.c if c) == load_scale("full").strengths
+
+
+def test_groups_of_draws() -> None:
+    """Three draws are right by far, two wrong by little: so are pairs and the mean of all."""
+    right, wrong = [0.9, 0.1], [0.4, 0.6]
+    probabilities = torch.tensor([right, wrong, right, wrong, right])[:, None].expand(-1, 2, -1)
+    labels = torch.tensor([0, 1])
+    assert right_groups(probabilities, labels, 1).tolist() == [3, 2]
+    assert right_groups(probabilities, labels, 2).tolist() == [2, 0]
+    assert right_groups(probabilities, labels, 5).tolist() == [1, 0]
+
+
+def test_intervals() -> None:
+    values = np.random.default_rng(1).normal(0.3, 1, size=400)
+    assert mean(values) == pytest.approx(
+        (values.mean(), *scipy.stats.norm.interval(0.95, values.mean(), values.std(ddof=1) / 20))
+    )
+    assert share(np.array([True] * 8 + [False] * 2)) == pytest.approx((0.8, 0.4439, 0.9748), abs=1e-4)
+    lost = robust_at(np.array([True, True, False]), np.array([0.0, 0.5, 0.1]), np.array([0.0, 0.5, 1.0]))
+    assert lost.tolist() == [[False, True, True], [False, False, True], [False, False, True]]
+
+
+def linear(seed: int = 0) -> tuple[rse.SelfEnsemble, torch.Tensor]:
+    """A network whose logits are linear in the image, with its weights (K, pixels)."""
+    torch.manual_seed(seed)
+    layer = nn.Conv2d(1, 3, 2, bias=False)
+    ensemble = rse.SelfEnsemble(nn.Sequential(layer, nn.Flatten()), rse.NoiseConfig(0.2, 0.1)).eval()
+    return ensemble.requires_grad_(False), layer.weight.detach().flatten(1)
+
+
+def test_second_order_term_of_a_linear_network() -> None:
+    ensemble, weight = linear()
+    images, labels = torch.rand(5, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1])
+    estimates = second_order_term(ensemble, images, labels, [0.2], probes=1000, seed=0)
+    softmax = (images.flatten(1) @ weight.T).softmax(dim=1)
+    hessians = torch.diag_embed(softmax) - softmax[:, :, None] * softmax[:, None]
+    traces = torch.stack([(weight.T @ hessian @ weight).trace() for hessian in hessians])
+    assert torch.allclose(estimates.mean(dim=1), 0.2**2 / 2 * traces, rtol=0.1)
+
+
+def test_local_lipschitz_of_a_linear_network() -> None:
+    ensemble, weight = linear()
+    images = torch.full((4, 1, 2, 2), 0.5)
+    rse.remove_noise_(ensemble.model)
+    quiet = rse.SelfEnsemble(ensemble.model, rse.NoiseConfig(0, 0)).eval()
+    found = local_lipschitz(quiet, images, draws=1, radius=0.01, steps=20, seed=0)
+    softmax = (images.flatten(1) @ weight.T).softmax(dim=1)[0]
+    jacobian = (torch.diag(softmax) - softmax[:, None] * softmax[None]) @ weight
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
+    assert torch.allclose(found, (signs @ jacobian).norm(dim=1).max().expand(4), rtol=0.02)

@@ -1,0 +1,149 @@
+"""The fast path: the same answers as the slow one, and attacks that decide on the slow one."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import selfensemble as rse
+from selfensemble.attacks import cw_l2, ddn, pgd, transfer
+from selfensemble.evaluation import judge
+from selfensemble.inference import optimize, original_of
+
+
+def trained_statistics(name: str, channels: int = 3) -> rse.SelfEnsemble:
+    """A network whose batch norms have seen data, so that folding them changes every weight."""
+    torch.manual_seed(2)
+    ensemble = rse.SelfEnsemble(rse.create_model(name, classes=5, channels=channels, width=0.25)).train()
+    with torch.no_grad():
+        for _ in range(3):
+            ensemble(torch.rand(16, channels, 32, 32) * 2 - 0.3)
+        for module in ensemble.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.affine:
+                module.weight.uniform_(0.5, 2)
+                module.bias.uniform_(-0.5, 0.5)
+    return ensemble.eval()
+
+
+@pytest.fixture
+def colour() -> Tensor:
+    return torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", ["vgg11", "resnet18", "resnext29-2x64d"])
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("bf16", 0.02)])
+def test_it_answers_as_the_original(name: str, precision: str, tolerance: float, colour: Tensor) -> None:
+    ensemble = trained_statistics(name)
+    before = copy.deepcopy(ensemble.state_dict())
+    fast = optimize(ensemble, colour, precision)  # type: ignore[arg-type]
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
+    ours, theirs = (each.predict_proba(colour, draws=4, seed=7) for each in (fast, ensemble))
+    torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=0)
+    assert all(torch.equal(before[key], value) for key, value in ensemble.state_dict().items())
+    assert not torch.is_autocast_enabled("cpu")
+    assert original_of(fast) is ensemble
+    assert list(rse.noise_layers(fast.model).values()) != []
+    assert fast.predict_proba(colour).ne(fast.predict_proba(colour)).any()
+
+
+class Awkward(nn.Module):
+    """Python that decides by values, which no tracer can follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.linear = nn.Linear(4, 5)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.norm(self.conv(inputs)).relu()
+        if hidden.sum() > 0:
+            hidden = hidden * 2
+        logits: Tensor = self.linear(hidden.mean(dim=(2, 3)))
+        return logits
+
+
+class Twice(nn.Module):
+    """A convolution that is used with and without its batch norm: folding would be wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.linear = nn.Linear(3, 5)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.conv(inputs)
+        logits: Tensor = self.linear((self.norm(hidden) + hidden + self.conv(hidden)).mean(dim=(2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize("network", [Awkward, Twice])
+def test_what_cannot_be_folded_stays(network: type[nn.Module], colour: Tensor) -> None:
+    torch.manual_seed(0)
+    model = network()
+    model.norm.running_mean.uniform_(-1, 1)  # type: ignore[union-attr,operator]
+    ensemble = rse.SelfEnsemble(model, rse.NoiseConfig(0.1, 0.1)).eval()
+    fast = optimize(ensemble, colour, "float32")
+    assert any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
+    ours, theirs = (each.predict_proba(colour, draws=3, seed=1) for each in (fast, ensemble))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_an_error_inside_leaves_autocast_as_it_was(colour: Tensor) -> None:
+    fast = optimize(trained_statistics("vgg11"), colour)
+    with pytest.raises(ValueError, match="cannot take inputs"):
+        fast.predict(torch.rand(2, 1, 32, 32))
+    assert not torch.is_autocast_enabled("cpu")
+    fast.predict(colour)
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[rse.SelfEnsemble, Tensor, Tensor]:
+    """A self-ensemble that knows handwritten digits, and some of them."""
+    torch.manual_seed(0)
+    data = rse.load_data("digits", "train")
+    ensemble = rse.SelfEnsemble(
+        rse.create_model("small-cnn", channels=1, width=0.5), rse.NoiseConfig(0.1, 0.05)
+    )
+    optimizer = torch.optim.Adam(ensemble.train().parameters(), lr=5e-3)
+    for _ in range(60):
+        chosen = torch.randint(len(data), (128,))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(ensemble(data.inputs(chosen)), data.labels[chosen]).backward()
+        optimizer.step()
+    test = rse.load_data("digits", "test")
+    inputs, labels = test.inputs(slice(20)), test.labels[:20]
+    assert (ensemble.eval().predict(inputs).label == labels).float().mean() > 0.8
+    return ensemble, inputs, labels
+
+
+def test_attacks_on_a_copy_succeed_on_the_original(digits: tuple[rse.SelfEnsemble, Tensor, Tensor]) -> None:
+    """Where bfloat16 and float32 disagree, the nearest images would else be no success at all."""
+    ensemble, inputs, labels = digits
+    plain = copy.deepcopy(ensemble)
+    rse.remove_noise_(plain.model)
+    fast = optimize(plain, inputs)
+    for attack in (partial(cw_l2, lr=0.05, initial_c=1.0), ddn):
+        found = [attack(model, inputs, labels, steps=60, seed=0) for model in (fast, plain)]
+        ours, theirs = (judge(plain, inputs, images, labels, seed=1) for images in found)
+        assert theirs.accuracy == 0
+        assert ours.accuracy == 0
+        assert float(ours.l2.mean()) <= 1.03 * float(theirs.l2.mean())
+
+
+def test_noise_counts_on_copies_as_on_originals(digits: tuple[rse.SelfEnsemble, Tensor, Tensor]) -> None:
+    ensemble, inputs, labels = digits
+    fast = optimize(ensemble, inputs)
+    found = [pgd(model, inputs, labels, norm="l2", eps=0.7, steps=20, seed=0) for model in (ensemble, fast)]
+    leads = [
+        judge(ensemble, inputs, images, labels, queries=50, seed=1).lead.mean().item() for images in found
+    ]
+    clean = judge(ensemble, inputs, inputs, labels, queries=50, seed=1).lead.mean().item()
+    assert leads[0] > clean + 0.2
+    assert leads[1] == pytest.approx(leads[0], abs=0.02)
+    base = [
+        transfer(model, inputs, labels, attack=pgd, eps=0.1, steps=20, seed=0) for model in (ensemble, fast)
+    ]
+    assert (base[0] - base[1]).abs().mean() < 0.01
+    assert all(layer.enabled for layer in rse.noise_layers(ensemble.model).values())
