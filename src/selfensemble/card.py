@@ -70,11 +70,11 @@ def _measured(config: ArtefactConfig, results: Sequence[Results]) -> str:
         if isinstance(record, dict) and "accuracy" in record:
             lines.append(f"{split.capitalize()} accuracy {_share(record)}, {record['images']} images.")
     for result in results:
-        protocol, about = result.protocol, result.provenance
+        protocol, images = result.protocol, result.data.images
         lines += [
             f"\n`selfensemble evaluate {result.name} --protocol {protocol['name']} "
-            f"--n {result.data.images}`, seed {protocol['seed']}, {_machine(about)}; first {result.data.images} test images, 95 % "
-            "Clopper-Pearson intervals:\n",
+            f"--n {images}`, seed {protocol['seed']}, {_machine(result.provenance)}; "
+            f"first {images} test images, 95 % Clopper-Pearson intervals:\n",
             "| attack | budget | accuracy | RMS L2 |\n|---|---|---|---|",
             *(_row(entry) for entry in (result.clean, *result.attacks, *result.worst_case)),
         ]

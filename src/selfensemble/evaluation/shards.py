@@ -28,7 +28,7 @@ class Plan:
 def plans_of(runs: list[Run]) -> Iterator[Plan]:
     """Entries in order: no attack, every attack by radius, the worst case of each threat model."""
     yield Plan(CLEAN, "no attack")
-    threats: dict[tuple[str, float], list[str]] = {}
+    threats: dict[tuple[str, float], list[str]] = {}  # within a ball lie all smaller ones
     for run in runs:
         if not run.radii:
             yield Plan(run.key, run.title, run, norm=run.norm)
@@ -37,7 +37,9 @@ def plans_of(runs: list[Run]) -> Iterator[Plan]:
             yield Plan(key, run.title, run, eps, run.norm)
             if run.norm is not None:
                 threats.setdefault((run.norm, eps), []).append(key)
-    for number, ((norm, eps), members) in enumerate(threats.items()):
+    for number, (norm, eps) in enumerate(threats):
+        within = [keys for (other, radius), keys in threats.items() if other == norm and radius <= eps]
+        members = [key for keys in within for key in keys]
         if len(members) > 1:
             yield Plan(f"{WORST}-{number:02d}", "worst case", None, eps, norm, tuple(members))
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..data import ImageData
+from ..ensemble import SelfEnsemble
+from ..inference import optimize
 from .networks import Family, Network, Trained, family, network
 from .page import Page
 from .records import Record
@@ -45,10 +48,19 @@ class Setting:
     seed: int
     progress: Report
 
+    @cached_property
+    def attacked(self) -> SelfEnsemble:
+        """The network as attacks follow its gradients."""
+        ensemble = self.trained.ensemble
+        if self.scale.precision == "float32":
+            return ensemble
+        return optimize(ensemble, self.test.inputs(slice(2)).to(self.device), self.scale.precision)
+
     def units(self, settings: dict[str, Any]) -> Units:
         """Units of work of a measurement with these settings."""
         identity = {"model": self.model, "data": self.data, "seed": self.seed, "shard": self.scale.shard}
         identity |= {"draws": self.trained.ensemble.draws, "settings": settings}
+        identity |= {"precision": self.scale.precision}
         return Units(self.folder, identity)
 
 

@@ -39,6 +39,7 @@ def curve_protocol(scale: Scale, seed: int) -> Protocol:
         images=scale.images,
         seed=seed,
         shard=scale.shard,
+        precision=scale.precision,
         judge=JudgeSection(seeds=scale.seeds, queries=1),
         attacks=(
             AttackSpec.model_validate(paper | scale.paper.model_dump()),

@@ -114,7 +114,7 @@ def _count(setting: Setting, x: Tensor, y: Tensor, number: int) -> dict[str, Ten
     settings, ensemble = setting.scale.draws, setting.trained.ensemble
     seed = stream_seed(setting.seed, number, 11)
     attacked = pgd(
-        ensemble, x, y, norm="l2", eps=settings.eps, steps=settings.steps, eot=settings.eot,
+        setting.attacked, x, y, norm="l2", eps=settings.eps, steps=settings.steps, eot=settings.eot,
         average="probabilities", seed=stream_seed(seed, 0, 0),
     )  # fmt: skip
     found: dict[str, Tensor] = {}

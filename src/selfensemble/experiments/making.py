@@ -81,6 +81,8 @@ def _settings(facts: Facts) -> str:
             if key not in ("attack", "title", "eps", "c") and value
         ]
         shown.append(f"{attack['title']} ({', '.join(values)})")
+    if protocol["precision"] != "float32":
+        shown.append(f"gradients of the attacks in {protocol['precision']}")
     return "; ".join(shown)
 
 

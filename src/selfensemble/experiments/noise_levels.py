@@ -49,6 +49,7 @@ class NoiseLevels(Experiment):
             images=scale.images,
             seed=setting.seed,
             shard=scale.shard,
+            precision=scale.precision,
             judge=JudgeSection(seeds=scale.seeds, queries=1),
             attacks=(AttackSpec.model_validate(paper), AttackSpec.model_validate(pgd)),
         )

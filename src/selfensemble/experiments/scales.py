@@ -6,6 +6,8 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..inference import Precision
+
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Level = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -76,6 +78,7 @@ class Scale(Section):
         images, shard: test images, and how many make a unit of work.
         seeds: of the defender's noise.
         strengths: c of the paper's attack.
+        precision: of the gradients that attacks follow; success is decided in float32.
         honest: protocol of the experiment `honest`.
     """
 
@@ -88,6 +91,7 @@ class Scale(Section):
     shard: Count
     seeds: Annotated[int, Field(ge=3)]
     strengths: tuple[Positive, ...]
+    precision: Precision = "float32"
     paper: PaperAttack
     search: SearchAttack
     draws: DrawsScale

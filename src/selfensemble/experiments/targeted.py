@@ -126,7 +126,7 @@ def _attack(
     attack = cw_l2_paper if "c" in settings else cw_l2
     ensemble = setting.trained.ensemble
     found = attack(
-        ensemble,
+        setting.attacked,
         x,
         targets,
         targeted=True,
