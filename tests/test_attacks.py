@@ -191,7 +191,7 @@ def test_expectations_match_quadrature(average: str, loss: str) -> None:
         ("probabilities", "margin"): -mean_slope / mean - mean_slope / (1 - mean),
     }[average, loss]
     labels = torch.zeros(1, dtype=torch.int64)
-    with attacked(model) as forward, count_evaluations() as budget:
+    with attacked(model) as (forward, _), count_evaluations() as budget:
         oracle = Oracle(forward, Noise(eot=draws, average=average), seed=2)  # type: ignore[arg-type]
         estimate = oracle.gradient(x, lambda z: LOSSES[loss](z, labels, False))
     found = estimate.gradient.flatten() @ linear.a / linear.a.square().sum()
