@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .ensemble import Prediction, SelfEnsemble
     from .evaluation import judge
     from .hub import load, save
+    from .inference import optimize
     from .inject import inject_noise_, noise_disabled, noise_layers, remove_noise_
     from .models import create_model
     from .noise import GaussianNoise, NoiseConfig, noise_draw
@@ -32,6 +33,7 @@ __all__ = [
     # the ensemble
     "SelfEnsemble",
     "Prediction",
+    "optimize",
     "save",
     "load",
     # attacks, and what they are worth
@@ -55,6 +57,7 @@ _MODULES = {
     "ensemble": ("Prediction", "SelfEnsemble"),
     "evaluation": ("judge",),
     "hub": ("load", "save"),
+    "inference": ("optimize",),
     "inject": ("inject_noise_", "noise_disabled", "noise_layers", "remove_noise_"),
     "models": ("create_model",),
     "noise": ("GaussianNoise", "NoiseConfig", "noise_draw"),

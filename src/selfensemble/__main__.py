@@ -1,5 +1,74 @@
-"""`python -m selfensemble`."""
+"""The command `selfensemble`: runs the app and turns errors into one line and an exit status.
 
-from .cli import main
+Exit status: 0 done, 1 an error of the program, 2 wrong input or surroundings, 3 `doctor` found a fault,
+130 interrupted.
+"""
 
-main()
+import errno
+import sys
+import traceback
+import warnings
+
+import typer
+
+from . import terminal
+from .arguments import InputError
+from .cli import app
+from .interrupts import Interrupted
+
+_INTERRUPTED = 130
+
+
+def main() -> None:
+    """Entry point."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    if not debug:
+        warnings.simplefilter("ignore")
+    try:
+        status = _run(arguments, debug)
+    except KeyboardInterrupt:  # while an error or an interrupt was being reported
+        status = _INTERRUPTED
+    sys.exit(status)
+
+
+def _run(arguments: list[str], debug: bool) -> int:
+    try:
+        status = app(arguments, prog_name="selfensemble", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        status = _INTERRUPTED
+    except Exception as error:
+        return _report(error, debug)
+    if status == _INTERRUPTED:  # newer releases of typer turn KeyboardInterrupt into this
+        _fail("interrupted; files that were complete before are intact", debug)
+    return int(status or 0)
+
+
+def _report(error: Exception, debug: bool) -> int:
+    """Print one line for `error`; the exit status that fits it."""
+    show = getattr(error, "show", None)
+    if show is not None:  # click's own usage errors
+        show()
+        return 2
+    if isinstance(error, Interrupted):
+        _fail(str(error), debug)
+        return _INTERRUPTED
+    known = (InputError, ValueError, TypeError, OSError, FloatingPointError)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        _fail(f"no room to write ({error.strerror}): free some space; earlier files are intact", debug)
+        return 2
+    if isinstance(error, known):
+        _fail(" ".join(str(error).split()), debug)
+        return 2
+    _fail(f"{type(error).__name__}: {error} (--debug shows where)", debug)
+    return 1
+
+
+def _fail(message: str, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    terminal.err.print(f"error: {message}", style="red", highlight=False, soft_wrap=True, markup=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -45,7 +45,7 @@ def model_card(
         "## Limits\n\n" + _LIMITS,
     ]
     if recipe:
-        parts.append(f"## Recipe\n\n```yaml\n{yaml.safe_dump(_public(recipe), sort_keys=False)}```")
+        parts.append(f"## Recipe\n\n```yaml\n{yaml.safe_dump(public_recipe(recipe), sort_keys=False)}```")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -101,8 +101,8 @@ def _machine(about: dict[str, Any]) -> str:
     return f"{device}, torch {versions['torch']}, selfensemble {versions['selfensemble']}"
 
 
-def _public(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe without the folder that the images lay in."""
+def public_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without the folder that the images lay in on somebody's machine."""
     data = dict(recipe.get("data", {}))
     if "/" in str(data.get("source", "")) or "\\" in str(data.get("source", "")):
         data["source"] = str(data["source"]).replace("\\", "/").rstrip("/").rpartition("/")[2]

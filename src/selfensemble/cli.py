@@ -4,15 +4,10 @@ Exit status: 0 done, 1 an error of the program, 2 wrong input or surroundings, 3
 130 interrupted.
 """
 
-import errno
-import sys
-import traceback
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from . import terminal
 from .arguments import InputError, device_named, image_files, read_image, test_data_of, this_process
@@ -25,8 +20,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_INTERRUPTED, _UNSOUND = 130, 3
+_UNSOUND = 3
 
+_MODEL = "Folder that `train` wrote, or a name of the zoo."
+Model = Annotated[Path, typer.Argument(help=_MODEL)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps, ...; auto takes an accelerator if there is one.")]
 Data = Annotated[
@@ -58,7 +55,7 @@ def demo(
         ("the paper's attack (C&W, one noise draw a step)", "curve", "c"),
         ("the strongest of five honest attacks, image by image (L-inf)", "worst_case", "eps"),
     ):
-        _print_demo([network[key] for network in networks], title, unit, results["shown_strength"])
+        terminal.print_demo([network[key] for network in networks], title, unit, results["shown_strength"])
     shown = results["shown_strength"]
     at = [next(p for p in network["curve"] if p["c"] == shown)["accuracy"] for network in networks]
     terminal.out.print(
@@ -73,25 +70,6 @@ def demo(
     terminal.out.print(
         f"Written to {out}: report.html, results.json, accuracy.png, adversarial.png", soft_wrap=True
     )
-
-
-def _print_demo(curves: list[list[dict[str, Any]]], title: str, unit: str, shown: float) -> None:
-    images = curves[0][0]["images"]
-    table = Table(
-        title=f"Accuracy on {images} handwritten digits: {title}",
-        caption="in brackets: 95 % interval; distortion: RMS L2 of the change",
-    )
-    table.add_column(unit, justify="right")
-    for name in ("plain network", "self-ensemble"):
-        table.add_column(f"{name}\nanswers right", justify="right")
-        table.add_column("\ndistortion", justify="right")
-    for points in zip(*curves, strict=True):
-        cells = [f"{points[0][unit]:g}" if points[0][unit] else "no attack"]
-        for point in points:
-            interval = f"[{100 * point['low']:.0f}, {100 * point['high']:.0f}]"
-            cells += [f"{100 * point['accuracy']:.1f} % {interval:>9}", f"{point['rms_l2']:.2f}"]
-        table.add_row(*cells, style="bold" if unit == "c" and points[0]["c"] == shown else None)
-    terminal.out.print(table)
 
 
 @app.command()
@@ -139,7 +117,7 @@ def train(
 
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="Folder that `train` wrote.")],
+    model: Model,
     protocol: Annotated[str, typer.Option(help="A shipped protocol (see `info`) or a YAML file.")] = "paper",
     data: Data = None,
     n: Annotated[int | None, typer.Option(min=1, help="Test images: the first n.")] = None,
@@ -264,7 +242,7 @@ def reproduce(
 
 @app.command()
 def doctor(
-    model: Annotated[Path, typer.Argument(help="Folder that `train` wrote.")],
+    model: Model,
     data: Data = None,
     n: Annotated[int, typer.Option(min=5, help="Test images for the trial attacks.")] = 50,
     norm: Annotated[str, typer.Option(help="linf, l2 or l1.")] = "linf",
@@ -323,7 +301,7 @@ def report(
 @app.command()
 def predict(
     paths: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
-    model: Annotated[Path, typer.Option(help="Folder that `train` wrote.")],
+    model: Annotated[Path, typer.Option(help=_MODEL)],
     draws: Annotated[int | None, typer.Option(min=1, help="Noise draws a prediction.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 3,
     seed: Annotated[int | None, typer.Option(help="Repeatable noise; fresh by default.")] = None,
@@ -354,22 +332,49 @@ def predict(
     if as_json:
         terminal.print_json({"draws": draws or ensemble.draws, "images": records})
         return
-    table = Table(title=f"Mean over {draws or ensemble.draws} noise draws (+- spread of single draws)")
-    table.add_column("file", overflow="fold")
-    for rank in range(min(top, len(classes))):
-        table.add_column("answer" if rank == 0 else f"{rank + 1}.")
-    for record in records:
-        cells = []
-        for guess in record["predictions"]:
-            spread_text = "" if guess["spread"] is None else f" +- {guess['spread']:.2f}"
-            cells.append(f"{guess['label']} {guess['probability']:.2f}{spread_text}")
-        table.add_row(record["file"], *cells)
-    terminal.out.print(table)
+    terminal.print_predictions(records, draws or ensemble.draws, min(top, len(classes)))
+
+
+@app.command()
+def pack(
+    model: Annotated[Path, typer.Argument(help="Folder that `train` wrote.")],
+    out: Annotated[Path, typer.Argument(help="New folder; its name is the network's.")],
+    data: Data = None,
+    precision: Annotated[str, typer.Option(help="Of the stored weights: bf16 or float32.")] = "bf16",
+) -> None:
+    """Copy a saved ensemble with small weights and a model card; test accuracy is measured again."""
+    import torch
+
+    from . import hub
+    from .packing import pack as write
+
+    known = {"bf16": torch.bfloat16, "float32": None}
+    if precision not in known:
+        raise InputError(f"--precision must be one of {', '.join(known)}, got {precision!r}")
+    write(model, out, test_data_of(hub.read_config(model), data), dtype=known[precision])
+    terminal.out.print(f"Written to {out}: model.safetensors, config.json, README.md", soft_wrap=True)
+
+
+@app.command()
+def card(
+    model: Annotated[Path, typer.Argument(help="Folder of a saved ensemble.")],
+    evaluation: Annotated[
+        list[Path] | None, typer.Option(help="Folder that `evaluate` wrote of it; repeat for more.")
+    ] = None,
+) -> None:
+    """Write the model card README.md of a saved ensemble from its evaluations."""
+    from .evaluation.results import read_results
+    from .packing import write_card
+
+    written = write_card(model, [read_results(folder) for folder in evaluation or ()])
+    terminal.out.print(f"Written to {written}", soft_wrap=True)
 
 
 @app.command()
 def info(
-    model: Annotated[Path | None, typer.Argument(help="Folder that `train` wrote.")] = None,
+    model: Annotated[
+        Path | None, typer.Argument(help="Folder that `train` wrote, or a name of the zoo.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """What a saved ensemble is, or what is installed here."""
@@ -382,62 +387,13 @@ def info(
         from .models import MODELS
         from .provenance import provenance
         from .recipe import load_recipe, shipped_recipes
+        from .zoo import zoo
 
         recipes = {name: load_recipe(name).description for name in shipped_recipes()}
         protocols = {name: load_protocol(name).description for name in shipped_protocols()}
         described = provenance() | {"models": list(MODELS), "recipes": recipes, "protocols": protocols}
+        described |= {"zoo": list(zoo())}
     if as_json:
         terminal.print_json(described)
         return
     terminal.print_tree(described)
-
-
-def main() -> None:
-    """Entry point: runs the app and turns errors into one line and an exit status."""
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    debug = len(arguments) < len(sys.argv) - 1
-    if not debug:
-        warnings.simplefilter("ignore")
-    try:
-        status = _run(arguments, debug)
-    except KeyboardInterrupt:  # while an error or an interrupt was being reported
-        status = _INTERRUPTED
-    sys.exit(status)
-
-
-def _run(arguments: list[str], debug: bool) -> int:
-    try:
-        status = app(arguments, prog_name="selfensemble", standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):
-        status = _INTERRUPTED
-    except Exception as error:
-        return _report(error, debug)
-    if status == _INTERRUPTED:  # newer releases of typer turn KeyboardInterrupt into this
-        _fail("interrupted; files that were complete before are intact", debug)
-    return int(status or 0)
-
-
-def _report(error: Exception, debug: bool) -> int:
-    """Print one line for `error`; the exit status that fits it."""
-    show = getattr(error, "show", None)
-    if show is not None:  # click's own usage errors
-        show()
-        return 2
-    if isinstance(error, Interrupted):
-        _fail(str(error), debug)
-        return _INTERRUPTED
-    known = (InputError, ValueError, TypeError, OSError, FloatingPointError)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-        _fail(f"no room to write ({error.strerror}): free some space; earlier files are intact", debug)
-        return 2
-    if isinstance(error, known):
-        _fail(" ".join(str(error).split()), debug)
-        return 2
-    _fail(f"{type(error).__name__}: {error} (--debug shows where)", debug)
-    return 1
-
-
-def _fail(message: str, debug: bool) -> None:
-    if debug:
-        traceback.print_exc()
-    terminal.err.print(f"error: {message}", style="red", highlight=False, soft_wrap=True, markup=False)

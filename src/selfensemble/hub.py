@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import safetensors.torch
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from .files import atomic_file, read_versioned, sync, to_json
 from .inject import attach_noise_, noise_layers
 from .models import Activation, create_model
 from .noise import NoiseConfig, RandomLayer, Sampling
+from .zoo import locate
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -79,8 +81,17 @@ def save(
     input_shape: tuple[int, int, int] | None = None,
     metrics: dict[str, Any] | None = None,
     recipe: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Write `ensemble` to `folder`; each file is replaced as a whole or not at all."""
+    """Write `ensemble` to `folder`; each file is replaced as a whole or not at all.
+
+    Args:
+        ensemble: what to save.
+        folder: where to.
+        architecture, classes, input_shape, metrics, recipe: see `ArtefactConfig`.
+        dtype: that weights of two dimensions or more are stored in, e.g. bfloat16 for half the size; they
+            are float32 again when they are loaded. None stores them as they are.
+    """
     model = ensemble.model
     resize_pad = None
     if isinstance(model, ResizePadNetwork):
@@ -99,13 +110,19 @@ def save(
     )
     # Tensors that share memory are copied apart: safetensors refuses them otherwise.
     tensors = {key: tensor.detach().cpu().clone() for key, tensor in _weights(model).items()}
-    tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    tensors = {key: _stored(tensor, dtype) for key, tensor in tensors.items()}
     # Both are on disk before either replaces an earlier one.
     with atomic_file(Path(folder) / WEIGHTS) as weights, atomic_file(Path(folder) / CONFIG) as text:
         weights.write(safetensors.torch.save(tensors))
         text.write(to_json(config.model_dump(mode="json")))
         for file in (weights, text):
             sync(file)
+
+
+def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is not None and tensor.dim() > 1 and tensor.is_floating_point():
+        tensor = tensor.to(dtype)
+    return tensor.contiguous()
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -116,13 +133,13 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def read_config(folder: str | Path) -> ArtefactConfig:
-    """The checked `config.json` of a saved ensemble.
+    """The checked `config.json` of a saved ensemble; a folder, or a name of the zoo.
 
     Raises:
         FileNotFoundError: the folder or the file is missing.
         ValueError: the file is damaged, foreign, or written by a newer version.
     """
-    path = Path(folder) / CONFIG
+    path = locate(folder) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(
             f"no {CONFIG} in {folder}: pass the folder that `selfensemble train` wrote (its --out)"
@@ -136,7 +153,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> SelfEnsemble:
     """Read a saved ensemble, in eval mode, on the CPU.
 
     Args:
-        folder: what `save` or `selfensemble train` wrote.
+        folder: what `save` or `selfensemble train` wrote, or the name of a network of the zoo.
         model: a fresh network of the saved one's class, where it is not one of `MODELS`.
 
     Raises:
@@ -147,7 +164,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> SelfEnsemble:
         if config.architecture is None:
             raise ValueError(f"{folder} holds a network of your own: pass it, load(folder, model=...)")
         model = create_model(**config.architecture.model_dump())
-    path = Path(folder) / WEIGHTS
+    path = locate(folder) / WEIGHTS
     if not path.is_file():
         raise FileNotFoundError(f"no {WEIGHTS} in {folder}: the artefact is incomplete")
     try:

@@ -128,3 +128,42 @@ def print_tree(value: dict[str, Any], indent: int = 0) -> None:
         else:
             shown = ", ".join(str(part) for part in item) if isinstance(item, list) else item
             out.print(f"{' ' * indent}{key}: {shown}", highlight=False, soft_wrap=True, markup=False)
+
+
+def print_demo(curves: list[list[dict[str, Any]]], title: str, unit: str, shown: float) -> None:
+    """Both networks of the demo against the strength of one attack."""
+    from rich.table import Table
+
+    images = curves[0][0]["images"]
+    table = Table(
+        title=f"Accuracy on {images} handwritten digits: {title}",
+        caption="in brackets: 95 % interval; distortion: RMS L2 of the change",
+    )
+    table.add_column(unit, justify="right")
+    for name in ("plain network", "self-ensemble"):
+        table.add_column(f"{name}\nanswers right", justify="right")
+        table.add_column("\ndistortion", justify="right")
+    for points in zip(*curves, strict=True):
+        cells = [f"{points[0][unit]:g}" if points[0][unit] else "no attack"]
+        for point in points:
+            interval = f"[{100 * point['low']:.0f}, {100 * point['high']:.0f}]"
+            cells += [f"{100 * point['accuracy']:.1f} % {interval:>9}", f"{point['rms_l2']:.2f}"]
+        table.add_row(*cells, style="bold" if unit == "c" and points[0]["c"] == shown else None)
+    out.print(table)
+
+
+def print_predictions(records: list[dict[str, Any]], draws: int, top: int) -> None:
+    """A line a file: its likeliest classes with mean probability and spread."""
+    from rich.table import Table
+
+    table = Table(title=f"Mean over {draws} noise draws (+- spread of single draws)")
+    table.add_column("file", overflow="fold")
+    for rank in range(top):
+        table.add_column("answer" if rank == 0 else f"{rank + 1}.")
+    for record in records:
+        cells = []
+        for guess in record["predictions"]:
+            spread = "" if guess["spread"] is None else f" +- {guess['spread']:.2f}"
+            cells.append(f"{guess['label']} {guess['probability']:.2f}{spread}")
+        table.add_row(record["file"], *cells)
+    out.print(table)

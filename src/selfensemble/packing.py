@@ -1,0 +1,69 @@
+"""A trained network made ready to be given away: small weights, a card, no trace of where it was trained."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from . import hub
+from .card import model_card, public_recipe
+from .data import ImageData
+from .evaluation.results import Results
+from .evaluation.runner import model_record
+from .files import atomic_write
+from .provenance import accuracy_record
+from .training import count_correct
+
+CARD = "README.md"
+
+
+def pack(run: str | Path, out: Path, test: ImageData, *, dtype: torch.dtype | None = torch.bfloat16) -> None:
+    """Write a copy of a saved ensemble with smaller weights, and its card.
+
+    Test accuracy is measured on what was written, with the draws of the ensemble, per image, seed 0.
+
+    Args:
+        run: the saved ensemble.
+        out: a new folder; its name is the network's.
+        test: all test images.
+        dtype: of the stored weights; None keeps float32.
+
+    Raises:
+        FileExistsError: `out` exists.
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} exists: remove it, or pass another folder")
+    config, ensemble = hub.read_config(run), hub.load(run)
+    recipe = None if config.recipe is None else public_recipe(config.recipe)
+    write = partial(
+        hub.save, folder=out, architecture=config.architecture, classes=config.classes,
+        input_shape=config.input_shape, recipe=recipe, dtype=dtype,
+    )  # fmt: skip
+    write(ensemble)
+    stored = hub.load(out)
+    correct = count_correct(stored, test, torch.arange(len(test)), seed=0)
+    write(stored, metrics={"test": accuracy_record(correct, len(test))})
+    write_card(out)
+
+
+def write_card(model: Path, results: Sequence[Results] = ()) -> Path:
+    """Write `README.md` into the folder of a saved ensemble.
+
+    Args:
+        model: the folder.
+        results: evaluations of just this network.
+
+    Raises:
+        ValueError: an evaluation is of another network.
+    """
+    config, name = hub.read_config(model), model.resolve().name
+    digest = model_record(hub.load(model), name, None).digest
+    for result in results:
+        if result.model.digest != digest:
+            raise ValueError(
+                f"the evaluation {result.name!r} is of another network: evaluate {model} itself, "
+                f"selfensemble evaluate {model}"
+            )
+    atomic_write(model / CARD, model_card(name, config, results).encode())
+    return model / CARD
