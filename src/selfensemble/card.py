@@ -71,9 +71,11 @@ def _measured(config: ArtefactConfig, results: Sequence[Results]) -> str:
             lines.append(f"{split.capitalize()} accuracy {_share(record)}, {record['images']} images.")
     for result in results:
         protocol, images = result.protocol, result.data.images
+        precision = protocol.get("precision", "float32")
+        options = "" if precision == "float32" else f" --precision {precision}"
         lines += [
             f"\n`selfensemble evaluate {result.name} --protocol {protocol['name']} "
-            f"--n {images}`, seed {protocol['seed']}, {_machine(result.provenance)}; "
+            f"--n {images}{options}`, seed {protocol['seed']}, {_machine(result.provenance)}; "
             f"first {images} test images, 95 % Clopper-Pearson intervals:\n",
             "| attack | budget | accuracy | RMS L2 |\n|---|---|---|---|",
             *(_row(entry) for entry in (result.clean, *result.attacks, *result.worst_case)),
