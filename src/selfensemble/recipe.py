@@ -8,53 +8,46 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from .defenses import AnyDefense, CrossEntropy
 from .defenses.resize_pad import ResizePadConfig
 from .learned_noise import Granularity
 from .models import MODELS, Activation
 from .noise import NoiseConfig
-
-_Count = Annotated[int, Field(ge=1)]
-_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-_NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+from .schema import Count, NonNegative, Positive, Section
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DataSection(_Section):
+class DataSection(Section):
     """Images, and what is done to them. `source` and `size`: see `load_data`."""
 
     source: str = "digits"
-    size: _Count | None = None
+    size: Count | None = None
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.1
     crop_padding: Annotated[int, Field(ge=0)] = 0
     flip: bool = False
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     """Network: a key of `MODELS`, the factor on its channels, and what stands behind its convolutions."""
 
     name: str = "small-cnn"
-    width: _Positive = 1.0
+    width: Positive = 1.0
     activation: Activation = "relu"
 
 
-class NoiseSection(_Section):
+class NoiseSection(Section):
     """Noise levels and draws a prediction; both levels 0 is the plain network.
 
     `learn`: levels are learned from there, one a layer or one a channel; `hold`: the weight of what keeps
     them up, see `selfensemble.learned_noise`.
     """
 
-    init_std: _NonNegative = NoiseConfig().init_std
-    inner_std: _NonNegative = NoiseConfig().inner_std
+    init_std: NonNegative = NoiseConfig().init_std
+    inner_std: NonNegative = NoiseConfig().inner_std
     learn: Granularity | None = None
-    hold: _NonNegative = 0.1
-    draws: _Count = 10
+    hold: NonNegative = 0.1
+    draws: Count = 10
 
     @model_validator(mode="after")
     def _has_noise_to_learn(self) -> Self:
@@ -66,7 +59,7 @@ class NoiseSection(_Section):
         return NoiseConfig(self.init_std, self.inner_std)
 
 
-class TrainSection(_Section):
+class TrainSection(Section):
     """SGD and its schedule.
 
     `stages`: lengths of the stages between which the learning rate falls by 10, relative to each other:
@@ -75,24 +68,24 @@ class TrainSection(_Section):
     `checkpoint_steps`: None for once an epoch.
     """
 
-    epochs: _Count = 30
-    batch_size: _Count = 128
-    lr: _Positive = 0.1
+    epochs: Count = 30
+    batch_size: Count = 128
+    lr: Positive = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
-    weight_decay: _NonNegative = 5e-4
+    weight_decay: NonNegative = 5e-4
     schedule: Literal["stages", "cosine", "one_cycle"] = "cosine"
-    stages: tuple[_Positive, ...] = (80, 60, 40, 20)
+    stages: tuple[Positive, ...] = (80, 60, 40, 20)
     # YAML reads a bare `no` as false.
     precision: Annotated[
         Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)
     ] = "no"
     channels_last: bool = True
     average: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    checkpoint_steps: _Count | None = None
+    checkpoint_steps: Count | None = None
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """Everything a training run depends on, but for the machine.
 
     `resize_pad`: random resize-and-pad in front of the network, in training and at test time.

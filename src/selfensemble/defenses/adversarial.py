@@ -18,7 +18,8 @@ from ..attacks import norms
 from ..attacks.norms import Norm, project, steepest
 from ..ensemble import SelfEnsemble
 from ..inject import eval_mode
-from .base import Count, Defense, Networks, NonNegative, Positive, logits_in_train_mode
+from ..schema import Count, NonNegative, Positive
+from .base import Defense, Networks, logits_in_train_mode
 
 
 def maximise(

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from ..ensemble import SelfEnsemble
+from ..schema import Section
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +30,8 @@ class Networks:
     teacher: SelfEnsemble | None = None
 
 
-class Defense(BaseModel):
+class Defense(Section):
     """The section `defense` of a recipe. Subclasses set `name`, their settings, and the loss."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     def loss(self, networks: Networks, inputs: Tensor, labels: Tensor) -> Tensor:
         """The loss of one step, a scalar.

@@ -13,7 +13,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 
-from .base import Count, Defense, Networks, NonNegative, logits_in_train_mode
+from ..schema import Count, NonNegative
+from .base import Defense, Networks, logits_in_train_mode
 
 
 class CrossEntropy(Defense):

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .base import Defense, Networks, Positive, logits_in_train_mode
+from ..schema import Positive
+from .base import Defense, Networks, logits_in_train_mode
 
 if TYPE_CHECKING:
     from ..recipe import Recipe

@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from ..attacks.norms import project
 from ..inject import eval_mode
-from .base import Defense, Networks, Positive, logits_in_train_mode
+from ..schema import Positive
+from .base import Defense, Networks, logits_in_train_mode
 
 
 class FgsmRetraining(Defense):

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..attacks import ATTACKS
 from ..attacks.expectation import NoiseOptions
 from ..inference import Precision
+from ..schema import Section
 
 _FOLDER = "protocols"
 _OURS = {"model", "inputs", "labels", "targeted", "max_batch", "noise", "seed", "frozen"}
@@ -24,11 +25,7 @@ _OURS = {"model", "inputs", "labels", "targeted", "max_batch", "noise", "seed", 
 MINIMUM_NORM = ("cw", "ddn", "fmn", "fab")
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class JudgeSection(_Section):
+class JudgeSection(Section):
     """How the defender is asked.
 
     `seeds`: seeds of its noise, a query each, for every attack. `queries`: queries of the worst case and
@@ -52,7 +49,7 @@ class AttackSpec(BaseModel):
     surrogate: Literal["base"] | None = None
 
 
-class Protocol(_Section):
+class Protocol(Section):
     """A way to evaluate a model.
 
     `images`: the first so many of the test set; `shard`: images at a time. `precision`: of the gradients

@@ -15,8 +15,9 @@ from ..data import HUB_IDS
 from ..ensemble import SelfEnsemble
 from ..inject import noise_layers
 from ..recipe import Recipe, differing_keys, load_recipe, shipped_recipes
+from ..schema import Section
 from ..training import CHECKPOINT, RESULTS, Progress, Trainer
-from .scales import Scale, Section
+from .scales import Scale
 
 
 class Family(Section):

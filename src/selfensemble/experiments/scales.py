@@ -4,19 +4,10 @@ from importlib import resources
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ..inference import Precision
-
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Level = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    """Checked values that do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from ..schema import Count, NonNegative, Positive, Section
 
 
 class PaperAttack(Section):
@@ -53,8 +44,8 @@ class NoiseScale(PgdAttack):
     """`train`: overrides of the grid's recipes; `strength`: c of the paper's attack."""
 
     train: dict[str, Any]
-    init: tuple[Level, ...]
-    inner: tuple[Level, ...]
+    init: tuple[NonNegative, ...]
+    inner: tuple[NonNegative, ...]
     strength: Positive
 
 
