@@ -204,3 +204,14 @@ def test_ctrl_c_exits_130_without_traceback(model: Path, tmp_path: Path) -> None
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors
+
+
+def test_an_interrupt_within_exec_exits_130(tmp_path: Path) -> None:
+    """CPython ends by signal, not by status, if Ctrl-C comes while a string is executed (of a dataclass)."""
+    (tmp_path / "interrupted.py").write_text(
+        "import selfensemble.__main__ as command\n"
+        "command.app = lambda *args, **kwargs: exec('raise KeyboardInterrupt')\n"
+        "command.main()\n"
+    )
+    run = subprocess.run([sys.executable, "-m", "interrupted"], cwd=tmp_path, check=False)
+    assert run.returncode == 130

@@ -29,6 +29,10 @@ def main() -> None:
         status = _run(arguments, debug)
     except KeyboardInterrupt:  # while an error or an interrupt was being reported
         status = _INTERRUPTED
+    if status == _INTERRUPTED:
+        # An interrupt within exec of a string (of a dataclass, say) marks the interpreter to end by SIGINT,
+        # caught or not; the next exec takes the mark away (CPython's run_eval_code_obj).
+        exec("")  # noqa: S102
     sys.exit(status)
 
 
