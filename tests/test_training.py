@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 
 import selfensemble as rse
+from selfensemble.building import make_scheduler
 from selfensemble.recipe import TrainSection
-from selfensemble.training import CHECKPOINT, RESULTS, make_scheduler
+from selfensemble.training import CHECKPOINT, RESULTS
 
 SMALL = [
     "data.flip=true", "data.crop_padding=1", "model.width=0.25", "train.epochs=15", "train.batch_size=128",

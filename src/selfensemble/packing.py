@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 
 from . import hub
+from .accuracy import count_correct
 from .card import model_card, public_recipe
 from .data import ImageData
 from .evaluation.results import Results
 from .evaluation.runner import model_record
 from .files import atomic_write
 from .provenance import accuracy_record
-from .training import count_correct
 
 CARD = "README.md"
 

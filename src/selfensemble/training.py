@@ -20,79 +20,25 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from pydantic import ValidationError
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from . import hub
+from .accuracy import count_correct
 from .augmentation import augmentation
+from .building import architecture, build_ensemble, make_scheduler
 from .data import ImageData, load_data, split_validation
 from .defenses import Networks
-from .defenses.resize_pad import ResizePadNetwork
 from .ensemble import SelfEnsemble
 from .files import atomic_write, write_json
 from .interrupts import Interrupted, stop_requests
-from .learned_noise import distance_from_start, learn_noise_, mean_levels, parameter_groups
-from .models import create_model
+from .learned_noise import distance_from_start, mean_levels, parameter_groups
 from .noise import noise_draw, stream_seed
 from .provenance import accuracy_record, provenance
-from .recipe import Recipe, TrainSection, differing_keys
+from .recipe import Recipe, differing_keys
 
 CHECKPOINT, RESULTS, TEACHER = "checkpoint.pt", "results.json", "teacher"
 _CHECKPOINT_VERSION = 2
-_EVAL_BATCH = 500
 Progress = Callable[[int, int, str], None]
-
-
-def build_ensemble(recipe: Recipe, data: ImageData) -> SelfEnsemble:
-    """The untrained ensemble of a recipe; weights are drawn from the global random state."""
-    model = create_model(**architecture(recipe, data).model_dump())
-    if recipe.resize_pad is not None:
-        model = ResizePadNetwork(model, recipe.resize_pad)
-    ensemble = SelfEnsemble(
-        model, recipe.noise.config(), draws=recipe.noise.draws, example_inputs=data.inputs(slice(2))
-    )
-    if recipe.noise.learn is not None:
-        learn_noise_(model, recipe.noise.learn)
-    return ensemble
-
-
-def architecture(recipe: Recipe, data: ImageData) -> hub.Architecture:
-    """The network of a recipe, for these images."""
-    return hub.Architecture(
-        name=recipe.model.name,
-        width=recipe.model.width,
-        activation=recipe.model.activation,
-        classes=len(data.classes),
-        channels=data.images.shape[1],
-    )
-
-
-def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainSection, steps: int) -> LRScheduler:
-    """The schedule over all `steps`, stepped once a training step."""
-    if config.schedule == "cosine":
-        return CosineAnnealingLR(optimizer, T_max=steps)
-    if config.schedule == "one_cycle":
-        return OneCycleLR(optimizer, max_lr=config.lr, total_steps=steps, cycle_momentum=False)
-    total = sum(config.stages)
-    ends = [sum(config.stages[: i + 1]) / total for i in range(len(config.stages) - 1)]
-    return MultiStepLR(optimizer, [round(end * steps) for end in ends], gamma=0.1)
-
-
-def count_correct(
-    ensemble: SelfEnsemble,
-    data: ImageData,
-    indices: Tensor,
-    *,
-    draws: int | None = None,
-    seed: int | None = None,
-) -> int:
-    """How many of the images `indices` the ensemble labels correctly; noise is drawn per image."""
-    correct = 0
-    for number, part in enumerate(indices.split(_EVAL_BATCH)):
-        batch_seed = None if seed is None else stream_seed(seed, number, 0)
-        prediction = ensemble.predict(data.inputs(part), draws=draws, seed=batch_seed, sampling="per_image")
-        correct += int((prediction.label == data.labels[part]).sum())
-    return correct
 
 
 class Trainer:
