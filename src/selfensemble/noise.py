@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .half_noise import fill_half_
+
 Sampling = Literal["per_image", "shared"]
 Std = float | tuple[float, ...]  # of a layer: one level, or one a channel
 
@@ -89,6 +91,7 @@ class _Draw:
     index: int = 0
     sampling: Sampling | None = None
     streams: dict[tuple[int, torch.device], torch.Generator] = field(default_factory=dict)
+    bits: dict[int, np.random.SFC64] = field(default_factory=dict)
 
 
 # Without a seed there are no streams to keep, so that sharing the default is safe.
@@ -136,10 +139,11 @@ def stream_seed(seed: int, index: int, layer: int) -> int:
 
 
 class _Entropy(threading.local):
-    """One generator a thread and device, seeded by the operating system."""
+    """One generator a thread and device, seeded by the operating system, and one of bits."""
 
     def __init__(self) -> None:
         self.generators: dict[torch.device, torch.Generator] = {}
+        self.bits: np.random.SFC64 | None = None
 
     def generator(self, device: torch.device) -> torch.Generator:
         if device not in self.generators:
@@ -147,10 +151,18 @@ class _Entropy(threading.local):
             self.generators[device] = torch.Generator(device).manual_seed(seed)
         return self.generators[device]
 
+    def bit_generator(self) -> np.random.SFC64:
+        if self.bits is None:
+            self.bits = np.random.SFC64()
+        return self.bits
+
+    def forget(self) -> None:
+        self.generators, self.bits = {}, None
+
 
 _entropy = _Entropy()
 if hasattr(os, "register_at_fork"):  # a forked child must not repeat its parent's noise
-    os.register_at_fork(after_in_child=lambda: _entropy.generators.clear())
+    os.register_at_fork(after_in_child=_entropy.forget)
 
 
 def _generator(draw: _Draw, layer: int, device: torch.device) -> torch.Generator:
@@ -161,6 +173,14 @@ def _generator(draw: _Draw, layer: int, device: torch.device) -> torch.Generator
         seed = stream_seed(draw.seed, draw.index, layer)
         draw.streams[key] = torch.Generator(device).manual_seed(seed)
     return draw.streams[key]
+
+
+def _bit_generator(draw: _Draw, layer: int) -> np.random.SFC64:
+    if draw.seed is None:
+        return _entropy.bit_generator()
+    if layer not in draw.bits:
+        draw.bits[layer] = np.random.SFC64(stream_seed(draw.seed, draw.index, layer))
+    return draw.bits[layer]
 
 
 def fresh_seed() -> int:
@@ -197,6 +217,9 @@ def _noise_like(inputs: Tensor, std: float, layer: int, shared: bool) -> Tensor:
     generator, shared = random_source(layer, shared, inputs.device)
     if not shared:
         noise = torch.empty_like(inputs, requires_grad=False)
+        if inputs.device.type == "cpu" and inputs.dtype in (torch.bfloat16, torch.float16):
+            fill_half_(noise, std, _bit_generator(_current.get(), layer))
+            return noise
         # Filled in memory order: `normal_` on a permuted view is several times slower.
         noise.as_strided((noise.numel(),), (1,)).normal_(0.0, std, generator=generator)
         return noise
