@@ -28,7 +28,7 @@ from selfensemble.attacks.driver import attacked
 from selfensemble.attacks.expectation import OTHER_NOISE, Oracle
 from selfensemble.attacks.losses import LOSSES, dlr
 from selfensemble.attacks.norms import project, random_start, size
-from selfensemble.noise import stream_seed
+from selfensemble.streams import stream_seed
 
 from .conftest import LinearClassifier
 

@@ -165,7 +165,7 @@ def test_an_attack_on_noise_meets_the_ensemble() -> None:
         convolution.weight.copy_(torch.tensor([[[[1.0]]], [[[-1.0]]]]))
     ensemble = rse.SelfEnsemble(network, rse.NoiseConfig(init_std=3.0)).eval()
     images, labels = torch.full((16, 1, 1, 1), 0.5), torch.zeros(16, dtype=torch.long)
-    with rse.noise.noise_draw(seed=0):
+    with rse.noise_draw(seed=0):
         found = maximise(
             ensemble, images, lambda over: functional.nll_loss(over, labels),
             norm="linf", eps=0.3, steps=8, step_size=0.1, eot=8,

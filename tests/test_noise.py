@@ -4,6 +4,7 @@ Statistical tests use 4 standard errors (two-sided error rate 6e-5 each) or a st
 where the noise is seeded; unseeded ones can fail by chance at that rate.
 """
 
+import itertools
 import math
 import os
 import threading
@@ -13,11 +14,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import kstest
+from scipy.stats import chisquare, kstest, norm
 from torch import Tensor, nn
 
 import selfensemble as rse
-from selfensemble.noise import Sampling, stream_seed
+from selfensemble.streams import Sampling, stream_seed
 
 N = 1_000_000
 
@@ -46,6 +47,48 @@ def test_shape_of_the_distribution(sampling: Sampling) -> None:
     with rse.noise_draw(seed=3, sampling=sampling):
         noise = rse.GaussianNoise(0.3)(torch.zeros(1, 3, 200, 200))
     assert kstest(noise.flatten().numpy() / 0.3, "norm").pvalue > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_normal_noise_rounded(dtype: torch.dtype) -> None:
+    """Chi-squared test at level 1e-4 in cells, rounded as the normal distribution would be."""
+    with rse.noise_draw(seed=5):
+        noise = rse.GaussianNoise(1.0)(torch.zeros(16, 3, 200, 200, dtype=dtype)).float().flatten().numpy()
+    edges = np.linspace(-3.03, 3.03, 40)
+    counts, _ = np.histogram(noise, np.concatenate([[-np.inf], edges, [np.inf]]))
+    rounded = torch.tensor(norm.ppf((np.arange(10**6) + 0.5) / 10**6)).to(dtype).float().numpy()
+    expected, _ = np.histogram(rounded, np.concatenate([[-np.inf], edges, [np.inf]]))
+    assert chisquare(counts, expected * (counts.sum() / expected.sum())).pvalue > 1e-4
+    fourth = float(np.mean(noise.astype(np.float64) ** 4))
+    assert abs(fourth - 3) < 4 * math.sqrt(96 / len(noise))
+
+
+def test_half_precision_calls_layers_and_neighbours_are_independent() -> None:
+    """Of every pair |r| < 4 / sqrt(n), at every distance that a word of four numbers could correlate."""
+    inputs = torch.zeros(N, dtype=torch.bfloat16)
+    with rse.noise_draw(seed=9):
+        first, other = rse.GaussianNoise(1.0, layer=0), rse.GaussianNoise(1.0, layer=1)
+        noises = [first(inputs).float(), first(inputs).float(), other(inputs).float()]
+    with rse.noise_draw(seed=9, index=1):
+        noises.append(rse.GaussianNoise(1.0, layer=0)(inputs).float())
+    for left, right in itertools.combinations(noises, 2):
+        assert abs(correlation(left, right)) < 4 / math.sqrt(N)
+    for distance in (1, 2, 3, 4, 8):
+        one, two = noises[0][distance:], noises[0][:-distance]
+        assert abs(correlation(one, two)) < 4 / math.sqrt(N)
+        assert abs(correlation(one.square(), two.square())) < 4 / math.sqrt(N)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 2**18, 2**18 + 5])
+def test_half_precision_repeats_by_seed_at_every_size(size: int) -> None:
+    layer, inputs = rse.GaussianNoise(0.5), torch.zeros(2, size, dtype=torch.bfloat16)
+    with rse.noise_draw(seed=1):
+        once = layer(inputs)
+    with rse.noise_draw(seed=1):
+        again = layer(inputs)
+    assert torch.equal(once, again)
+    assert not torch.equal(once[0], once[1])
+    assert not torch.equal(layer(inputs), layer(inputs))
 
 
 def test_every_layer_of_a_network_has_its_level() -> None:

@@ -23,8 +23,8 @@ from selfensemble.evaluation.honesty import doctor
 from selfensemble.evaluation.runner import model_record
 from selfensemble.hub import Architecture, read_config
 from selfensemble.inject import make_static_
-from selfensemble.noise import Sampling
 from selfensemble.recipe import load_recipe
+from selfensemble.streams import Sampling
 from selfensemble.training import Trainer
 
 CONFIG = ResizePadConfig(smallest=8, largest=10)

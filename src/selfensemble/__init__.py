@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from .inference import optimize
     from .inject import inject_noise_, noise_disabled, noise_layers, remove_noise_
     from .models import create_model
-    from .noise import GaussianNoise, NoiseConfig, noise_draw
+    from .noise import GaussianNoise, NoiseConfig
     from .recipe import Recipe, load_recipe
+    from .streams import noise_draw
     from .training import Trainer
     from .validators import Issue, validate
 
@@ -60,8 +61,9 @@ _MODULES = {
     "inference": ("optimize",),
     "inject": ("inject_noise_", "noise_disabled", "noise_layers", "remove_noise_"),
     "models": ("create_model",),
-    "noise": ("GaussianNoise", "NoiseConfig", "noise_draw"),
+    "noise": ("GaussianNoise", "NoiseConfig"),
     "recipe": ("Recipe", "load_recipe"),
+    "streams": ("noise_draw",),
     "training": ("Trainer",),
     "validators": ("Issue", "validate"),
 }

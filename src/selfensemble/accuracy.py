@@ -4,7 +4,7 @@ from torch import Tensor
 
 from .data import ImageData
 from .ensemble import SelfEnsemble
-from .noise import stream_seed
+from .streams import stream_seed
 
 _BATCH = 500
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .inject import FilterFn, eval_mode, inject_noise_, is_convolution, noise_layers, random_layers
-from .noise import NoiseConfig, Sampling, check_sampling, noise_draw, stream_seed
+from .noise import NoiseConfig
+from .streams import Sampling, check_sampling, noise_draw, stream_seed
 
 _CHUNK = 32 * 3 * 32 * 32  # input elements a forward pass: 32 images of 32x32
 

@@ -1,8 +1,8 @@
-"""Normal random numbers in half precision on a CPU: quantiles of the normal distribution, drawn by 16 bits each.
+"""Normal random numbers in half precision on a CPU: each is a quantile that 16 random bits choose.
 
-torch draws bfloat16 on a CPU with one thread, at 0.2 G/s; this takes a quarter of the time (docs/decisions/0015).
-A 16-bit number chooses among 65,536 equally likely quantiles. Their distribution differs from the normal one by at
-most 2^-17 in the distribution function, and ends at 4.3 standard deviations. Noise in float32 is not drawn so.
+torch draws bfloat16 on a CPU with one thread, at 0.2 G/s; this takes a quarter of the time
+(docs/decisions/0015). The 65,536 quantiles are equally likely. Their distribution function differs from the
+normal one by at most 2^-17, and ends at 4.3 standard deviations. Noise in float32 is never drawn so.
 """
 
 import functools

@@ -18,7 +18,8 @@ from .ensemble import SelfEnsemble
 from .files import atomic_file, read_versioned, sync, to_json
 from .inject import attach_noise_, noise_layers
 from .models import Activation, create_model
-from .noise import NoiseConfig, RandomLayer, Sampling
+from .noise import NoiseConfig, RandomLayer
+from .streams import Sampling
 from .zoo import locate
 
 FORMAT_VERSION = 1

@@ -10,7 +10,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .ensemble import SelfEnsemble, logits_of
 from .inject import execution_order, is_convolution, random_layers
-from .noise import NoiseConfig, RandomLayer, noise_draw
+from .noise import NoiseConfig, RandomLayer
+from .streams import noise_draw
 
 Precision = Literal["float32", "bf16"]
 

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .inject import CHILD, noise_layers
-from .noise import GaussianNoise, Sampling, Std, check_stds
+from .noise import GaussianNoise, Std, check_stds
+from .streams import Sampling
 
 Granularity = Literal["layer", "channel"]
 

@@ -32,9 +32,9 @@ from .ensemble import SelfEnsemble
 from .files import atomic_write, write_json
 from .interrupts import Interrupted, stop_requests
 from .learned_noise import distance_from_start, mean_levels, parameter_groups
-from .noise import noise_draw, stream_seed
 from .provenance import accuracy_record, provenance
 from .recipe import Recipe, differing_keys
+from .streams import noise_draw, stream_seed
 
 CHECKPOINT, RESULTS, TEACHER = "checkpoint.pt", "results.json", "teacher"
 _CHECKPOINT_VERSION = 2

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..ensemble import SelfEnsemble, check_count, check_images, explain_shape, logits_of
 from ..inference import original_of
 from ..inject import eval_mode
-from ..noise import fresh_seed, stream_seed
+from ..streams import fresh_seed, stream_seed
 from .expectation import Forward, Noise, Oracle
 
 

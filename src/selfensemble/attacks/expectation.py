@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..ensemble import check_count
-from ..noise import noise_draw, stream_seed
+from ..streams import noise_draw, stream_seed
 from .budget import spend
 
 Forward = Callable[[Tensor], Tensor]

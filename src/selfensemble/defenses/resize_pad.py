@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..noise import LAYERS, RandomLayer, Sampling, call_number, random_source
+from ..noise import RandomLayer, call_number
+from ..streams import LAYERS, Sampling, random_source
 
 # Away from the numbers of noise layers and of `fresh_seed`.
 _LAYER = LAYERS - 2
@@ -121,9 +122,9 @@ def _draw_placement(
     """(B, 3) float32, see `resize_and_place`."""
     if inputs.device.type == "meta":
         return inputs.new_empty((len(inputs), 3), dtype=torch.float32)
-    generator, shared = random_source(layer, shared, inputs.device)
-    rows = 1 if shared else len(inputs)
-    chance = torch.rand(rows, 3, generator=generator, device=inputs.device)
+    source = random_source(layer, shared, inputs.device)
+    rows = 1 if source.shared else len(inputs)
+    chance = torch.rand(rows, 3, generator=source.generator(), device=inputs.device)
     side = smallest + (chance[:, :1] * (largest - smallest + 1)).floor()
     offsets = (chance[:, 1:] * (largest - side + 1)).floor()
     return torch.cat([side, offsets], dim=1).expand(len(inputs), 3).contiguous()

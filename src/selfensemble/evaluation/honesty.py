@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks.norms import check_eps, check_norm
-from ..noise import noise_draw, stream_seed
+from ..streams import noise_draw, stream_seed
 from . import symptoms, trials
 from .patient import Patient
 from .results import CheckRecord

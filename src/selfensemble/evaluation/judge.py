@@ -14,8 +14,8 @@ from ..attacks.expectation import Forward
 from ..attacks.norms import size
 from ..ensemble import SelfEnsemble, check_count
 from ..inject import eval_mode
-from ..noise import fresh_seed, noise_draw, stream_seed
 from ..provenance import binomial_interval
+from ..streams import fresh_seed, noise_draw, stream_seed
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ from ..attacks import pgd
 from ..attacks.driver import attacked, check_batch, device_of, looks_like_probabilities, single_draw
 from ..ensemble import SelfEnsemble
 from ..inject import eval_mode, random_layers
-from ..noise import GaussianNoise, RandomLayer, stream_seed
+from ..noise import GaussianNoise, RandomLayer
+from ..streams import stream_seed
 from .judge import judge
 from .results import CheckRecord
 

@@ -25,8 +25,9 @@ from ..ensemble import SelfEnsemble
 from ..files import atomic_write, write_json
 from ..inference import optimize
 from ..inject import noise_disabled, noise_layers, random_layers
-from ..noise import GaussianNoise, stream_seed
+from ..noise import GaussianNoise
 from ..provenance import provenance
+from ..streams import stream_seed
 from . import collect
 from .judge import judge
 from .protocol import Protocol, Run, expand

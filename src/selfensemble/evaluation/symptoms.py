@@ -10,7 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..attacks.losses import cross_entropy, margin
-from ..noise import GaussianNoise, describe_std, noise_draw
+from ..noise import GaussianNoise, describe_std
+from ..streams import noise_draw
 from .patient import Patient, RandomOps, failed, not_applicable, passed
 from .results import CheckRecord
 

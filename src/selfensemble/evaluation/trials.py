@@ -15,7 +15,7 @@ from ..attacks import apgd, pgd, random_noise, square
 from ..attacks.expectation import OTHER_NOISE
 from ..attacks.norms import largest_eps
 from ..inject import noise_disabled
-from ..noise import noise_draw, stream_seed
+from ..streams import noise_draw, stream_seed
 from .patient import Patient, failed, not_applicable, passed
 from .results import CheckRecord
 

@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from ..ensemble import SelfEnsemble
 from ..inject import eval_mode, noise_disabled, noise_layers
-from ..noise import Std, noise_draw
+from ..noise import Std
+from ..streams import noise_draw
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..attacks import pgd
 from ..ensemble import SelfEnsemble
 from ..inject import eval_mode
-from ..noise import noise_draw, stream_seed
+from ..streams import noise_draw, stream_seed
 from .base import Experiment, Measured, Setting, inputs_of
 from .figures import Line, Panel, draw
 from .intervals import Share, mean

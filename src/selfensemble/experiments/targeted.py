@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..attacks import cw_l2, cw_l2_paper
 from ..ensemble import SelfEnsemble
-from ..noise import stream_seed
+from ..streams import stream_seed
 from .base import Experiment, Measured, Setting, inputs_of
 from .figures import Line, Panel, draw
 from .intervals import Share, share

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ..inject import noise_layers
-from ..noise import NoiseConfig, Std, stream_seed
+from ..noise import NoiseConfig, Std
+from ..streams import stream_seed
 from .base import Experiment, Measured, Setting, inputs_of
 from .curvature import (
     gradient_norm,

@@ -1,0 +1,173 @@
+"""Where the numbers of the noise come from: how draws are sampled and seeded.
+
+A *draw* is one noisy forward pass. Outside `noise_draw` every call of every layer takes fresh
+entropy from a generator of this module, seeded by the operating system: the caller's global random
+state is neither read nor changed, so that `torch.manual_seed` cannot freeze the defense.
+"""
+
+import hashlib
+import operator
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+
+Sampling = Literal["per_image", "shared"]
+
+# Streams a seed spans before it wraps: LAYERS layers of 2**32 / LAYERS (a million) draws.
+LAYERS = 4096
+_MASK32 = 0xFFFF_FFFF
+
+
+def check_sampling(sampling: str) -> Sampling:
+    """Return `sampling` if it names a policy, or raise a ValueError that lists them."""
+    for known in get_args(Sampling):
+        if sampling == known:
+            return known  # type: ignore[no-any-return]
+    raise ValueError(f"sampling must be one of {get_args(Sampling)}, got {sampling!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Draw:
+    seed: int | None = None
+    index: int = 0
+    sampling: Sampling | None = None
+    generators: dict[tuple[int, torch.device], torch.Generator] = field(default_factory=dict)
+    bits: dict[int, np.random.SFC64] = field(default_factory=dict)
+
+
+# Without a seed there are no streams to keep, so that sharing the default is safe.
+_current: ContextVar[_Draw] = ContextVar("selfensemble_draw", default=_Draw())  # noqa: B039
+
+
+@contextmanager
+def noise_draw(seed: int | None = None, index: int = 0, sampling: Sampling | None = None) -> Iterator[None]:
+    """Within this context, noise is draw number `index` of `seed`, sampled by `sampling`.
+
+    With a seed, the first call of a layer takes the start of the stream (seed, index, layer), and
+    later calls go on where it stopped; the same context entered again gives the same noise. Shared
+    noise then depends on nothing else: not on the size or composition of the batch, the memory
+    format or (but for rounding) the dtype. Per-image noise depends on the first two of these as well.
+    CPU and CUDA have different streams. The context holds in the thread that enters it.
+
+    Args:
+        seed: any integer, or None for fresh entropy.
+        index: number of the draw, >= 0; up to a million draws of a seed do not overlap.
+        sampling: "per_image" or "shared" for every layer, or None to leave the choice to each layer.
+    """
+    if index < 0:
+        raise ValueError(f"index must be >= 0, got {index}")
+    policy = None if sampling is None else check_sampling(sampling)
+    token = _current.set(_Draw(None if seed is None else operator.index(seed), index, policy))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def stream_seed(seed: int, index: int, layer: int) -> int:
+    """64-bit seed of the stream (seed, draw index, layer).
+
+    torch's CPU generator uses the low 32 bits of a seed only. Within one seed those are an injective
+    function of (index, layer), so that no two streams coincide, then mixed (murmur3's finalizer, a
+    bijection), so that neighbours do not look alike.
+    """
+    digest = hashlib.blake2b(str(seed).encode(), digest_size=8).digest()
+    high, low = int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:], "big")
+    mixed = (low + index * LAYERS + layer) & _MASK32
+    mixed = ((mixed ^ (mixed >> 16)) * 0x85EB_CA6B) & _MASK32
+    mixed = ((mixed ^ (mixed >> 13)) * 0xC2B2_AE35) & _MASK32
+    return (high << 32) | (mixed ^ (mixed >> 16))
+
+
+class _Entropy(threading.local):
+    """One generator a thread and device, seeded by the operating system, and one of bits."""
+
+    def __init__(self) -> None:
+        self.generators: dict[torch.device, torch.Generator] = {}
+        self.bits: np.random.SFC64 | None = None
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        if device not in self.generators:
+            seed = int.from_bytes(os.urandom(8), "big") >> 1
+            self.generators[device] = torch.Generator(device).manual_seed(seed)
+        return self.generators[device]
+
+    def bit_generator(self) -> np.random.SFC64:
+        if self.bits is None:
+            self.bits = np.random.SFC64()
+        return self.bits
+
+    def forget(self) -> None:
+        self.generators, self.bits = {}, None
+
+
+_entropy = _Entropy()
+if hasattr(os, "register_at_fork"):  # a forked child must not repeat its parent's noise
+    os.register_at_fork(after_in_child=_entropy.forget)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a layer takes its random numbers from in one draw.
+
+    Attributes:
+        shared: whether a batch shares what is drawn.
+    """
+
+    draw: _Draw
+    layer: int
+    device: torch.device
+    shared: bool
+
+    def generator(self) -> torch.Generator:
+        """For torch's functions, on the device."""
+        draw, key = self.draw, (self.layer, self.device)
+        if draw.seed is None:
+            return _entropy.generator(self.device)
+        if key not in draw.generators:
+            seed = stream_seed(draw.seed, draw.index, self.layer)
+            draw.generators[key] = torch.Generator(self.device).manual_seed(seed)
+        return draw.generators[key]
+
+    def bits(self) -> np.random.SFC64:
+        """Random bits on the CPU, faster than those of torch."""
+        draw = self.draw
+        if draw.seed is None:
+            return _entropy.bit_generator()
+        if self.layer not in draw.bits:
+            draw.bits[self.layer] = np.random.SFC64(stream_seed(draw.seed, draw.index, self.layer))
+        return draw.bits[self.layer]
+
+
+def fresh_seed() -> int:
+    """A seed in [0, 2^62): of fresh entropy, or within a seeded `noise_draw` the next of its seeds."""
+    source = Source(_current.get(), LAYERS - 1, torch.device("cpu"), shared=True)
+    return int(torch.randint(2**62, (), generator=source.generator()))
+
+
+def random_source(layer: int, shared: bool, device: torch.device) -> Source:
+    """Where a layer takes its random numbers from in the current draw.
+
+    Args:
+        layer: its number.
+        shared: the choice of the layer, which that of `noise_draw` overrides.
+        device: of the numbers.
+
+    Raises:
+        RuntimeError: called inside a backward pass.
+    """
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "a noisy layer was called inside a backward pass: activation checkpointing would compute it "
+            "again with other noise and give wrong gradients; switch checkpointing off"
+        )
+    draw = _current.get()
+    policy = shared if draw.sampling is None else draw.sampling == "shared"
+    return Source(draw, layer, device, policy)
