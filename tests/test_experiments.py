@@ -13,7 +13,7 @@ from torch import nn
 
 import selfensemble as rse
 from selfensemble import cli
-from selfensemble.experiments import EXPERIMENTS, Reproduction, render_all
+from selfensemble.experiments import EXPERIMENTS, Reproduction, networks, render_all
 from selfensemble.experiments.curvature import local_lipschitz, second_order_term
 from selfensemble.experiments.draws import COUNTS, right_groups
 from selfensemble.experiments.intervals import mean, robust_at, share
@@ -21,8 +21,10 @@ from selfensemble.experiments.judged import accuracy, by_strength, rms
 from selfensemble.experiments.networks import family, recipe_of
 from selfensemble.experiments.published import published_curve
 from selfensemble.experiments.records import Record, read_record
-from selfensemble.experiments.scales import load_scale
+from selfensemble.experiments.scales import Scale, load_scale
 from selfensemble.experiments.targeted import targets_of
+from selfensemble.hub import read_config
+from selfensemble.packing import pack
 
 
 class Done:
@@ -162,6 +164,34 @@ def test_a_folder_of_another_recipe_is_refused(done: Done) -> None:
         done.reproduction(only=("trades",)).run(["honest"])
     shutil.rmtree(other)
     assert contents(done.models) == before
+
+
+def test_a_network_of_the_zoo_serves_if_its_recipe_is_the_same(
+    done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, scale = "cifar10-vgg16-rse", load_scale("quick")
+    packed = tmp_path / "zoo" / name
+    pack(done.models / name, packed, rse.load_data("digits", "test"))
+    monkeypatch.setattr(networks, "zoo", lambda: {name: packed})
+    said: list[str] = []
+
+    def find(scale: Scale) -> networks.Trained:
+        entry = networks.network("rse")
+        _, recipe = recipe_of(entry, family("vgg16"), scale, "digits")
+        return networks.trained(entry, recipe, tmp_path / name, lambda step, steps, text: said.append(text))
+
+    found = find(scale)
+    assert not said
+    assert not (tmp_path / name).exists()
+    for one, other in zip(
+        found.ensemble.parameters(), rse.load(done.models / name).parameters(), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=2**-8, atol=0)
+    trained = json.loads((done.models / name / "results.json").read_text())
+    assert found.training["training_seconds"] == trained["training_seconds"]
+    assert found.training["metrics"] == read_config(packed).metrics
+    find(scale.model_copy(update={"digits": scale.digits | {"train.epochs": 1}}))
+    assert said[0] == "training"
 
 
 def test_results_of_two_scales_are_not_mixed(done: Done) -> None:

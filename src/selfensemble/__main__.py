@@ -15,12 +15,14 @@ from . import terminal
 from .arguments import InputError
 from .cli import app
 from .interrupts import Interrupted
+from .memory import keep_freed_memory
 
 _INTERRUPTED = 130
 
 
 def main() -> None:
     """Entry point."""
+    keep_freed_memory()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     if not debug:

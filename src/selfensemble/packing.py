@@ -1,5 +1,6 @@
 """A trained network made ready to be given away: small weights, a card, no trace of where it was trained."""
 
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,14 +13,15 @@ from .card import model_card, public_recipe
 from .data import ImageData
 from .evaluation.results import Results
 from .evaluation.runner import model_record
-from .files import atomic_write
+from .files import atomic_write, write_json
 from .provenance import accuracy_record
+from .training import RESULTS
 
 CARD = "README.md"
 
 
 def pack(run: str | Path, out: Path, test: ImageData, *, dtype: torch.dtype | None = torch.bfloat16) -> None:
-    """Write a copy of a saved ensemble with smaller weights, and its card.
+    """Write a copy of a saved ensemble with smaller weights, the record of its training, and its card.
 
     Test accuracy is measured on what was written, with the draws of the ensemble, per image, seed 0.
 
@@ -43,7 +45,12 @@ def pack(run: str | Path, out: Path, test: ImageData, *, dtype: torch.dtype | No
     write(ensemble)
     stored = hub.load(out)
     correct = count_correct(stored, test, torch.arange(len(test)), seed=0)
-    write(stored, metrics={"test": accuracy_record(correct, len(test))})
+    metrics = {"test": accuracy_record(correct, len(test))}
+    write(stored, metrics=metrics)
+    if (trained := Path(run) / RESULTS).is_file():
+        made = json.loads(trained.read_text())
+        kept = {key: made[key] for key in ("history", "training_seconds", "provenance") if key in made}
+        write_json(out / RESULTS, {"recipe": recipe, "metrics": metrics} | kept)
     write_card(out)
 
 

@@ -17,6 +17,7 @@ from ..inject import noise_layers
 from ..recipe import Recipe, differing_keys, load_recipe, shipped_recipes
 from ..schema import Section
 from ..training import CHECKPOINT, RESULTS, Progress, Trainer
+from ..zoo import zoo
 from .scales import Scale
 
 
@@ -57,11 +58,12 @@ class ScaledLogits(nn.Module):
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained network, and what `results.json` beside it says of its training."""
+    """A trained network, names of its classes, and what `results.json` beside it says of its training."""
 
     ensemble: SelfEnsemble
     recipe: Recipe
     training: dict[str, Any]
+    classes: tuple[str, ...] | None
 
 
 def family(name: str) -> Family:
@@ -108,12 +110,13 @@ def _written(values: dict[str, Any]) -> list[str]:
 
 
 def trained(network: Network, recipe: Recipe, folder: Path, progress: Progress) -> Trained:
-    """The network in `folder`, trained to the end if it is not there.
+    """The network in `folder`; if it is not there, that of the zoo, or it is trained to the end.
 
     Raises:
         ValueError: the folder holds a network of another recipe; the message names the differing keys.
     """
-    if not ((folder / hub.CONFIG).is_file() and (folder / hub.WEIGHTS).is_file()):
+    folder = _place_of(folder, recipe)
+    if not _is_whole(folder):
         saved = folder / CHECKPOINT
         progress(0, 1, "going on with its training" if saved.is_file() else "training")
         source = recipe.data.source
@@ -129,7 +132,21 @@ def trained(network: Network, recipe: Recipe, folder: Path, progress: Progress) 
         )
     results = folder / RESULTS
     training = json.loads(results.read_text()) if results.is_file() else {}
-    return Trained(changed(hub.load(folder), network), recipe, training)
+    return Trained(changed(hub.load(folder), network), recipe, training, config.classes)
+
+
+def _place_of(folder: Path, recipe: Recipe) -> Path:
+    """`folder`, or where it holds nothing the network of this name in the zoo, if its recipe is the same."""
+    if not (_is_whole(folder) or (folder / CHECKPOINT).exists()):
+        known = zoo().get(folder.name)
+        saved = None if known is None else hub.read_config(known).recipe
+        if known is not None and saved is not None and not _differing(Recipe.model_validate(saved), recipe):
+            return known
+    return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / hub.CONFIG).is_file() and (folder / hub.WEIGHTS).is_file()
 
 
 def _differing(saved: Recipe, wanted: Recipe) -> list[str]:

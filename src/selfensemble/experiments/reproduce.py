@@ -118,7 +118,7 @@ class Reproduction:
             scale,
             network,
             found,
-            test.with_classes(_classes(models / folder) or test.classes),
+            test.with_classes(found.classes or test.classes),
             runs / experiment.name / network.name,
             model_record(found.ensemble, network.name, None).digest,
             data,
@@ -240,12 +240,6 @@ def _test_data(source: str, size: int | None) -> ImageData:
             f"{error}. How to get it: download the data set's parquet files from the hub on a machine with "
             "a network, then pass their folder (--data, for STL-10 --stl10)"
         ) from error
-
-
-def _classes(folder: Path) -> tuple[str, ...] | None:
-    from .. import hub
-
-    return hub.read_config(folder).classes
 
 
 def _digest(test: ImageData, scale: Scale) -> str:
