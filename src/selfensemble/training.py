@@ -34,6 +34,7 @@ from .interrupts import Interrupted, stop_requests
 from .learned_noise import distance_from_start, mean_levels, parameter_groups
 from .provenance import accuracy_record, provenance
 from .recipe import Recipe, differing_keys
+from .small_maps import speed_up_small_maps_
 from .streams import noise_draw, stream_seed
 
 CHECKPOINT, RESULTS, TEACHER = "checkpoint.pt", "results.json", "teacher"
@@ -117,6 +118,7 @@ class Trainer:
         if recipe.train.average:
             average = get_ema_multi_avg_fn(recipe.train.average)
             self._averaged = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
+        speed_up_small_maps_(self.network)
         self._teacher: SelfEnsemble | None = None
         if resume and (self.out / CHECKPOINT).exists():
             self._load_checkpoint()
