@@ -31,12 +31,10 @@ def speed_up_small_maps_(model: nn.Module) -> int:
 
 def _keeps_size(convolution: nn.Conv2d) -> bool:
     plain = convolution.stride == convolution.dilation == (1, 1) and convolution.groups == 1
-    padded = convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
-    same = all(
-        size == 2 * int(pad) + 1
-        for size, pad in zip(convolution.kernel_size, convolution.padding, strict=True)
-    )
-    return plain and padded and same
+    padding = convolution.padding
+    if not plain or isinstance(padding, str) or convolution.padding_mode != "zeros":
+        return False
+    return convolution.kernel_size == (2 * padding[0] + 1, 2 * padding[1] + 1)
 
 
 def _forward(convolution: nn.Conv2d, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
