@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from .evaluation.results import Entry, Results
+from .experiments import EXPERIMENTS
 from .hub import ArtefactConfig
 from .noise import describe_std
 
@@ -70,19 +71,27 @@ def _measured(config: ArtefactConfig, results: Sequence[Results]) -> str:
         if isinstance(record, dict) and "accuracy" in record:
             lines.append(f"{split.capitalize()} accuracy {_share(record)}, {record['images']} images.")
     for result in results:
-        protocol, images = result.protocol, result.data.images
-        precision = protocol.get("precision", "float32")
-        options = "" if precision == "float32" else f" --precision {precision}"
         lines += [
-            f"\n`selfensemble evaluate {result.name} --protocol {protocol['name']} "
-            f"--n {images}{options}`, seed {protocol['seed']}, {_machine(result.provenance)}; "
-            f"first {images} test images, 95 % Clopper-Pearson intervals:\n",
+            f"\n`{_command(result)}`, seed {result.protocol['seed']}, {_machine(result.provenance)}; "
+            f"first {result.data.images} test images, 95 % Clopper-Pearson intervals:\n",
             "| attack | budget | accuracy | RMS L2 |\n|---|---|---|---|",
             *(_row(entry) for entry in (result.clean, *result.attacks, *result.worst_case)),
         ]
     if not results:
         lines.append("\nNot evaluated under attack.")
     return "\n".join(lines)
+
+
+def _command(result: Results) -> str:
+    """What made an evaluation: `evaluate`, or an experiment, whose protocols are named EXPERIMENT-SCALE."""
+    protocol = result.protocol
+    experiment, _, scale = protocol["name"].rpartition("-")
+    if experiment in EXPERIMENTS:
+        return f"selfensemble reproduce {experiment} --scale {scale} --only {result.name}"
+    precision = protocol.get("precision", "float32")
+    options = "" if precision == "float32" else f" --precision {precision}"
+    name = protocol["name"]
+    return f"selfensemble evaluate {result.name} --protocol {name} --n {result.data.images}{options}"
 
 
 def _row(entry: Entry) -> str:

@@ -44,12 +44,12 @@ def _forward(convolution: nn.Conv2d, inputs: Tensor, weight: Tensor, bias: Tenso
     # In eval mode attacks want the gradients of images alone, which a custom function cannot tell.
     learns = convolution.training and weight.requires_grad and torch.is_grad_enabled()
     if not (small and half and learns and inputs.device.type == "cpu"):
-        output: Tensor = nn.Conv2d._conv_forward(convolution, inputs, weight, bias)
-        return output
+        plain: Tensor = nn.Conv2d._conv_forward(convolution, inputs, weight, bias)
+        return plain
     cast = [None if each is None else each.to(torch.bfloat16) for each in (inputs, weight, bias)]
     with torch.autocast("cpu", enabled=False):
-        output = _Convolution.apply(*cast)  # type: ignore[no-untyped-call]
-    return output
+        output: Tensor = _Convolution.apply(*cast)  # type: ignore[no-untyped-call]
+        return output
 
 
 class _Convolution(torch.autograd.Function):

@@ -30,12 +30,12 @@ makes a c a weaker attack: accuracies at a fixed c do not compare defenses."""
 _AXES = {"c": ("strength c (0: no attack)", "symlog"), "rms_l2": ("distortion, RMS L2", "linear")}
 
 
-def curve_protocol(scale: Scale, seed: int) -> Protocol:
+def curve_protocol(experiment: str, scale: Scale, seed: int) -> Protocol:
     """The paper's attack at every strength, and C&W with binary search for the distances."""
     paper = {"attack": "cw-paper", "title": "C&W paper", "c": list(scale.strengths)}
     search = {"attack": "cw", "title": f"C&W EOT {scale.search.eot}"}
     return Protocol(
-        name="curves",
+        name=f"{experiment}-{scale.name}",
         images=scale.images,
         seed=seed,
         shard=scale.shard,
@@ -56,7 +56,7 @@ class Curves(Experiment):
         self.names = ("plain", "fgsm-retraining", "brelu", "distillation", "rse", "ours", *more)
 
     def measure(self, setting: Setting) -> Measured:
-        return evaluate(setting, curve_protocol(setting.scale, setting.seed))
+        return evaluate(setting, curve_protocol(self.name, setting.scale, setting.seed))
 
     def page(self, records: Sequence[Record]) -> Page:
         head, rows = _by_strength(records, lambda record, key: accuracy(record, key).text)
