@@ -94,6 +94,35 @@ def test_rescaled_logits_change_margins_and_no_answer(done: Done) -> None:
     assert accuracy(rescaled, key).value >= accuracy(plain, key).value
 
 
+def test_the_authors_curve_against_itself_is_equal_at_every_distortion(done: Done) -> None:
+    """A record with the authors' accuracies and distortions, then one that meets them at half the c."""
+    curve = published_curve("vgg16", "rse")
+    assert curve is not None
+    record = done.record("headline", "rse")
+    images = 4000
+    for factor in (1, 2):
+        entries: dict[str, Any] = {"clean": {"attack": "none"}}
+        columns = {"clean.right": ["1" if i < curve.accuracy[0] * images else "0" for i in range(images)]}
+        for place in range(1, 7):
+            key = f"c{place}"
+            entries[key] = {"attack": "cw-paper", "c": curve.c[place] / factor}
+            right = round(curve.accuracy[place] * images)
+            columns[f"{key}.right"] = ["1"] * right + ["0"] * (images - right)
+            columns[f"{key}.l2"] = [str(curve.rms_l2[place])] * images
+        model = record.facts.recipe | {"model": record.facts.recipe["model"] | {"name": "vgg16"}}
+        facts = record.facts.model_copy(update={"entries": entries, "published": "rse", "recipe": model})
+        (table,) = [
+            part
+            for part in EXPERIMENTS["headline"]._authors([Record(facts, columns)])  # type: ignore[attr-defined]
+            if part.title == "At the authors' distortion"
+        ]
+        assert len(table.rows) == (8 if factor == 1 else 7)  # c up to ours, and the steepness
+        for row in table.rows[:-1]:
+            authors, ours = (float(figure) for figure in row[1].split(", "))
+            assert abs(authors - ours) < 0.11
+        assert table.rows[-1] == ["steepness", "1.00"]
+
+
 def test_pages_come_from_stored_results_alone(done: Done, tmp_path: Path) -> None:
     """Deleted and rendered again, without models and runs: the same bytes."""
     before = contents(done.out)

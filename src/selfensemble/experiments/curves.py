@@ -5,6 +5,7 @@ Experiments `headline`, `resnext` and `stl10`. Source: Liu et al., ECCV 2018, se
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from ..evaluation.protocol import AttackSpec, JudgeSection, Protocol
@@ -27,6 +28,12 @@ _RESCALED = """
 
 *Logits / 10* is the undefended network with its logits divided by ten. That changes none of its answers, and
 makes a c a weaker attack: accuracies at a fixed c do not compare defenses."""
+_COMPARED = """\
+The authors' accuracy at c, and ours where the attack has gone as far: at the same RMS L2, interpolated
+between the strengths. A network with k times the logits meets at c what another meets at k c; that
+difference is gone here. The last row is the authors' distortion over ours at the smallest c. Where that
+fools few images, as with RSE, it is how much steeper the authors' margins are: the attack then ends c / 2
+times the gradient of the margin away from the image."""
 _AXES = {"c": ("strength c (0: no attack)", "symlog"), "rms_l2": ("distortion, RMS L2", "linear")}
 
 
@@ -98,7 +105,18 @@ class Curves(Experiment):
             for i, c in enumerate(next(iter(curves.values())).c)
         ]
         caption = f"Accuracy in % and RMS L2. {citation()}"
-        return [Table("The authors' curves", caption, ["c", *curves], rows)]
+        return [Table("The authors' curves", caption, ["c", *curves], rows), *self._compared(records, curves)]
+
+    def _compared(self, records: Sequence[Record], curves: dict[str, Curve]) -> list[Table | Picture]:
+        """The authors' curves beside ours where the attack went as far, whatever c it took."""
+        ours = {each.facts.title: _by_distortion(each) for each in records if each.facts.title in curves}
+        rows = [
+            [f"{c:g}", *(_beside(curve, i, *ours[title]) for title, curve in curves.items())]
+            for i, c in enumerate(next(iter(curves.values())).c)
+            if c <= max(max(by_strength(record)) for record in records)
+        ]
+        steeper = ["steepness", *(_steepness(curve, *ours[title]) for title, curve in curves.items())]
+        return [Table("At the authors' distortion", _COMPARED, ["c", *curves], [*rows, steeper])]
 
     def _plot(self, records: Sequence[Record]) -> Figure:
         return draw([self._panels(records, x) for x in _AXES], share_x=True)
@@ -118,6 +136,25 @@ class Curves(Experiment):
         if authors:
             panels.append(Panel("Liu et al. 2018, the authors' own", label, "accuracy, %", authors, scale))
         return panels
+
+
+def _by_distortion(record: Record) -> tuple[list[float], list[float]]:
+    """RMS L2 and accuracy by c, both from no attack on."""
+    keys = by_strength(record).values()
+    return [rms(record, key) for key in keys], [accuracy(record, key).value for key in keys]
+
+
+def _beside(curve: Curve, place: int, distances: list[float], accuracies: list[float]) -> str:
+    """The authors' accuracy and ours at their distortion."""
+    distance, authors = curve.rms_l2[place], 100 * curve.accuracy[place]
+    if distance > (1 + 1e-6) * max(distances):
+        return f"{authors:.1f}, \N{EN DASH}"
+    return f"{authors:.1f}, {100 * float(np.interp(distance, distances, accuracies)):.1f}"
+
+
+def _steepness(curve: Curve, distances: list[float], accuracies: list[float]) -> str:
+    """The authors' distortion over ours at the smallest c."""
+    return f"{curve.rms_l2[1] / distances[1]:.2f}" if distances[1] > 0 else "\N{EN DASH}"
 
 
 def _by_strength(
