@@ -14,9 +14,10 @@ import torch
 
 import selfensemble as rse
 from selfensemble.data import ImageData
-from selfensemble.evaluation.protocol import Protocol
+from selfensemble.evaluation.protocol import Protocol, expand
 from selfensemble.evaluation.results import read_results
-from selfensemble.evaluation.runner import Evaluation
+from selfensemble.evaluation.runner import Evaluation, _within
+from selfensemble.evaluation.shards import plans_of
 from selfensemble.hub import Architecture
 
 PROTOCOL = """
@@ -80,7 +81,7 @@ def test_results(model: rse.SelfEnsemble, data: ImageData, protocol: Protocol, t
     assert [done for _, done in seen] == sorted(done for _, done in seen)
     assert "left" in seen[5][0]
     entries = (results.clean, *results.attacks, *results.worst_case)
-    assert len(entries) == 1 + 2 + 2 + 2 + 2 + 1 + 2
+    assert len(entries) == 1 + 2 + 2 + 2 + 3 + 1 + 2
     for entry in entries:
         assert entry.images == 30
         assert entry.low <= entry.accuracy <= entry.high
@@ -105,6 +106,37 @@ def test_results(model: rse.SelfEnsemble, data: ImageData, protocol: Protocol, t
         assert sum(row["correct"] == "1" for row in own) / 30 == pytest.approx(entry.accuracy)
     timings = json.loads((tmp_path / "run" / "timings.json").read_text())
     assert len(timings["seconds"]) == 5 * (1 + 8 + 2)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_nearest_images_are_taken_on_to_the_radius(norm: str) -> None:
+    """In their direction, within ball and bounds; those beyond the radius or not found stay as they were."""
+    x = torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5], [0.9, 0.5]])
+    found = torch.tensor([[0.6, 0.5], [0.8, 0.5], [0.5, 0.5], [0.95, 0.5]])
+    images = _within(found, x, norm, 0.2, farther=True)
+    torch.testing.assert_close(images, torch.tensor([[0.7, 0.5], [0.5, 0.5], [0.5, 0.5], [1.0, 0.5]]))
+    images = _within(found, x, norm, 0.2, farther=False)
+    torch.testing.assert_close(images, torch.tensor([[0.6, 0.5], [0.5, 0.5], [0.5, 0.5], [0.95, 0.5]]))
+
+
+def test_a_worst_case_knows_all_balls_within_its_own() -> None:
+    """Of 12 pixels an L-inf ball of .1 lies in the L2 ball of .35, and an L2 ball of .2 in the L-inf one."""
+    attacks: list[dict[str, object]] = [
+        {"attack": "pgd", "norm": "linf", "eps": [0.1, 0.2]},
+        {"attack": "pgd", "norm": "l2", "eps": [0.2, 0.34, 0.35]},
+        {"attack": "cw", "eps": [0.2]},
+    ]
+    protocol = Protocol.model_validate({"name": "balls", "attacks": attacks})
+    plans = list(plans_of(expand(protocol), 12))
+    named = {plan.key: f"{plan.norm} {plan.eps}" for plan in plans}
+    worst = {named[plan.key]: {named[key] for key in plan.members} for plan in plans if plan.members}
+    assert worst == {
+        "linf 0.2": {"linf 0.1", "linf 0.2", "l2 0.2"},
+        "l2 0.2": {"l2 0.2"},
+        "l2 0.34": {"l2 0.2", "l2 0.34"},
+        "l2 0.35": {"l2 0.2", "l2 0.34", "l2 0.35", "linf 0.1"},
+    }
+    assert [named[plan.key] for plan in plans if plan.key.endswith("cw")] == ["l2 None"]
 
 
 def test_killed_and_started_again_it_repeats_nothing(model: rse.SelfEnsemble, tmp_path: Path) -> None:

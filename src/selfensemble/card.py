@@ -10,10 +10,12 @@ from .experiments import EXPERIMENTS
 from .hub import ArtefactConfig
 from .noise import describe_std
 
+_NOISE = """\
+The noise has to stay on at test time, and fresh: whoever can ask many times, or predict the noise, meets a
+weaker defense. """
 _LIMITS = """\
 Robust accuracies are what the named attacks left over: upper bounds, not guarantees. The network carries no
-certificate. The noise has to stay on at test time, and fresh: whoever can ask many times, or predict the
-noise, meets a weaker defense. Trained and measured on small images of few classes; nothing is known about
+certificate. {noise}Trained and measured on small images of few classes; nothing is known about
 others, about natural shifts of the data, or about changes that the attacks did not try (patches, rotations,
 colours)."""
 
@@ -43,7 +45,7 @@ def model_card(
         "ensemble.predict(images)  # images (B, C, H, W) in [0, 1], not standardised\n```",
         _facts(config),
         "## Measured\n\n" + _measured(config, results),
-        "## Limits\n\n" + _LIMITS,
+        "## Limits\n\n" + _LIMITS.format(noise=_NOISE if config.is_random else ""),
     ]
     if recipe:
         parts.append(f"## Recipe\n\n```yaml\n{yaml.safe_dump(public_recipe(recipe), sort_keys=False)}```")

@@ -52,14 +52,16 @@ def optimize(ensemble: SelfEnsemble, example_inputs: Tensor, precision: Precisio
 
     Args:
         ensemble: what to speed up, on the device it is used on.
-        example_inputs: (B, ...) images; they tell which convolution is the first.
+        example_inputs: (B, ...) images, on any device; they tell which convolution is the first.
         precision: "float32", or "bf16": labels then differ where two classes are nearly tied.
 
     Returns:
         An ensemble with the same noise; seeded shared draws are the same.
     """
     network = copy.deepcopy(ensemble.model).eval().requires_grad_(False)
-    network = _folded(network, example_inputs[:2])
+    device = next((parameter.device for parameter in network.parameters()), example_inputs.device)
+    example_inputs = example_inputs[:2].to(device)
+    network = _folded(network, example_inputs)
     convolutions = [fqn for fqn, module in network.named_modules() if is_convolution(module)]
     order = execution_order(network, convolutions, example_inputs[:1]) if convolutions else []
     first = network.get_submodule(order[0]) if order else None

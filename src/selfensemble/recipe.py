@@ -3,6 +3,7 @@
 A recipe is a file, or the name of one shipped in `selfensemble/recipes/`.
 """
 
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -100,6 +101,16 @@ class Recipe(Section):
     noise: NoiseSection = NoiseSection()
     defense: AnyDefense = CrossEntropy()
     train: TrainSection = TrainSection()
+
+    def differs_from(self, saved: dict[str, Any]) -> list[str]:
+        """Dotted names of the keys in which a saved recipe is another one: words do not count.
+
+        A key that has come since it was saved has its default.
+        """
+        with suppress(ValidationError):  # what is no recipe is compared as it is
+            saved = Recipe.model_validate(saved).model_dump(mode="json")
+        keys = differing_keys(saved, self.model_dump(mode="json"))
+        return [key for key in keys if key != "description"]
 
 
 def shipped_recipes() -> list[str]:

@@ -21,7 +21,7 @@ def speed_up_small_maps_(model: nn.Module) -> int:
     """Let the convolutions of `model` that can take the faster way where it applies; how many those are.
 
     They are 2d convolutions that keep the size of the map (stride, dilation and groups of 1). State dicts and
-    outputs stay as they are, gradients but for rounding. The copy of such a network is an ordinary one.
+    outputs stay as they are, gradients but for rounding.
     """
     convolutions = [module for module in model.modules() if type(module) is nn.Conv2d and _keeps_size(module)]
     for convolution in convolutions:

@@ -18,7 +18,6 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from pydantic import ValidationError
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -33,7 +32,7 @@ from .files import atomic_write, write_json
 from .interrupts import Interrupted, stop_requests
 from .learned_noise import distance_from_start, mean_levels, parameter_groups
 from .provenance import accuracy_record, provenance
-from .recipe import Recipe, differing_keys
+from .recipe import Recipe
 from .small_maps import speed_up_small_maps_
 from .streams import noise_draw, stream_seed
 
@@ -83,6 +82,7 @@ class Trainer:
         self.accelerator = Accelerator(
             mixed_precision=recipe.train.precision, cpu=not torch.accelerator.is_available()
         )
+        self._overwrite = overwrite
         self._replaces = self._check_folder(resume, overwrite)
         self._load_images()
         self.batch_size = self._shared_batch()
@@ -211,9 +211,14 @@ class Trainer:
         if recipe is None:
             return
         folder = self.out / TEACHER
-        replaces = self._replaces
+        replaces = self._overwrite and self.step == 0
         if replaces or not (folder / RESULTS).exists():
             Trainer(recipe, folder, resume=not replaces, overwrite=replaces, progress=self.progress).run()
+        elif other := recipe.differs_from(hub.read_config(folder).recipe or {}):
+            raise ValueError(
+                f"{folder} holds the teacher of another recipe (different: {', '.join(other)}): start afresh "
+                "with --overwrite, or pass another --out"
+            )
         self._teacher = hub.load(folder).to(self.accelerator.device)
 
     def _run_epoch(self, stop: threading.Event) -> None:
@@ -370,8 +375,7 @@ class Trainer:
             ) from error
         if version != _CHECKPOINT_VERSION:
             raise ValueError(f"{path} has version {version}, this release reads {_CHECKPOINT_VERSION}")
-        differing = differing_keys(_with_defaults(saved_recipe), self.recipe.model_dump(mode="json"))
-        if differing:
+        if differing := self.recipe.differs_from(saved_recipe):
             raise ValueError(
                 f"{path} belongs to another recipe (different: {', '.join(differing)}): pass the same "
                 "recipe and overrides, or another --out"
@@ -387,11 +391,3 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.history, self.seconds = state["step"], state["history"], state["seconds"]
         self._epoch_loss = state["epoch_loss"]
-
-
-def _with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
-    """A recipe as it was saved, with the keys that have been added since; a foreign one as it is."""
-    try:
-        return Recipe.model_validate(saved).model_dump(mode="json")
-    except ValidationError:
-        return saved

@@ -209,12 +209,14 @@ class Oracle:
         return over - math.log(len(indices))
 
     @torch.no_grad()
-    def lead(self, inputs: Tensor, labels: Tensor, targeted: bool) -> tuple[Tensor, Tensor]:
+    def lead(
+        self, inputs: Tensor, labels: Tensor, targeted: bool, errors: float = 2.0
+    ) -> tuple[Tensor, Tensor]:
         """(B,) by how much the attack leads in mean probability on fresh draws, and whether that is sure.
 
         The lead is `p_j - p_y` for the likeliest j != y (negative where the defender is right), or the
-        negative if targeted. It is sure above two standard errors: searches ask often, and the luckiest
-        of many answers proves little. Without randomness the answer is sure.
+        negative if targeted. It is sure above two standard errors, or `errors`: searches ask often, and
+        the luckiest of many answers proves little. Without randomness the answer is sure.
         """
         draws = self.noise.eot if self.noise.frozen else self.confirm_draws
         if self.noise.frozen:
@@ -233,16 +235,18 @@ class Oracle:
         leads = -leads if targeted else leads
         success, lead = fooled(mean, labels, targeted), leads.mean(dim=0)
         if self.is_random and draws > 1:
-            success &= lead > 2 * leads.std(dim=0) / math.sqrt(draws)
+            success &= lead > errors * leads.std(dim=0) / math.sqrt(draws)
         return lead, success
 
-    def confirmed(self, inputs: Tensor, probabilities: Tensor, labels: Tensor, targeted: bool) -> Tensor:
-        """(B,) whether `probabilities` of a step claim a success and fresh draws agree."""
+    def confirmed(
+        self, inputs: Tensor, probabilities: Tensor, labels: Tensor, targeted: bool, errors: float = 2.0
+    ) -> Tensor:
+        """(B,) whether `probabilities` of a step claim a success and fresh draws agree; see `lead`."""
         claims = fooled(probabilities, labels, targeted)
         if not claims.any() or self.exact:
             return claims
         chosen = claims.nonzero().squeeze(1)
-        claims[chosen] = self.lead(inputs[chosen], labels[chosen], targeted)[1]
+        claims[chosen] = self.lead(inputs[chosen], labels[chosen], targeted, errors)[1]
         return claims
 
 

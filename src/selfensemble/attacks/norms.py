@@ -37,6 +37,17 @@ def per_image(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *([1] * (like.dim() - 1)))
 
 
+def enclosing_radius(eps: float, norm: str, other: str, pixels: int) -> float:
+    """Radius of the smallest ball of the norm `other` around a ball of `norm` of radius `eps`.
+
+    Args:
+        eps, norm: the ball inside.
+        other: norm of the ball around it.
+        pixels: numbers of an image.
+    """
+    return float(eps * pixels ** max(0.0, 1 / _ORDER[other] - 1 / _ORDER[norm]))
+
+
 def size(change: Tensor, norm: str) -> Tensor:
     """(B,) norms of (B, ...)."""
     norms: Tensor = torch.linalg.vector_norm(change.flatten(1), _ORDER[norm], dim=1)

@@ -3,14 +3,16 @@
 Which of them it is, the noise levels say: none is adversarial training (Madry et al., ICLR 2018), noise
 on the input alone is SmoothAdv (Salman et al., NeurIPS 2019, section 2.2), noise in front of every
 convolution is adversarial training of a Random Self-Ensemble. With noise the attack maximises the loss
-of the ensemble, `-log(mean softmax over eot draws)`, rather than that of a lucky draw.
+of the ensemble, `-log(mean softmax over eot draws)`; every step draws its noise anew, and so does the
+training pass (Salman et al. keep one set of draws for all of them).
 """
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Self
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
 from torch.nn import functional
 
@@ -118,6 +120,12 @@ class Trades(_Attack):
     name: Literal["trades"] = "trades"
     steps: Count = 10
     beta: Positive = 6.0
+
+    @model_validator(mode="after")
+    def _starts_elsewhere(self) -> Self:
+        if not self.random_start:
+            raise ValueError("trades needs random_start: at the image the divergence has no gradient")
+        return self
 
     def loss(self, networks: Networks, inputs: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad(), eval_mode(networks.ensemble):

@@ -21,7 +21,8 @@ from ..schema import Section
 
 _FOLDER = "protocols"
 _OURS = {"model", "inputs", "labels", "targeted", "max_batch", "noise", "seed", "frozen"}
-# Attacks that look for the nearest image: `eps` of their specification judges, and does not bind them.
+# Attacks that look for the nearest image: `eps` of their specification judges, and does not bind them. Each
+# radius has an entry, whose images are taken on to the radius, and so have the images wherever they are.
 MINIMUM_NORM = ("cw", "ddn", "fmn", "fab")
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..attacks.budget import count_evaluations
-from ..attacks.norms import check_eps, size
+from ..attacks.norms import check_eps, per_image, size
 from ..data import ImageData
 from ..ensemble import SelfEnsemble
 from ..files import atomic_write, write_json
@@ -30,7 +30,7 @@ from ..provenance import provenance
 from ..streams import stream_seed
 from . import collect
 from .judge import judge
-from .protocol import Protocol, Run, expand
+from .protocol import MINIMUM_NORM, Protocol, Run, expand
 from .results import RESULTS, CheckRecord, DataRecord, ModelRecord, Results, read_results
 from .shards import CLEAN, Plan, Shards, plans_of
 
@@ -80,7 +80,7 @@ class Evaluation:
         self.inputs = self.data.inputs(slice(self.images))
         self.labels = self.data.labels[: self.images]
         self.runs = expand(self.protocol)
-        self.plans = list(plans_of(self.runs))
+        self.plans = list(plans_of(self.runs, self.inputs[0].numel()))
         # Units of work in order: no attack, the attacks, and the worst cases that choose among them.
         worst = [plan for plan in self.plans if plan.members]
         self.work: list[Run | Plan] = [self.plans[0], *self.runs, *worst]
@@ -199,9 +199,8 @@ class Evaluation:
             plans = [plan for plan in self.plans if plan.run is run]
             for index, plan in enumerate(plans):
                 images = found
-                if len(run.radii) > 0 and plan.norm is not None and plan.eps is not None:
-                    within = size(found - x, plan.norm) <= plan.eps * (1 + 1e-5)
-                    images = torch.where(within.reshape(-1, *[1] * (x.dim() - 1)), found, x)
+                if plan.norm is not None and plan.eps is not None:
+                    images = _within(found, x, plan.norm, plan.eps, run.attack in MINIMUM_NORM)
                 seed = self._seed(number, order, 1 + index)
                 self._judge(tensors, plan, x, images, y, self.protocol.judge.seeds, seed)
         else:
@@ -290,6 +289,25 @@ class Evaluation:
             found = [check.model_dump(mode="json") for check in checks]
             write_json(path, {"checks": found, "seconds": seconds})
         return tuple(CheckRecord.model_validate(check) for check in json.loads(path.read_text())["checks"])
+
+
+def _within(found: Tensor, x: Tensor, norm: str, eps: float, farther: bool) -> Tensor:
+    """Attacked images that lie within a radius; the original images in place of the others.
+
+    Args:
+        found, x: attacked and original images.
+        norm, eps: the ball.
+        farther: take each image on in its direction as far as the ball and [0, 1] allow. The nearest
+            image that fools a random network lies where half of its answers are right; whoever may go
+            farther will.
+    """
+    change = found - x
+    distance = size(change, norm)
+    inside = distance <= eps * (1 + 1e-5)
+    if farther:
+        factor = torch.where(distance > 0, eps / distance.clamp(min=1e-12), 1.0).clamp(min=1.0)
+        found = (x + per_image(factor, change) * change).clamp(0, 1)
+    return torch.where(per_image(inside, x), found, x)
 
 
 def model_record(ensemble: SelfEnsemble, name: str, architecture: dict[str, Any] | None) -> ModelRecord:

@@ -8,7 +8,8 @@ import safetensors
 import torch
 from torch import Tensor
 
-from .protocol import Run
+from ..attacks.norms import enclosing_radius
+from .protocol import MINIMUM_NORM, Run
 
 CLEAN, WORST = "clean", "worst"
 
@@ -25,12 +26,19 @@ class Plan:
     members: tuple[str, ...] = ()  # of a worst case: keys of the entries it chooses from
 
 
-def plans_of(runs: list[Run]) -> Iterator[Plan]:
-    """Entries in order: no attack, every attack by radius, the worst case of each threat model."""
+def plans_of(runs: list[Run], pixels: int) -> Iterator[Plan]:
+    """Entries in order: no attack, every attack by radius, the worst case of each threat model.
+
+    A worst case chooses among all attacks whose ball lies within its own, those of other norms among them.
+
+    Args:
+        runs: the attacks.
+        pixels: numbers of an image.
+    """
     yield Plan(CLEAN, "no attack")
-    threats: dict[tuple[str, float], list[str]] = {}  # within a ball lie all smaller ones
+    threats: dict[tuple[str, float], list[str]] = {}
     for run in runs:
-        if not run.radii:
+        if not run.radii or run.attack in MINIMUM_NORM:  # wherever the images are
             yield Plan(run.key, run.title, run, norm=run.norm)
         for index, eps in enumerate(run.radii):
             key = f"{run.key}-{index}"
@@ -38,7 +46,11 @@ def plans_of(runs: list[Run]) -> Iterator[Plan]:
             if run.norm is not None:
                 threats.setdefault((run.norm, eps), []).append(key)
     for number, (norm, eps) in enumerate(threats):
-        within = [keys for (other, radius), keys in threats.items() if other == norm and radius <= eps]
+        within = [
+            keys
+            for (other, radius), keys in threats.items()
+            if enclosing_radius(radius, other, norm, pixels) <= eps * (1 + 1e-9)
+        ]
         members = [key for keys in within for key in keys]
         if len(members) > 1:
             yield Plan(f"{WORST}-{number:02d}", "worst case", None, eps, norm, tuple(members))

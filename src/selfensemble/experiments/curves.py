@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from ..evaluation.protocol import AttackSpec, JudgeSection, Protocol
 from .base import Experiment, Measured, Setting
-from .distances import distance_table
+from .distances import RADII, distance_table
 from .figures import Line, Panel, draw
 from .judged import accuracy, by_strength, evaluate, rms
 from .page import Page, Picture, Table
@@ -31,16 +31,17 @@ makes a c a weaker attack: accuracies at a fixed c do not compare defenses."""
 _COMPARED = """\
 The authors' accuracy at c, and ours where the attack has gone as far: at the same RMS L2, interpolated
 between the strengths. A network with k times the logits meets at c what another meets at k c; that
-difference is gone here. The last row is the authors' distortion over ours at the smallest c. Where that
-fools few images, as with RSE, it is how much steeper the authors' margins are: the attack then ends c / 2
-times the gradient of the margin away from the image."""
+difference is gone here. The last row is the authors' distortion over ours at the smallest c, for networks of
+which that fools few images: the attack then ends about c / 2 times the gradient of the margin away from
+the image, so that the row is about how much steeper the authors' margins are."""
+_FEW = 0.9  # of the accuracy without attack
 _AXES = {"c": ("strength c (0: no attack)", "symlog"), "rms_l2": ("distortion, RMS L2", "linear")}
 
 
 def curve_protocol(experiment: str, scale: Scale, seed: int) -> Protocol:
     """The paper's attack at every strength, and C&W with binary search for the distances."""
     paper = {"attack": "cw-paper", "title": "C&W paper", "c": list(scale.strengths)}
-    search = {"attack": "cw", "title": f"C&W EOT {scale.search.eot}"}
+    search = {"attack": "cw", "title": f"C&W EOT {scale.search.eot}", "eps": list(RADII)}
     return Protocol(
         name=f"{experiment}-{scale.name}",
         images=scale.images,
@@ -115,8 +116,11 @@ class Curves(Experiment):
             for i, c in enumerate(next(iter(curves.values())).c)
             if c <= max(max(by_strength(record)) for record in records)
         ]
-        steeper = ["steepness", *(_steepness(curve, *ours[title]) for title, curve in curves.items())]
-        return [Table("At the authors' distortion", _COMPARED, ["c", *curves], [*rows, steeper])]
+        strengths = {each.facts.title: list(by_strength(each)) for each in records}
+        steeper = [_steepness(curve, strengths[title], *ours[title]) for title, curve in curves.items()]
+        return [
+            Table("At the authors' distortion", _COMPARED, ["c", *curves], [*rows, ["steepness", *steeper]])
+        ]
 
     def _plot(self, records: Sequence[Record]) -> Figure:
         return draw([self._panels(records, x) for x in _AXES], share_x=True)
@@ -145,16 +149,20 @@ def _by_distortion(record: Record) -> tuple[list[float], list[float]]:
 
 
 def _beside(curve: Curve, place: int, distances: list[float], accuracies: list[float]) -> str:
-    """The authors' accuracy and ours at their distortion."""
+    """The authors' accuracy and ours at their distortion, within the distortions measured."""
     distance, authors = curve.rms_l2[place], 100 * curve.accuracy[place]
-    if distance > (1 + 1e-6) * max(distances):
+    farther = np.maximum.accumulate(distances)
+    if curve.c[place] and not farther[1] * (1 - 1e-6) <= distance <= farther[-1] * (1 + 1e-6):
         return f"{authors:.1f}, \N{EN DASH}"
-    return f"{authors:.1f}, {100 * float(np.interp(distance, distances, accuracies)):.1f}"
+    return f"{authors:.1f}, {100 * float(np.interp(distance, farther, accuracies)):.1f}"
 
 
-def _steepness(curve: Curve, distances: list[float], accuracies: list[float]) -> str:
-    """The authors' distortion over ours at the smallest c."""
-    return f"{curve.rms_l2[1] / distances[1]:.2f}" if distances[1] > 0 else "\N{EN DASH}"
+def _steepness(curve: Curve, strengths: list[float], distances: list[float], accuracies: list[float]) -> str:
+    """The authors' distortion over ours at the smallest c, where it fools few images of either network."""
+    few = all(each[1] >= _FEW * each[0] for each in (curve.accuracy, accuracies))
+    if not (few and strengths[1] == curve.c[1] and distances[1] > 0):
+        return "\N{EN DASH}"
+    return f"{curve.rms_l2[1] / distances[1]:.2f}"
 
 
 def _by_strength(

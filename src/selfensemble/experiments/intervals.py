@@ -38,17 +38,3 @@ def mean(values: NDArray[np.float64]) -> Share:
     middle = float(values.mean())
     half = _NORMAL * float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     return Share(middle, middle - half, middle + half)
-
-
-def robust_at(
-    wrong: NDArray[np.bool_], distance: NDArray[np.float64], radii: NDArray[np.float64]
-) -> NDArray[np.bool_]:
-    """(R, N) whether an image is still answered rightly at each radius: not fooled within it.
-
-    Args:
-        wrong: (N,) whether the attacked image is answered wrongly.
-        distance: (N,) how far it is from the original.
-        radii: (R,).
-    """
-    lost: NDArray[np.float64] = np.where(wrong, distance, np.inf)
-    return lost[None, :] > radii[:, None]

@@ -1,5 +1,6 @@
 """How a page came about: command, scale, training, hardware, versions, commit."""
 
+import functools
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +12,17 @@ from .page import Table
 from .records import Facts, Record
 
 
+@functools.cache
 def commit() -> str | None:
-    """The commit of the source, with `-dirty` where it was changed since; None outside a repository."""
+    """The commit of the source, with `-dirty` where it was changed since; None outside a repository.
+
+    That of the first call: a long run is of the code that it began with.
+    """
     try:
         # Of a repository around an installed copy of the package nothing follows.
         _git("ls-files", "--error-unmatch", "py.typed")
-        return _git("describe", "--always", "--dirty", "--exclude", "*")
+        changed = _git("status", "--porcelain", "--", ".")
+        return _git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -54,18 +60,22 @@ def making_tables(records: Sequence[Record], command: str, about_scale: str) -> 
 
 def _network_row(facts: Facts) -> list[str]:
     recipe, training = facts.recipe, facts.training
-    noise, test = recipe["noise"], training.get("test")
+    noise, test = recipe["noise"], None if facts.changed else training.get("test")
     seconds = training.get("seconds")
     return [
         facts.title,
         f"`{recipe['name']}`",
         f"{recipe['model']['width']:g}",
         f"{recipe['train']['epochs']}",
-        f"{noise['init_std']:g}, {noise['inner_std']:g}" + (", learned" if noise.get("learn") else ""),
+        _levels(noise) + (f", then {facts.changed}" if facts.changed else ""),
         f"{facts.draws}",
         Share(test["accuracy"], test["low"], test["high"]).text if test else "unknown",
         f"{seconds / 60:.0f} min" if seconds is not None else "unknown",
     ]
+
+
+def _levels(noise: dict[str, Any]) -> str:
+    return f"{noise['init_std']:g}, {noise['inner_std']:g}" + (", learned" if noise.get("learn") else "")
 
 
 def _settings(facts: Facts) -> str:

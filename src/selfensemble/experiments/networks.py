@@ -6,6 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from pydantic import Field
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from .. import hub
 from ..data import HUB_IDS
 from ..ensemble import SelfEnsemble
 from ..inject import noise_layers
-from ..recipe import Recipe, differing_keys, load_recipe, shipped_recipes
+from ..recipe import Recipe, load_recipe, shipped_recipes
 from ..schema import Section
 from ..training import CHECKPOINT, RESULTS, Progress, Trainer
 from ..zoo import zoo
@@ -43,13 +44,23 @@ class Network(Section):
     logit_scale: float = 1.0
     test_noise: tuple[float, float] | None = None
 
+    @property
+    def changes(self) -> str:
+        """What is changed after training, for people."""
+        if self.test_noise is not None:
+            return f"noise {self.test_noise[0]:g}, {self.test_noise[1]:g} in testing"
+        return f"logits times {self.logit_scale:g}" if self.logit_scale != 1 else ""
+
 
 class ScaledLogits(nn.Module):
     """A network whose logits are multiplied by a constant: the same answers, other margins."""
 
+    factor: Tensor
+
     def __init__(self, model: nn.Module, factor: float) -> None:
         super().__init__()
-        self.model, self.factor = model, factor
+        self.model = model
+        self.register_buffer("factor", torch.tensor(factor))  # a part of the network's digest
 
     def forward(self, inputs: Tensor) -> Tensor:
         logits: Tensor = self.model(inputs)
@@ -124,7 +135,7 @@ def trained(network: Network, recipe: Recipe, folder: Path, progress: Progress) 
     config = hub.read_config(folder)
     if config.recipe is None:
         raise ValueError(f"{folder} holds a network without a recipe: pass another --models")
-    differing = _differing(Recipe.model_validate(config.recipe), recipe)
+    differing = _differing(config.recipe, recipe)
     if differing:
         raise ValueError(
             f"{folder} holds a network of another recipe (different: {', '.join(differing)}); it is "
@@ -132,7 +143,8 @@ def trained(network: Network, recipe: Recipe, folder: Path, progress: Progress) 
         )
     results = folder / RESULTS
     training = json.loads(results.read_text()) if results.is_file() else {}
-    return Trained(changed(hub.load(folder), network), recipe, training, config.classes)
+    own = Recipe.model_validate(config.recipe)
+    return Trained(changed(hub.load(folder), network), own, training, config.classes)
 
 
 def _place_of(folder: Path, recipe: Recipe) -> Path:
@@ -140,7 +152,7 @@ def _place_of(folder: Path, recipe: Recipe) -> Path:
     if not (_is_whole(folder) or (folder / CHECKPOINT).exists()):
         known = zoo().get(folder.name)
         saved = None if known is None else hub.read_config(known).recipe
-        if known is not None and saved is not None and not _differing(Recipe.model_validate(saved), recipe):
+        if known is not None and saved is not None and not _differing(saved, recipe):
             return known
     return folder
 
@@ -149,15 +161,12 @@ def _is_whole(folder: Path) -> bool:
     return (folder / hub.CONFIG).is_file() and (folder / hub.WEIGHTS).is_file()
 
 
-def _differing(saved: Recipe, wanted: Recipe) -> list[str]:
-    """Keys that matter in which the recipes differ: where images lie, and words, do not."""
-    one, other = saved.model_dump(mode="json"), wanted.model_dump(mode="json")
-    known = {"digits", *HUB_IDS}
-    keys = differing_keys(one, other)
+def _differing(saved: dict[str, Any], wanted: Recipe) -> list[str]:
+    """Keys that matter in which the recipes differ: where images lie does not."""
+    keys = wanted.differs_from(saved)
     # Folders may move; two known sets of images are different images.
-    sources = {one["data"]["source"], other["data"]["source"]}
-    ignored = {"description", *([] if sources <= known else ["data.source"])}
-    return [key for key in keys if key not in ignored]
+    sources = {saved.get("data", {}).get("source"), wanted.data.source}
+    return keys if sources <= {"digits", *HUB_IDS} else [key for key in keys if key != "data.source"]
 
 
 def changed(ensemble: SelfEnsemble, network: Network) -> SelfEnsemble:

@@ -27,6 +27,7 @@ class Facts(BaseModel):
         source: where the images come from.
         recipe, draws: the network's; noise draws an answer.
         training: what its training said of itself: accuracy, seconds, provenance.
+        changed: what was changed of the network after its training, for people; empty for nothing.
         model, data: digests of the evaluated network and images.
         settings: of the measurement.
         entries: what the columns of the table stand for.
@@ -46,6 +47,7 @@ class Facts(BaseModel):
     recipe: dict[str, Any]
     draws: int
     training: dict[str, Any]
+    changed: str = ""
     model: str
     data: str
     settings: dict[str, Any]

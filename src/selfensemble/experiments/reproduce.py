@@ -10,12 +10,13 @@ import torch
 from ..data import ImageData, load_data
 from ..evaluation.runner import model_record
 from ..files import atomic_write
+from ..recipe import differing_keys
 from .base import Experiment, Report, Setting
 from .curves import Curves
 from .draws import Draws
 from .figures import svg
 from .honest import Honest
-from .making import making_tables, measured_on
+from .making import commit, making_tables, measured_on
 from .networks import Network, Trained, local_name, recipe_of, trained
 from .noise_levels import NoiseLevels
 from .page import Page
@@ -77,6 +78,7 @@ class Reproduction:
             ValueError, FileNotFoundError, ConnectionError: an unknown name, data that cannot be had, a
                 folder that holds something else; the message says what to do.
         """
+        commit()
         scale, chosen = load_scale(self.scale), experiments(names)
         if self.stl10 is None and all(experiment.kin == _STL10 for experiment in chosen):
             return replace(self, stl10=self.data or "stl10").run(names)
@@ -138,13 +140,14 @@ class Reproduction:
             recipe=_portable(found),
             draws=found.ensemble.draws,
             training=_training(found),
+            changed=network.changes,
             model=setting.model,
             data=data,
             settings=measured.settings,
             entries=measured.entries,
             provenance=measured_on(),
         )
-        _store(self.out / experiment.name, Record(facts, measured.columns))
+        _store(self.out, experiment, Record(facts, measured.columns))
 
     def _check_stored(self, experiment: Experiment, scale: Scale, data: str) -> None:
         """Raise before results of two scales, seeds or sets of images come into one table."""
@@ -222,8 +225,20 @@ def _stored(folder: Path, experiment: Experiment) -> list[Record]:
     return [found[each.name] for each in experiment.networks(scale) if each.name in found]
 
 
-def _store(folder: Path, record: Record) -> None:
-    """Write the record, unless the same is there already, measured earlier."""
+def _store(out: Path, experiment: Experiment, record: Record) -> None:
+    """Write the record, unless the same is there already, measured earlier.
+
+    Raises:
+        ValueError: the other records were measured with other settings; nothing is written.
+    """
+    folder = out / experiment.name
+    for other in _stored(folder, experiment):
+        keys = differing_keys(other.facts.settings, record.facts.settings)
+        if other.facts.network != record.facts.network and (keys := [key for key in keys if key != "levels"]):
+            raise ValueError(
+                f"{folder} holds results of {other.facts.network} that were measured with other settings "
+                f"(different: {', '.join(keys[:6])}); they are untouched: pass another --out, or remove them"
+            )
     before = read_record(folder, record.facts.network)
     if before is not None and before.columns == record.columns:
         now = record.facts.model_copy(update={"provenance": before.facts.provenance})
