@@ -202,6 +202,28 @@ def test_a_teacher_is_trained_first_and_once(tmp_path: Path) -> None:
     assert (tmp_path / TEACHER / RESULTS).stat().st_mtime_ns > written
 
 
+def test_the_teacher_of_another_recipe_is_refused_or_replaced(tmp_path: Path) -> None:
+    """Left behind by a run that ended before the student's first checkpoint."""
+    sets = ["defense={name: distillation}", "train.epochs=1", "model.width=0.25", "noise.draws=1"]
+    recipe = load_recipe("digits-plain", sets)
+    teacher = recipe.defense.teacher(recipe)
+    assert teacher is not None
+    Trainer(teacher, tmp_path / TEACHER).run()
+    other = load_recipe("digits-plain", [*sets, "train.lr=0.01", "description=words"])
+    with pytest.raises(ValueError, match=r"teacher of another recipe \(different: train\.lr\)"):
+        Trainer(other, tmp_path).run()
+    Trainer(other, tmp_path, overwrite=True).run()
+    saved = rse.hub.read_config(tmp_path / TEACHER).recipe
+    assert saved is not None
+    assert saved["train"]["lr"] == 0.01
+
+
+def test_trades_at_the_image_itself_is_refused() -> None:
+    """There the divergence is 0, and so is its gradient."""
+    with pytest.raises(ValueError, match="trades needs random_start"):
+        load_recipe("cifar10-vgg16-trades", ["defense.random_start=false"])
+
+
 def test_averaged_weights_are_the_average(tmp_path: Path) -> None:
     """Polyak's average of the weights after each step, which `average = 0` runs leave behind."""
     sets = ["train.epochs=1", "model.width=0.25", "noise.draws=1", "train.schedule=cosine"]
