@@ -13,13 +13,15 @@ from .recipe import Recipe, TrainSection
 
 
 def build_ensemble(recipe: Recipe, data: ImageData) -> SelfEnsemble:
-    """The untrained ensemble of a recipe; weights are drawn from the global random state."""
+    """The ensemble of a recipe, with the weights it begins with or ones drawn from the global random state."""
     model = create_model(**architecture(recipe, data).model_dump())
     if recipe.resize_pad is not None:
         model = ResizePadNetwork(model, recipe.resize_pad)
     ensemble = SelfEnsemble(
         model, recipe.noise.config(), draws=recipe.noise.draws, example_inputs=data.inputs(slice(2))
     )
+    if recipe.model.weights is not None:
+        hub.copy_weights_(recipe.model.weights, ensemble)
     if recipe.noise.learn is not None:
         learn_noise_(model, recipe.noise.learn)
     return ensemble

@@ -120,6 +120,29 @@ def save(
             sync(file)
 
 
+def copy_weights_(source: str | Path, ensemble: SelfEnsemble) -> None:
+    """Give `ensemble` the weights of a saved one; noise levels stay as they are.
+
+    Args:
+        source: what `load` takes.
+        ensemble: of the same architecture.
+
+    Raises:
+        FileNotFoundError, ValueError: no such ensemble, or of another architecture.
+    """
+    theirs, mine = (_weights(each.model) for each in (load(source), ensemble))
+    shapes = [{key: tuple(tensor.shape) for key, tensor in each.items()} for each in (theirs, mine)]
+    if shapes[0] != shapes[1]:
+        other = sorted(key for key in theirs.keys() | mine.keys() if shapes[0].get(key) != shapes[1].get(key))
+        raise ValueError(
+            f"the network in {source} is another one than the recipe's (different: {', '.join(other[:4])}): "
+            "set model.name, width and activation to its, or train without model.weights"
+        )
+    with torch.no_grad():
+        for key, tensor in mine.items():
+            tensor.copy_(theirs[key])
+
+
 def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     if dtype is not None and tensor.dim() > 1 and tensor.is_floating_point():
         tensor = tensor.to(dtype)

@@ -30,11 +30,16 @@ class DataSection(Section):
 
 
 class ModelSection(Section):
-    """Network: a key of `MODELS`, the factor on its channels, and what stands behind its convolutions."""
+    """Network: a key of `MODELS`, the factor on its channels, and what stands behind its convolutions.
+
+    `weights`: a trained network to begin with, a folder that `train` wrote or a name of the zoo; it has to be
+    of the same architecture. Noise levels are the recipe's, not those it was trained with.
+    """
 
     name: str = "small-cnn"
     width: Positive = 1.0
     activation: Activation = "relu"
+    weights: str | None = None
 
 
 class NoiseSection(Section):
