@@ -18,8 +18,8 @@ from PIL import Image
 
 import selfensemble as rse
 from selfensemble.building import make_scheduler
-from selfensemble.recipe import TrainSection
-from selfensemble.training import CHECKPOINT, RESULTS
+from selfensemble.recipe import TrainSection, load_recipe, public_recipe
+from selfensemble.training import CHECKPOINT, RESULTS, Trainer
 
 SMALL = [
     "data.flip=true", "data.crop_padding=1", "model.width=0.25", "train.epochs=15", "train.batch_size=128",
@@ -51,6 +51,33 @@ def train(out: Path, *more: str, sets: list[str] | None = None) -> subprocess.Co
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(out / "model.safetensors")
+
+
+def test_it_begins_with_the_weights_of_a_trained_network(tmp_path: Path) -> None:
+    """Of the zoo, or of a folder; the noise is that of the recipe."""
+    sets = ["model.weights=digits-rse", "noise.init_std=0.1", "train.epochs=1", "train.batch_size=1024"]
+    recipe = load_recipe("digits-rse", [*sets, "train.lr=1e-9", "data.validation=0"])
+    trainer = Trainer(recipe, tmp_path / "run")
+    theirs, mine = rse.load("digits-rse").state_dict(), trainer.network.state_dict()
+    assert theirs.keys() == mine.keys()
+    assert all(torch.equal(theirs[key], mine[key]) for key in mine)
+    assert [layer.std for layer in rse.noise_layers(trainer.network).values()][:2] == [0.1, 0.1]
+    found = trainer.run()
+    assert found["metrics"]["test"]["accuracy"] > 0.9
+    again = load_recipe("digits-rse", [f"model.weights={tmp_path / 'run'}", "train.epochs=1"])
+    own = Trainer(again, tmp_path / "again").network
+    assert torch.equal(next(own.parameters()), next(rse.load(tmp_path / "run").parameters()))
+    assert public_recipe(again.model_dump(mode="json"))["model"]["weights"] == "run"
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    for sets, reason in (
+        (["model.weights=digits-rse", "model.width=0.5"], "another one than the recipe's"),
+        (["model.weights=nowhere"], "no folder nowhere"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=reason):
+            Trainer(load_recipe("digits-rse", sets), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
 
 
 def start_and_wait_for_checkpoint(out: Path, after: float) -> subprocess.Popen[str]:

@@ -13,7 +13,7 @@ from .recipe import Recipe, TrainSection
 
 
 def build_ensemble(recipe: Recipe, data: ImageData) -> SelfEnsemble:
-    """The ensemble of a recipe, with the weights it begins with or ones drawn from the global random state."""
+    """The ensemble of a recipe, with its first weights, or ones drawn from the global random state."""
     model = create_model(**architecture(recipe, data).model_dump())
     if recipe.resize_pad is not None:
         model = ResizePadNetwork(model, recipe.resize_pad)

@@ -9,6 +9,7 @@ from .evaluation.results import Entry, Results
 from .experiments import EXPERIMENTS
 from .hub import ArtefactConfig
 from .noise import describe_std
+from .recipe import public_recipe
 
 _NOISE = """\
 The noise has to stay on at test time, and fresh: whoever can ask many times, or predict the noise, meets a
@@ -112,11 +113,3 @@ def _machine(about: dict[str, Any]) -> str:
     hardware, versions = about["hardware"], about["versions"]
     device = hardware["accelerator"] or f"{hardware['cpu']} ({hardware['cores']} cores)"
     return f"{device}, torch {versions['torch']}, selfensemble {versions['selfensemble']}"
-
-
-def public_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe without the folder that the images lay in on somebody's machine."""
-    data = dict(recipe.get("data", {}))
-    if "/" in str(data.get("source", "")) or "\\" in str(data.get("source", "")):
-        data["source"] = str(data["source"]).replace("\\", "/").rstrip("/").rpartition("/")[2]
-    return {**recipe, "data": data}

@@ -168,6 +168,16 @@ def differing_keys(left: dict[str, Any], right: dict[str, Any], prefix: str = ""
     return names
 
 
+def public_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without the folders that images and first weights lay in on somebody's machine."""
+    shown = dict(recipe)
+    for section, key in (("data", "source"), ("model", "weights")):
+        value = recipe.get(section, {}).get(key)
+        if isinstance(value, str) and ("/" in value or "\\" in value):
+            shown[section] = recipe[section] | {key: value.replace("\\", "/").rstrip("/").rpartition("/")[2]}
+    return shown
+
+
 def _read(source: str) -> str:
     if source in shipped_recipes():
         return (resources.files(__package__) / "recipes" / f"{source}.yaml").read_text()

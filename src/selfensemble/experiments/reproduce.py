@@ -10,7 +10,7 @@ import torch
 from ..data import ImageData, load_data
 from ..evaluation.runner import model_record
 from ..files import atomic_write
-from ..recipe import differing_keys
+from ..recipe import differing_keys, public_recipe
 from .base import Experiment, Report, Setting
 from .curves import Curves
 from .draws import Draws
@@ -267,9 +267,7 @@ def _digest(test: ImageData, scale: Scale) -> str:
 
 def _portable(found: Trained) -> dict[str, object]:
     """The recipe without the folders of this machine."""
-    values = found.recipe.model_dump(mode="json")
-    values["data"]["source"] = local_name(values["data"]["source"])
-    return values
+    return public_recipe(found.recipe.model_dump(mode="json"))
 
 
 def _training(found: Trained) -> dict[str, object]:
