@@ -109,6 +109,8 @@ def recipe_of(network: Network, kin: Family, scale: Scale, source: str | None) -
         values["data.source"] = source
     if source == "digits":
         values |= scale.digits | network.digits
+    if base != name or source == "digits":
+        values.pop("model.weights", None)  # of a network of another architecture
     recipe = load_recipe(base, _written(values))
     steps = getattr(recipe.defense, "steps", None)
     if scale.attack_steps is not None and steps is not None and steps > scale.attack_steps:
