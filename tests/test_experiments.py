@@ -292,6 +292,22 @@ def test_every_network_has_a_valid_recipe(name: str, experiment: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("kin", "source", "weights"),
+    [
+        ("vgg16", "cifar10", "cifar10-vgg16-rse"),
+        ("vgg16", "digits", None),
+        ("resnext29_2x64d", "cifar10", None),
+        ("model_a", "stl10", None),
+    ],
+)
+def test_first_weights_are_for_their_own_architecture_alone(
+    kin: str, source: str, weights: str | None
+) -> None:
+    _, recipe = recipe_of(networks.network("ours"), family(kin), load_scale("half"), source)
+    assert recipe.model.weights == weights
+
+
+@pytest.mark.parametrize(
     ("defense", "at"),
     [
         ("none", 8.9),
