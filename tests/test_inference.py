@@ -78,6 +78,38 @@ class Twice(nn.Module):
         return logits
 
 
+class Backwards(nn.Module):
+    """The layer that is used first comes last, and a table shares its weights with a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(5, 3)
+        self.linear = nn.Linear(3, 5, bias=False)
+        self.linear.weight = self.words.weight
+        self.second, self.first = nn.Conv2d(4, 3, 3), nn.Conv2d(3, 4, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        pooled = self.second(self.first(inputs).relu()).mean(dim=(2, 3))
+        logits: Tensor = self.linear(pooled) + self.words(torch.arange(5)).sum(dim=1)
+        return logits
+
+
+def test_half_precision_begins_behind_the_first_layer_used(colour: Tensor) -> None:
+    torch.manual_seed(0)
+    ensemble = rse.SelfEnsemble(Backwards(), rse.NoiseConfig(0.1, 0.1)).eval()
+    fast = optimize(ensemble, colour)
+    halved = {name.split(".")[-2] for name, value in fast.named_parameters() if value.dtype == torch.bfloat16}
+    assert halved == {"second"}
+    ours, theirs = (each.predict_proba(colour, draws=3, seed=1) for each in (fast, ensemble))
+    torch.testing.assert_close(ours, theirs, atol=0.01, rtol=0)
+    # Changes of pixels that bfloat16 cannot hold arrive.
+    pixels = 0.9 + 1e-3 * colour
+    seen: list[Tensor] = []
+    fast.model.get_submodule("network.first").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    fast.predict(pixels, seed=1)
+    assert seen[0].dtype == torch.float32
+
+
 @pytest.mark.parametrize("network", [Awkward, Twice])
 def test_what_cannot_be_folded_stays(network: type[nn.Module], colour: Tensor) -> None:
     torch.manual_seed(0)

@@ -49,6 +49,11 @@ def logits_of(output: Any) -> Tensor:
     )
 
 
+def floating_dtype(model: nn.Module) -> torch.dtype | None:
+    """That of a model's first floating-point parameter; None where it has none."""
+    return next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), None)
+
+
 def check_images(inputs: Tensor, bounds: tuple[float, float] | None = (0.0, 1.0)) -> None:
     """Raise a ValueError (TypeError for a wrong dtype) unless `inputs` is a finite batch in bounds."""
     if not isinstance(inputs, Tensor):
@@ -133,6 +138,11 @@ class SelfEnsemble(nn.Module):
         """Whether two forward passes can differ: any random layer is on, with a level above 0."""
         return any(layer.is_active for layer in random_layers(self.model))
 
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        """What inputs are converted to."""
+        return floating_dtype(self)
+
     def draw_logits(self, inputs: Tensor) -> Tensor:
         """Logits (B, K) of one noise draw."""
         return logits_of(self.model(inputs))
@@ -195,7 +205,7 @@ class SelfEnsemble(nn.Module):
         device = next((tensor.device for tensor in self.parameters()), inputs.device)
         size = check_count("max_batch", max_batch) if max_batch is not None else _chunk_size(inputs, device)
         shared = (sampling or self.sampling) == "shared"
-        dtype = next((tensor.dtype for tensor in self.parameters()), inputs.dtype)
+        dtype = self.input_dtype or inputs.dtype
         chunks = []
         with eval_mode(self), explain_shape(self, inputs):
             for number, chunk in enumerate(inputs.split(size)):

@@ -14,6 +14,8 @@ from .noise import NoiseConfig, RandomLayer
 from .streams import noise_draw
 
 Precision = Literal["float32", "bf16"]
+# Layers whose weights autocast casts; others may do with theirs what it does not know.
+_HALVED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 class FastEnsemble(SelfEnsemble):
@@ -32,6 +34,11 @@ class FastEnsemble(SelfEnsemble):
     def original(self) -> SelfEnsemble:
         """The ensemble this is a copy of."""
         return self._original[0]
+
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        """That of the original: the first layer computes in it, whatever the others do."""
+        return self.original.input_dtype
 
 
 def original_of(model: nn.Module) -> nn.Module:
@@ -65,6 +72,8 @@ def optimize(ensemble: SelfEnsemble, example_inputs: Tensor, precision: Precisio
     convolutions = [fqn for fqn, module in network.named_modules() if is_convolution(module)]
     order = execution_order(network, convolutions, example_inputs[:1]) if convolutions else []
     first = network.get_submodule(order[0]) if order else None
+    if precision == "bf16":
+        _halve_weights(network, first)
     wrapped = _Fast(network, first, torch.bfloat16 if precision == "bf16" else None)
     return FastEnsemble(wrapped, ensemble).eval()
 
@@ -114,6 +123,18 @@ def _same(network: nn.Module, other: nn.Module, inputs: Tensor) -> bool:
     return torch.allclose(outputs[0], outputs[1], rtol=1e-3, atol=1e-3)
 
 
+def _halve_weights(network: nn.Module, first: nn.Module | None) -> None:
+    """What autocast would do to weights at every call: those of all layers but the first in bfloat16."""
+    layers = [module for module in network.modules() if type(module) in _HALVED and module is not first]
+    uses = Counter(parameter for module in network.modules() for parameter in module._parameters.values())
+    for layer in layers:
+        if any(uses[parameter] > 1 for parameter in layer._parameters.values() if parameter is not None):
+            continue  # shared with a layer that may not be run under autocast
+        layer.to(torch.bfloat16)
+        if isinstance(layer, nn.Conv2d):
+            layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
 class _Fast(nn.Module):
     """Channels last and autocast around a network, without autocast in its first convolution."""
 
@@ -124,6 +145,7 @@ class _Fast(nn.Module):
         if dtype is not None and first is not None:
             first.register_forward_pre_hook(_leave_autocast)
             first.register_forward_hook(_enter_autocast, always_call=True)
+            first.register_forward_hook(_halve)
 
     def forward(self, inputs: Tensor) -> Any:
         if inputs.dim() == 4:
@@ -142,3 +164,7 @@ def _leave_autocast(module: nn.Module, args: tuple[Tensor, ...]) -> None:
 
 def _enter_autocast(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
     module.__dict__["_outside"].pop().__exit__(None, None, None)
+
+
+def _halve(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output.to(torch.bfloat16)  # as the next convolution does, and what lies between is done in half

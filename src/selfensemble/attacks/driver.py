@@ -6,7 +6,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..ensemble import SelfEnsemble, check_count, check_images, explain_shape, logits_of
+from ..ensemble import (
+    SelfEnsemble,
+    check_count,
+    check_images,
+    explain_shape,
+    floating_dtype,
+    logits_of,
+)
 from ..inference import original_of
 from ..inject import eval_mode
 from ..streams import fresh_seed, stream_seed
@@ -76,8 +83,7 @@ def single_draw(model: nn.Module) -> Forward:
     Inputs of another floating dtype than the model's are converted on the way, differentiably.
     """
     draw = model.draw_logits if isinstance(model, SelfEnsemble) else lambda x: logits_of(model(x))
-    floating = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    dtype = next(floating, None)
+    dtype = model.input_dtype if isinstance(model, SelfEnsemble) else floating_dtype(model)
     return draw if dtype is None else lambda inputs: draw(inputs.to(dtype))
 
 

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..attacks import pgd
 from ..attacks.driver import attacked, check_batch, device_of, looks_like_probabilities, single_draw
-from ..ensemble import SelfEnsemble
+from ..ensemble import SelfEnsemble, floating_dtype
+from ..inference import original_of
 from ..inject import eval_mode, random_layers
 from ..noise import GaussianNoise, RandomLayer
 from ..streams import stream_seed
@@ -81,8 +82,7 @@ class Patient:
         self.max_batch, self.seed, self.images = max_batch, seed, images
         self.expect_random = expect_random
         self.device = device_of(model, inputs)
-        floating = (p.dtype for p in model.parameters() if p.is_floating_point())
-        self.dtype = next(floating, torch.float32)
+        self.dtype = floating_dtype(original_of(model)) or torch.float32
         self.all_inputs, self.all_labels = inputs[: 4 * images], labels[: 4 * images]
 
     def once(self, inputs: Tensor) -> Tensor:
