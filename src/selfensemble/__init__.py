@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import attacks, evaluation
     from .attacks import cw_l2, cw_l2_paper
+    from .calibration import calibrate
     from .data import ImageData, load_data
     from .ensemble import Prediction, SelfEnsemble
     from .evaluation import judge
@@ -35,6 +36,7 @@ __all__ = [
     "SelfEnsemble",
     "Prediction",
     "optimize",
+    "calibrate",
     "save",
     "load",
     # attacks, and what they are worth
@@ -54,6 +56,7 @@ __all__ = [
 
 _MODULES = {
     "attacks": ("cw_l2", "cw_l2_paper"),
+    "calibration": ("calibrate",),
     "data": ("ImageData", "load_data"),
     "ensemble": ("Prediction", "SelfEnsemble"),
     "evaluation": ("judge",),

@@ -5,16 +5,20 @@ import numbers
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .drawing import moments
 from .inject import FilterFn, eval_mode, inject_noise_, is_convolution, noise_layers, random_layers
 from .noise import NoiseConfig
+from .stopping import Calibrated, Fixed, Stop, rule_for
 from .streams import Sampling, check_sampling, noise_draw, stream_seed
 
 _CHUNK = 32 * 3 * 32 * 32  # input elements a forward pass: 32 images of 32x32
+_PASSES = 64  # of which the images are on the device at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,7 @@ class Prediction:
     label: Tensor
     probabilities: Tensor
     spread: Tensor
+    draws: Tensor
 
 
 class OutputError(ValueError):
@@ -108,6 +113,9 @@ class SelfEnsemble(nn.Module):
         filter_fn, example_inputs: see `inject_noise_`.
         bounds: the valid range of inputs, checked by `predict_proba`; None for no range.
 
+    Attributes:
+        stopping: margins at which images stop drawing, see `calibrate`; None where there are none.
+
     Source: Liu et al. 2018, algorithm 1.
     """
 
@@ -129,6 +137,7 @@ class SelfEnsemble(nn.Module):
         self.draws = check_count("draws", draws)
         self.sampling: Sampling = check_sampling(sampling)
         self.bounds = bounds
+        self.stopping: Calibrated | None = None
         for layer in random_layers(model):
             layer.sampling = self.sampling
         self.train(model.training)
@@ -162,6 +171,7 @@ class SelfEnsemble(nn.Module):
         max_batch: int | None = None,
         seed: int | None = None,
         sampling: Sampling | None = None,
+        stop: Stop | None = None,
     ) -> Tensor:
         """Softmax averaged over noise draws, without gradients, in constant memory.
 
@@ -176,6 +186,9 @@ class SelfEnsemble(nn.Module):
             seed: None for fresh noise (what a defense needs), an integer for noise that repeats: with
                 shared sampling, the same whatever the batch and `max_batch`.
             sampling: overrides the ensemble's.
+            stop: when an image stops drawing. None takes all draws. "exact" stops when the draws that are
+                left cannot change the label: it is that of all draws, while probabilities are means of
+                fewer. "calibrated" stops by the margins in `stopping`, which also set the most draws.
 
         Returns:
             (B, K) float32 probabilities, on the device of `inputs`.
@@ -184,7 +197,7 @@ class SelfEnsemble(nn.Module):
             TypeError, ValueError: inputs of a wrong dtype, shape or range, or counts below 1.
         """
         return self.predict(
-            inputs, draws=draws, max_batch=max_batch, seed=seed, sampling=sampling
+            inputs, draws=draws, max_batch=max_batch, seed=seed, sampling=sampling, stop=stop
         ).probabilities
 
     @torch.no_grad()
@@ -196,48 +209,48 @@ class SelfEnsemble(nn.Module):
         max_batch: int | None = None,
         seed: int | None = None,
         sampling: Sampling | None = None,
+        stop: Stop | None = None,
     ) -> Prediction:
         """Label, mean probabilities and their spread over the draws; arguments of `predict_proba`."""
         check_images(inputs, self.bounds)
-        draws = self.draws if draws is None else check_count("draws", draws)
+        most = self.draws if draws is None else check_count("draws", draws)
+        rule = rule_for(stop, most, draws is not None, self.stopping)
         if not self.is_random:
-            draws = 1
+            rule = Fixed(1)
         device = next((tensor.device for tensor in self.parameters()), inputs.device)
-        size = check_count("max_batch", max_batch) if max_batch is not None else _chunk_size(inputs, device)
+        size, fold = _pass_sizes(inputs, device)
+        if max_batch is not None:
+            size = fold = check_count("max_batch", max_batch)
         shared = (sampling or self.sampling) == "shared"
+        if seed is not None and not shared:
+            fold = 1  # per-image noise of a seed depends on the batch
         dtype = self.input_dtype or inputs.dtype
-        chunks = []
+
+        def draw(start: int, images: Tensor, number: int, index: int, count: int) -> Tensor:
+            # Images of two parts may share noise only if that is the policy.
+            own = seed if seed is None or shared else stream_seed(seed, start + number, 0)
+            repeated = images if count == 1 else images.repeat(count, *[1] * (images.dim() - 1))
+            with noise_draw(own, index, sampling, count=count):
+                outputs: Tensor = self.draw_logits(repeated).float().softmax(dim=-1)
+            return outputs.view(count, len(images), outputs.shape[-1])
+
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
         with eval_mode(self), explain_shape(self, inputs):
-            for number, chunk in enumerate(inputs.split(size)):
-                # Images of two chunks may share noise only if that is the policy.
-                own = seed if seed is None or shared else stream_seed(seed, number, 0)
-                chunks.append(self._moments(chunk.to(device, dtype), draws, own, sampling))
-        mean = torch.cat([chunk[0] for chunk in chunks]).to(inputs.device)
-        spread = torch.cat([chunk[1] for chunk in chunks]).to(inputs.device)
+            for group in inputs.split(size * _PASSES):
+                at = len(found) * _PASSES
+                found.append(moments(partial(draw, at), group.to(device, dtype), rule, size, fold))
+        mean, spread, used = (torch.cat(each).to(inputs.device) for each in zip(*found, strict=True))
         if not self.is_random:
             spread = torch.zeros_like(mean)
-        return Prediction(mean.argmax(dim=-1), mean, spread)
-
-    def _moments(
-        self, inputs: Tensor, draws: int, seed: int | None, sampling: Sampling | None
-    ) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the softmax over the draws (Welford's recurrence)."""
-        mean = squares = torch.zeros((), device=inputs.device)
-        for index in range(draws):
-            with noise_draw(seed, index, sampling):
-                probabilities = self.draw_logits(inputs).float().softmax(dim=-1)
-            step = probabilities - mean
-            mean = mean + step / (index + 1)
-            squares = squares + step * (probabilities - mean)
-        return mean, (squares / (draws - 1 if draws > 1 else math.nan)).sqrt()
+        return Prediction(mean.argmax(dim=-1), mean, spread, used)
 
 
-def _chunk_size(inputs: Tensor, device: torch.device) -> int:
-    """Images a forward pass, see `predict_proba`; very small batches are not divided."""
-    in_chunk = _CHUNK // max(1, inputs[:1].numel())
-    if device.type == "cpu":
-        return max(1, in_chunk // 4, min(len(inputs) // 2, in_chunk))
-    return max(1, in_chunk, len(inputs) // 2)
+def _pass_sizes(inputs: Tensor, device: torch.device) -> tuple[int, int]:
+    """Images a pass, see `predict_proba`, and images that a pass of several draws may hold."""
+    in_chunk = max(1, _CHUNK // max(1, inputs[:1].numel()))
+    if device.type == "cpu":  # very small batches are not divided
+        return max(1, in_chunk // 4, min(len(inputs) // 2, in_chunk)), in_chunk
+    return max(in_chunk, len(inputs) // 2), in_chunk
 
 
 def check_count(name: str, value: object) -> int:

@@ -19,6 +19,7 @@ from .files import atomic_file, read_versioned, sync, to_json
 from .inject import attach_noise_, noise_layers
 from .models import Activation, create_model
 from .noise import NoiseConfig, RandomLayer
+from .stopping import Calibrated
 from .streams import Sampling
 from .zoo import locate
 
@@ -50,6 +51,7 @@ class ArtefactConfig(BaseModel):
         input_shape: (C, H, W) of one input, where known.
         metrics: figures measured when it was saved, with what they were measured on.
         recipe: the recipe it was trained by, if any.
+        stopping: margins at which images stop drawing, if it was calibrated.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -65,6 +67,7 @@ class ArtefactConfig(BaseModel):
     input_shape: tuple[int, int, int] | None = None
     metrics: dict[str, Any] = {}
     recipe: dict[str, Any] | None = None
+    stopping: Calibrated | None = None
 
     @property
     def is_random(self) -> bool:
@@ -108,6 +111,7 @@ def save(
         input_shape=input_shape,
         metrics=metrics or {},
         recipe=recipe,
+        stopping=ensemble.stopping,
     )
     # Tensors that share memory are copied apart: safetensors refuses them otherwise.
     tensors = {key: tensor.detach().cpu().clone() for key, tensor in _weights(model).items()}
@@ -118,6 +122,18 @@ def save(
         text.write(to_json(config.model_dump(mode="json")))
         for file in (weights, text):
             sync(file)
+
+
+def save_stopping(folder: str | Path, stopping: Calibrated) -> None:
+    """Put calibrated thresholds into the `config.json` of a saved ensemble; nothing else is changed.
+
+    Raises:
+        FileNotFoundError, ValueError: no such ensemble, or one that cannot be read.
+    """
+    config = read_config(folder).model_copy(update={"stopping": stopping})
+    with atomic_file(locate(folder) / CONFIG) as text:
+        text.write(to_json(config.model_dump(mode="json")))
+        sync(text)
 
 
 def copy_weights_(source: str | Path, ensemble: SelfEnsemble) -> None:
@@ -206,4 +222,5 @@ def load(folder: str | Path, model: nn.Module | None = None) -> SelfEnsemble:
     # A network that was saved without noise stays without.
     levels = None if config.noise else NoiseConfig(0, 0)
     ensemble = SelfEnsemble(model, levels, draws=config.draws, sampling=config.sampling, bounds=config.bounds)
+    ensemble.stopping = config.stopping
     return ensemble.eval()

@@ -27,6 +27,7 @@ class FastEnsemble(SelfEnsemble):
         super().__init__(
             model, config, draws=original.draws, sampling=original.sampling, bounds=original.bounds
         )
+        self.stopping = original.stopping
         # In a tuple, so that it is no part of this module's state.
         self._original = (original,)
 

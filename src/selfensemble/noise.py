@@ -62,7 +62,7 @@ class NoiseConfig:
 
 
 def _noise_like(inputs: Tensor, std: float, layer: int, shared: bool) -> Tensor:
-    """Noise of the shape of `inputs`, or with a first dimension of 1 where the batch shares it."""
+    """Noise of the shape of `inputs`, or with a first dimension of draws where their images share it."""
     if inputs.device.type == "meta":
         return torch.empty_like(inputs)
     source = random_source(layer, shared, inputs.device)
@@ -75,12 +75,22 @@ def _noise_like(inputs: Tensor, std: float, layer: int, shared: bool) -> Tensor:
             noise.as_strided((noise.numel(),), (1,)).normal_(0.0, std, generator=source.generator())
         return noise
     # In float32 and logical order, so that neither dtype nor memory format changes the draw.
+    source.check_batch(len(inputs))
     dtype = torch.promote_types(inputs.dtype, torch.float32)
-    noise = torch.empty((1, *inputs.shape[1:]), dtype=dtype, device=inputs.device)
-    noise.normal_(0.0, std, generator=source.generator())
+    noise = torch.empty((source.count, *inputs.shape[1:]), dtype=dtype, device=inputs.device)
+    for later in range(source.count):
+        noise[later].normal_(0.0, std, generator=source.generator(later))
     if inputs.dim() == 4 and inputs.is_contiguous(memory_format=torch.channels_last):
         noise = noise.contiguous(memory_format=torch.channels_last)
     return noise.to(inputs.dtype)
+
+
+def _added(inputs: Tensor, noise: Tensor) -> Tensor:
+    """`inputs + noise`, where noise that images share belongs to as many of them, one after another."""
+    if len(noise) in (1, len(inputs)):
+        return inputs + noise
+    each = inputs.reshape(len(noise), -1, *inputs.shape[1:])
+    return (each + noise.unsqueeze(1)).flatten(0, 1)
 
 
 # Under torch.compile and torch.export the layer is one opaque operator: the graph stays whole, seeds
@@ -90,7 +100,10 @@ def _noise_like(inputs: Tensor, std: float, layer: int, shared: bool) -> Tensor:
 )
 def _add_noise(inputs: Tensor, std: float, layer: int, shared: bool, call: int) -> Tensor:
     noise = _noise_like(inputs, std, layer, shared)
-    return torch.add(inputs, noise, out=torch.empty_like(inputs))
+    output = torch.empty_like(inputs)  # laid out as the compiler was told
+    if len(noise) in (1, len(inputs)):
+        return torch.add(inputs, noise, out=output)
+    return output.copy_(_added(inputs, noise))
 
 
 @_add_noise.register_fake
@@ -110,7 +123,9 @@ _add_noise.register_autograd(_identity_backward)
     "selfensemble::unit_noise", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
 )
 def _unit_noise(inputs: Tensor, layer: int, shared: bool, call: int) -> Tensor:
-    return torch.empty_like(inputs).copy_(_noise_like(inputs, 1.0, layer, shared))
+    noise = _noise_like(inputs, 1.0, layer, shared)
+    each = noise if len(noise) in (1, len(inputs)) else _added(torch.zeros_like(inputs), noise)
+    return torch.empty_like(inputs).copy_(each)
 
 
 @_unit_noise.register_fake
@@ -235,7 +250,7 @@ class GaussianNoise(RandomLayer):
         if torch.compiler.is_compiling():
             noisy: Tensor = _add_noise(inputs, self._number, self.layer, shared, call_number())
             return noisy
-        return inputs + _noise_like(inputs.detach(), self._number, self.layer, shared)
+        return _added(inputs, _noise_like(inputs.detach(), self._number, self.layer, shared))
 
     def _scaled(self, inputs: Tensor, levels: Tensor, shared: bool) -> Tensor:
         """Noise times levels that are a tensor, along the channels and differentiable in the levels."""
@@ -252,7 +267,7 @@ class GaussianNoise(RandomLayer):
         shape = (-1, *[1] * (inputs.dim() - 2)) if levels.dim() else ()
         scale = levels.to(inputs.dtype).reshape(shape)
         if len(noise) < len(inputs):  # of one draw for the batch; scaled before it meets the batch
-            return inputs + noise * scale
+            return _added(inputs, noise * scale)
         return torch.addcmul(inputs, noise, scale)
 
     def extra_repr(self) -> str:

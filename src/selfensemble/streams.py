@@ -38,7 +38,8 @@ class _Draw:
     seed: int | None = None
     index: int = 0
     sampling: Sampling | None = None
-    generators: dict[tuple[int, torch.device], torch.Generator] = field(default_factory=dict)
+    count: int = 1
+    generators: dict[tuple[int, int, torch.device], torch.Generator] = field(default_factory=dict)
     bits: dict[int, np.random.SFC64] = field(default_factory=dict)
 
 
@@ -47,7 +48,9 @@ _current: ContextVar[_Draw] = ContextVar("selfensemble_draw", default=_Draw())  
 
 
 @contextmanager
-def noise_draw(seed: int | None = None, index: int = 0, sampling: Sampling | None = None) -> Iterator[None]:
+def noise_draw(
+    seed: int | None = None, index: int = 0, sampling: Sampling | None = None, *, count: int = 1
+) -> Iterator[None]:
     """Within this context, noise is draw number `index` of `seed`, sampled by `sampling`.
 
     With a seed, the first call of a layer takes the start of the stream (seed, index, layer), and
@@ -60,11 +63,13 @@ def noise_draw(seed: int | None = None, index: int = 0, sampling: Sampling | Non
         seed: any integer, or None for fresh entropy.
         index: number of the draw, >= 0; up to a million draws of a seed do not overlap.
         sampling: "per_image" or "shared" for every layer, or None to leave the choice to each layer.
+        count: draws within one batch, which holds the images of draw `index`, then as many of
+            `index + 1`, and so on. Shared noise is shared by the images of one draw.
     """
-    if index < 0:
-        raise ValueError(f"index must be >= 0, got {index}")
+    if index < 0 or count < 1:
+        raise ValueError(f"index must be >= 0 and count >= 1, got {index} and {count}")
     policy = None if sampling is None else check_sampling(sampling)
-    token = _current.set(_Draw(None if seed is None else operator.index(seed), index, policy))
+    token = _current.set(_Draw(None if seed is None else operator.index(seed), index, policy, count))
     try:
         yield
     finally:
@@ -126,15 +131,27 @@ class Source:
     device: torch.device
     shared: bool
 
-    def generator(self) -> torch.Generator:
-        """For torch's functions, on the device."""
-        draw, key = self.draw, (self.layer, self.device)
+    @property
+    def count(self) -> int:
+        """Draws within the batch."""
+        return self.draw.count
+
+    def generator(self, later: int = 0) -> torch.Generator:
+        """For torch's functions, on the device: of the draw that many after the first of the batch."""
+        draw, key = self.draw, (later, self.layer, self.device)
         if draw.seed is None:
             return _entropy.generator(self.device)
         if key not in draw.generators:
-            seed = stream_seed(draw.seed, draw.index, self.layer)
+            seed = stream_seed(draw.seed, draw.index + later, self.layer)
             draw.generators[key] = torch.Generator(self.device).manual_seed(seed)
         return draw.generators[key]
+
+    def check_batch(self, size: int) -> None:
+        """Raise a ValueError unless a batch of `size` images can hold the draws of this one."""
+        if size % self.count:
+            raise ValueError(
+                f"a batch of {size} cannot hold {self.count} draws of as many images each: repeat the images"
+            )
 
     def bits(self) -> np.random.SFC64:
         """Random bits on the CPU, faster than those of torch."""

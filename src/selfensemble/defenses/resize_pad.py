@@ -123,11 +123,18 @@ def _draw_placement(
     if inputs.device.type == "meta":
         return inputs.new_empty((len(inputs), 3), dtype=torch.float32)
     source = random_source(layer, shared, inputs.device)
-    rows = 1 if source.shared else len(inputs)
-    chance = torch.rand(rows, 3, generator=source.generator(), device=inputs.device)
+    if source.shared:
+        source.check_batch(len(inputs))
+        each = [
+            torch.rand(1, 3, generator=source.generator(later), device=inputs.device)
+            for later in range(source.count)
+        ]
+        chance = torch.cat(each).repeat_interleave(len(inputs) // source.count, dim=0)
+    else:
+        chance = torch.rand(len(inputs), 3, generator=source.generator(), device=inputs.device)
     side = smallest + (chance[:, :1] * (largest - smallest + 1)).floor()
     offsets = (chance[:, 1:] * (largest - side + 1)).floor()
-    return torch.cat([side, offsets], dim=1).expand(len(inputs), 3).contiguous()
+    return torch.cat([side, offsets], dim=1)
 
 
 # One opaque operator in a compiled graph, as noise is.

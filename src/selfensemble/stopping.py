@@ -1,0 +1,122 @@
+"""When an image needs no further noise draws."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, Protocol, get_args
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+Stop = Literal["exact", "calibrated"]
+_Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Rule(Protocol):
+    """Decides from the mean so far."""
+
+    @property
+    def most(self) -> int:
+        """Draws after which every image is settled."""
+
+    def settled(self, mean: Tensor, draws: int) -> Tensor:
+        """Which images stop after `draws` draws, `draws < most`.
+
+        Args:
+            mean: (A, K) softmax averaged over the draws so far.
+
+        Returns:
+            (A,) bool.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """Every image takes as many draws."""
+
+    most: int
+
+    def settled(self, mean: Tensor, draws: int) -> Tensor:
+        return torch.full((len(mean),), draws >= self.most, device=mean.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Exact:
+    """Stop when the draws that are left cannot change the label of the ensemble of `most` draws.
+
+    Each of them could at most give all to one rival and nothing to the leader. With 10 draws no image stops
+    before the sixth.
+    """
+
+    most: int
+
+    def settled(self, mean: Tensor, draws: int) -> Tensor:
+        # Sums of a few hundred float32 numbers in [0, 1] are right to 1e-5 of the number of them.
+        return draws * margin(mean) > (self.most - draws) + 1e-5 * self.most
+
+
+class Calibrated(BaseModel):
+    """Stop when the margin of the mean passes the threshold of the number of draws, see `calibrate`.
+
+    Attributes:
+        thresholds: one for each number of draws; the last of them is the most draws of an image.
+        epsilon: with confidence `1 - delta` over the images it was calibrated on, at most this share of
+            images like them is answered otherwise than by the infinite ensemble.
+        delta: the risk that it does not hold.
+        mean_draws, disagreement: measured on the images that the thresholds were tested on.
+        images: how many those were.
+        reference_draws: draws that stood for infinitely many.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    thresholds: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)]
+    epsilon: _Share
+    delta: _Share
+    mean_draws: Annotated[float, Field(ge=1)]
+    disagreement: Annotated[float, Field(ge=0, le=1)]
+    images: Annotated[int, Field(ge=1)]
+    reference_draws: Annotated[int, Field(ge=1)]
+
+    @property
+    def most(self) -> int:
+        """Draws after which every image is settled."""
+        return len(self.thresholds)
+
+    def settled(self, mean: Tensor, draws: int) -> Tensor:
+        """Which images stop after `draws` draws, see `Rule`."""
+        return margin(mean) >= self.thresholds[draws - 1]
+
+
+def margin(mean: Tensor) -> Tensor:
+    """(A,) largest minus second largest of (A, K) probabilities; infinite where there is one class."""
+    if mean.shape[1] < 2:
+        return mean.new_full((len(mean),), float("inf"))
+    first, second = mean.topk(2, dim=1).values.unbind(dim=1)
+    return first - second
+
+
+def rule_for(stop: Stop | None, draws: int, given: bool, calibrated: Calibrated | None) -> Rule:
+    """The rule of a prediction.
+
+    Args:
+        stop: its name; None takes all draws.
+        draws: how many an image takes at most.
+        given: whether the caller chose that number.
+        calibrated: what the ensemble was calibrated to.
+
+    Raises:
+        ValueError: no such rule, or one that the ensemble lacks; the message says what to do.
+    """
+    if stop is None:
+        return Fixed(draws)
+    if stop == "exact":
+        return Exact(draws)
+    if stop != "calibrated":
+        raise ValueError(f"stop must be one of {get_args(Stop)} or None, got {stop!r}")
+    if calibrated is None:
+        raise ValueError(
+            "the ensemble has no calibrated thresholds: set ensemble.stopping = calibrate(ensemble, images), "
+            "or run `selfensemble calibrate`"
+        )
+    if given:
+        raise ValueError('stop="calibrated" has its own number of draws: leave draws out')
+    return calibrated
