@@ -15,18 +15,21 @@ from torch import Tensor, nn
 import selfensemble as rse
 from selfensemble import hub
 from selfensemble.calibration import Paths, cheapest, choose
-from selfensemble.drawing import moments
+from selfensemble.drawing import Draws, moments
 from selfensemble.stopping import Calibrated, Exact, Fixed, Rule, margin
 
 
-def replayed(outputs: Tensor, rule: Rule, *, size: int = 4, fold: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+def replayed(outputs: Tensor, rule: Rule, *, fold: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """`moments` of recorded (n, B, K) draws; an image is its number."""
 
-    def draw(images: Tensor, number: int, index: int, count: int) -> Tensor:
-        assert len(images) <= size
-        return outputs[index : index + count, images[:, 0].long()]
+    class Recorded(Draws):
+        def take(self, images: Tensor, index: int, count: int, group: int = 0) -> Tensor:  # noqa: ARG002
+            assert count == 1 or count * len(images) <= fold
+            return outputs[index : index + count, images[:, 0].long()]
 
-    return moments(draw, torch.arange(outputs.shape[1]).unsqueeze(1), rule, size, fold)
+    nobody = rse.SelfEnsemble(nn.Conv2d(1, 1, 1))
+    numbers = torch.arange(outputs.shape[1], dtype=torch.float32).unsqueeze(1)
+    return moments(Recorded(nobody, numbers, fold), numbers, rule)
 
 
 def random_outputs(draws: int, images: int, classes: int, seed: int) -> Tensor:

@@ -7,7 +7,9 @@ if TYPE_CHECKING:
     from . import attacks, evaluation
     from .attacks import cw_l2, cw_l2_paper
     from .calibration import calibrate
+    from .certification import Certificate, certify
     from .data import ImageData, load_data
+    from .decision import Decision, decide
     from .ensemble import Prediction, SelfEnsemble
     from .evaluation import judge
     from .hub import load, save
@@ -39,6 +41,11 @@ __all__ = [
     "calibrate",
     "save",
     "load",
+    # what is certain
+    "decide",
+    "Decision",
+    "certify",
+    "Certificate",
     # attacks, and what they are worth
     "attacks",
     "cw_l2",
@@ -57,7 +64,9 @@ __all__ = [
 _MODULES = {
     "attacks": ("cw_l2", "cw_l2_paper"),
     "calibration": ("calibrate",),
+    "certification": ("Certificate", "certify"),
     "data": ("ImageData", "load_data"),
+    "decision": ("Decision", "decide"),
     "ensemble": ("Prediction", "SelfEnsemble"),
     "evaluation": ("judge",),
     "hub": ("load", "save"),

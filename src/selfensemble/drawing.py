@@ -1,39 +1,110 @@
-"""Mean and spread of the softmax over noise draws; images leave as they are settled."""
+"""Noise draws of a batch, and their mean and spread; images leave as they are settled."""
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .stopping import Rule
+from .streams import Sampling, noise_draw, stream_seed
 
-# Of images, the number of the part they are, the first draw and how many, to (count, B, K) softmax outputs.
-Draw = Callable[[Tensor, int, int, int], Tensor]
+if TYPE_CHECKING:
+    from .ensemble import SelfEnsemble
+
+_CHUNK = 32 * 3 * 32 * 32  # input elements a forward pass: 32 images of 32x32
+_PASSES = 64  # of which the images are on the device at a time
 
 
-def moments(draw: Draw, inputs: Tensor, rule: Rule, size: int, fold: int) -> tuple[Tensor, Tensor, Tensor]:
+class Draws:
+    """Softmax outputs of single draws, a few images and several draws a pass.
+
+    Args:
+        ensemble: in eval mode.
+        example: a batch of the images to come.
+        max_batch: images a pass; None for what `SelfEnsemble.predict` says.
+        seed: None for fresh noise.
+        sampling: overrides the ensemble's.
+    """
+
+    def __init__(
+        self,
+        ensemble: "SelfEnsemble",
+        example: Tensor,
+        max_batch: int | None = None,
+        seed: int | None = None,
+        sampling: Sampling | None = None,
+    ) -> None:
+        self.ensemble, self.seed, self.sampling = ensemble, seed, sampling
+        self.device = next((tensor.device for tensor in ensemble.parameters()), example.device)
+        self._dtype = ensemble.input_dtype or example.dtype
+        in_chunk = max(1, _CHUNK // max(1, example[:1].numel()))
+        if max_batch is not None:
+            self.size = self._fold = max_batch
+        elif self.device.type == "cpu":  # very small batches are not divided
+            self.size, self._fold = max(1, in_chunk // 4, min(len(example) // 2, in_chunk)), in_chunk
+        else:
+            self.size, self._fold = max(in_chunk, len(example) // 2), in_chunk
+        shared = (sampling or ensemble.sampling) == "shared"
+        # Per-image noise of a seed depends on the batch: images of two parts must not have the same, and
+        # several draws in one batch would not be those of their own.
+        self._by_part = seed is not None and not shared
+        if self._by_part:
+            self._fold = 1
+
+    def groups(self, inputs: Tensor) -> list[Tensor]:
+        """`inputs` in parts that are taken to the device as a whole."""
+        return list(inputs.split(self.size * _PASSES))
+
+    def prepared(self, group: Tensor) -> Tensor:
+        """A group on the device of the ensemble, in its dtype."""
+        return group.to(self.device, self._dtype)
+
+    def at_once(self, images: int, left: int) -> int:
+        """Draws that go into one pass, of those that are left: several where there are few images."""
+        return min(left, max(1, self._fold // max(1, images)))
+
+    @torch.no_grad()
+    def take(self, images: Tensor, index: int, count: int, group: int = 0) -> Tensor:
+        """(count, B, K) softmax outputs of the draws from number `index` on.
+
+        Args:
+            images: (B, ...), prepared.
+            index, count: of the draws.
+            group: number of the group that these are images of.
+        """
+        passes = []
+        for part, few in enumerate(images.split(self.size)):
+            own = self.seed
+            if own is not None and self._by_part:
+                own = stream_seed(own, group * _PASSES + part, 0)
+            repeated = few if count == 1 else few.repeat(count, *[1] * (few.dim() - 1))
+            with noise_draw(own, index, self.sampling, count=count):
+                outputs = self.ensemble.draw_logits(repeated).float().softmax(dim=-1)
+            passes.append(outputs.view(count, len(few), outputs.shape[-1]))
+        return torch.cat(passes, dim=1)
+
+
+def moments(draws: Draws, group: Tensor, rule: Rule, number: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and standard deviation over the draws, and how many draws each image took.
 
     Args:
-        draw: several draws at once.
-        inputs: (B, ...).
+        draws: of the ensemble. Where a pass holds several, what the rule does not want is thrown away.
+        group: (B, ...).
         rule: when an image stops.
-        size: images a pass.
-        fold: where there are fewer images than this, a pass takes several draws of them, up to so many
-            images; what the rule then does not want is thrown away. 1 takes one draw at a time.
+        number: of the group.
 
     Returns:
-        (B, K), (B, K) and (B,) int64, where `inputs` are.
+        (B, K), (B, K) and (B,) int64, where the ensemble is.
     """
-    active = torch.arange(len(inputs), device=inputs.device)
+    group = draws.prepared(group)
+    active = torch.arange(len(group), device=group.device)
     used = torch.zeros_like(active)
     mean = squares = torch.empty(0)
     index = 0
     while index < rule.most:
-        count = min(rule.most - index, max(1, fold // max(1, len(active))))
-        parts = (inputs if len(active) == len(inputs) else inputs[active]).split(size)
-        passes = [draw(part, number, index, count) for number, part in enumerate(parts)]
-        outputs = torch.cat(passes, dim=1)
+        count = draws.at_once(len(active), rule.most - index)
+        images = group if len(active) == len(group) else group[active]
+        outputs = draws.take(images, index, count, number)
         if index == 0:
             mean, squares = outputs.new_zeros((2, *outputs.shape[1:]))
         for later in range(count):

@@ -5,20 +5,16 @@ import numbers
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .drawing import moments
+from .drawing import Draws, moments
 from .inject import FilterFn, eval_mode, inject_noise_, is_convolution, noise_layers, random_layers
 from .noise import NoiseConfig
 from .stopping import Calibrated, Fixed, Stop, rule_for
-from .streams import Sampling, check_sampling, noise_draw, stream_seed
-
-_CHUNK = 32 * 3 * 32 * 32  # input elements a forward pass: 32 images of 32x32
-_PASSES = 64  # of which the images are on the device at a time
+from .streams import Sampling, check_sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,40 +213,14 @@ class SelfEnsemble(nn.Module):
         rule = rule_for(stop, most, draws is not None, self.stopping)
         if not self.is_random:
             rule = Fixed(1)
-        device = next((tensor.device for tensor in self.parameters()), inputs.device)
-        size, fold = _pass_sizes(inputs, device)
-        if max_batch is not None:
-            size = fold = check_count("max_batch", max_batch)
-        shared = (sampling or self.sampling) == "shared"
-        if seed is not None and not shared:
-            fold = 1  # per-image noise of a seed depends on the batch
-        dtype = self.input_dtype or inputs.dtype
-
-        def draw(start: int, images: Tensor, number: int, index: int, count: int) -> Tensor:
-            # Images of two parts may share noise only if that is the policy.
-            own = seed if seed is None or shared else stream_seed(seed, start + number, 0)
-            repeated = images if count == 1 else images.repeat(count, *[1] * (images.dim() - 1))
-            with noise_draw(own, index, sampling, count=count):
-                outputs: Tensor = self.draw_logits(repeated).float().softmax(dim=-1)
-            return outputs.view(count, len(images), outputs.shape[-1])
-
-        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        size = None if max_batch is None else check_count("max_batch", max_batch)
         with eval_mode(self), explain_shape(self, inputs):
-            for group in inputs.split(size * _PASSES):
-                at = len(found) * _PASSES
-                found.append(moments(partial(draw, at), group.to(device, dtype), rule, size, fold))
+            drawn = Draws(self, inputs, size, seed, sampling)
+            found = [moments(drawn, group, rule, k) for k, group in enumerate(drawn.groups(inputs))]
         mean, spread, used = (torch.cat(each).to(inputs.device) for each in zip(*found, strict=True))
         if not self.is_random:
             spread = torch.zeros_like(mean)
         return Prediction(mean.argmax(dim=-1), mean, spread, used)
-
-
-def _pass_sizes(inputs: Tensor, device: torch.device) -> tuple[int, int]:
-    """Images a pass, see `predict_proba`, and images that a pass of several draws may hold."""
-    in_chunk = max(1, _CHUNK // max(1, inputs[:1].numel()))
-    if device.type == "cpu":  # very small batches are not divided
-        return max(1, in_chunk // 4, min(len(inputs) // 2, in_chunk)), in_chunk
-    return max(in_chunk, len(inputs) // 2), in_chunk
 
 
 def check_count(name: str, value: object) -> int:

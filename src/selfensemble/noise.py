@@ -78,8 +78,8 @@ def _noise_like(inputs: Tensor, std: float, layer: int, shared: bool) -> Tensor:
     source.check_batch(len(inputs))
     dtype = torch.promote_types(inputs.dtype, torch.float32)
     noise = torch.empty((source.count, *inputs.shape[1:]), dtype=dtype, device=inputs.device)
-    for later in range(source.count):
-        noise[later].normal_(0.0, std, generator=source.generator(later))
+    for one, generator in source.split(noise):
+        one.normal_(0.0, std, generator=generator)
     if inputs.dim() == 4 and inputs.is_contiguous(memory_format=torch.channels_last):
         noise = noise.contiguous(memory_format=torch.channels_last)
     return noise.to(inputs.dtype)

@@ -17,11 +17,13 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
+from torch import Tensor
 
 Sampling = Literal["per_image", "shared"]
 
 # Streams a seed spans before it wraps: LAYERS layers of 2**32 / LAYERS (a million) draws.
 LAYERS = 4096
+DRAWS = 2**32 // LAYERS
 _MASK32 = 0xFFFF_FFFF
 
 
@@ -145,6 +147,14 @@ class Source:
             seed = stream_seed(draw.seed, draw.index + later, self.layer)
             draw.generators[key] = torch.Generator(self.device).manual_seed(seed)
         return draw.generators[key]
+
+    def split(self, tensor: Tensor) -> Iterator[tuple[Tensor, torch.Generator]]:
+        """Parts of a tensor with an entry for each draw of the batch, and what fills each of them."""
+        if self.draw.seed is None:
+            yield tensor, self.generator()
+            return
+        for later in range(self.count):
+            yield tensor[later : later + 1], self.generator(later)
 
     def check_batch(self, size: int) -> None:
         """Raise a ValueError unless a batch of `size` images can hold the draws of this one."""

@@ -125,11 +125,10 @@ def _draw_placement(
     source = random_source(layer, shared, inputs.device)
     if source.shared:
         source.check_batch(len(inputs))
-        each = [
-            torch.rand(1, 3, generator=source.generator(later), device=inputs.device)
-            for later in range(source.count)
-        ]
-        chance = torch.cat(each).repeat_interleave(len(inputs) // source.count, dim=0)
+        each = torch.empty(source.count, 3, device=inputs.device)
+        for one, generator in source.split(each):
+            one.uniform_(generator=generator)
+        chance = each.repeat_interleave(len(inputs) // source.count, dim=0)
     else:
         chance = torch.rand(len(inputs), 3, generator=source.generator(), device=inputs.device)
     side = smallest + (chance[:, :1] * (largest - smallest + 1)).floor()

@@ -1,0 +1,123 @@
+"""What the first noise is worth in pixels, or why no radius can be certified."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .ensemble import SelfEnsemble
+from .inference import original_of
+from .inject import eval_mode, random_layers
+from .noise import GaussianNoise
+from .streams import noise_draw
+
+_CURE = "put one GaussianNoise(init_std) in front of the whole network"
+
+
+def pixel_std(ensemble: SelfEnsemble, example_inputs: Tensor) -> float:
+    """Standard deviation of the first noise in units of the image: the smallest, where pixels differ in it.
+
+    The noise may stand behind an affine map of each pixel, such as a normalisation, whose scale is then
+    taken into account: noise of std s behind `a x + b` is noise of std `s / |a|` on the image.
+
+    Args:
+        ensemble: what is to be certified.
+        example_inputs: (B, ...) images of the kind to be certified; at most two are used.
+
+    Raises:
+        ValueError: there is no such noise, what lies before it is no affine map of each pixel, or the image
+            has a way around it.
+    """
+    network = original_of(ensemble)
+    assert isinstance(network, SelfEnsemble)
+    device = next((parameter.device for parameter in network.parameters()), example_inputs.device)
+    images = example_inputs[:2].to(device, network.input_dtype or example_inputs.dtype)
+    with torch.no_grad(), eval_mode(network):
+        first = _first_noise(network, images)
+        std = _in_pixels(network, first, images)
+        _check_no_way_around(network, first, images)
+    return std
+
+
+def _first_noise(network: SelfEnsemble, images: Tensor) -> GaussianNoise:
+    """The noise that acts first in a pass, and only once."""
+    order: list[GaussianNoise] = []
+    layers = [layer for layer in random_layers(network.model) if isinstance(layer, GaussianNoise)]
+    handles = [layer.register_forward_pre_hook(lambda module, args: order.append(module)) for layer in layers]
+    try:
+        network.draw_logits(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not order or not order[0].is_active:
+        raise ValueError(
+            "there is no noise on the image (init_std is 0, or noise was removed): radii come from it alone"
+        )
+    if order.count(order[0]) > 1:
+        raise ValueError(
+            "the first noise acts several times in a pass, so that the image has a way around each of them: "
+            + _CURE
+        )
+    return order[0]
+
+
+def _at_first(network: SelfEnsemble, first: GaussianNoise, images: Tensor) -> Tensor:
+    """What arrives at the first noise."""
+    seen: list[Tensor] = []
+    handle = first.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        network.draw_logits(images)
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def _in_pixels(network: SelfEnsemble, first: GaussianNoise, images: Tensor) -> float:
+    low, high = network.bounds or (0.0, 1.0)
+    black, white, mixed = _probes(images, low, high)
+    offset, end, arrived = (_at_first(network, first, each) for each in (black, white, mixed))
+    if offset.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"the first noise acts on {offset.dtype}, whose rounding moves the image: certify a float32 "
+            "network (an optimised copy keeps its first layer in float32)"
+        )
+    if arrived.shape == images.shape:
+        slope = ((end - offset) / (high - low)).double()
+        affine = slope * (mixed.double() - low) + offset
+        tolerance = 1e-5 * float((end - offset).abs().max())
+        if torch.allclose(arrived.double(), affine, rtol=1e-5, atol=tolerance) and bool((slope != 0).all()):
+            std = torch.as_tensor(np.asarray(first.std), dtype=torch.float64, device=slope.device)
+            std = std.view(-1, *[1] * (slope.dim() - 2)) if std.dim() else std
+            found = float((std / slope.abs()).min())
+            if found > 0 and math.isfinite(found):
+                return found
+            raise ValueError("some channels of the image have no noise on them: no radius can be certified")
+    raise ValueError(
+        "what lies before the first noise is no affine map of each pixel (resizing, cropping, a "
+        "nonlinearity): " + _CURE
+    )
+
+
+def _probes(images: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
+    chance = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)).to(images)
+    return torch.full_like(images, low), torch.full_like(images, high), low + (high - low) * chance
+
+
+def _check_no_way_around(network: SelfEnsemble, first: GaussianNoise, images: Tensor) -> None:
+    """With what leaves the first noise held fixed, other images must give the same answer."""
+    fixed = _at_first(network, first, images)
+    handle = first.register_forward_hook(lambda module, args, output: fixed)
+    answers = []
+    try:
+        for each in (images, *_probes(images, *(network.bounds or (0.0, 1.0)))):
+            with noise_draw(0, 0, "shared"), torch.random.fork_rng():
+                torch.manual_seed(0)
+                answers.append(network.draw_logits(each))
+    finally:
+        handle.remove()
+    if not all(torch.equal(answers[0], other) for other in answers[1:]):
+        raise ValueError(
+            "the image has a way around the first noise (a second branch that reads it, such as a shortcut): "
+            + _CURE
+        )

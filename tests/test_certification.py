@@ -1,0 +1,257 @@
+"""Certified radii against what is known of them."""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+import selfensemble as rse
+from selfensemble.certification import Method, Rivals, _certify, _Means, _Votes, certify
+from selfensemble.decision import ABSTAINED
+from selfensemble.pixels import pixel_std
+
+STD = 0.5
+RIVALS: tuple[Rivals, ...] = ("all", "runner_up")
+
+
+class Linear(nn.Module):
+    """Two classes by the sign of a linear function, and noise on the image.
+
+    Smoothed, its radius is the distance to the boundary, whatever the noise (Cohen et al., appendix B).
+    """
+
+    def __init__(self, scale: float = 1e4, std: float = STD) -> None:
+        super().__init__()
+        self.noise = rse.GaussianNoise(std)
+        weight = torch.randn(16, generator=torch.Generator().manual_seed(0))
+        self.weight = nn.Parameter(weight)
+        self.scale = scale
+
+    def signed_distance(self, inputs: Tensor) -> Tensor:
+        distance: Tensor = (inputs.flatten(1) - 0.5) @ self.weight / self.weight.norm()
+        return distance
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        value = self.scale * self.signed_distance(self.noise(inputs))
+        return torch.stack([-value, value], dim=1)
+
+
+def at_distances(model: Linear, distances: list[float]) -> Tensor:
+    direction = model.weight.detach() / model.weight.detach().norm()
+    images: Tensor = 0.5 + torch.tensor(distances)[:, None] * direction
+    return images
+
+
+@pytest.mark.parametrize("method", ["vote", "mean"])
+@pytest.mark.parametrize("rivals", RIVALS)
+def test_radii_of_a_linear_classifier(method: Method, rivals: Rivals) -> None:
+    """At n = 100,000: never above the closed form (at this seed; alpha .001), and 97 % of it."""
+    model = Linear()
+    ensemble = rse.SelfEnsemble(model, bounds=None).eval()
+    distances = [0.3, 0.5, -0.8, 1.0, -1.4]
+    found = certify(ensemble, at_distances(model, distances), n=100_000, method=method, rivals=rivals, seed=0)
+    truth = torch.tensor(distances).abs().double()
+    assert found.label.tolist() == [1, 1, 0, 1, 0]
+    assert (found.radius <= truth).all()
+    assert (found.radius >= 0.97 * truth).all()
+    assert (found.draws == 100_100).all()
+
+
+def test_soft_outputs_have_a_closed_form_too() -> None:
+    """With logits +-v/2 of v = a d and noise, the mean of Phi-like outputs: checked by quadrature."""
+    model = Linear(scale=3.0)
+    ensemble = rse.SelfEnsemble(model, bounds=None).eval()
+    inputs = at_distances(model, [0.4, 0.9])
+    found = certify(ensemble, inputs, n=20_000, method="mean", rivals="all", seed=1)
+    grid = np.linspace(-6, 6, 20_001)
+    for distance, lower in zip([0.4, 0.9], found.lower.tolist(), strict=True):
+        outputs = 1 / (1 + np.exp(-2 * 3.0 * (distance + STD * grid)))
+        truth = np.trapezoid(outputs * stats.norm.pdf(grid), grid)
+        assert truth - 0.02 < lower <= truth
+
+
+def counted(counts: list[int], rivals: Rivals) -> _Votes:
+    """Votes on one image, of which the first class is the answer."""
+    votes = _Votes(torch.eye(len(counts))[:1, None], rivals, 0.001)
+    votes.counts = torch.tensor([counts])
+    return votes
+
+
+@pytest.mark.parametrize("counts", [(99_990, 10), (60_000, 30_000), (9_900, 60), (501, 499)])
+def test_votes_are_the_published_procedure(counts: tuple[int, int]) -> None:
+    """Radius of the published code, `std * ppf(lower)` with the exact binomial bound of level alpha."""
+    trials, classes = 100_000 if sum(counts) > 20_000 else 10_000, 10
+    rest = trials - sum(counts)
+    votes = counted([*counts, rest, *[0] * (classes - 3)], "all")
+    low, high = votes.bounds(0.001)
+    published = (
+        stats.binomtest(counts[0], trials, alternative="greater").proportion_ci(1 - 0.001, "exact").low
+    )
+    assert abs(low[0] - published) < 1e-9
+    radius = STD / 2 * (stats.norm.ppf(low[0]) - stats.norm.ppf(high[0]))
+    if published > 0.5:
+        assert radius == pytest.approx(STD * stats.norm.ppf(published), abs=1e-6)
+    else:
+        assert radius <= 0
+
+
+def test_the_runner_up_helps_where_there_are_many_classes() -> None:
+    alone, both = (counted([6000, 800, *[400] * 8], rivals).bounds(0.001) for rivals in RIVALS)
+    assert alone[1][0] > 0.4 > 0.1 > both[1][0] > 0.08
+    assert both[0][0] < alone[0][0]
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        partial(_Votes, rivals="all"),
+        partial(_Votes, rivals="runner_up"),
+        partial(_Means, rivals="all", bound=None),
+        partial(_Means, rivals="runner_up", bound=None),
+    ],
+    ids=["vote", "vote, runner-up", "mean", "mean, runner-up"],
+)
+@pytest.mark.parametrize("wanted", [None, 0.25])
+@pytest.mark.parametrize("mean", [[0.5, 0.5, 0.0], [0.34, 0.33, 0.33], [0.8, 0.15, 0.05], [0.98, 0.01, 0.01]])
+def test_overstated_certificates_are_as_rare_as_promised(
+    measure: Any, wanted: float | None, mean: list[float]
+) -> None:
+    """10,000 images with draws of their own, votes as outputs and, for means, soft outputs as well."""
+    alpha, images, looks = 0.05, 10_000, [60] if wanted is None else [15, 30, 60]
+    best = int(np.argmax(mean))
+    truth = STD / 2 * float(stats.norm.ppf(mean[best]) - stats.norm.ppf(sorted(mean)[-2]))
+    for hard in (True, False) if measure.func is _Means else (True,):
+        generator = np.random.default_rng(int(1000 * mean[0]) + hard)
+
+        def passes(group: Tensor, index: int, count: int, hard: bool = hard, law: Any = generator) -> Any:
+            for _ in range(count):
+                if hard:
+                    drawn = law.multinomial(1, mean, size=len(group))
+                else:
+                    drawn = law.dirichlet(np.array(mean) * 2 + 1e-9, size=len(group))
+                yield torch.from_numpy(drawn.astype(np.float32))[None]
+
+        group = torch.zeros(images, 1)
+        seen = measure(torch.cat(list(passes(group, 0, 15))), alpha=alpha)
+        label, radius, _, _, _ = _certify(group, passes, seen, STD, alpha, 15, looks, wanted)
+        wrong = radius > truth + 1e-6
+        if truth > 0:
+            wrong |= (label != best) & (label != ABSTAINED)
+        assert float(wrong.double().mean()) <= alpha + 3 * np.sqrt(alpha * (1 - alpha) / images)
+
+
+def test_a_wanted_radius_stops_early() -> None:
+    model = Linear()
+    ensemble = rse.SelfEnsemble(model, bounds=None).eval()
+    inputs = at_distances(model, [1.2, 0.31, 0.02])
+    found = certify(ensemble, inputs, n=6_400, radius=0.3, seed=0)
+    assert found.draws.tolist()[0] == 100 + 100
+    assert found.draws.tolist()[1:] == [6_500, 6_500]
+    assert found.radius[0] >= 0.3
+    assert found.radius[1] < 0.31
+
+
+# What may stand before the first noise
+
+
+class Normalised(nn.Module):
+    def __init__(self, net: nn.Module, std: list[float]) -> None:
+        super().__init__()
+        self.net = net
+        self.scale = nn.Parameter(torch.tensor(std).view(1, -1, 1, 1))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        output: Tensor = self.net((inputs - 0.4) / self.scale)
+        return output
+
+
+def test_noise_behind_a_normalisation_counts_in_pixels(tiny: nn.Module, images: Tensor) -> None:
+    assert pixel_std(rse.SelfEnsemble(tiny, rse.NoiseConfig(0.3, 0.1)), images) == pytest.approx(0.3)
+    rse.remove_noise_(tiny)
+    behind = rse.SelfEnsemble(Normalised(tiny, [0.2, 0.25, 0.5]), rse.NoiseConfig(0.3, 0.1))
+    assert pixel_std(behind, images) == pytest.approx(0.3 * 0.2, rel=1e-4)
+    fast = rse.optimize(behind, images)
+    assert pixel_std(fast, images) == pytest.approx(0.3 * 0.2, rel=1e-4)
+
+
+def test_noise_levels_by_channel_count_by_the_smallest(tiny: nn.Module, images: Tensor) -> None:
+    ensemble = rse.SelfEnsemble(nn.Sequential(rse.GaussianNoise([0.3, 0.2, 0.4]), tiny), bounds=(0, 1))
+    assert pixel_std(ensemble, images) == pytest.approx(0.2)
+    ensemble = rse.SelfEnsemble(nn.Sequential(rse.GaussianNoise([0.3, 0.0, 0.4]), tiny))
+    with pytest.raises(ValueError, match="some channels of the image have no noise"):
+        pixel_std(ensemble, images)
+
+
+class Around(nn.Module):
+    """A shortcut that reads the image beside the first noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main, self.side = nn.Conv2d(3, 4, 3), nn.Linear(3, 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits: Tensor = self.main(inputs).mean(dim=(2, 3)) + self.side(inputs.mean(dim=(2, 3)))
+        return logits
+
+
+class Before(nn.Module):
+    def __init__(self, change: nn.Module) -> None:
+        super().__init__()
+        self.change, self.main = change, nn.Conv2d(3, 4, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits: Tensor = self.main(self.change(inputs)).mean(dim=(2, 3))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Around(), "way around the first noise"),
+        (Before(nn.AvgPool2d(3, 1, 1)), "no affine map of each pixel"),
+        (Before(nn.Upsample(scale_factor=2)), "no affine map of each pixel"),
+        (Before(nn.Tanh()), "no affine map of each pixel"),
+    ],
+)
+def test_networks_that_cannot_be_certified(model: nn.Module, message: str, images: Tensor) -> None:
+    ensemble = rse.SelfEnsemble(model, rse.NoiseConfig(0.2, 0.1))
+    with pytest.raises(ValueError, match=message):
+        certify(ensemble, images, n=10)
+
+
+def test_no_noise_on_the_image_is_no_certificate(tiny: nn.Module, images: Tensor) -> None:
+    ensemble = rse.SelfEnsemble(tiny, rse.NoiseConfig(0.0, 0.1))
+    with pytest.raises(ValueError, match="no noise on the image"):
+        certify(ensemble, images, n=10)
+    half = rse.SelfEnsemble(rse.remove_noise_(tiny), rse.NoiseConfig(0.2, 0.1)).bfloat16()
+    with pytest.raises(ValueError, match="rounding moves the image"):
+        certify(half, images, n=10)
+
+
+def test_bad_settings(tiny: nn.Module, images: Tensor) -> None:
+    ensemble = rse.SelfEnsemble(tiny)
+    for settings, message in (
+        ({"alpha": 2}, "alpha must lie"),
+        ({"method": "votes"}, "method must be one of"),
+        ({"rivals": "none"}, "rivals must be one of"),
+        ({"bound": "normal"}, "bound must be one of"),
+        ({"n": 1}, "n must be 2 or more"),
+        ({"radius": -1}, "radius must be > 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            certify(ensemble, images, **settings)
+
+
+def test_few_draws_abstain(tiny: nn.Module, images: Tensor) -> None:
+    ensemble = rse.SelfEnsemble(tiny, rse.NoiseConfig(0.2, 0.1))
+    calls: list[tuple[int, int]] = []
+    found = certify(
+        ensemble, images, n0=5, n=10, seed=0, progress=lambda done, total: calls.append((done, total))
+    )
+    assert (found.label == ABSTAINED).all()
+    assert (found.radius == 0).all()
+    assert calls[-1] == (6 * 15, 6 * 15)
