@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import selfensemble as rse
+from selfensemble.evaluation.identity import model_record
 from selfensemble.evaluation.results import ModelRecord
-from selfensemble.evaluation.runner import model_record
 from selfensemble.hub import Architecture, read_config
 
 from .conftest import Aliased, OutOfOrder

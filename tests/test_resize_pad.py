@@ -20,7 +20,7 @@ from selfensemble.defenses.resize_pad import (
     resize_and_place,
 )
 from selfensemble.evaluation.honesty import doctor
-from selfensemble.evaluation.runner import model_record
+from selfensemble.evaluation.identity import model_record
 from selfensemble.hub import Architecture, read_config
 from selfensemble.inject import make_static_
 from selfensemble.recipe import load_recipe

@@ -137,6 +137,9 @@ def certify(
 
             seen = measure(torch.cat(list(passes(group, 0, n0))), rivals, alpha)
             found.append(_certify(group, passes, seen, std, alpha, n0, looks, radius))
+            done = sum(len(column[0]) for column in found) * (n0 + n)  # with what early stops have saved
+            if progress is not None:
+                progress(done, total)
     return Certificate(*(torch.cat(column) for column in zip(*found, strict=True)))
 
 

@@ -303,6 +303,10 @@ def predict(
     paths: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
     model: Annotated[Path, typer.Option(help=_MODEL)],
     draws: Annotated[int | None, typer.Option(min=1, help="Noise draws a prediction.")] = None,
+    stop: Annotated[
+        str | None,
+        typer.Option(help="exact or calibrated: an image stops drawing when its answer is settled."),
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 3,
     seed: Annotated[int | None, typer.Option(help="Repeatable noise; fresh by default.")] = None,
     device: Device = "auto",
@@ -319,20 +323,21 @@ def predict(
     files = image_files(paths)
     images = torch.stack([read_image(path, config.input_shape) for path in files])
     ensemble = hub.load(model).to(device_named(device))
-    answer = ensemble.predict(images.float() / 255, draws=draws, seed=seed, max_batch=256)
+    answer = ensemble.predict(images.float() / 255, draws=draws, seed=seed, max_batch=256, stop=stop)  # type: ignore[arg-type]
     classes = config.classes or tuple(str(label) for label in range(answer.probabilities.shape[1]))
     records: list[dict[str, Any]] = []
-    for path, mean, spread in zip(files, answer.probabilities, answer.spread, strict=True):
+    columns = (files, answer.probabilities, answer.spread, answer.draws.tolist())
+    for path, mean, spread, used in zip(*columns, strict=True):
         best = mean.topk(min(top, len(classes))).indices.tolist()
         shown = [
             {"label": classes[k], "probability": mean[k].item(), "spread": terminal.finite(spread[k].item())}
             for k in best
         ]
-        records.append({"file": str(path), "predictions": shown})
+        records.append({"file": str(path), "draws": used, "predictions": shown})
     if as_json:
-        terminal.print_json({"draws": draws or ensemble.draws, "images": records})
+        terminal.print_json({"images": records})
         return
-    terminal.print_predictions(records, draws or ensemble.draws, min(top, len(classes)))
+    terminal.print_predictions(records, min(top, len(classes)))
 
 
 @app.command()
@@ -397,3 +402,6 @@ def info(
         terminal.print_json(described)
         return
     terminal.print_tree(described)
+
+
+from . import cli_certainty  # noqa: E402, F401  (adds its commands)

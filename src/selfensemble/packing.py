@@ -11,8 +11,8 @@ from . import hub
 from .accuracy import count_correct
 from .card import model_card
 from .data import ImageData
+from .evaluation.identity import model_record
 from .evaluation.results import Results
-from .evaluation.runner import model_record
 from .files import atomic_write, write_json
 from .provenance import accuracy_record
 from .recipe import public_recipe

@@ -13,6 +13,7 @@ from rich.console import Console
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from .evaluation.certified import Certified
     from .evaluation.results import CheckRecord, Results
     from .experiments import Page
 
@@ -152,12 +153,13 @@ def print_demo(curves: list[list[dict[str, Any]]], title: str, unit: str, shown:
     out.print(table)
 
 
-def print_predictions(records: list[dict[str, Any]], draws: int, top: int) -> None:
+def print_predictions(records: list[dict[str, Any]], top: int) -> None:
     """A line a file: its likeliest classes with mean probability and spread."""
     from rich.table import Table
 
-    table = Table(title=f"Mean over {draws} noise draws (+- spread of single draws)")
+    table = Table(title="Mean over noise draws (+- spread of single draws)")
     table.add_column("file", overflow="fold")
+    table.add_column("draws", justify="right")
     for rank in range(top):
         table.add_column("answer" if rank == 0 else f"{rank + 1}.")
     for record in records:
@@ -165,5 +167,24 @@ def print_predictions(records: list[dict[str, Any]], draws: int, top: int) -> No
         for guess in record["predictions"]:
             spread = "" if guess["spread"] is None else f" +- {guess['spread']:.2f}"
             cells.append(f"{guess['label']} {guess['probability']:.2f}{spread}")
-        table.add_row(record["file"], *cells)
+        table.add_row(record["file"], str(record["draws"]), *cells)
+    out.print(table)
+
+
+def print_certified(results: "Certified") -> None:
+    """Certified accuracy by radius, about ten rows of it."""
+    from rich.table import Table
+
+    settings = results.settings
+    table = Table(
+        title=f"{results.name}: {results.data.images} test images, {settings['method']}, alpha "
+        f"{settings['alpha']:g}, {settings['n']} draws",
+        caption=f"nothing certified: {results.abstained:.1%}; mean radius {results.mean_radius:.3f}; "
+        f"mean draws {results.draws:.0f}",
+    )
+    table.add_column("L2 radius", justify="right")
+    table.add_column("certified accuracy (95 % interval)", justify="right")
+    every = max(1, math.ceil(len(results.curve) / 12))
+    for point in results.curve[::every]:
+        table.add_row(f"{point.radius:.2f}", percent(point.model_dump()))
     out.print(table)

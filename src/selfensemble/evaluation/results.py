@@ -12,11 +12,13 @@ RESULTS = "results.json"
 FORMAT_VERSION = 1
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
+    """A part of a results file."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Entry(_Record):
+class Entry(Record):
     """One attack (or none) on all images, as judged.
 
     Attributes:
@@ -62,7 +64,7 @@ class Entry(_Record):
     forwards: float
 
 
-class CheckRecord(_Record):
+class CheckRecord(Record):
     """One honesty check, see `evaluation.honesty`."""
 
     name: str
@@ -71,7 +73,7 @@ class CheckRecord(_Record):
     advice: str
 
 
-class DataRecord(_Record):
+class DataRecord(Record):
     """The images of an evaluation."""
 
     source: str
@@ -80,7 +82,7 @@ class DataRecord(_Record):
     digest: str
 
 
-class ModelRecord(_Record):
+class ModelRecord(Record):
     """The network of an evaluation; `digest` covers weights and randomness.
 
     Attributes:
@@ -96,7 +98,7 @@ class ModelRecord(_Record):
     architecture: dict[str, Any] | None = None
 
 
-class Results(_Record):
+class Results(Record):
     """What stands in `results.json`; see `Entry` for the figures."""
 
     format: Literal["selfensemble-evaluation"] = "selfensemble-evaluation"

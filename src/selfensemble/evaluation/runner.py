@@ -5,7 +5,6 @@ there is never computed again), and at the end `results.json`, `images.csv`, `ga
 `timings.json`. All but the timings depend on model, data, protocol, `max_batch` and kind of device alone.
 """
 
-import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -24,14 +23,14 @@ from ..data import ImageData
 from ..ensemble import SelfEnsemble
 from ..files import atomic_write, write_json
 from ..inference import optimize
-from ..inject import noise_disabled, noise_layers, random_layers
-from ..noise import GaussianNoise
+from ..inject import noise_disabled
 from ..provenance import provenance
 from ..streams import stream_seed
 from . import collect
+from .identity import claim, data_record, duration, model_record, wait_for_all
 from .judge import judge
 from .protocol import MINIMUM_NORM, Protocol, Run, expand
-from .results import RESULTS, CheckRecord, DataRecord, ModelRecord, Results, read_results
+from .results import RESULTS, CheckRecord, Results, read_results
 from .shards import CLEAN, Plan, Shards, plans_of
 
 RUN, SHARDS, TIMINGS, TABLE, GALLERY = (
@@ -90,13 +89,18 @@ class Evaluation:
             self.attacked = optimize(self.ensemble, self.inputs[:2], self.protocol.precision)
         self._try_settings()
         self.model = model_record(self.ensemble, self.name, self.architecture)
-        self.data_record = DataRecord(
-            source=self.data.name,
-            images=self.images,
-            classes=tuple(self.data.classes),
-            digest=_digest([self.inputs, self.labels]),
+        self.data_record = data_record(self.data, self.inputs, self.labels)
+        claim(
+            self.out / RUN,
+            {
+                "model": {"digest": self.model.digest, "draws": self.model.draws},
+                "data": {"digest": self.data_record.digest},
+                "protocol": self.protocol.model_dump(mode="json"),
+                # Streams of noise follow the batches, and differ between kinds of devices.
+                "max_batch": self.max_batch,
+                "device": next((p.device.type for p in self.ensemble.parameters()), "cpu"),
+            },
         )
-        self._claim()
 
     def _try_settings(self) -> None:
         """Every attack on no images: settings that it would refuse are found before any work is done."""
@@ -107,39 +111,6 @@ class Evaluation:
                     check_eps(eps, run.norm or "linf", self.inputs)
             except ValueError as error:
                 raise ValueError(f"attack {run.key}: {error}") from error
-
-    def _claim(self) -> None:
-        """Write what this run is, or find that the folder holds just this run."""
-        if self.out.exists() and not self.out.is_dir():
-            raise ValueError(f"{self.out} is a file: pass the folder to write to")
-        identity, path = (
-            {
-                "model": {"digest": self.model.digest, "draws": self.model.draws},
-                "data": {"digest": self.data_record.digest},
-                "protocol": self.protocol.model_dump(mode="json"),
-                # Streams of noise follow the batches, and differ between kinds of devices.
-                "max_batch": self.max_batch,
-                "device": next((p.device.type for p in self.ensemble.parameters()), "cpu"),
-            },
-            self.out / RUN,
-        )
-        if not path.is_file():
-            others = [file for file in self.out.glob("*") if file.name != RUN and file.name[0] != "."]
-            if others:
-                raise ValueError(f"{self.out} holds other files ({others[0].name}): pass a new folder")
-            write_json(path, identity)
-            return
-        try:
-            before = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is damaged ({error}): restore it, or use another folder") from error
-        from ..recipe import differing_keys
-
-        if before != identity:
-            names = ", ".join(differing_keys(before, identity)[:6]) if isinstance(before, dict) else "all"
-            raise ValueError(
-                f"{self.out} holds a run that differs in {names}; it is untouched: use another folder"
-            )
 
     def run(self) -> Results:
         """Do what is not done yet, then write the results; may be stopped at any time."""
@@ -154,24 +125,17 @@ class Evaluation:
             left = ""
             if computed:
                 seconds = (time.monotonic() - began) / computed * (len(mine) - place)
-                left = f", about {_duration(seconds)} left"
+                left = f", about {duration(seconds)} left"
             text = f"images {start} to {self.shards.part(start).stop - 1}: {work.title}{left}"
             self.progress(text, place / len(mine))
             self._compute(number, start, work)
             computed += 1
         self.progress("writing results", 1.0)
-        self._wait()
+        wait_for_all(self.world)
         if self.rank == 0:
             self._finish()
-        self._wait()
+        wait_for_all(self.world)
         return read_results(self.out)
-
-    def _wait(self) -> None:
-        """Wait for all processes."""
-        if self.world > 1:
-            from accelerate import PartialState
-
-            PartialState().wait_for_everyone()
 
     def _seed(self, *numbers: int) -> int:
         seed = self.protocol.seed
@@ -308,35 +272,3 @@ def _within(found: Tensor, x: Tensor, norm: str, eps: float, farther: bool) -> T
         factor = torch.where(distance > 0, eps / distance.clamp(min=1e-12), 1.0).clamp(min=1.0)
         found = (x + per_image(factor, change) * change).clamp(0, 1)
     return torch.where(per_image(inside, x), found, x)
-
-
-def model_record(ensemble: SelfEnsemble, name: str, architecture: dict[str, Any] | None) -> ModelRecord:
-    """What is evaluated: its noise, and a digest of weights and noise."""
-    noise = {fqn: layer.std for fqn, layer in noise_layers(ensemble.model).items()}
-    others = [layer for layer in random_layers(ensemble.model) if not isinstance(layer, GaussianNoise)]
-    randomness = tuple(repr(layer) for layer in others)
-    text = json.dumps(noise, sort_keys=True) + "".join(randomness)
-    return ModelRecord(
-        name=name,
-        digest=_digest(list(ensemble.state_dict().values()), text),
-        draws=ensemble.draws,
-        noise=noise,
-        randomness=randomness,
-        architecture=architecture,
-    )
-
-
-def _digest(tensors: list[Tensor], text: str = "") -> str:
-    digest = hashlib.sha256(text.encode())
-    for tensor in tensors:
-        values = tensor.detach().cpu().contiguous()
-        digest.update(f"{values.dtype}{tuple(values.shape)}".encode())
-        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return f"sha256:{digest.hexdigest()}"
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if minutes < 1:
-        return f"{max(1, round(seconds))} s"
-    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"

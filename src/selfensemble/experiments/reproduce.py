@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..data import ImageData, load_data
-from ..evaluation.runner import model_record
+from ..evaluation.identity import model_record
 from ..files import atomic_write
 from ..recipe import differing_keys, public_recipe
 from .base import Experiment, Report, Setting

@@ -1,0 +1,251 @@
+"""Certification runs: certificates of many images, sharded, resumable, results in one folder.
+
+The folder holds `run.json` (what is certified), `shards/` (a file a slice of images; what is there is never
+computed again), and at the end `certificates.csv` with a row an image and `certified.json` with the curve.
+"""
+
+import csv
+import io
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from ..bounds import MeanBound
+from ..certification import Certificate, Method, Rivals, certify
+from ..data import ImageData
+from ..ensemble import SelfEnsemble
+from ..files import atomic_write, read_versioned, write_json
+from ..inference import original_of
+from ..pixels import pixel_std
+from ..provenance import accuracy_record, provenance
+from ..schema import Count, Section
+from ..streams import stream_seed
+from .identity import claim, data_record, duration, model_record, wait_for_all
+from .results import DataRecord, ModelRecord, Record
+
+RUN, CERTIFIED, CERTIFICATES, SHARDS = "run.json", "certified.json", "certificates.csv", "shards"
+Progress = Callable[[str, float], None]
+FORMAT, FORMAT_VERSION = "selfensemble-certification", 1
+_STEP = 0.05  # between the radii of the curve
+
+
+class Settings(Section):
+    """What a run does to each image, see `certify`."""
+
+    images: Count = 500
+    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.001
+    n0: Count = 100
+    n: Annotated[int, Field(ge=2)] = 10_000
+    method: Method = "mean"
+    rivals: Rivals = "runner_up"
+    bound: MeanBound | None = None
+    radius: Annotated[float, Field(gt=0)] | None = None
+    seed: int = 0
+    shard: Count = 50
+
+
+class Point(Record):
+    """Certified accuracy at a radius: answered rightly, and certified to at least that radius."""
+
+    radius: float
+    accuracy: float
+    low: float
+    high: float
+
+
+class Certified(Record):
+    """What stands in `certified.json`.
+
+    Attributes:
+        precision: that the network computed in.
+        std: of the noise on the image.
+        curve: certified accuracy by L2 radius, with 95 % intervals over images.
+        abstained: share of images of which nothing is certified.
+        mean_radius: over all images, 0 where the answer is wrong or missing (the average certified radius).
+        draws: mean number an image, selection included.
+    """
+
+    format: Literal["selfensemble-certification"] = "selfensemble-certification"
+    format_version: int = FORMAT_VERSION
+    name: str
+    model: ModelRecord
+    data: DataRecord
+    settings: dict[str, Any]
+    precision: str
+    std: float
+    curve: tuple[Point, ...]
+    abstained: float
+    mean_radius: float
+    draws: float
+    provenance: dict[str, Any]
+
+
+@dataclass
+class Certification:
+    """Certificates of the first test images, in a folder of its own.
+
+    Args:
+        ensemble: what predicts, in the form that predicts.
+        data: the test set.
+        settings: what to do.
+        out: folder of the run. An earlier, unfinished run of the same is continued.
+        name: of the model, for people.
+        max_batch: images a pass.
+        architecture, precision: recorded with the results.
+        progress: called with what is being done and the share done.
+        rank, world: number of this process and of all; each takes slices of its own.
+
+    Raises:
+        ValueError: the network cannot be certified, or `out` holds another run, which is left untouched.
+    """
+
+    ensemble: SelfEnsemble
+    data: ImageData
+    settings: Settings
+    out: Path
+    name: str = "model"
+    max_batch: int | None = None
+    architecture: dict[str, Any] | None = None
+    precision: str = "float32"
+    progress: Progress = lambda text, done: None
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        self.images = min(self.settings.images, len(self.data))
+        self.inputs, self.labels = self.data.inputs(slice(self.images)), self.data.labels[: self.images]
+        self.std = pixel_std(self.ensemble, self.inputs)
+        original = original_of(self.ensemble)
+        assert isinstance(original, SelfEnsemble)
+        self.model = model_record(original, self.name, self.architecture)
+        self.data_record = data_record(self.data, self.inputs, self.labels)
+        identity = {
+            "model": {"digest": self.model.digest},
+            "data": {"digest": self.data_record.digest},
+            "settings": self.settings.model_dump(mode="json"),
+            "precision": self.precision,
+            "device": next((p.device.type for p in self.ensemble.parameters()), "cpu"),
+        }
+        claim(self.out / RUN, identity)
+
+    def run(self) -> Certified:
+        """Do what is not done yet, then write the results; may be stopped at any time."""
+        starts = list(enumerate(range(0, self.images, self.settings.shard)))
+        mine = [pair for pair in starts if pair[0] % self.world == self.rank]
+        began, computed = time.monotonic(), 0
+        for place, (number, start) in enumerate(mine):
+            if self._path(start).is_file():
+                continue
+            left = ""
+            if computed:
+                seconds = (time.monotonic() - began) / computed * (len(mine) - place)
+                left = f", about {duration(seconds)} left"
+            text = f"images {start} to {min(start + self.settings.shard, self.images) - 1}{left}"
+
+            def inner(done: float, text: str = text, place: int = place) -> None:
+                self.progress(text, (place + done) / len(mine))
+
+            self._compute(number, start, inner)
+            computed += 1
+        wait_for_all(self.world)
+        if self.rank == 0:
+            self._finish()
+        wait_for_all(self.world)
+        return read_certified(self.out)
+
+    def _path(self, start: int) -> Path:
+        return self.out / SHARDS / f"{start:07d}.json"
+
+    def _compute(self, number: int, start: int, progress: Callable[[float], None]) -> None:
+        settings, began = self.settings, time.monotonic()
+        found = certify(
+            self.ensemble,
+            self.inputs[start : start + settings.shard],
+            alpha=settings.alpha,
+            n0=settings.n0,
+            n=settings.n,
+            method=settings.method,
+            rivals=settings.rivals,
+            bound=settings.bound,
+            radius=settings.radius,
+            max_batch=self.max_batch,
+            seed=stream_seed(settings.seed, number, 7),
+            progress=lambda done, total: progress(done / total),
+        )
+        columns = {name: getattr(found, name).tolist() for name in Certificate.__dataclass_fields__}
+        write_json(self._path(start), columns | {"seconds": round(time.monotonic() - began, 3)})
+
+    def _finish(self) -> None:
+        """Put the shards together."""
+        shards = []
+        for start in range(0, self.images, self.settings.shard):
+            try:
+                shards.append(json.loads(self._path(start).read_text()))
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise ValueError(
+                    f"{self._path(start)} is damaged ({error}): delete it and run the same again"
+                ) from error
+        names = list(Certificate.__dataclass_fields__)
+        columns = {name: np.concatenate([shard[name] for shard in shards]) for name in names}
+        truth = self.labels.numpy()
+        right = columns["label"] == truth
+        radius = np.where(right, columns["radius"], 0.0)
+        steps = int(columns["radius"].max(initial=0.0) / _STEP) + 2
+        curve = []
+        for at in (round(step * _STEP, 10) for step in range(steps)):
+            count = int((right & (columns["radius"] >= at)).sum())
+            curve.append(Point(radius=at, **_share(count, self.images)))
+        about = provenance()
+        about.pop("time")
+        results = Certified(
+            name=self.name,
+            model=self.model,
+            data=self.data_record,
+            settings=self.settings.model_dump(mode="json"),
+            precision=self.precision,
+            std=self.std,
+            curve=tuple(curve),
+            abstained=float((columns["label"] < 0).mean()),
+            mean_radius=float(radius.mean()),
+            draws=float(columns["draws"].mean()),
+            provenance=about,
+        )
+        atomic_write(self.out / CERTIFICATES, _table(truth, columns).encode())
+        write_json(self.out / CERTIFIED, results.model_dump(mode="json"))
+
+
+def _share(count: int, images: int) -> dict[str, float]:
+    record = accuracy_record(count, images)
+    return {key: record[key] for key in ("accuracy", "low", "high")}
+
+
+def _table(truth: np.ndarray, columns: dict[str, np.ndarray]) -> str:
+    """A row an image."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "truth", "answer", "radius", "lower", "upper", "draws"])
+    for index, row in enumerate(zip(truth, *columns.values(), strict=True)):
+        right, answer, radius, lower, upper, draws = row
+        writer.writerow([index, right, answer, f"{radius:.6f}", f"{lower:.6f}", f"{upper:.6f}", draws])
+    return text.getvalue()
+
+
+def read_certified(path: str | Path) -> Certified:
+    """The checked results of a certification run: its folder, or the file itself.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: the file is damaged, foreign, or written by a newer version.
+    """
+    file = Path(path) / CERTIFIED if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"no {CERTIFIED} in {path}: pass the folder of a finished `selfensemble certify`"
+        )
+    return read_versioned(file, Certified, FORMAT, FORMAT_VERSION, "certify again")

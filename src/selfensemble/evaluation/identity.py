@@ -1,0 +1,93 @@
+"""What a run is of, and the folder that is its own."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import ImageData
+from ..ensemble import SelfEnsemble
+from ..files import write_json
+from ..inject import noise_layers, random_layers
+from ..noise import GaussianNoise
+from .results import DataRecord, ModelRecord
+
+
+def claim(path: Path, identity: dict[str, Any]) -> None:
+    """Write what a run is to a file in its folder, or find that the folder holds just this run.
+
+    Raises:
+        ValueError: the folder holds another run or other files, which are left untouched.
+    """
+    folder = path.parent
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: pass the folder to write to")
+    if not path.is_file():
+        others = [file for file in folder.glob("*") if file.name != path.name and file.name[0] != "."]
+        if others:
+            raise ValueError(f"{folder} holds other files ({others[0].name}): pass a new folder")
+        write_json(path, identity)
+        return
+    try:
+        before = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it, or use another folder") from error
+    from ..recipe import differing_keys
+
+    if before != identity:
+        names = ", ".join(differing_keys(before, identity)[:6]) if isinstance(before, dict) else "all"
+        raise ValueError(f"{folder} holds a run that differs in {names}; it is untouched: use another folder")
+
+
+def data_record(data: ImageData, inputs: Tensor, labels: Tensor) -> DataRecord:
+    """The images of a run."""
+    return DataRecord(
+        source=data.name,
+        images=len(inputs),
+        classes=tuple(data.classes),
+        digest=_digest([inputs, labels]),
+    )
+
+
+def model_record(ensemble: SelfEnsemble, name: str, architecture: dict[str, Any] | None) -> ModelRecord:
+    """What is evaluated: its noise, and a digest of weights and noise."""
+    noise = {fqn: layer.std for fqn, layer in noise_layers(ensemble.model).items()}
+    others = [layer for layer in random_layers(ensemble.model) if not isinstance(layer, GaussianNoise)]
+    randomness = tuple(repr(layer) for layer in others)
+    text = json.dumps(noise, sort_keys=True) + "".join(randomness)
+    return ModelRecord(
+        name=name,
+        digest=_digest(list(ensemble.state_dict().values()), text),
+        draws=ensemble.draws,
+        noise=noise,
+        randomness=randomness,
+        architecture=architecture,
+    )
+
+
+def _digest(tensors: list[Tensor], text: str = "") -> str:
+    digest = hashlib.sha256(text.encode())
+    for tensor in tensors:
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{values.dtype}{tuple(values.shape)}".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def duration(seconds: float) -> str:
+    """For people."""
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return f"{max(1, round(seconds))} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def wait_for_all(world: int) -> None:
+    """Wait for all processes of a run."""
+    if world > 1:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()

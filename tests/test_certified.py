@@ -1,0 +1,149 @@
+"""Certification runs: real processes, killed and gone on, and certificates that no attack breaks."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import selfensemble as rse
+from selfensemble.attacks import pgd
+from selfensemble.certification import certify
+from selfensemble.evaluation.certified import Certification, Settings, read_certified
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+
+
+def command(*arguments: str | int | float | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "selfensemble", *map(str, arguments)],
+        env=ENVIRONMENT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("certified") / "model"
+    sets = ["train.epochs=5", "model.width=0.5", "noise.init_std=0.3"]
+    finished = command("train", "digits-rse", "--out", out, *(p for item in sets for p in ("--set", item)))
+    assert finished.returncode == 0, finished.stderr
+    return out
+
+
+def test_a_run_by_the_command(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = ("certify", model, "--n-images", 60, "--n", 400, "--shard", 20, "--out", out)
+    finished = command(*arguments, "--json")
+    assert finished.returncode == 0, finished.stderr
+    results = json.loads(finished.stdout)
+    assert results == json.loads((out / "certified.json").read_text())
+    assert results["std"] == pytest.approx(0.3)
+    rows = list(csv.DictReader((out / "certificates.csv").read_text().splitlines()))
+    assert len(rows) == 60
+    at = {point["radius"]: point["accuracy"] for point in results["curve"]}
+    for radius in (0.0, 0.1, 0.3):
+        good = [row for row in rows if row["answer"] == row["truth"] and float(row["radius"]) >= radius]
+        assert at[radius] == pytest.approx(len(good) / 60)
+    assert at[0.0] > 0.8
+    assert 1 > at[0.1] >= at[0.3] > 0
+    assert "certified accuracy" in command(*arguments).stdout
+    other = command(*arguments, "--seed", 1)
+    assert other.returncode == 2
+    assert "untouched" in other.stderr
+    wrong = command("certify", model, "--method", "votes")
+    assert wrong.returncode == 2
+    assert "Traceback" not in wrong.stderr
+
+
+def test_killed_and_gone_on(model: Path, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    arguments = ("certify", model, "--n-images", 40, "--n", 3000, "--shard", 10, "--method", "vote")
+    assert command(*arguments, "--out", whole).returncode == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "selfensemble", *map(str, arguments), "--out", str(broken)],
+        env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    until = time.monotonic() + 60
+    while not list(broken.glob("shards/*.json")) and time.monotonic() < until:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = {path: path.stat().st_mtime_ns for path in broken.glob("shards/0*.json")}
+    assert 1 <= len(done) < 4
+    assert not (broken / "certified.json").exists()
+    assert command(*arguments, "--out", broken).returncode == 0
+    assert all(path.stat().st_mtime_ns == before for path, before in done.items())
+    assert (broken / "certificates.csv").read_bytes() == (whole / "certificates.csv").read_bytes()
+
+
+def test_no_attack_within_the_radius_changes_the_answer(model: Path) -> None:
+    """Steps of PGD on the ensemble, as far as the certificate reaches and no farther."""
+    ensemble = rse.load(model)
+    data = rse.load_data("digits", "test")
+    inputs = data.inputs(slice(150))
+    found = certify(ensemble, inputs, n=1_000, method="mean", seed=0)
+    chosen = found.radius > 0.05
+    assert chosen.sum() > 60
+    x, label, radius = inputs[chosen], found.label[chosen], found.radius[chosen].float()
+    attacked = pgd(ensemble, x, label, norm="l2", eps=1.0, steps=20, eot=4, seed=1)
+    change = attacked - x
+    length = change.flatten(1).norm(dim=1)
+    scale = torch.minimum(radius / length.clamp_min(1e-9), torch.ones(()))
+    moved = x + change * scale.view(-1, 1, 1, 1)
+    assert ((moved - x).flatten(1).norm(dim=1) <= radius * (1 + 1e-5)).all()
+    answer = ensemble.predict(moved, draws=2_000, seed=2)
+    assert (answer.label == label).all()
+    # The attack is one: as far as it likes it fools most.
+    assert (ensemble.predict(attacked, draws=200, seed=3).label != label).double().mean() > 0.3
+
+
+def test_votes_and_means_of_a_run(model: Path, tmp_path: Path) -> None:
+    ensemble, data = rse.load(model), rse.load_data("digits", "test")
+    progress: list[float] = []
+    for method in ("vote", "mean"):
+        run = Certification(
+            rse.optimize(ensemble, data.inputs(slice(2))),
+            data,
+            Settings.model_validate({"images": 30, "n": 300, "method": method, "radius": 0.1, "shard": 16}),
+            tmp_path / method,
+            precision="bf16",
+            progress=lambda text, done: progress.append(done),
+        )
+        results = run.run()
+        assert results == read_certified(tmp_path / method)
+        assert 110 < results.draws < 400  # most stop early
+        assert 0 < results.mean_radius < 1
+    assert progress == sorted(progress[: len(progress) // 2]) + progress[len(progress) // 2 :]
+    assert max(progress) == pytest.approx(1)
+    with pytest.raises(FileNotFoundError, match="finished `selfensemble certify`"):
+        read_certified(tmp_path)
+
+
+def test_calibrating_by_the_command(model: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in model.glob("*.*"):
+        (copy / file.name).write_bytes(file.read_bytes())
+    finished = command(
+        "calibrate", copy, "--n-images", 400, "--epsilon", 0.2, "--most", 12, "--seed", 0, "--json"
+    )
+    assert finished.returncode == 0, finished.stderr
+    rule = json.loads(finished.stdout)
+    assert json.loads((copy / "config.json").read_text())["stopping"] == rule
+    data = rse.load_data("digits", "test")
+    answer = rse.load(copy).predict(data.inputs(slice(50)), stop="calibrated")
+    assert answer.draws.max() <= 12
+    assert "asks for" in command("calibrate", copy, "--n-images", 5000).stderr
+    Image.fromarray(data.images[0, 0].numpy()).save(tmp_path / "digit.png")
+    told = command("predict", "--model", copy, tmp_path / "digit.png", "--stop", "calibrated", "--json")
+    assert 1 <= json.loads(told.stdout)["images"][0]["draws"] <= 12
+    refused = command("predict", "--model", model, tmp_path / "digit.png", "--stop", "calibrated")
+    assert refused.returncode == 2
+    assert "selfensemble calibrate" in refused.stderr
