@@ -1,0 +1,132 @@
+"""Predictions that stop drawing: how many draws they take, what they cost, and what attacks do to them.
+
+    python benchmarks/adaptive.py MODEL --data DATA [--attacked 200] [--rounds 5] [--out FOLDER]
+
+The last 4,000 test images calibrate, the first 6,000 confirm. `exact` must give every label of the fixed number
+of draws; `calibrated` is compared with 200 draws. Attacks: PGD and C&W on the ensemble, and PGD on the margin
+of one draw at a time, which is what an early stop looks at. Times are of 1,000 images, in turn with the
+authors' way.
+"""
+
+import argparse
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import authors
+from timing import in_turn, medians, ratio, report, use_threads
+from torch import Tensor
+
+import selfensemble as rse
+from selfensemble.attacks import cw_l2, pgd
+from selfensemble.hub import read_config
+from selfensemble.memory import keep_freed_memory
+from selfensemble.noise import GaussianNoise
+
+REFERENCE = 200
+EPS = 0.5
+
+
+def share(answers: Tensor, truth: Tensor) -> float:
+    return float((answers != truth).double().mean())
+
+
+def compare(fast: rse.SelfEnsemble, inputs: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Draws, disagreement with 200 draws and accuracy, of a fixed number of draws and of both rules."""
+    reference = fast.predict(inputs, draws=REFERENCE, sampling="per_image").label
+    values: dict[str, Any] = {"images": len(inputs), "reference accuracy": 1 - share(reference, labels)}
+    for name, stop in (("fixed", None), ("exact", "exact"), ("calibrated", "calibrated")):
+        answer = fast.predict(inputs, stop=stop, sampling="per_image")  # type: ignore[arg-type]
+        values[name] = {
+            "draws": float(answer.draws.double().mean()),
+            "disagreement": share(answer.label, reference),
+            "accuracy": 1 - share(answer.label, labels),
+            "by draws": dict(sorted(Counter(answer.draws.tolist()).items())),
+        }
+    return values
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--images", type=int, default=6000, help="to confirm on")
+    parser.add_argument("--calibrate", type=int, default=4000, help="to calibrate on")
+    parser.add_argument("--attacked", type=int, default=200)
+    parser.add_argument("--timed", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    threads = use_threads(options.threads)
+    keep_freed_memory()
+    ensemble = rse.load(options.model)
+    data = rse.load_data(options.data, "test")
+    fast = rse.optimize(ensemble, data.inputs(slice(2)))
+    last = data.inputs(slice(len(data) - options.calibrate, len(data)))
+    fast.stopping = rse.calibrate(fast, last, seed=0)
+    inputs, labels = data.inputs(slice(options.images)), data.labels[: options.images]
+
+    seeded = [fast.predict(inputs, seed=1, stop=stop) for stop in (None, "exact")]
+    other_labels = int((seeded[0].label != seeded[1].label).sum())
+    clean = compare(fast, inputs, labels)
+    x, y = inputs[: options.attacked], labels[: options.attacked]
+    found = {
+        "PGD, EOT 8": pgd(fast, x, y, norm="l2", eps=EPS, steps=20, eot=8, average="probabilities", seed=1),
+        "PGD on the margin of one draw": pgd(
+            fast, x, y, norm="l2", eps=EPS, steps=100, loss="margin", seed=2
+        ),
+        "C&W, EOT 4": cw_l2(fast, x, y, steps=50, binary_search_steps=4, eot=4, seed=3),
+    }
+    attacked = {name: compare(fast, images, y) for name, images in found.items()}
+
+    config = read_config(options.model)
+    assert config.architecture is not None
+    network = rse.create_model(**config.architecture.model_dump()).eval()
+    network.load_state_dict(
+        {key: value for key, value in ensemble.model.state_dict().items() if "gaussian_noise" not in key}
+    )
+    levels = [layer.std for layer in ensemble.modules() if isinstance(layer, GaussianNoise)]
+    theirs = authors.with_noise(network, *map(float, levels[:2]))  # type: ignore[arg-type]
+    few, draws = inputs[: options.timed], ensemble.draws
+    seconds = in_turn(
+        {
+            "authors' way": lambda: [
+                authors.predict(theirs, part, ensemble.draws) for part in few.split(128)
+            ],
+            "fixed": partial(fast.predict, few),
+            "exact": partial(fast.predict, few, stop="exact"),
+            "calibrated": partial(fast.predict, few, stop="calibrated"),
+        },
+        options.rounds,
+        warm_up=1,
+    )
+    faster = {name: ratio(seconds, "authors' way", name) for name in ("fixed", "exact", "calibrated")}
+    rows = []
+    for where, values in ({"no attack": clean} | attacked).items():
+        for name in ("fixed", "exact", "calibrated"):
+            each = values[name]
+            cells = (each["draws"], 100 * each["disagreement"], 100 * each["accuracy"])
+            rows.append([f"{where}: {name}", *(f"{cell:.2f}" for cell in cells)])
+    rows += [[f"authors' time / {name}", f"{value:.2f}", "", ""] for name, value in faster.items()]
+    rows += [["labels of exact that differ", str(other_labels), "", ""]]
+    rule = fast.stopping
+    report(
+        "adaptive",
+        f"{options.model.name}: {options.images} images; epsilon {rule.epsilon:.4f}, delta {rule.delta:g}; "
+        f"{threads} threads",
+        ["", "draws", "other answer than 200 draws, %", "accuracy, %"],
+        rows,
+        {
+            "settings": vars(options)
+            | {"out": None, "model": options.model.name, "data": None, "threads": threads},
+            "rule": rule.model_dump(mode="json"), "other labels": other_labels, "clean": clean,
+            "attacked": attacked, "seconds": seconds, "medians": medians(seconds), "faster": faster,
+        },
+        options.out,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""How long `selfensemble --help` takes, and what `import selfensemble` adds to `import torch`.
+
+    python benchmarks/startup.py [--rounds 15] [--out FOLDER]
+
+Fresh processes in turn; files are in the system's cache after the first round, which is not counted.
+"""
+
+import argparse
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+from timing import in_turn, medians, report
+
+
+def process(*arguments: str) -> None:
+    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    everything = "import torch, selfensemble as rse; [getattr(rse, name) for name in rse.__all__]"
+    seconds = in_turn(
+        {
+            "python": partial(process, "-c", ""),
+            "selfensemble --help": partial(process, "-m", "selfensemble", "--help"),
+            "import torch": partial(process, "-c", "import torch"),
+            "import torch, selfensemble": partial(process, "-c", "import torch, selfensemble"),
+            "all public names": partial(process, "-c", everything),
+        },
+        options.rounds,
+    )
+    middle = medians(seconds)
+    added = {
+        "import selfensemble adds": middle["import torch, selfensemble"] - middle["import torch"],
+        "all public names add": middle["all public names"] - middle["import torch"],
+    }
+    rows = [[name, f"{value:.2f}"] for name, value in (middle | added).items()]
+    report(
+        "startup", f"Seconds, medians of {options.rounds} rounds", ["", "s"], rows,
+        {"seconds": seconds, "added": added}, options.out,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""A training step with noise against one without, and against the authors' way.
+
+    python benchmarks/training.py [--width 1] [--batch 128] [--rounds 15] [--threads N] [--out FOLDER]
+
+Ours are the steps of the trainer: bfloat16, channels last, its optimiser and augmentation left out of both.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import authors
+import torch
+from timing import Case, in_turn, medians, ratio, report, use_threads
+from torch import Tensor, nn
+
+import selfensemble as rse
+from selfensemble.memory import keep_freed_memory
+from selfensemble.small_maps import speed_up_small_maps_
+
+
+def step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, labels: Tensor, half: bool
+) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        loss = nn.functional.cross_entropy(model(inputs), labels)
+    loss.backward()
+    optimizer.step()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--width", type=float, default=1.0)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    threads = use_threads(options.threads)
+    keep_freed_memory()
+    torch.manual_seed(0)
+    inputs, labels = torch.rand(options.batch, 3, 32, 32), torch.randint(10, (options.batch,))
+    ordered = inputs.contiguous(memory_format=torch.channels_last)
+    cases: dict[str, Case] = {}
+    for name in ("plain", "noise", "authors"):
+        model: nn.Module = rse.create_model("vgg16", width=options.width)
+        half = name != "authors"
+        if half:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            speed_up_small_maps_(model)
+        if name == "noise":
+            model = rse.SelfEnsemble(model)
+        if name == "authors":
+            authors.with_noise(model)
+        optimizer = torch.optim.SGD(model.train().parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+        cases[name] = partial(step, model, optimizer, ordered if half else inputs, labels, half)
+    seconds = in_turn(cases, options.rounds)
+    ratios = {
+        "noise / plain": ratio(seconds, "noise", "plain"),
+        "authors / ours": ratio(seconds, "authors", "noise"),
+    }
+    rows = [[name, f"{1e3 * value:.1f}"] for name, value in medians(seconds).items()]
+    rows += [[name, f"{value:.2f}"] for name, value in ratios.items()]
+    report(
+        "training",
+        f"A step of VGG16, width {options.width:g}, batch {options.batch}, {threads} threads, torch "
+        f"{torch.__version__}: medians of {options.rounds} rounds",
+        ["", "ms, or ratio"],
+        rows,
+        {"settings": vars(options) | {"out": None, "threads": threads}, "seconds": seconds, "ratios": ratios},
+        options.out,
+    )
+
+
+if __name__ == "__main__":
+    main()
