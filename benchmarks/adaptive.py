@@ -4,8 +4,8 @@
 
 The last 4,000 test images calibrate, the first 6,000 confirm. `exact` must give every label of the fixed
 number of draws; `calibrated` is compared with 200 draws. Attacks: PGD and C&W on the ensemble, and PGD on the
-margin of one draw at a time, which is what an early stop looks at. Times are of 1,000 images, in turn with the
-authors' way.
+margin of one draw at a time, which is what an early stop looks at. Times are of 1,000 images, in turn with
+the authors' way.
 """
 
 import argparse
