@@ -14,6 +14,7 @@ from selfensemble.bounds import (
     clopper_pearson_upper,
     mean_lower,
     mean_upper,
+    narrower,
 )
 
 _REPETITIONS = 10_000
@@ -54,10 +55,13 @@ def samples_of(name: str, count: int) -> tuple[Tensor, float]:
 @pytest.mark.parametrize("method", ["betting", "bernstein", "binomial"])
 def test_mean_bounds_hold(name: str, method: MeanBound) -> None:
     samples, mean = samples_of(name, 60)
-    torch.manual_seed(0)
+    coins = torch.Generator().manual_seed(0)
     for alpha in (0.05, 0.001):
-        assert float((mean_lower(samples, alpha, method) > mean + 1e-6).double().mean()) <= allowed(alpha)
-        assert float((mean_upper(samples, alpha, method) < mean - 1e-6).double().mean()) <= allowed(alpha)
+        low = mean_lower(samples, alpha, method, generator=coins)
+        high = 1 - mean_lower(1 - samples, alpha, method, generator=coins)
+        assert float((low > mean + 1e-6).double().mean()) <= allowed(alpha)
+        assert float((high < mean - 1e-6).double().mean()) <= allowed(alpha)
+    assert torch.equal(mean_upper(samples, 0.05, "betting"), 1 - mean_lower(1 - samples.double(), 0.05))
 
 
 @pytest.mark.parametrize("name", ["bernoulli .5", "bernoulli .98", "beta .9"])
@@ -114,3 +118,19 @@ def test_bad_samples() -> None:
         mean_lower(torch.full((5, 2), 1.5), 0.05)
     with pytest.raises(ValueError, match="leave horizon out"):
         mean_lower(torch.rand(5, 2), 0.05, "bernstein", horizon=9)
+
+
+def test_the_narrower_bound_is_foreseen() -> None:
+    """For outputs of 0 and 1, for one number, and for soft outputs."""
+    generator = np.random.default_rng(0)
+    for law, coins_win in (
+        (generator.binomial(1, 0.99, size=(10_000, 20)), True),
+        (np.ones((10_000, 20)), True),
+        (generator.beta(9, 1, size=(10_000, 20)), False),
+    ):
+        samples = torch.from_numpy(law).double()
+        pilot = samples[:100]
+        foreseen = narrower(pilot.mean(dim=0), pilot.var(dim=0), 0.001, 10_000)
+        bounds = [mean_lower(samples, 0.001, method) for method in ("binomial", "betting")]
+        assert bool((bounds[0].mean() > bounds[1].mean()) == coins_win)
+        assert (foreseen == coins_win).double().mean() > 0.9

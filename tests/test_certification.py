@@ -76,7 +76,7 @@ def test_soft_outputs_have_a_closed_form_too() -> None:
 
 def counted(counts: list[int], rivals: Rivals) -> _Votes:
     """Votes on one image, of which the first class is the answer."""
-    votes = _Votes(torch.eye(len(counts))[:1, None], rivals, 0.001)
+    votes = _Votes(torch.eye(len(counts))[:1, None], rivals, 0.001, sum(counts))
     votes.counts = torch.tensor([counts])
     return votes
 
@@ -116,7 +116,16 @@ def test_the_runner_up_helps_where_there_are_many_classes() -> None:
     ids=["vote", "vote, runner-up", "mean", "mean, runner-up"],
 )
 @pytest.mark.parametrize("wanted", [None, 0.25])
-@pytest.mark.parametrize("mean", [[0.5, 0.5, 0.0], [0.34, 0.33, 0.33], [0.8, 0.15, 0.05], [0.98, 0.01, 0.01]])
+@pytest.mark.parametrize(
+    "mean",
+    [
+        [0.5, 0.5, 0.0],
+        [0.34, 0.33, 0.33],
+        [0.8, 0.15, 0.05],
+        [0.98, 0.01, 0.01],
+        [0.1, 0.05, 0.04, *[0.03] * 27],
+    ],
+)
 def test_overstated_certificates_are_as_rare_as_promised(
     measure: Any, wanted: float | None, mean: list[float]
 ) -> None:
@@ -136,7 +145,7 @@ def test_overstated_certificates_are_as_rare_as_promised(
                 yield torch.from_numpy(drawn.astype(np.float32))[None]
 
         group = torch.zeros(images, 1)
-        seen = measure(torch.cat(list(passes(group, 0, 15))), alpha=alpha)
+        seen = measure(torch.cat(list(passes(group, 0, 15))), alpha=alpha, n=60)
         label, radius, _, _, _ = _certify(group, passes, seen, STD, alpha, 15, looks, wanted)
         wrong = radius > truth + 1e-6
         if truth > 0:
@@ -240,10 +249,109 @@ def test_bad_settings(tiny: nn.Module, images: Tensor) -> None:
         ({"rivals": "none"}, "rivals must be one of"),
         ({"bound": "normal"}, "bound must be one of"),
         ({"n": 1}, "n must be 2 or more"),
+        ({"method": "vote", "bound": "betting"}, "leave bound out"),
+        ({"n": 2**20, "seed": 1}, "leave seed out"),
         ({"radius": -1}, "radius must be > 0"),
     ):
         with pytest.raises(ValueError, match=message):
             certify(ensemble, images, **settings)
+
+
+def test_it_is_the_given_copy_that_is_certified(images: Tensor) -> None:
+    """What an optimised copy computes counts, whatever has become of its original."""
+    model = Linear()
+    ensemble = rse.SelfEnsemble(model, bounds=None).eval()
+    inputs = at_distances(model, [0.05, 0.4])
+    fast = rse.optimize(ensemble, inputs, "float32")
+    assert pixel_std(fast, inputs) == pytest.approx(STD)
+    model.noise.std = 5.0
+    assert pixel_std(fast, inputs) == pytest.approx(STD)
+    with rse.noise_disabled(fast), pytest.raises(ValueError, match="no noise on the image"):
+        certify(fast, inputs, n=10)
+    # A first layer without noise of its own: what follows it is half precision in the copy.
+    normal = nn.Conv2d(3, 3, 1, groups=3)
+    net = nn.Sequential(normal, rse.GaussianNoise(0.2), nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(5))
+    net(images)
+    by_hand = rse.SelfEnsemble(net).eval()
+    slope = float(normal.weight.detach().abs().max())
+    assert pixel_std(by_hand, images) == pytest.approx(0.2 / slope, rel=1e-3)
+    with pytest.raises(ValueError, match="rounding moves the image"):
+        pixel_std(rse.optimize(by_hand, images), images)
+
+
+class Batch(nn.Module):
+    """Batch norm without running statistics: an answer depends on the other images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits: Tensor = 5 * self.norm(self.main(inputs) ** 3).mean(dim=(2, 3))
+        return logits
+
+
+class Often(nn.Module):
+    """The same noise twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main = nn.Conv2d(3, 4, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits: Tensor = (self.main(inputs) + self.main(inputs.flip(3))).mean(dim=(2, 3))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("model", "message"), [(Batch(), "other images of its batch"), (Often(), "acts several times")]
+)
+def test_networks_without_answers_of_their_own(model: nn.Module, message: str, images: Tensor) -> None:
+    with pytest.raises(ValueError, match=message):
+        certify(rse.SelfEnsemble(model, rse.NoiseConfig(0.2, 0.1)), images, n=10)
+
+
+def test_random_resizing_before_the_noise_is_refused_every_time() -> None:
+    from selfensemble.defenses.resize_pad import ResizePadConfig, ResizePadNetwork
+
+    network = rse.create_model("small-cnn", channels=1, width=0.25)
+    padded = ResizePadNetwork(network, ResizePadConfig(smallest=7, largest=8))
+    ensemble = rse.SelfEnsemble(padded, rse.NoiseConfig(0.2, 0.1)).eval()
+    for _ in range(20):
+        with pytest.raises(ValueError, match="at random before the first noise"):
+            pixel_std(ensemble, torch.rand(2, 1, 8, 8))
+
+
+def test_slopes_may_be_negative_and_bounds_others(tiny: nn.Module) -> None:
+    ensemble = rse.SelfEnsemble(
+        Normalised(tiny, [-0.2, 2.0, 0.5]), rse.NoiseConfig(3.0, 0.1), bounds=(-5, 90)
+    )
+    inputs = 95 * torch.rand(3, 3, 8, 8) - 5
+    assert pixel_std(ensemble, inputs) == pytest.approx(3.0 * 0.2, rel=1e-3)
+
+
+class Broken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.noise = rse.GaussianNoise(0.2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits: Tensor = self.noise(inputs).flatten(1)[:, :3] * torch.nan
+        return logits
+
+
+def test_answers_that_are_no_numbers_are_not_certified(images: Tensor) -> None:
+    ensemble = rse.SelfEnsemble(Broken())
+    for method in ("vote", "mean"):
+        with pytest.raises(ValueError, match="the model returns NaN"):
+            certify(ensemble, images, n=10, method=method)
+    with pytest.raises(ValueError, match="the model returns NaN"):
+        rse.decide(ensemble, images)
+
+
+def test_no_images(tiny: nn.Module, images: Tensor) -> None:
+    found = certify(rse.SelfEnsemble(tiny), images[:0])
+    assert found.radius.shape == found.label.shape == (0,)
 
 
 def test_few_draws_abstain(tiny: nn.Module, images: Tensor) -> None:

@@ -113,17 +113,50 @@ def test_votes_and_means_of_a_run(model: Path, tmp_path: Path) -> None:
             data,
             Settings.model_validate({"images": 30, "n": 300, "method": method, "radius": 0.1, "shard": 16}),
             tmp_path / method,
-            precision="bf16",
             progress=lambda text, done: progress.append(done),
         )
         results = run.run()
         assert results == read_certified(tmp_path / method)
+        assert results.precision == "bf16"
         assert 110 < results.draws < 400  # most stop early
         assert 0 < results.mean_radius < 1
     assert progress == sorted(progress[: len(progress) // 2]) + progress[len(progress) // 2 :]
     assert max(progress) == pytest.approx(1)
     with pytest.raises(FileNotFoundError, match="finished `selfensemble certify`"):
         read_certified(tmp_path)
+
+
+def test_two_processes_share_the_slices(model: Path, tmp_path: Path) -> None:
+    data, settings = rse.load_data("digits", "test"), Settings(images=30, n=200, shard=10)
+    alone = Certification(rse.load(model), data, settings, tmp_path / "alone")
+    alone.run()
+    for rank in (1, 0):
+        half = Certification(rse.load(model), data, settings, tmp_path / "both", rank=rank)
+        half.world = 2 if rank else 1  # the second finishes what the first left
+        if rank:
+            half._finish = lambda: None  # type: ignore[method-assign]
+            with pytest.raises(FileNotFoundError):
+                half.run()
+            assert [file.name for file in (tmp_path / "both" / "shards").iterdir()] == ["0000010.json"]
+        else:
+            half.run()
+    tables = [(tmp_path / name / "certificates.csv").read_bytes() for name in ("alone", "both")]
+    assert tables[0] == tables[1]
+    (tmp_path / "both" / "shards" / "0000010.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        Certification(rse.load(model), data, settings, tmp_path / "both").run()
+
+
+def test_noise_placed_by_hand_is_another_network(tmp_path: Path) -> None:
+    data = rse.load_data("digits", "test")
+    network = rse.create_model("small-cnn", channels=1, width=0.25).eval()
+    for std in (0.25, 0.5):
+        ensemble = rse.SelfEnsemble(torch.nn.Sequential(rse.GaussianNoise(std), network)).eval()
+        if std == 0.25:
+            Certification(ensemble, data, Settings(images=2, n=10), tmp_path / "run").run()
+        else:
+            with pytest.raises(ValueError, match=r"differs in .*digest"):
+                Certification(ensemble, data, Settings(images=2, n=10), tmp_path / "run")
 
 
 def test_calibrating_by_the_command(model: Path, tmp_path: Path) -> None:
@@ -140,6 +173,8 @@ def test_calibrating_by_the_command(model: Path, tmp_path: Path) -> None:
     data = rse.load_data("digits", "test")
     answer = rse.load(copy).predict(data.inputs(slice(50)), stop="calibrated")
     assert answer.draws.max() <= 12
+    assert rule["precision"] == "bf16"
+    assert "in a copy of its folder" in command("calibrate", "digits-rse").stderr
     assert "asks for" in command("calibrate", copy, "--n-images", 5000).stderr
     Image.fromarray(data.images[0, 0].numpy()).save(tmp_path / "digit.png")
     told = command("predict", "--model", copy, tmp_path / "digit.png", "--stop", "calibrated", "--json")

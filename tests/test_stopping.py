@@ -148,7 +148,7 @@ def test_a_batch_that_cannot_hold_its_draws(images: Tensor) -> None:
     layer = rse.GaussianNoise(0.5, sampling="shared").eval()
     with rse.noise_draw(count=4), pytest.raises(ValueError, match="a batch of 6 cannot hold 4 draws"):
         layer(images)
-    with pytest.raises(ValueError, match="count >= 1"), rse.noise_draw(count=0):
+    with pytest.raises(ValueError, match="count and step >= 1"), rse.noise_draw(count=0):
         pass
 
 
@@ -179,6 +179,48 @@ class Coin(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         value = 4 * self.noise(inputs)
         return torch.cat([value, -value], dim=1)
+
+
+class Flipped(nn.Module):
+    """Test-time augmentation: both views in one batch, the views of all images one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        both = self.conv(torch.cat([inputs, inputs.flip(3)])).mean(dim=(2, 3))
+        logits: Tensor = 30 * both.unflatten(0, (2, -1)).mean(dim=0)
+        return logits
+
+
+class OneByOne(nn.Module):
+    """Images in a loop, without a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.stack([30 * self.conv(image).mean(dim=(1, 2)) for image in inputs])
+
+
+@pytest.mark.parametrize("network", [Flipped, OneByOne])
+def test_networks_that_rearrange_their_batch_get_one_draw_at_a_time(
+    network: type[nn.Module], images: Tensor
+) -> None:
+    torch.manual_seed(0)
+    ensemble = rse.SelfEnsemble(network(), rse.NoiseConfig(0.5, 0.1), draws=10).eval()
+    answer = ensemble.predict(images[:1], seed=0)
+    alone = ensemble.predict(images[:1], seed=0, max_batch=1)
+    assert list(ensemble.folds.values()) == [False]
+    torch.testing.assert_close(answer.probabilities, alone.probabilities)
+    torch.testing.assert_close(answer.spread, alone.spread)
+
+
+def test_other_networks_get_several(ensemble: rse.SelfEnsemble, images: Tensor) -> None:
+    ensemble.predict(images[:1])
+    assert list(ensemble.folds.values()) == [True]
 
 
 def test_exact_predictions_of_a_network() -> None:

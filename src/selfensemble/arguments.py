@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     import torch
 
     from .data import ImageData
+    from .ensemble import SelfEnsemble
     from .hub import ArtefactConfig
 
 
@@ -40,6 +41,15 @@ def this_process(name: str) -> tuple[int, int, "torch.device"]:
     # Shards take as long as they take: nobody gives up waiting for the others.
     state = PartialState(cpu=device.type == "cpu", timeout=datetime.timedelta(days=7))
     return state.process_index, state.num_processes, state.device
+
+
+def in_precision(ensemble: "SelfEnsemble", example: "torch.Tensor", precision: str) -> "SelfEnsemble":
+    """The ensemble for "float32", an optimised copy for "bf16"."""
+    from .inference import optimize
+
+    if precision not in ("float32", "bf16"):
+        raise InputError(f"--precision must be float32 or bf16, got {precision!r}")
+    return optimize(ensemble, example) if precision == "bf16" else ensemble
 
 
 def test_data_of(config: "ArtefactConfig", data: str | None) -> "ImageData":

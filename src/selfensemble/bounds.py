@@ -125,14 +125,19 @@ def _betting(samples: Tensor, alpha: float, horizon: int) -> Tensor:
     return low
 
 
-def narrower(mean: Tensor, variance: Tensor, alpha: float) -> Tensor:
-    """Whether "binomial" is likely narrower than "betting": many samples of such a mean and variance.
+def narrower(mean: Tensor, variance: Tensor, alpha: float, count: int) -> Tensor:
+    """Whether "binomial" is likely narrower than "betting".
 
     Args:
         mean, variance: (...) of other samples of the same law.
+        alpha, count: of the bound that is to be made.
 
     Returns:
         (...) bool.
     """
-    betting = 2 * math.log(1 / alpha) * variance
-    return float(stats.norm.isf(alpha)) ** 2 * mean * (1 - mean) < betting
+    log = math.log(1 / alpha)
+    usual = (2 * log * variance / count).sqrt() + log / (3 * count)
+    betting = usual.clamp_min(log / (_TRUNCATION * count))  # bets cannot be larger
+    ones = (mean * count).cpu().numpy()
+    binomial = mean - torch.from_numpy(clopper_pearson_lower(ones, count, alpha)).to(mean)
+    return binomial < betting

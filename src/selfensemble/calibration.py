@@ -3,7 +3,8 @@
 A rule is a threshold for each number of draws so far. For a price of a wrong answer, in draws, backward
 induction over recorded draws finds the thresholds of least cost on one half of the images. On the other half
 the rules are tested in order of their price, dearest first, each by the exact binomial test of "more than
-epsilon of such images are answered otherwise than by the infinite ensemble". The last rule before the first
+epsilon of such images are answered otherwise than by the ensemble of the reference draws", which stand for
+infinitely many. The last rule before the first
 test that fails is taken: fixed-sequence testing, which needs no correction for the number of rules.
 
 Source: Angelopoulos, Bates, Candes, Jordan, Lei, Learn then Test, 2021, arXiv 2110.01052, section 2.
@@ -17,7 +18,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from .drawing import check_finite
 from .ensemble import SelfEnsemble, check_count
+from .inference import precision_of
 from .stopping import Calibrated, margin
 from .streams import stream_seed
 
@@ -70,11 +73,12 @@ def calibrate(
     Args:
         ensemble: in the form that will predict, e.g. optimised.
         inputs: (N, ...) images, 200 or more; half of them choose the rules, half test them.
-        epsilon: the share of answers that may differ from the infinite ensemble's. By default the share
-            that `ensemble.draws` draws for every image get wrong, measured on the first half.
+        epsilon: the share of answers that may differ from the reference's. By default the share that
+            `ensemble.draws` draws for every image get wrong, measured on the first half.
         delta: the risk that the guarantee fails, over the choice of images and noise.
         most: draws of an image at most.
-        reference_draws: draws that stand for infinitely many.
+        reference_draws: draws that stand for infinitely many. Where they are themselves in doubt, so is
+            what they say of an answer.
         seed: of noise and halves; None for fresh entropy.
         progress: called with passes done and all of them.
 
@@ -103,7 +107,8 @@ def calibrate(
                 f"{ensemble.draws} draws answer all {len(order) // 2} images as the infinite ensemble "
                 "does: set epsilon, or give more images"
             )
-    return choose(first, second, epsilon, delta, reference_draws)
+    rule = choose(first, second, epsilon, delta, reference_draws)
+    return rule.model_copy(update={"precision": precision_of(ensemble)})
 
 
 def choose(first: Paths, second: Paths, epsilon: float, delta: float, reference_draws: int) -> Calibrated:
@@ -145,6 +150,8 @@ def cheapest(paths: Paths, price: float) -> np.ndarray:
         order = np.argsort(-margins, kind="stable")
         # Stopping the images of the i largest margins, for every i, against letting all go on.
         gains = np.concatenate([[0.0], np.cumsum((stop - go)[order])])
+        # Equal margins stop together.
+        gains[1:-1][np.diff(margins[order]) == 0] = np.inf
         count = int(gains.argmin())
         thresholds[index] = margins[order[count - 1]] if count else _NEVER
         later = np.where(margins >= thresholds[index], stop, go)
@@ -166,6 +173,7 @@ def _record(
         nonlocal done
         own = stream_seed(seed, index, 0)
         outputs = ensemble.predict_proba(inputs, draws=1, seed=own, sampling="per_image").cpu()
+        check_finite(outputs)
         done += 1
         if progress is not None:
             progress(done, total)

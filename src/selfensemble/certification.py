@@ -22,8 +22,8 @@ from torch import Tensor
 
 from .bounds import MeanBound, clopper_pearson_lower, clopper_pearson_upper, mean_lower, narrower
 from .decision import ABSTAINED, check_alpha
-from .drawing import Draws
-from .ensemble import SelfEnsemble, check_count, check_images, explain_shape
+from .drawing import Draws, check_finite
+from .ensemble import SelfEnsemble, check_count, check_images
 from .inject import eval_mode
 from .pixels import pixel_std
 from .streams import DRAWS, LAYERS, fresh_seed, stream_seed
@@ -111,15 +111,20 @@ def certify(
         raise ValueError("n must be 2 or more")
     if seed is not None and n0 + n > DRAWS:
         raise ValueError(f"a seed has {DRAWS:,} draws: n0 and n ask for {n0 + n:,}, leave seed out")
+    if method == "vote" and bound is not None:
+        raise ValueError('votes are bounded exactly: leave bound out, or take method="mean"')
     if radius is not None and not radius > 0:
         raise ValueError(f"radius must be > 0, got {radius}")
     size = None if max_batch is None else check_count("max_batch", max_batch)
+    if len(inputs) == 0:
+        none, zero = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64)
+        return Certificate(none, zero, zero, zero, none)
     std = pixel_std(ensemble, inputs)
     looks = [n] if radius is None else sorted({max(2, round(share * n)) for share in _LOOKS})
     measure = _Votes if method == "vote" else partial(_Means, bound=bound, seed=seed)
     done, total = 0, len(inputs) * (n0 + n)
     found = []
-    with eval_mode(ensemble), explain_shape(ensemble, inputs):
+    with eval_mode(ensemble):
         draws = Draws(ensemble, inputs, size, seed, "shared")
         room = max(1, _ROOM // (n * (_APART + 2))) if method == "mean" else 64 * draws.size
         for few in inputs.split(room):
@@ -129,13 +134,13 @@ def certify(
                 nonlocal done
                 end, some = index + count, draws.at_once(len(images), count)
                 for start in range(index, end, some):
-                    outputs = draws.take(images, start, min(some, end - start))
+                    outputs = check_finite(draws.take(images, start, min(some, end - start)))
                     yield outputs
                     done += len(images) * len(outputs)
                     if progress is not None:
                         progress(done, total)
 
-            seen = measure(torch.cat(list(passes(group, 0, n0))), rivals, alpha)
+            seen = measure(torch.cat(list(passes(group, 0, n0))), rivals, alpha, n)
             found.append(_certify(group, passes, seen, std, alpha, n0, looks, radius))
             done = sum(len(column[0]) for column in found) * (n0 + n)  # with what early stops have saved
             if progress is not None:
@@ -191,7 +196,7 @@ class _Votes:
         order: (A, K) classes, the answer first, then its likely rivals.
     """
 
-    def __init__(self, selection: Tensor, rivals: Rivals, alpha: float) -> None:  # noqa: ARG002
+    def __init__(self, selection: Tensor, rivals: Rivals, alpha: float, n: int) -> None:  # noqa: ARG002
         self.order = self._votes(selection).argsort(dim=1, descending=True, stable=True)
         self.counts = torch.zeros_like(self.order)
         self._rivals = rivals
@@ -228,7 +233,7 @@ class _Means:
 
     Args:
         selection: (n0, A, K) outputs that say which class is the answer and which are its rivals.
-        rivals, alpha, bound: see `certify`.
+        rivals, alpha, n, bound: see `certify`.
         seed: of coins, see `mean_lower`.
 
     Attributes:
@@ -240,6 +245,7 @@ class _Means:
         selection: Tensor,
         rivals: Rivals,
         alpha: float,
+        n: int,
         bound: MeanBound | None,
         seed: int | None = None,
     ) -> None:
@@ -250,7 +256,7 @@ class _Means:
         self._generator = torch.Generator(selection.device).manual_seed(coins)
         pilot = self._columns(selection).double()
         variance = pilot.var(dim=0) if len(pilot) > 1 else torch.zeros_like(pilot[0])
-        self._binomial = narrower(pilot.mean(dim=0), variance, alpha / 2)
+        self._binomial = narrower(pilot.mean(dim=0), variance, alpha / 2, n)
 
     def _columns(self, outputs: Tensor) -> Tensor:
         """(c, A, C), the answer's first."""

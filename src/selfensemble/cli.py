@@ -10,7 +10,15 @@ from typing import Annotated, Any
 import typer
 
 from . import terminal
-from .arguments import InputError, device_named, image_files, read_image, test_data_of, this_process
+from .arguments import (
+    InputError,
+    device_named,
+    image_files,
+    in_precision,
+    read_image,
+    test_data_of,
+    this_process,
+)
 from .interrupts import Interrupted
 
 app = typer.Typer(
@@ -323,7 +331,10 @@ def predict(
     files = image_files(paths)
     images = torch.stack([read_image(path, config.input_shape) for path in files])
     ensemble = hub.load(model).to(device_named(device))
-    answer = ensemble.predict(images.float() / 255, draws=draws, seed=seed, max_batch=256, stop=stop)  # type: ignore[arg-type]
+    inputs = images.float() / 255
+    if stop == "calibrated" and ensemble.stopping is not None:
+        ensemble = in_precision(ensemble, inputs, ensemble.stopping.precision)
+    answer = ensemble.predict(inputs, draws=draws, seed=seed, max_batch=256, stop=stop)  # type: ignore[arg-type]
     classes = config.classes or tuple(str(label) for label in range(answer.probabilities.shape[1]))
     records: list[dict[str, Any]] = []
     columns = (files, answer.probabilities, answer.spread, answer.draws.tolist())

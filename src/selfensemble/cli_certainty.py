@@ -1,12 +1,12 @@
 """Commands about what is certain: certificates, and how many draws an answer needs."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from . import terminal
-from .arguments import InputError, device_named, test_data_of, this_process
+from .arguments import InputError, device_named, in_precision, test_data_of, this_process
 from .cli import Data, Device, Json, Model, app
 from .interrupts import Interrupted
 
@@ -47,7 +47,7 @@ def certify(
     config = hub.read_config(model)
     rank, world, target = this_process(device)
     test = test_data_of(config, data)
-    ensemble = _in_precision(hub.load(model).to(target), test.inputs(slice(2)), precision)
+    ensemble = in_precision(hub.load(model).to(target), test.inputs(slice(2)), precision)
     name = model.resolve().name
     folder = out or Path("runs") / f"{name}-certified-{method}"
     try:
@@ -61,7 +61,6 @@ def certify(
                 name=name,
                 max_batch=max_batch,
                 architecture=config.architecture.model_dump() if config.architecture else None,
-                precision=precision,
                 progress=update,
                 rank=rank,
                 world=world,
@@ -99,10 +98,12 @@ def calibrate(
     from . import hub
     from .calibration import calibrate as calibrated
 
+    if not model.is_dir():
+        raise InputError(f"{model} is no folder: a network of the zoo is calibrated in a copy of its folder")
     test = test_data_of(hub.read_config(model), data)
     if len(test) < n_images:
         raise InputError(f"there are {len(test)} test images: --n-images asks for {n_images}")
-    ensemble = _in_precision(hub.load(model).to(device_named(device)), test.inputs(slice(2)), precision)
+    ensemble = in_precision(hub.load(model).to(device_named(device)), test.inputs(slice(2)), precision)
     with terminal.progress() as update:
         update("drawing", 0.0)
         rule = calibrated(
@@ -125,12 +126,3 @@ def calibrate(
         soft_wrap=True,
     )
     terminal.out.print(f"Written to {model}/config.json", soft_wrap=True)
-
-
-def _in_precision(ensemble: Any, example: Any, precision: str) -> Any:
-    """The ensemble, or an optimised copy in bf16."""
-    from .inference import optimize
-
-    if precision not in ("float32", "bf16"):
-        raise InputError(f"--precision must be float32 or bf16, got {precision!r}")
-    return optimize(ensemble, example) if precision == "bf16" else ensemble

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from .bounds import mean_lower, mean_upper
-from .drawing import Draws
-from .ensemble import SelfEnsemble, check_count, check_images, explain_shape
+from .drawing import Draws, check_finite
+from .ensemble import SelfEnsemble, check_count, check_images
 from .inject import eval_mode, noise_disabled
 
 # Sizes of bets and the shares of the money on them: large ones for clear images, small ones for the others.
@@ -133,13 +133,13 @@ def decide(
     check_alpha(alpha)
     check_count("max_draws", max_draws)
     size = None if max_batch is None else check_count("max_batch", max_batch)
-    if not ensemble.is_random:
-        certain = ensemble.predict(inputs, max_batch=max_batch)
-        value = certain.probabilities.amax(dim=1).double()
-        return Decision(certain.label, certain.draws, certain.label, value, value)
     with noise_disabled(ensemble):
         guess = ensemble.predict(inputs, max_batch=max_batch)
-    with eval_mode(ensemble), explain_shape(ensemble, inputs):
+    if not ensemble.is_random or guess.probabilities.shape[1] == 1:
+        certain = ensemble.predict(inputs, draws=1, max_batch=max_batch)
+        value = certain.probabilities.amax(dim=1).double()
+        return Decision(certain.label, certain.draws, certain.label, value, value)
+    with eval_mode(ensemble):
         draws = Draws(ensemble, inputs, size, seed, "shared")
         room = max(1, _HISTORY // (max_draws * guess.probabilities.shape[1]))
         parts = [
@@ -163,7 +163,7 @@ def _decide(
     index = 0
     while index < most and len(active):
         count = draws.at_once(len(active), most - index)
-        outputs = draws.take(group[active], index, count)
+        outputs = check_finite(draws.take(group[active], index, count))
         for later in range(count):
             history[index, active] = outputs[later]
             index += 1
@@ -186,7 +186,8 @@ def _interval(seen: Tensor, leader: Tensor, alpha: float) -> tuple[Tensor, Tenso
     """(B,) bounds of the leaders' means, whichever of the K classes leads, whenever the draws ended."""
     count, images, classes = seen.shape
     if count < 2:
-        return torch.zeros(images).to(leader.device), torch.ones(images).to(leader.device)
+        nothing = torch.zeros(images, dtype=torch.float64, device=leader.device)
+        return nothing, nothing + 1
     samples = seen.gather(2, leader.view(1, -1, 1).expand(count, -1, 1))[:, :, 0]
     each = alpha / (2 * classes)
     return mean_lower(samples, each, horizon=_HORIZON), mean_upper(samples, each, horizon=_HORIZON)

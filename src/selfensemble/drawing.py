@@ -1,5 +1,6 @@
 """Noise draws of a batch, and their mean and spread; images leave as they are settled."""
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,7 +35,10 @@ class Draws:
         seed: int | None = None,
         sampling: Sampling | None = None,
     ) -> None:
-        self.ensemble, self.seed, self.sampling = ensemble, seed, sampling
+        from .ensemble import explain_shape  # which imports this module
+
+        self.ensemble, self.seed, self.sampling, self._example = ensemble, seed, sampling, example
+        self._explained = partial(explain_shape, ensemble)
         self.device = next((tensor.device for tensor in ensemble.parameters()), example.device)
         self._dtype = ensemble.input_dtype or example.dtype
         in_chunk = max(1, _CHUNK // max(1, example[:1].numel()))
@@ -50,6 +54,7 @@ class Draws:
         self._by_part = seed is not None and not shared
         if self._by_part:
             self._fold = 1
+        self._shared = shared
 
     def groups(self, inputs: Tensor) -> list[Tensor]:
         """`inputs` in parts that are taken to the device as a whole."""
@@ -59,9 +64,32 @@ class Draws:
         """A group on the device of the ensemble, in its dtype."""
         return group.to(self.device, self._dtype)
 
+    @torch.no_grad()
+    def _folds(self) -> bool:
+        """Whether draws in one batch are those of their own: not if the network rearranges its batch.
+
+        The first draw of a batch must not notice which is the second. Found out once for each shape.
+        """
+        shape = tuple(self._example.shape[1:])
+        known = self.ensemble.folds
+        if len(self._example) and shape not in known:
+            few = self.prepared(self._example[:2])
+            answers = []
+            try:
+                for step in (1, 2):
+                    with noise_draw(0, 0, "shared", count=2, step=step):
+                        repeated = few.repeat(2, *[1] * (few.dim() - 1))
+                        answers.append(self.ensemble.draw_logits(repeated)[: len(few)])
+            except (RuntimeError, ValueError):  # a pass of one draw will say what is the matter, if anything
+                known[shape] = False
+            else:
+                known[shape] = torch.equal(*answers)
+        return known.get(shape, False)
+
     def at_once(self, images: int, left: int) -> int:
         """Draws that go into one pass, of those that are left: several where there are few images."""
-        return min(left, max(1, self._fold // max(1, images)))
+        count = min(left, max(1, self._fold // max(1, images)))
+        return 1 if count > 1 and self._shared and not self._folds() else count
 
     @torch.no_grad()
     def take(self, images: Tensor, index: int, count: int, group: int = 0) -> Tensor:
@@ -78,7 +106,7 @@ class Draws:
             if own is not None and self._by_part:
                 own = stream_seed(own, group * _PASSES + part, 0)
             repeated = few if count == 1 else few.repeat(count, *[1] * (few.dim() - 1))
-            with noise_draw(own, index, self.sampling, count=count):
+            with noise_draw(own, index, self.sampling, count=count), self._explained(self._example):
                 outputs = self.ensemble.draw_logits(repeated).float().softmax(dim=-1)
             passes.append(outputs.view(count, len(few), outputs.shape[-1]))
         return torch.cat(passes, dim=1)
@@ -119,3 +147,10 @@ def moments(draws: Draws, group: Tensor, rule: Rule, number: int = 0) -> tuple[T
         if len(active) == 0:
             break
     return mean, (squares / (used - 1).unsqueeze(1)).sqrt(), used
+
+
+def check_finite(outputs: Tensor) -> Tensor:
+    """Return `outputs`, or raise a ValueError where the model returned NaN: nothing can be certain of it."""
+    if torch.isfinite(outputs).all():
+        return outputs
+    raise ValueError("the model returns NaN: mend it before asking what is certain of its answers")

@@ -111,6 +111,7 @@ class SelfEnsemble(nn.Module):
 
     Attributes:
         stopping: margins at which images stop drawing, see `calibrate`; None where there are none.
+        folds: by shape of an image, whether one pass can hold several draws; found out when it is wanted.
 
     Source: Liu et al. 2018, algorithm 1.
     """
@@ -134,6 +135,7 @@ class SelfEnsemble(nn.Module):
         self.sampling: Sampling = check_sampling(sampling)
         self.bounds = bounds
         self.stopping: Calibrated | None = None
+        self.folds: dict[tuple[int, ...], bool] = {}
         for layer in random_layers(model):
             layer.sampling = self.sampling
         self.train(model.training)
@@ -214,7 +216,7 @@ class SelfEnsemble(nn.Module):
         if not self.is_random:
             rule = Fixed(1)
         size = None if max_batch is None else check_count("max_batch", max_batch)
-        with eval_mode(self), explain_shape(self, inputs):
+        with eval_mode(self):
             drawn = Draws(self, inputs, size, seed, sampling)
             found = [moments(drawn, group, rule, k) for k, group in enumerate(drawn.groups(inputs))]
         mean, spread, used = (torch.cat(each).to(inputs.device) for each in zip(*found, strict=True))

@@ -21,13 +21,14 @@ _HALVED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 class FastEnsemble(SelfEnsemble):
     """What `optimize` returns: computes as `original` does, faster."""
 
-    def __init__(self, model: nn.Module, original: SelfEnsemble) -> None:
+    def __init__(self, model: nn.Module, original: SelfEnsemble, precision: Precision) -> None:
         # A network without noise stays without.
         config = None if random_layers(model) else NoiseConfig(0, 0)
         super().__init__(
             model, config, draws=original.draws, sampling=original.sampling, bounds=original.bounds
         )
         self.stopping = original.stopping
+        self.precision = precision
         # In a tuple, so that it is no part of this module's state.
         self._original = (original,)
 
@@ -45,6 +46,11 @@ class FastEnsemble(SelfEnsemble):
 def original_of(model: nn.Module) -> nn.Module:
     """The network that `model` is an optimised copy of, or `model` itself."""
     return model.original if isinstance(model, FastEnsemble) else model
+
+
+def precision_of(ensemble: SelfEnsemble) -> Precision:
+    """That an ensemble computes in, as `optimize` names it."""
+    return ensemble.precision if isinstance(ensemble, FastEnsemble) else "float32"
 
 
 def optimize(ensemble: SelfEnsemble, example_inputs: Tensor, precision: Precision = "bf16") -> FastEnsemble:
@@ -76,7 +82,7 @@ def optimize(ensemble: SelfEnsemble, example_inputs: Tensor, precision: Precisio
     if precision == "bf16":
         _halve_weights(network, first)
     wrapped = _Fast(network, first, torch.bfloat16 if precision == "bf16" else None)
-    return FastEnsemble(wrapped, ensemble).eval()
+    return FastEnsemble(wrapped, ensemble, precision).eval()
 
 
 class _Tracer(fx.Tracer):

@@ -25,6 +25,7 @@ def pack(run: str | Path, out: Path, test: ImageData, *, dtype: torch.dtype | No
     """Write a copy of a saved ensemble with smaller weights, the record of its training, and its card.
 
     Test accuracy is measured on what was written, with the draws of the ensemble, per image, seed 0.
+    Calibrated thresholds stay behind: calibrate the copy.
 
     Args:
         run: the saved ensemble.
@@ -38,6 +39,7 @@ def pack(run: str | Path, out: Path, test: ImageData, *, dtype: torch.dtype | No
     if out.exists():
         raise FileExistsError(f"{out} exists: remove it, or pass another folder")
     config, ensemble = hub.read_config(run), hub.load(run)
+    ensemble.stopping = None  # calibrated on other weights
     recipe = None if config.recipe is None else public_recipe(config.recipe)
     write = partial(
         hub.save, folder=out, architecture=config.architecture, classes=config.classes,

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .drawing import check_finite
 from .ensemble import SelfEnsemble
-from .inference import original_of
 from .inject import eval_mode, random_layers
-from .noise import GaussianNoise
+from .noise import GaussianNoise, RandomLayer
 from .streams import noise_draw
 
 _CURE = "put one GaussianNoise(init_std) in front of the whole network"
@@ -22,44 +22,50 @@ def pixel_std(ensemble: SelfEnsemble, example_inputs: Tensor) -> float:
     taken into account: noise of std s behind `a x + b` is noise of std `s / |a|` on the image.
 
     Args:
-        ensemble: what is to be certified.
+        ensemble: what is to be certified, in the form that predicts.
         example_inputs: (B, ...) images of the kind to be certified; at most two are used.
 
     Raises:
-        ValueError: there is no such noise, what lies before it is no affine map of each pixel, or the image
-            has a way around it.
+        ValueError: there is no such noise, what lies before it is no affine map of each pixel, the image has
+            a way around it, or the answer to an image depends on what else is in the batch.
     """
-    network = original_of(ensemble)
-    assert isinstance(network, SelfEnsemble)
-    device = next((parameter.device for parameter in network.parameters()), example_inputs.device)
-    images = example_inputs[:2].to(device, network.input_dtype or example_inputs.dtype)
-    with torch.no_grad(), eval_mode(network):
-        first = _first_noise(network, images)
-        std = _in_pixels(network, first, images)
-        _check_no_way_around(network, first, images)
+    device = next((parameter.device for parameter in ensemble.parameters()), example_inputs.device)
+    images = example_inputs[:2].to(device, ensemble.input_dtype or example_inputs.dtype)
+    with torch.no_grad(), eval_mode(ensemble):
+        first = _first_noise(ensemble, images)
+        std = _in_pixels(ensemble, first, images)
+        _check_no_way_around(ensemble, first, images)
+        _check_alone(ensemble, images)
     return std
 
 
 def _first_noise(network: SelfEnsemble, images: Tensor) -> GaussianNoise:
     """The noise that acts first in a pass, and only once."""
-    order: list[GaussianNoise] = []
-    layers = [layer for layer in random_layers(network.model) if isinstance(layer, GaussianNoise)]
+    order: list[RandomLayer] = []
+    layers = random_layers(network.model)
     handles = [layer.register_forward_pre_hook(lambda module, args: order.append(module)) for layer in layers]
     try:
         network.draw_logits(images)
     finally:
         for handle in handles:
             handle.remove()
-    if not order or not order[0].is_active:
+    active = [layer for layer in order if layer.is_active]
+    if not active or not order[0].is_active:
         raise ValueError(
             "there is no noise on the image (init_std is 0, or noise was removed): radii come from it alone"
         )
-    if order.count(order[0]) > 1:
+    first = active[0]
+    if not isinstance(first, GaussianNoise):
+        raise ValueError(
+            f"{type(first).__name__} changes the image at random before the first noise, which is then not "
+            "noise on its pixels: " + _CURE
+        )
+    if active.count(first) > 1:
         raise ValueError(
             "the first noise acts several times in a pass, so that the image has a way around each of them: "
             + _CURE
         )
-    return order[0]
+    return first
 
 
 def _at_first(network: SelfEnsemble, first: GaussianNoise, images: Tensor) -> Tensor:
@@ -106,18 +112,34 @@ def _probes(images: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Te
 
 def _check_no_way_around(network: SelfEnsemble, first: GaussianNoise, images: Tensor) -> None:
     """With what leaves the first noise held fixed, other images must give the same answer."""
-    fixed = _at_first(network, first, images)
-    handle = first.register_forward_hook(lambda module, args, output: fixed)
-    answers = []
-    try:
-        for each in (images, *_probes(images, *(network.bounds or (0.0, 1.0)))):
-            with noise_draw(0, 0, "shared"), torch.random.fork_rng():
-                torch.manual_seed(0)
-                answers.append(network.draw_logits(each))
-    finally:
-        handle.remove()
-    if not all(torch.equal(answers[0], other) for other in answers[1:]):
+    probes = (images, *_probes(images, *(network.bounds or (0.0, 1.0))))
+    for fixed in [_at_first(network, first, probe) for probe in probes]:
+        handle = first.register_forward_hook(lambda module, args, output, fixed=fixed: fixed)
+        try:
+            answers = [_seeded(network, each) for each in probes]
+        finally:
+            handle.remove()
+        if not all(torch.equal(answers[0], other) for other in answers[1:]):
+            raise ValueError(
+                "the image has a way around the first noise (a second branch that reads it, such as a "
+                "shortcut): " + _CURE
+            )
+
+
+def _check_alone(network: SelfEnsemble, images: Tensor) -> None:
+    """The answer to an image must not depend on the others of its batch."""
+    other = _probes(images[:1], *(network.bounds or (0.0, 1.0)))[2]
+    alone = _seeded(network, images[:1]).softmax(dim=1)
+    among = _seeded(network, torch.cat([images[:1], other, other])).softmax(dim=1)[:1]
+    if not torch.allclose(alone.float(), among.float(), rtol=0, atol=0.05):
         raise ValueError(
-            "the image has a way around the first noise (a second branch that reads it, such as a shortcut): "
-            + _CURE
+            "the answer to an image depends on the other images of its batch (batch norm without running "
+            "statistics does so): nothing can be certified for an image"
         )
+
+
+def _seeded(network: SelfEnsemble, images: Tensor) -> Tensor:
+    """Logits of the same draw, whatever the images."""
+    with noise_draw(0, 0, "shared"), torch.random.fork_rng():
+        torch.manual_seed(0)
+        return check_finite(network.draw_logits(images))

@@ -60,11 +60,12 @@ class Calibrated(BaseModel):
     Attributes:
         thresholds: one for each number of draws; the last of them is the most draws of an image.
         epsilon: with confidence `1 - delta` over the images it was calibrated on, at most this share of
-            images like them is answered otherwise than by the infinite ensemble.
+            images like them is answered otherwise than by `reference_draws` draws.
         delta: the risk that it does not hold.
         mean_draws, disagreement: measured on the images that the thresholds were tested on.
         images: how many those were.
         reference_draws: draws that stood for infinitely many.
+        precision: of the ensemble it was calibrated on.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -75,6 +76,7 @@ class Calibrated(BaseModel):
     disagreement: Annotated[float, Field(ge=0, le=1)]
     images: Annotated[int, Field(ge=1)]
     reference_draws: Annotated[int, Field(ge=1)]
+    precision: Literal["float32", "bf16"] = "float32"
 
     @property
     def most(self) -> int:

@@ -41,6 +41,7 @@ class _Draw:
     index: int = 0
     sampling: Sampling | None = None
     count: int = 1
+    step: int = 1
     generators: dict[tuple[int, int, torch.device], torch.Generator] = field(default_factory=dict)
     bits: dict[int, np.random.SFC64] = field(default_factory=dict)
 
@@ -51,7 +52,12 @@ _current: ContextVar[_Draw] = ContextVar("selfensemble_draw", default=_Draw())  
 
 @contextmanager
 def noise_draw(
-    seed: int | None = None, index: int = 0, sampling: Sampling | None = None, *, count: int = 1
+    seed: int | None = None,
+    index: int = 0,
+    sampling: Sampling | None = None,
+    *,
+    count: int = 1,
+    step: int = 1,
 ) -> Iterator[None]:
     """Within this context, noise is draw number `index` of `seed`, sampled by `sampling`.
 
@@ -66,12 +72,14 @@ def noise_draw(
         index: number of the draw, >= 0; up to a million draws of a seed do not overlap.
         sampling: "per_image" or "shared" for every layer, or None to leave the choice to each layer.
         count: draws within one batch, which holds the images of draw `index`, then as many of
-            `index + 1`, and so on. Shared noise is shared by the images of one draw.
+            `index + step`, and so on. Shared noise is shared by the images of one draw; per-image noise is
+            of the stream of the first one.
+        step: between the numbers of those draws.
     """
-    if index < 0 or count < 1:
-        raise ValueError(f"index must be >= 0 and count >= 1, got {index} and {count}")
+    if index < 0 or count < 1 or step < 1:
+        raise ValueError(f"index must be >= 0, count and step >= 1, got {index}, {count} and {step}")
     policy = None if sampling is None else check_sampling(sampling)
-    token = _current.set(_Draw(None if seed is None else operator.index(seed), index, policy, count))
+    token = _current.set(_Draw(None if seed is None else operator.index(seed), index, policy, count, step))
     try:
         yield
     finally:
@@ -144,7 +152,7 @@ class Source:
         if draw.seed is None:
             return _entropy.generator(self.device)
         if key not in draw.generators:
-            seed = stream_seed(draw.seed, draw.index + later, self.layer)
+            seed = stream_seed(draw.seed, draw.index + later * draw.step, self.layer)
             draw.generators[key] = torch.Generator(self.device).manual_seed(seed)
         return draw.generators[key]
 

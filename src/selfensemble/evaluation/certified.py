@@ -21,7 +21,7 @@ from ..certification import Certificate, Method, Rivals, certify
 from ..data import ImageData
 from ..ensemble import SelfEnsemble
 from ..files import atomic_write, read_versioned, write_json
-from ..inference import original_of
+from ..inference import original_of, precision_of
 from ..pixels import pixel_std
 from ..provenance import accuracy_record, provenance
 from ..schema import Count, Section
@@ -97,7 +97,7 @@ class Certification:
         out: folder of the run. An earlier, unfinished run of the same is continued.
         name: of the model, for people.
         max_batch: images a pass.
-        architecture, precision: recorded with the results.
+        architecture: recorded with the results.
         progress: called with what is being done and the share done.
         rank, world: number of this process and of all; each takes slices of its own.
 
@@ -112,7 +112,6 @@ class Certification:
     name: str = "model"
     max_batch: int | None = None
     architecture: dict[str, Any] | None = None
-    precision: str = "float32"
     progress: Progress = lambda text, done: None
     rank: int = 0
     world: int = 1
@@ -120,7 +119,7 @@ class Certification:
     def __post_init__(self) -> None:
         self.images = min(self.settings.images, len(self.data))
         self.inputs, self.labels = self.data.inputs(slice(self.images)), self.data.labels[: self.images]
-        self.std = pixel_std(self.ensemble, self.inputs)
+        self.std, self.precision = pixel_std(self.ensemble, self.inputs), precision_of(self.ensemble)
         original = original_of(self.ensemble)
         assert isinstance(original, SelfEnsemble)
         self.model = model_record(original, self.name, self.architecture)
@@ -130,6 +129,7 @@ class Certification:
             "data": {"digest": self.data_record.digest},
             "settings": self.settings.model_dump(mode="json"),
             "precision": self.precision,
+            "std": self.std,
             "device": next((p.device.type for p in self.ensemble.parameters()), "cpu"),
         }
         claim(self.out / RUN, identity)

@@ -12,7 +12,6 @@ from ..data import ImageData
 from ..ensemble import SelfEnsemble
 from ..files import write_json
 from ..inject import noise_layers, random_layers
-from ..noise import GaussianNoise
 from .results import DataRecord, ModelRecord
 
 
@@ -55,7 +54,8 @@ def data_record(data: ImageData, inputs: Tensor, labels: Tensor) -> DataRecord:
 def model_record(ensemble: SelfEnsemble, name: str, architecture: dict[str, Any] | None) -> ModelRecord:
     """What is evaluated: its noise, and a digest of weights and noise."""
     noise = {fqn: layer.std for fqn, layer in noise_layers(ensemble.model).items()}
-    others = [layer for layer in random_layers(ensemble.model) if not isinstance(layer, GaussianNoise)]
+    injected = set(noise_layers(ensemble.model).values())
+    others = [layer for layer in random_layers(ensemble.model) if layer not in injected]
     randomness = tuple(repr(layer) for layer in others)
     text = json.dumps(noise, sort_keys=True) + "".join(randomness)
     return ModelRecord(
