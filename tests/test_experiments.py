@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import selfensemble as rse
-from selfensemble import cli
+from selfensemble import cli  # noqa: F401  (adds its commands to the app)
+from selfensemble.cli_base import app
 from selfensemble.experiments import EXPERIMENTS, Reproduction, networks, render_all
 from selfensemble.experiments.curvature import local_lipschitz, second_order_term
 from selfensemble.experiments.draws import COUNTS, right_groups
@@ -50,7 +51,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     arguments = ["reproduce", "headline", "--quick", "--data", "digits", "--models", str(here.models)]
     arguments += ["--runs", str(here.runs), "--out", str(here.out), "--device", "cpu"]
     arguments += ["--only", "plain", "--only", "rescaled", "--only", "rse"]
-    assert not cli.app(arguments, standalone_mode=False)
+    assert not app(arguments, standalone_mode=False)
     return here
 
 
@@ -129,9 +130,7 @@ def test_pages_come_from_stored_results_alone(done: Done, tmp_path: Path) -> Non
     shutil.copytree(done.out, tmp_path / "out")
     for name in ("index.md", "accuracy.svg"):
         (tmp_path / "out" / "headline" / name).unlink()
-    assert not cli.app(
-        ["reproduce", "all", "--render", "--out", str(tmp_path / "out")], standalone_mode=False
-    )
+    assert not app(["reproduce", "all", "--render", "--out", str(tmp_path / "out")], standalone_mode=False)
     assert contents(tmp_path / "out") == before
     with pytest.raises(FileNotFoundError, match="selfensemble reproduce draws"):
         render_all(["draws"], tmp_path / "out")

@@ -11,9 +11,9 @@ import warnings
 
 import typer
 
-from . import terminal
+from . import cli, cli_certainty, cli_models, terminal  # noqa: F401  (the first three add their commands)
 from .arguments import InputError
-from .cli import app
+from .cli_base import app
 from .interrupts import Interrupted
 from .memory import keep_freed_memory
 

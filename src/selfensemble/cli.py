@@ -1,4 +1,4 @@
-"""The command line. Everything heavy is imported by the command that needs it.
+"""Commands that train, attack and compare. Everything heavy is imported by the command that needs it.
 
 Exit status: 0 done, 1 an error of the program, 2 wrong input or surroundings, 3 `doctor` found a fault,
 130 interrupted.
@@ -10,33 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from . import terminal
-from .arguments import (
-    InputError,
-    device_named,
-    image_files,
-    in_precision,
-    read_image,
-    test_data_of,
-    this_process,
-)
+from .arguments import InputError, device_named, test_data_of, this_process
+from .cli_base import Data, Device, Json, Model, app, resumable
 from .interrupts import Interrupted
 
-app = typer.Typer(
-    help="Random Self-Ensemble: defend a classifier by noise, and say honestly how well.",
-    epilog="--debug after any command shows the traceback of an error.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
 _UNSOUND = 3
-
-_MODEL = "Folder that `train` wrote, or a name of the zoo."
-Model = Annotated[Path, typer.Argument(help=_MODEL)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, mps, ...; auto takes an accelerator if there is one.")]
-Data = Annotated[
-    str | None, typer.Option(help="digits, cifar10, ..., a hub id, or a folder; overrides the recipe's.")
-]
 
 
 @app.command()
@@ -168,24 +146,21 @@ def evaluate(
         make_static_(ensemble.model)
         name += "-static"
     folder = out or Path("runs") / f"{name}-{plan.name}"
-    try:
-        with terminal.progress() as update:
-            update("preparing", 0.0)
-            evaluation = Evaluation(
-                ensemble,
-                test,
-                plan,
-                folder,
-                name=name,
-                max_batch=max_batch,
-                architecture=config.architecture.model_dump() if config.architecture else None,
-                progress=update,
-                rank=rank,
-                world=world,
-            )
-            results = evaluation.run()
-    except KeyboardInterrupt:
-        raise Interrupted(f"stopped; {folder} holds what is finished: go on with the same command") from None
+    with resumable(folder), terminal.progress() as update:
+        update("preparing", 0.0)
+        evaluation = Evaluation(
+            ensemble,
+            test,
+            plan,
+            folder,
+            name=name,
+            max_batch=max_batch,
+            architecture=config.architecture.model_dump() if config.architecture else None,
+            progress=update,
+            rank=rank,
+            world=world,
+        )
+        results = evaluation.run()
     if rank != 0:
         return
     if as_json:
@@ -304,115 +279,3 @@ def report(
 
     write_report(runs, out)
     terminal.out.print(f"Written to {out}", soft_wrap=True)
-
-
-@app.command()
-def predict(
-    paths: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
-    model: Annotated[Path, typer.Option(help=_MODEL)],
-    draws: Annotated[int | None, typer.Option(min=1, help="Noise draws a prediction.")] = None,
-    stop: Annotated[
-        str | None,
-        typer.Option(help="exact or calibrated: an image stops drawing when its answer is settled."),
-    ] = None,
-    top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 3,
-    seed: Annotated[int | None, typer.Option(help="Repeatable noise; fresh by default.")] = None,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """Label images, with mean probabilities and their spread over the noise draws."""
-    import torch
-
-    from . import hub
-
-    config = hub.read_config(model)
-    if config.input_shape is None:
-        raise InputError(f"{model} does not say the shape of its inputs: use the Python interface")
-    files = image_files(paths)
-    images = torch.stack([read_image(path, config.input_shape) for path in files])
-    ensemble = hub.load(model).to(device_named(device))
-    inputs = images.float() / 255
-    if stop == "calibrated" and ensemble.stopping is not None:
-        ensemble = in_precision(ensemble, inputs, ensemble.stopping.precision)
-    answer = ensemble.predict(inputs, draws=draws, seed=seed, max_batch=256, stop=stop)  # type: ignore[arg-type]
-    classes = config.classes or tuple(str(label) for label in range(answer.probabilities.shape[1]))
-    records: list[dict[str, Any]] = []
-    columns = (files, answer.probabilities, answer.spread, answer.draws.tolist())
-    for path, mean, spread, used in zip(*columns, strict=True):
-        best = mean.topk(min(top, len(classes))).indices.tolist()
-        shown = [
-            {"label": classes[k], "probability": mean[k].item(), "spread": terminal.finite(spread[k].item())}
-            for k in best
-        ]
-        records.append({"file": str(path), "draws": used, "predictions": shown})
-    if as_json:
-        terminal.print_json({"images": records})
-        return
-    terminal.print_predictions(records, min(top, len(classes)))
-
-
-@app.command()
-def pack(
-    model: Annotated[Path, typer.Argument(help="Folder that `train` wrote.")],
-    out: Annotated[Path, typer.Argument(help="New folder; its name is the network's.")],
-    data: Data = None,
-    precision: Annotated[str, typer.Option(help="Of the stored weights: bf16 or float32.")] = "bf16",
-) -> None:
-    """Copy a saved ensemble with small weights and a model card; test accuracy is measured again."""
-    import torch
-
-    from . import hub
-    from .packing import pack as write
-
-    known = {"bf16": torch.bfloat16, "float32": None}
-    if precision not in known:
-        raise InputError(f"--precision must be one of {', '.join(known)}, got {precision!r}")
-    write(model, out, test_data_of(hub.read_config(model), data), dtype=known[precision])
-    terminal.out.print(f"Written to {out}: model.safetensors, config.json, README.md", soft_wrap=True)
-
-
-@app.command()
-def card(
-    model: Annotated[Path, typer.Argument(help="Folder of a saved ensemble.")],
-    evaluation: Annotated[
-        list[Path] | None, typer.Option(help="Folder that `evaluate` wrote of it; repeat for more.")
-    ] = None,
-) -> None:
-    """Write the model card README.md of a saved ensemble from its evaluations."""
-    from .evaluation.results import read_results
-    from .packing import write_card
-
-    written = write_card(model, [read_results(folder) for folder in evaluation or ()])
-    terminal.out.print(f"Written to {written}", soft_wrap=True)
-
-
-@app.command()
-def info(
-    model: Annotated[
-        Path | None, typer.Argument(help="Folder that `train` wrote, or a name of the zoo.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """What a saved ensemble is, or what is installed here."""
-    if model is not None:
-        from . import hub
-
-        described = hub.read_config(model).model_dump(mode="json")
-    else:
-        from .evaluation.protocol import load_protocol, shipped_protocols
-        from .models import MODELS
-        from .provenance import provenance
-        from .recipe import load_recipe, shipped_recipes
-        from .zoo import zoo
-
-        recipes = {name: load_recipe(name).description for name in shipped_recipes()}
-        protocols = {name: load_protocol(name).description for name in shipped_protocols()}
-        described = provenance() | {"models": list(MODELS), "recipes": recipes, "protocols": protocols}
-        described |= {"zoo": list(zoo())}
-    if as_json:
-        terminal.print_json(described)
-        return
-    terminal.print_tree(described)
-
-
-from . import cli_certainty  # noqa: E402, F401  (adds its commands)

@@ -7,8 +7,7 @@ import typer
 
 from . import terminal
 from .arguments import InputError, device_named, in_precision, test_data_of, this_process
-from .cli import Data, Device, Json, Model, app
-from .interrupts import Interrupted
+from .cli_base import Data, Device, Json, Model, app, resumable
 
 _PRECISION = "float32, or bf16: an optimised copy, which is then what the result is about."
 
@@ -50,23 +49,20 @@ def certify(
     ensemble = in_precision(hub.load(model).to(target), test.inputs(slice(2)), precision)
     name = model.resolve().name
     folder = out or Path("runs") / f"{name}-certified-{method}"
-    try:
-        with terminal.progress() as update:
-            update("preparing", 0.0)
-            results = Certification(
-                ensemble,
-                test,
-                settings,
-                folder,
-                name=name,
-                max_batch=max_batch,
-                architecture=config.architecture.model_dump() if config.architecture else None,
-                progress=update,
-                rank=rank,
-                world=world,
-            ).run()
-    except KeyboardInterrupt:
-        raise Interrupted(f"stopped; {folder} holds what is finished: go on with the same command") from None
+    with resumable(folder), terminal.progress() as update:
+        update("preparing", 0.0)
+        results = Certification(
+            ensemble,
+            test,
+            settings,
+            folder,
+            name=name,
+            max_batch=max_batch,
+            architecture=config.architecture.model_dump() if config.architecture else None,
+            progress=update,
+            rank=rank,
+            world=world,
+        ).run()
     if rank != 0:
         return
     if as_json:
