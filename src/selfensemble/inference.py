@@ -2,18 +2,23 @@
 
 import copy
 from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .ensemble import SelfEnsemble, logits_of
 from .inject import execution_order, is_convolution, random_layers
 from .noise import NoiseConfig, RandomLayer
+from .prepacked import FEW, PrepackedConvolution, can_prepack
 from .streams import noise_draw
 
 Precision = Literal["float32", "bf16"]
+_RELUS = (torch.relu, torch.relu_, functional.relu, functional.relu_)
 # Layers whose weights autocast casts; others may do with theirs what it does not know.
 _HALVED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -75,11 +80,18 @@ def optimize(ensemble: SelfEnsemble, example_inputs: Tensor, precision: Precisio
     network = copy.deepcopy(ensemble.model).eval().requires_grad_(False)
     device = next((parameter.device for parameter in network.parameters()), example_inputs.device)
     example_inputs = example_inputs[:2].to(device)
-    network = _folded(network, example_inputs)
+    network = _rewritten(network, _fold_, example_inputs, 1e-3)
     convolutions = [fqn for fqn, module in network.named_modules() if is_convolution(module)]
     order = execution_order(network, convolutions, example_inputs[:1]) if convolutions else []
     first = network.get_submodule(order[0]) if order else None
     if precision == "bf16":
+        # Of enough images for each way of computing a layer.
+        enough = example_inputs.repeat(FEW, *[1] * (example_inputs.dim() - 1))[:FEW]
+        prepack_ = partial(_prepack_, first=order[0] if order else "")
+        network = _rewritten(network, prepack_, enough, 0.05, half=True)
+        first = network.get_submodule(order[0]) if order else None
+        if isinstance(first, PrepackedConvolution):
+            first = None  # which sees to it itself
         _halve_weights(network, first)
     wrapped = _Fast(network, first, torch.bfloat16 if precision == "bf16" else None)
     return FastEnsemble(wrapped, ensemble, precision).eval()
@@ -92,42 +104,98 @@ class _Tracer(fx.Tracer):
         return isinstance(module, RandomLayer) or super().is_leaf_module(module, qualified_name)
 
 
-def _folded(network: nn.Module, example_inputs: Tensor) -> nn.Module:
-    """Batch norm folded into the convolutions before it; as it is where tracing fails or changes answers."""
+def _rewritten(
+    network: nn.Module,
+    rewrite_: Callable[[fx.GraphModule], None],
+    example_inputs: Tensor,
+    tolerance: float,
+    half: bool = False,
+) -> nn.Module:
+    """The network after `rewrite_`; as it is where tracing fails or answers change by more than rounding.
+
+    Args:
+        network: in eval mode.
+        rewrite_: changes a graph in place.
+        example_inputs: to compare the answers on.
+        tolerance: of outputs, against the largest of them.
+        half: whether the answers are to be compared under autocast.
+    """
     try:
-        graph = fx.GraphModule(network, _Tracer().trace(network))
+        graph = fx.GraphModule(copied := copy.deepcopy(network), _Tracer().trace(copied))
+        rewrite_(graph)
+        graph.recompile()
+        graph.delete_all_unused_submodules()
+        with torch.autocast(example_inputs.device.type, torch.bfloat16, enabled=half):
+            kept = _same(network, graph, example_inputs, tolerance)
     except Exception:  # of a stranger's code, which may do what no tracer can follow
-        return network
+        kept = False
+    return graph if kept else network
+
+
+def _calls(graph: fx.GraphModule) -> Iterator[tuple[fx.Node, nn.Module]]:
+    """Calls of modules that are called once."""
+    nodes = [node for node in graph.graph.nodes if node.op == "call_module"]
+    times = Counter(node.target for node in nodes)
     modules = dict(graph.named_modules())
-    calls = Counter(node.target for node in graph.graph.nodes if node.op == "call_module")
-    for norm in [node for node in graph.graph.nodes if node.op == "call_module"]:
+    for node in nodes:
+        if times[node.target] == 1:
+            yield node, modules[str(node.target)]
+
+
+def _fold_(graph: fx.GraphModule) -> None:
+    """Batch norm into the convolutions before it."""
+    once = dict(_calls(graph))
+    for norm, batch_norm in once.items():
         before = norm.args[0] if norm.args else None
-        if not (isinstance(before, fx.Node) and before.op == "call_module" and len(before.users) == 1):
+        if not (isinstance(before, fx.Node) and before in once and len(before.users) == 1):
             continue
-        convolution, batch_norm = modules[str(before.target)], modules[str(norm.target)]
+        convolution = once[before]
         kinds = is_convolution(convolution) and isinstance(batch_norm, nn.modules.batchnorm._BatchNorm)
-        alone = calls[before.target] == calls[norm.target] == 1
-        if not (kinds and alone and batch_norm.track_running_stats):
+        if not (kinds and batch_norm.track_running_stats):
             continue
         transposed = isinstance(convolution, nn.modules.conv._ConvTransposeNd)
-        fused = fuse_conv_bn_eval(convolution, batch_norm, transpose=transposed)
+        fused = fuse_conv_bn_eval(convolution, batch_norm, transpose=transposed)  # type: ignore[type-var,arg-type]
         graph.set_submodule(str(before.target), fused)
         norm.replace_all_uses_with(before)
         graph.graph.erase_node(norm)
-    graph.recompile()
-    graph.delete_all_unused_submodules()
-    return graph if _same(network, graph, example_inputs) else network
+
+
+def _prepack_(graph: fx.GraphModule, first: str) -> None:
+    """Convolutions, and the ReLUs behind them, by those whose weights are laid out ahead.
+
+    Args:
+        graph: changed in place.
+        first: name of the convolution that sees pixels.
+    """
+    once = dict(_calls(graph))
+    uses = Counter(parameter for module in graph.modules() for parameter in module._parameters.values())
+    for node, convolution in once.items():
+        if not can_prepack(convolution) or any(uses[each] > 1 for each in convolution.parameters()):
+            continue
+        (after,) = node.users if len(node.users) == 1 else (node,)
+        relu = after is not node and (_is_relu(after) or isinstance(once.get(after), nn.ReLU))
+        name = str(node.target)
+        graph.set_submodule(name, PrepackedConvolution(convolution, relu, exact_inputs=name == first))
+        if relu:
+            after.replace_all_uses_with(node)
+            graph.graph.erase_node(after)
+
+
+def _is_relu(node: fx.Node) -> bool:
+    names = {"call_function": _RELUS, "call_method": ("relu", "relu_")}
+    return node.target in names.get(node.op, ())
 
 
 @torch.no_grad()
-def _same(network: nn.Module, other: nn.Module, inputs: Tensor) -> bool:
+def _same(network: nn.Module, other: nn.Module, inputs: Tensor, tolerance: float) -> bool:
     """Whether both give the same logits with the same noise."""
     outputs = []
     for each in (network, other):
         with noise_draw(0, sampling="shared"), torch.random.fork_rng():
             torch.manual_seed(0)
-            outputs.append(logits_of(each(inputs)))
-    return torch.allclose(outputs[0], outputs[1], rtol=1e-3, atol=1e-3)
+            outputs.append(logits_of(each(inputs)).float())
+    ours, theirs = outputs
+    return torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * float(ours.abs().max()))
 
 
 def _halve_weights(network: nn.Module, first: nn.Module | None) -> None:
