@@ -101,9 +101,11 @@ def test_exported_programs_stay_random(tiny: nn.Module, images: Tensor) -> None:
         torch.testing.assert_close(exported(images), expected)
 
 
-def test_the_operator_keeps_torchs_contracts(images: Tensor) -> None:
+@pytest.mark.parametrize("pairs", [False, True])
+def test_the_operator_keeps_torchs_contracts(images: Tensor, pairs: bool) -> None:
     """Schema, fake tensors, autograd registration and tracing; at std 0 the operator is deterministic."""
-    torch.library.opcheck(torch.ops.selfensemble.add_noise, (images.requires_grad_(), 0.0, 0, False, 0))
+    operator = torch.ops.selfensemble.add_noise
+    torch.library.opcheck(operator, (images.requires_grad_(), 0.0, 0, False, pairs, 0))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

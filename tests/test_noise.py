@@ -18,6 +18,7 @@ from scipy.stats import chisquare, kstest, norm
 from torch import Tensor, nn
 
 import selfensemble as rse
+from selfensemble.noise import Std
 from selfensemble.streams import Sampling, stream_seed
 
 N = 1_000_000
@@ -155,8 +156,28 @@ def test_calls_layers_and_images_are_independent() -> None:
         next_seed = sample(first)
     for noise in (again, other, next_draw, next_seed):
         assert abs(correlation(one, noise)) < bound
-    halves = sample(first, (2, N)).unbind()
-    assert abs(correlation(*halves)) < bound
+    images = sample(first.eval(), (2, N)).unbind()
+    assert abs(correlation(*images)) < bound
+
+
+@pytest.mark.parametrize("std", [0.1, (0.1, 0.1, 0.1)])
+@pytest.mark.parametrize("batch", [1, 4, 5])
+def test_in_training_half_a_batch_has_the_opposite_noise(std: Std, batch: int) -> None:
+    layer = rse.GaussianNoise(std)
+    inputs = torch.zeros(batch, 3, 200, 200, requires_grad=True)
+    noisy = layer(inputs)
+    first = -(-batch // 2)
+    assert torch.equal(noisy[first:], -noisy[: batch - first])
+    numbers = noisy[:first].detach().flatten()
+    assert abs(numbers.mean()) < 4 * 0.1 / math.sqrt(len(numbers))
+    assert abs(numbers.std() - 0.1) < 4 * 0.1 / math.sqrt(2 * len(numbers))
+    if first > 1:
+        assert abs(correlation(*numbers.view(first, -1)[:2])) < 4 / math.sqrt(numbers.numel() / first)
+    (gradient,) = torch.autograd.grad(noisy.sum(), inputs)
+    assert torch.equal(gradient, torch.ones_like(inputs))
+    layer.eval()
+    for each, other in itertools.pairwise(layer(inputs).detach().flatten(1)):
+        assert abs(correlation(each, other)) < 4 / math.sqrt(each.numel())
 
 
 def test_shared_noise_is_one_tensor_for_the_batch_in_eval_mode_only() -> None:

@@ -8,11 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.grad import conv2d_weight
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 import selfensemble as rse
 from selfensemble import small_maps
-from selfensemble.small_maps import speed_up_small_maps_, weight_gradient
+from selfensemble.small_maps import (
+    convolve_by_product,
+    patches_of,
+    speed_up_small_maps_,
+    turned,
+    weight_gradient,
+)
 
 
 @settings(deadline=None)
@@ -27,8 +33,18 @@ def test_the_product_is_the_gradient(
     kernel = torch.Size([2 * half[0] + 1, 2 * half[1] + 1])
     inputs = torch.randn(batch, channels, height, width, generator=generator, dtype=torch.float64)
     gradient = torch.randn(batch, outputs, height, width, generator=generator, dtype=torch.float64)
-    expected = conv2d_weight(inputs, torch.Size([outputs, channels, *kernel]), gradient, padding=half)
-    torch.testing.assert_close(weight_gradient(inputs, gradient, kernel), expected)
+    shape = torch.Size([outputs, channels, *kernel])
+    expected = conv2d_weight(inputs, shape, gradient, padding=half)
+    torch.testing.assert_close(weight_gradient(patches_of(inputs, kernel), gradient, shape), expected)
+    weight = torch.randn(shape, generator=generator, dtype=torch.float64)
+    bias = torch.randn(outputs, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(
+        convolve_by_product(inputs, weight, bias), nn.functional.conv2d(inputs, weight, bias, padding=half)
+    )
+    torch.testing.assert_close(
+        convolve_by_product(gradient, turned(weight)),
+        conv2d_input(inputs.shape, weight, gradient, padding=half),
+    )
 
 
 def gradients(model: nn.Module, images: Tensor, *, autocast: bool) -> list[Tensor]:

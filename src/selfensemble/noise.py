@@ -5,13 +5,14 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .half_noise import fill_half_
-from .streams import Sampling, check_sampling, random_source
+from .streams import Sampling, Source, check_sampling, random_source
 
 Std = float | tuple[float, ...]  # of a layer: one level, or one a channel
 
@@ -61,11 +62,10 @@ class NoiseConfig:
         object.__setattr__(self, "inner_std", check_std("inner_std", self.inner_std))
 
 
-def _noise_like(inputs: Tensor, std: float, layer: int, shared: bool) -> Tensor:
+def _noise_like(inputs: Tensor, std: float, source: Source) -> Tensor:
     """Noise of the shape of `inputs`, or with a first dimension of draws where their images share it."""
     if inputs.device.type == "meta":
         return torch.empty_like(inputs)
-    source = random_source(layer, shared, inputs.device)
     if not source.shared:
         noise = torch.empty_like(inputs, requires_grad=False)
         if inputs.device.type == "cpu" and inputs.dtype in (torch.bfloat16, torch.float16):
@@ -93,13 +93,46 @@ def _added(inputs: Tensor, noise: Tensor) -> Tensor:
     return (each + noise.unsqueeze(1)).flatten(0, 1)
 
 
+def _first_half(inputs: Tensor) -> Tensor:
+    return inputs[: -(-len(inputs) // 2)]
+
+
+def _added_to_pairs(inputs: Tensor, noise: Tensor) -> Tensor:
+    """Noise added to the first half of the images, and its opposite to the second; outside of any graph."""
+    output = torch.empty_like(inputs, requires_grad=False)
+    first = len(noise)
+    torch.add(inputs[:first], noise, out=output[:first])
+    torch.sub(inputs[first:], noise[: len(inputs) - first], out=output[first:])
+    return output
+
+
+def _of_pairs(noise: Tensor, size: int) -> Tensor:
+    """Noise of a first half, and its opposite for the second, of `size` images in all."""
+    return torch.cat([noise, -noise[: size - len(noise)]])
+
+
+class _AddToPairs(torch.autograd.Function):
+    """The same within a graph."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG004
+        return _added_to_pairs(inputs, noise)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+        return gradient, None
+
+
 # Under torch.compile and torch.export the layer is one opaque operator: the graph stays whole, seeds
 # are read when it runs rather than baked in, and a CPU keeps its vectorised generator.
 @torch.library.custom_op(
     "selfensemble::add_noise", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
 )
-def _add_noise(inputs: Tensor, std: float, layer: int, shared: bool, call: int) -> Tensor:
-    noise = _noise_like(inputs, std, layer, shared)
+def _add_noise(inputs: Tensor, std: float, layer: int, shared: bool, pairs: bool, call: int) -> Tensor:
+    source = random_source(layer, shared, inputs.device)
+    if pairs and not source.shared:
+        return _added_to_pairs(inputs, _noise_like(_first_half(inputs), std, source))
+    noise = _noise_like(inputs, std, source)
     output = torch.empty_like(inputs)  # laid out as the compiler was told
     if len(noise) in (1, len(inputs)):
         return torch.add(inputs, noise, out=output)
@@ -107,12 +140,12 @@ def _add_noise(inputs: Tensor, std: float, layer: int, shared: bool, call: int) 
 
 
 @_add_noise.register_fake
-def _(inputs: Tensor, std: float, layer: int, shared: bool, call: int) -> Tensor:
+def _(inputs: Tensor, std: float, layer: int, shared: bool, pairs: bool, call: int) -> Tensor:
     return torch.empty_like(inputs)
 
 
-def _identity_backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-    return gradient, None, None, None, None
+def _identity_backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    return gradient, None, None, None, None, None
 
 
 _add_noise.register_autograd(_identity_backward)
@@ -122,14 +155,21 @@ _add_noise.register_autograd(_identity_backward)
 @torch.library.custom_op(
     "selfensemble::unit_noise", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
 )
-def _unit_noise(inputs: Tensor, layer: int, shared: bool, call: int) -> Tensor:
-    noise = _noise_like(inputs, 1.0, layer, shared)
+def _unit_noise(inputs: Tensor, layer: int, shared: bool, pairs: bool, call: int) -> Tensor:
+    noise = _scalable_noise(inputs, random_source(layer, shared, inputs.device), pairs)
     each = noise if len(noise) in (1, len(inputs)) else _added(torch.zeros_like(inputs), noise)
     return torch.empty_like(inputs).copy_(each)
 
 
+def _scalable_noise(inputs: Tensor, source: Source, pairs: bool) -> Tensor:
+    """Noise of level 1, of the shape of `inputs` or shared."""
+    if pairs and not source.shared:
+        return _of_pairs(_noise_like(_first_half(inputs), 1.0, source), len(inputs))
+    return _noise_like(inputs, 1.0, source)
+
+
 @_unit_noise.register_fake
-def _(inputs: Tensor, layer: int, shared: bool, call: int) -> Tensor:
+def _(inputs: Tensor, layer: int, shared: bool, pairs: bool, call: int) -> Tensor:
     return torch.empty_like(inputs)
 
 
@@ -158,7 +198,7 @@ class RandomLayer(nn.Module):
         layer: number of the layer within its network; seeded streams of two layers differ by it.
         sampling: "per_image" gives every image of a batch its own randomness. "shared" gives all images
             of a batch the same in eval mode, which costs 1 / batch of the random numbers and leaves the
-            distribution of each image's output as it is; training is always per image.
+            distribution of each image's output as it is. Training is always per image.
         enabled: what `noise_disabled` sets to False.
         is_continuous: whether no two draws are ever equal.
     """
@@ -188,6 +228,9 @@ class RandomLayer(nn.Module):
 
 class GaussianNoise(RandomLayer):
     """Adds `N(0, std^2)` noise to its input, at training and at test time, fresh at every call.
+
+    In train mode the second half of a batch has the opposites of the numbers of the first half, half as many
+    to draw; the noise of each image is distributed as it was (docs/decisions/0021).
 
     The layer adds nothing to a state dict.
 
@@ -247,10 +290,16 @@ class GaussianNoise(RandomLayer):
         shared = self.sampling == "shared" and not self.training
         if self._number is None:
             return self._scaled(inputs, self.levels(), shared)
+        noisy: Tensor
         if torch.compiler.is_compiling():
-            noisy: Tensor = _add_noise(inputs, self._number, self.layer, shared, call_number())
+            noisy = _add_noise(inputs, self._number, self.layer, shared, self.training, call_number())
             return noisy
-        return _added(inputs, _noise_like(inputs.detach(), self._number, self.layer, shared))
+        source = random_source(self.layer, shared, inputs.device)
+        if self.training and not source.shared:
+            noise = _noise_like(_first_half(inputs.detach()), self._number, source)
+            noisy = _AddToPairs.apply(inputs, noise)  # type: ignore[no-untyped-call]
+            return noisy
+        return _added(inputs, _noise_like(inputs.detach(), self._number, source))
 
     def _scaled(self, inputs: Tensor, levels: Tensor, shared: bool) -> Tensor:
         """Noise times levels that are a tensor, along the channels and differentiable in the levels."""
@@ -261,9 +310,10 @@ class GaussianNoise(RandomLayer):
             )
         noise: Tensor
         if torch.compiler.is_compiling():
-            noise = _unit_noise(inputs.detach(), self.layer, shared, call_number())
+            noise = _unit_noise(inputs.detach(), self.layer, shared, self.training, call_number())
         else:
-            noise = _noise_like(inputs.detach(), 1.0, self.layer, shared)
+            source = random_source(self.layer, shared, inputs.device)
+            noise = _scalable_noise(inputs.detach(), source, self.training)
         shape = (-1, *[1] * (inputs.dim() - 2)) if levels.dim() else ()
         scale = levels.to(inputs.dtype).reshape(shape)
         if len(noise) < len(inputs):  # of one draw for the batch; scaled before it meets the batch

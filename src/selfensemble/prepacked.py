@@ -16,11 +16,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from .inject import CHILD, _pre_hook
+from .small_maps import convolve_by_product, product_pays, turned
 
 # A matrix between all pixels of the input and all of the output: at most so many entries, on maps so small.
 _DENSE_PIXELS, _DENSE_ENTRIES = 4, 2**24
-# A matrix over patches: on maps so small, with so many weights.
-_PATCH_PIXELS, _PATCH_WEIGHTS = 16, 2**20
 # Of fewer images a product is no faster, and of so few the weights are read once anyway.
 FEW = 16
 
@@ -106,7 +105,7 @@ class PrepackedConvolution(nn.Conv2d):
             output = output.view(len(inputs), *shape[1:], shape[0]).permute(0, 3, 1, 2)
             return output.relu_() if self.relu else output
         if self._is_over_patches(inputs.shape):
-            output = _product(inputs, self.weight, self.bias)
+            output = convolve_by_product(inputs, self.weight, self.bias)
             return output.relu_() if self.relu else output
         if self.exact_inputs:
             half, rest = _split(inputs)
@@ -132,7 +131,7 @@ class PrepackedConvolution(nn.Conv2d):
             found: Tensor = torch.ops.aten.convolution_backward(gradient, like, weight, *usual)[0]
             return found
         if self._is_over_patches(shape):
-            return _product(gradient, self._get("turned", self._turned))
+            return convolve_by_product(gradient, self._get("turned", self._turned))
         layout = self._get("backward", lambda: self._laid_out(self._turned()))
         settings = (*self._settings, 1, "none", [], "")
         done: Tensor = torch.ops.mkldnn._convolution_pointwise(gradient, layout, None, *settings)
@@ -155,8 +154,8 @@ class PrepackedConvolution(nn.Conv2d):
 
     def _is_over_patches(self, shape: torch.Size) -> bool:
         pixels = shape[-2] * shape[-1]
-        large = not self.exact_inputs and self.weight.numel() >= _PATCH_WEIGHTS
-        return large and shape[0] >= FEW and pixels <= _PATCH_PIXELS and self._keeps_size
+        enough = shape[0] >= FEW and self._keeps_size and not self.exact_inputs
+        return enough and product_pays(pixels, self.weight.numel())
 
     def _get(self, key: Any, make: Callable[[], Any]) -> Any:
         return self._made.get(self.weight, key, make)
@@ -185,8 +184,7 @@ class PrepackedConvolution(nn.Conv2d):
 
     def _turned(self) -> Tensor:
         """Weights of the convolution that takes output gradients to input gradients."""
-        turned = self.weight.to(torch.bfloat16).flip(2, 3).transpose(0, 1)
-        return turned.contiguous(memory_format=torch.channels_last)
+        return turned(self.weight.to(torch.bfloat16))
 
     def _laid_out(self, weight: Tensor) -> Tensor:
         # For one image: that layout serves many as well, and that for many makes one wait.
@@ -200,17 +198,6 @@ def _split(values: Tensor) -> tuple[Tensor, Tensor]:
     """Two bfloat16 tensors that add up to `values`, but for 2^-16 of them."""
     half = values.to(torch.bfloat16)
     return half, (values - half).to(torch.bfloat16)
-
-
-def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A convolution that keeps the size of the map, as one matrix product over all patches."""
-    height, width = weight.shape[-2:]
-    images = inputs.permute(0, 2, 3, 1)
-    padded = functional.pad(images, (0, 0, width // 2, width // 2, height // 2, height // 2))
-    patches = padded.unfold(1, height, 1).unfold(2, width, 1).permute(0, 1, 2, 4, 5, 3)
-    matrix = weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
-    output = functional.linear(patches.reshape(-1, matrix.shape[1]), matrix, bias)
-    return output.view(*images.shape[:-1], len(weight)).permute(0, 3, 1, 2)
 
 
 class _Made:
