@@ -19,8 +19,11 @@ lint: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# All of CIFAR-10: from the hub, or `make bench CIFAR=FOLDER` with its parquet files.
+CIFAR ?= uoft-cs/cifar10
 bench: .venv/.core
-	for file in benchmarks/*.py; do $(BIN)/python $$file || exit; done
+	for name in startup memory inference training growth; do $(BIN)/python benchmarks/$$name.py --out runs/bench || exit; done
+	for name in adaptive attack_speed; do $(BIN)/python benchmarks/$$name.py --data $(CIFAR) --out runs/bench || exit; done
 
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

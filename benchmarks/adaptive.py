@@ -1,6 +1,6 @@
 """Predictions that stop drawing: how many draws they take, what they cost, and what attacks do to them.
 
-    python benchmarks/adaptive.py MODEL --data DATA [--attacked 200] [--rounds 5] [--out FOLDER]
+    python benchmarks/adaptive.py --data DATA [--model cifar10-vgg16-rse] [--rounds 5] [--out FOLDER]
 
 The last 4,000 test images calibrate, the first 6,000 confirm. `exact` must give every label of the fixed
 number of draws; `calibrated` is compared with 200 draws. Attacks: PGD and C&W on the ensemble, and PGD on the
@@ -8,21 +8,20 @@ margin of one draw at a time, which is what an early stop looks at. Times are of
 the authors' way.
 """
 
-import argparse
 from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import authors
-from timing import in_turn, medians, ratio, report, use_threads
+from timing import arguments, in_turn, medians, parsed, ratio, report, settings
 from torch import Tensor
 
 import selfensemble as rse
 from selfensemble.attacks import cw_l2, pgd
 from selfensemble.hub import read_config
-from selfensemble.memory import keep_freed_memory
 from selfensemble.noise import GaussianNoise
+from selfensemble.zoo import locate
 
 REFERENCE = 200
 EPS = 0.5
@@ -48,19 +47,14 @@ def compare(fast: rse.SelfEnsemble, inputs: Tensor, labels: Tensor) -> dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("model", type=Path)
+    parser = arguments(__doc__, rounds=5)
+    parser.add_argument("--model", default="cifar10-vgg16-rse", help="of the zoo, or a folder")
     parser.add_argument("--data", required=True)
     parser.add_argument("--images", type=int, default=6000, help="to confirm on")
     parser.add_argument("--calibrate", type=int, default=4000, help="to calibrate on")
     parser.add_argument("--attacked", type=int, default=200)
     parser.add_argument("--timed", type=int, default=1000)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    threads = use_threads(options.threads)
-    keep_freed_memory()
+    options = parsed(parser)
     ensemble = rse.load(options.model)
     data = rse.load_data(options.data, "test")
     fast = rse.optimize(ensemble, data.inputs(slice(2)))
@@ -81,7 +75,7 @@ def main() -> None:
     }
     attacked = {name: compare(fast, images, y) for name, images in found.items()}
 
-    config = read_config(options.model)
+    config = read_config(locate(options.model))
     assert config.architecture is not None
     network = rse.create_model(**config.architecture.model_dump()).eval()
     network.load_state_dict(
@@ -112,13 +106,12 @@ def main() -> None:
     rule = fast.stopping
     report(
         "adaptive",
-        f"{options.model.name}: {options.images} images; epsilon {rule.epsilon:.4f}, delta {rule.delta:g}; "
-        f"{threads} threads",
+        f"{Path(options.model).name}: {options.images} images; epsilon {rule.epsilon:.4f}, "
+        f"delta {rule.delta:g}; {options.threads} threads",
         ["", "draws", "other answer than 200 draws, %", "accuracy, %"],
         rows,
         {
-            "settings": vars(options)
-            | {"out": None, "model": options.model.name, "data": None, "threads": threads},
+            "settings": settings(options),
             "rule": rule.model_dump(mode="json"), "other labels": other_labels, "clean": clean,
             "attacked": attacked, "seconds": seconds, "medians": medians(seconds), "faster": faster,
         },

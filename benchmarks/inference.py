@@ -5,18 +5,15 @@
 The limit is the time of the network's multiplications at the speed of a large bfloat16 matrix product here.
 """
 
-import argparse
 import time
 from functools import partial
-from pathlib import Path
 
 import authors
 import torch
-from timing import in_turn, medians, ratio, report, use_threads
+from timing import arguments, in_turn, medians, parsed, ratio, report, settings
 from torch import Tensor, nn
 
 import selfensemble as rse
-from selfensemble.memory import keep_freed_memory
 from selfensemble.stopping import Calibrated
 
 
@@ -67,16 +64,11 @@ def plain(model: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = arguments(__doc__, rounds=15)
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--draws", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    threads = use_threads(options.threads)
-    keep_freed_memory()
+    options = parsed(parser)
     torch.manual_seed(0)
     inputs = torch.rand(options.batch, 3, 32, 32)
     network = rse.create_model("vgg16", width=options.width).eval()
@@ -120,11 +112,11 @@ def main() -> None:
     rows += [[name, f"{value:.2f}"] for name, value in ratios.items()]
     report(
         "inference",
-        f"VGG16, width {options.width:g}, batch {options.batch}, {options.draws} draws, {threads} threads, "
-        f"torch {torch.__version__}: medians of {options.rounds} rounds",
+        f"VGG16, width {options.width:g}, batch {options.batch}, {options.draws} draws, {options.threads} "
+        f"threads, torch {torch.__version__}: medians of {options.rounds} rounds",
         ["", "ms, or ratio"],
         rows,
-        {"settings": vars(options) | {"out": None, "threads": threads}, "seconds": seconds, "ratios": ratios,
+        {"settings": settings(options), "seconds": seconds, "ratios": ratios,
          "limit": limit},
         options.out,
     )  # fmt: skip

@@ -2,15 +2,14 @@
 
 Each measurement is a fresh process; its peak resident memory is compared at the same network and batch.
 
-    python benchmarks/memory.py [--batch 128] [--draws 100] [--repeats 3]
+    python benchmarks/memory.py [--batch 128] [--draws 100] [--rounds 3] [--out FOLDER]
 """
 
-import argparse
-import json
 import resource
-import statistics
 import subprocess
 import sys
+
+from timing import arguments, medians, ratio, report, settings
 
 
 def measure(what: str, batch: int, draws: int) -> float:
@@ -31,25 +30,32 @@ def measure(what: str, batch: int, draws: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__, rounds=3)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--draws", type=int, default=100)
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--measure", choices=["plain", "ensemble"])
     options = parser.parse_args()
     if options.measure:
         print(measure(options.measure, options.batch, options.draws))
         return
     peaks: dict[str, list[float]] = {"plain": [], "ensemble": []}
-    for _ in range(options.repeats):
+    for _ in range(options.rounds):
         for what, values in peaks.items():
             command = [sys.executable, __file__, "--measure", what]
             command += ["--batch", str(options.batch), "--draws", str(options.draws)]
             values.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
-    medians = {what: round(statistics.median(values), 1) for what, values in peaks.items()}
-    ratio = medians["ensemble"] / medians["plain"]
-    record = {"batch": options.batch, "draws": options.draws, "peak_mib": medians, "ratio": round(ratio, 3)}
-    print(json.dumps(record))
+    middle = medians(peaks)
+    share = ratio(peaks, "ensemble", "plain")
+    rows = [[name, f"{value:.1f}"] for name, value in middle.items()] + [["ensemble / plain", f"{share:.2f}"]]
+    report(
+        "memory",
+        f"Peak resident memory, VGG16, batch {options.batch}, {options.draws} draws; medians of "
+        f"{options.rounds} processes",
+        ["", "MiB, or ratio"],
+        rows,
+        {"settings": settings(options), "peak_mib": peaks, "ratio": share},
+        options.out,
+    )
 
 
 if __name__ == "__main__":

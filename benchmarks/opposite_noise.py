@@ -3,13 +3,11 @@
 python benchmarks/opposite_noise.py [--seeds 6] [--steps 150]
 """
 
-import argparse
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from timing import report, use_threads
+from timing import arguments, parsed, report
 from torch import Tensor, nn
 
 import selfensemble as rse
@@ -33,13 +31,10 @@ def trained(seed: int, steps: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = arguments(__doc__, rounds=1)
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    use_threads(options.threads)
+    options = parsed(parser)
     half = noise._first_half
     ways: dict[str, Callable[[Tensor], Tensor]] = {"opposite": half, "each its own": lambda inputs: inputs}
     rows, values = [], {}

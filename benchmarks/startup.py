@@ -5,13 +5,11 @@
 Fresh processes in turn; files are in the system's cache after the first round, which is not counted.
 """
 
-import argparse
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
-from timing import in_turn, medians, report
+from timing import arguments, in_turn, medians, parsed, report
 
 
 def process(*arguments: str) -> None:
@@ -19,10 +17,8 @@ def process(*arguments: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    parser = arguments(__doc__, rounds=15)
+    options = parsed(parser)
     everything = "import torch, selfensemble as rse; [getattr(rse, name) for name in rse.__all__]"
     seconds = in_turn(
         {

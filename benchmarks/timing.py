@@ -1,5 +1,6 @@
 """Timing on noisy machines: cases take turns in one process, medians and ratios are what counts."""
 
+import argparse
 import gc
 import statistics
 import time
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from selfensemble.files import write_json
+from selfensemble.memory import keep_freed_memory
 from selfensemble.provenance import provenance
 
 Case = Callable[[], object]
@@ -71,8 +73,25 @@ def report(
         write_json(out / f"{name}.json", values | {"provenance": provenance()})
 
 
-def use_threads(threads: int | None) -> int:
-    """Threads of torch, those that it chooses if None."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return torch.get_num_threads()
+def arguments(doc: str | None, rounds: int) -> argparse.ArgumentParser:
+    """A parser with what all benchmarks take."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--threads", type=int, help="of torch; by default those that it chooses")
+    parser.add_argument("--out", type=Path, help="folder for the figures as JSON")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments, with the number of threads that are in use, and freed memory kept."""
+    options = parser.parse_args()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    options.threads = torch.get_num_threads()
+    keep_freed_memory()
+    return options
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments as they are written down, without the paths of this machine."""
+    return {key: value for key, value in vars(options).items() if key not in ("out", "data", "model")}

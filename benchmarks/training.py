@@ -5,17 +5,14 @@
 Ours are the steps of the trainer: bfloat16, channels last, its optimiser and augmentation left out of both.
 """
 
-import argparse
 from functools import partial
-from pathlib import Path
 
 import authors
 import torch
-from timing import Case, in_turn, medians, ratio, report, use_threads
+from timing import Case, arguments, in_turn, medians, parsed, ratio, report, settings
 from torch import Tensor, nn
 
 import selfensemble as rse
-from selfensemble.memory import keep_freed_memory
 from selfensemble.small_maps import speed_up_small_maps_
 
 
@@ -30,15 +27,10 @@ def step(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = arguments(__doc__, rounds=15)
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    threads = use_threads(options.threads)
-    keep_freed_memory()
+    options = parsed(parser)
     torch.manual_seed(0)
     inputs, labels = torch.rand(options.batch, 3, 32, 32), torch.randint(10, (options.batch,))
     ordered = inputs.contiguous(memory_format=torch.channels_last)
@@ -64,11 +56,11 @@ def main() -> None:
     rows += [[name, f"{value:.2f}"] for name, value in ratios.items()]
     report(
         "training",
-        f"A step of VGG16, width {options.width:g}, batch {options.batch}, {threads} threads, torch "
+        f"A step of VGG16, width {options.width:g}, batch {options.batch}, {options.threads} threads, torch "
         f"{torch.__version__}: medians of {options.rounds} rounds",
         ["", "ms, or ratio"],
         rows,
-        {"settings": vars(options) | {"out": None, "threads": threads}, "seconds": seconds, "ratios": ratios},
+        {"settings": settings(options), "seconds": seconds, "ratios": ratios},
         options.out,
     )
 
