@@ -10,7 +10,15 @@ from scipy import stats
 from torch import Tensor, nn
 
 import selfensemble as rse
-from selfensemble.certification import Method, Rivals, _certify, _Means, _Votes, certify
+from selfensemble.certification import (
+    Method,
+    Rivals,
+    _certify,
+    _Means,
+    _Votes,
+    certificates,
+    certify,
+)
 from selfensemble.decision import ABSTAINED
 from selfensemble.pixels import pixel_std
 
@@ -146,11 +154,26 @@ def test_overstated_certificates_are_as_rare_as_promised(
 
         group = torch.zeros(images, 1)
         seen = measure(torch.cat(list(passes(group, 0, 15))), alpha=alpha, n=60)
-        label, radius, _, _, _ = _certify(group, passes, seen, STD, alpha, 15, looks, wanted)
+        ((label, radius, _, _, _),) = _certify(group, passes, [seen], STD, alpha, 15, looks, wanted)
         wrong = radius > truth + 1e-6
         if truth > 0:
             wrong |= (label != best) & (label != ABSTAINED)
         assert float(wrong.double().mean()) <= alpha + 3 * np.sqrt(alpha * (1 - alpha) / images)
+
+
+@pytest.mark.parametrize("wanted", [None, 0.3])
+def test_two_methods_from_the_same_draws(wanted: float | None) -> None:
+    """Without early stops each is what it is alone; with them each stops where it would."""
+    model = Linear()
+    ensemble = rse.SelfEnsemble(model, bounds=None).eval()
+    inputs = at_distances(model, [1.2, 0.4, 0.31, 0.02])
+    methods: tuple[Method, ...] = ("vote", "mean")
+    both = certificates(ensemble, inputs, methods, n=6_400, radius=wanted, seed=0)
+    for method in methods:
+        alone = certify(ensemble, inputs, method=method, n=6_400, radius=wanted, seed=0)
+        assert torch.equal(both[method].draws, alone.draws)
+        assert torch.equal(both[method].label, alone.label)
+        torch.testing.assert_close(both[method].radius, alone.radius, rtol=0, atol=0.02)
 
 
 def test_a_wanted_radius_stops_early() -> None:

@@ -15,6 +15,7 @@ import selfensemble as rse
 from selfensemble import cli  # noqa: F401  (adds its commands to the app)
 from selfensemble.cli_base import app
 from selfensemble.experiments import EXPERIMENTS, Reproduction, networks, render_all
+from selfensemble.experiments.certificates import reach
 from selfensemble.experiments.curvature import local_lipschitz, second_order_term
 from selfensemble.experiments.draws import COUNTS, right_groups
 from selfensemble.experiments.intervals import mean, share
@@ -261,6 +262,30 @@ def test_theory_and_draws_on_trained_networks(done: Done) -> None:
     assert contents(done.out / "theory") == again
 
 
+def test_certificates_by_both_methods(done: Done) -> None:
+    """Those that are reached early are a part of those that all draws certify, but for the looks' alpha."""
+    (page,) = done.reproduction(only=("rse",)).run(["certificates"]).values()
+    record = done.record("certificates", "rse")
+    assert record.facts.entries["certificate"] == {
+        "std": pytest.approx(0.2, abs=1e-6),
+        "precision": "float32",
+    }
+    settings = load_scale("quick").certificates
+    for method in ("vote", "mean"):
+        radii = reach(record, method)
+        assert radii.max() > 0.1
+        answered = record.numbers(f"{method}.answer") >= 0
+        assert (record.numbers(f"{method}.radius")[answered] > 0).all()
+        reached = record.numbers(f"{method}.reached") > 0
+        assert (record.numbers(f"{method}.draws")[~reached] == settings.n0 + settings.n).all()
+        table = page.tables[0]
+        (row,) = (row for row in table.rows if row[0] == f"{record.facts.title}, {method}")
+        assert row[1].startswith(f"{100 * (radii >= 0).mean():.1f} ")
+    again = contents(done.out / "certificates")
+    render_all(["certificates"], done.out)
+    assert contents(done.out / "certificates") == again
+
+
 def test_targeted_wants_another_class(done: Done) -> None:
     labels = torch.arange(10).repeat(200)
     targets = targets_of(labels, 10, 0)
@@ -284,10 +309,11 @@ def test_every_network_has_a_valid_recipe(name: str, experiment: Any) -> None:
         assert recipe.model.name == family(experiment.kin).model
         assert recipe.data.source == family(experiment.kin).source
         if name == "half":
-            assert recipe.model.width == 0.5 or experiment.name == "noise"
+            assert recipe.model.width == 0.5 or experiment.name in ("noise", "certified-noise")
         if name == "full":
             assert recipe.model.width == 1
-            assert experiment.name == "noise" or network.name == "ours" or recipe.train.epochs == 200
+            grid = experiment.name in ("noise", "certified-noise")
+            assert grid or network.name == "ours" or recipe.train.epochs == 200
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ theorem 1 and algorithm 2; Salman et al., Provably robust deep learning via adve
 classifiers, NeurIPS 2019, lemma 2.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
@@ -100,10 +100,33 @@ def certify(
         ValueError, TypeError: a network whose image noise cannot be accounted for (see `pixel_std`), bad
             inputs or settings.
     """
+    found = certificates(
+        ensemble, inputs, (method,), alpha=alpha, n0=n0, n=n, rivals=rivals, bound=bound, radius=radius,
+        max_batch=max_batch, seed=seed, progress=progress,
+    )  # fmt: skip
+    return found[method]
+
+
+def certificates(
+    ensemble: SelfEnsemble,
+    inputs: Tensor,
+    methods: Sequence[Method],
+    *,
+    alpha: float = 0.001,
+    n0: int = 100,
+    n: int = 10_000,
+    rivals: Rivals = "runner_up",
+    bound: MeanBound | None = None,
+    radius: float | None = None,
+    max_batch: int | None = None,
+    seed: int | None = None,
+    progress: Progress | None = None,
+) -> dict[Method, Certificate]:
+    """Certificates by several methods from the same draws, see `certify`; `alpha` is the risk of each."""
     check_images(inputs, ensemble.bounds)
     check_alpha(alpha)
-    settings = (("method", method, Method), ("rivals", rivals, Rivals), ("bound", bound, MeanBound))
-    for name, value, known in settings:
+    settings = [("method", method, Method) for method in methods]
+    for name, value, known in (*settings, ("rivals", rivals, Rivals), ("bound", bound, MeanBound)):
         if value is not None and value not in get_args(known):
             raise ValueError(f"{name} must be one of {get_args(known)}, got {value!r}")
     check_count("n0", n0)
@@ -111,22 +134,25 @@ def certify(
         raise ValueError("n must be 2 or more")
     if seed is not None and n0 + n > DRAWS:
         raise ValueError(f"a seed has {DRAWS:,} draws: n0 and n ask for {n0 + n:,}, leave seed out")
-    if method == "vote" and bound is not None:
+    if "mean" not in methods and bound is not None:
         raise ValueError('votes are bounded exactly: leave bound out, or take method="mean"')
     if radius is not None and not radius > 0:
         raise ValueError(f"radius must be > 0, got {radius}")
     size = None if max_batch is None else check_count("max_batch", max_batch)
     if len(inputs) == 0:
         none, zero = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64)
-        return Certificate(none, zero, zero, zero, none)
+        return dict.fromkeys(methods, Certificate(none, zero, zero, zero, none))
     std = pixel_std(ensemble, inputs)
     looks = [n] if radius is None else sorted({max(2, round(share * n)) for share in _LOOKS})
-    measure = _Votes if method == "vote" else partial(_Means, bound=bound, seed=seed)
+    measures: dict[Method, Callable[..., _Votes | _Means]] = {
+        "vote": _Votes,
+        "mean": partial(_Means, bound=bound, seed=seed),
+    }
     done, total = 0, len(inputs) * (n0 + n)
-    found = []
+    found: list[list[tuple[Tensor, ...]]] = []
     with eval_mode(ensemble):
         draws = Draws(ensemble, inputs, size, seed, "shared")
-        room = max(1, _ROOM // (n * (_APART + 2))) if method == "mean" else 64 * draws.size
+        room = max(1, _ROOM // (n * (_APART + 2))) if "mean" in methods else 64 * draws.size
         for few in inputs.split(room):
             group = draws.prepared(few)
 
@@ -140,12 +166,17 @@ def certify(
                     if progress is not None:
                         progress(done, total)
 
-            seen = measure(torch.cat(list(passes(group, 0, n0))), rivals, alpha, n)
+            selection = torch.cat(list(passes(group, 0, n0)))
+            seen = [measures[method](selection, rivals, alpha, n) for method in methods]
             found.append(_certify(group, passes, seen, std, alpha, n0, looks, radius))
-            done = sum(len(column[0]) for column in found) * (n0 + n)  # with what early stops have saved
+            done = sum(len(each[0][0]) for each in found) * (n0 + n)  # with what early stops have saved
             if progress is not None:
                 progress(done, total)
-    return Certificate(*(torch.cat(column) for column in zip(*found, strict=True)))
+    by_method = zip(*found, strict=True)  # of the parts of the batch
+    return {
+        method: Certificate(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        for method, parts in zip(methods, by_method, strict=True)
+    }
 
 
 Passes = Callable[[Tensor, int, int], Iterator[Tensor]]  # of images, first draw and how many, to (c, A, K)
@@ -154,35 +185,42 @@ Passes = Callable[[Tensor, int, int], Iterator[Tensor]]  # of images, first draw
 def _certify(
     group: Tensor,
     passes: Passes,
-    seen: "_Votes | _Means",
+    methods: Sequence["_Votes | _Means"],
     std: float,
     alpha: float,
     n0: int,
     looks: list[int],
     wanted: float | None,
-) -> tuple[Tensor, ...]:
-    """The fields of a `Certificate`."""
-    answer, used = seen.order[:, 0].cpu(), torch.zeros(len(group), dtype=torch.int64)
-    radius, lower, upper = torch.zeros(3, len(group), dtype=torch.float64)
-    active = torch.arange(len(group), device=group.device)
-    taken = 0
+) -> list[tuple[Tensor, ...]]:
+    """The fields of a `Certificate` by each method; an image draws on until all have ended."""
+    size = len(group)
+    answers = [seen.order[:, 0].cpu() for seen in methods]
+    used = torch.zeros(len(methods), size, dtype=torch.int64)
+    found = torch.zeros(len(methods), 3, size, dtype=torch.float64)  # radius, lower, upper
+    active, taken = torch.arange(size), 0
     for look in looks:
-        for outputs in passes(group[active], n0 + taken, look - taken):
-            seen.add(outputs)
+        for outputs in passes(group[active.to(group.device)], n0 + taken, look - taken):
+            for seen in methods:
+                seen.add(outputs)
         taken = look
-        low, high = seen.bounds(alpha / len(looks))
-        reach = np.where(low > high, std / 2 * (stats.norm.ppf(low) - stats.norm.ppf(high)), 0.0)
-        ends = np.full(len(reach), True) if look == looks[-1] else reach >= wanted
-        ended = active.cpu()[torch.from_numpy(ends)]
-        for values, into in ((reach, radius), (low, lower), (high, upper)):
-            into[ended] = torch.from_numpy(values[ends])
-        used[ended] = n0 + taken
-        stay = torch.from_numpy(~ends).to(group.device)
-        seen.keep(stay)
+        for number, seen in enumerate(methods):
+            low, high = seen.bounds(alpha / len(looks))
+            reach = np.where(low > high, std / 2 * (stats.norm.ppf(low) - stats.norm.ppf(high)), 0.0)
+            ends = np.full(len(reach), True) if look == looks[-1] else reach >= wanted
+            ended = torch.from_numpy(ends) & (used[number, active] == 0)
+            figures = torch.from_numpy(np.stack([reach, low, high]))
+            found[number][:, active[ended]] = figures[:, ended]
+            used[number, active[ended]] = n0 + taken
+        stay = (used[:, active] == 0).any(dim=0)
+        for seen in methods:
+            seen.keep(stay.to(group.device))
         active = active[stay]
         if len(active) == 0:
             break
-    return torch.where(radius > 0, answer, ABSTAINED), radius, lower, upper, used
+    return [
+        (torch.where(figures[0] > 0, answer, ABSTAINED), *figures, draws)
+        for answer, figures, draws in zip(answers, found, used, strict=True)
+    ]
 
 
 class _Votes:

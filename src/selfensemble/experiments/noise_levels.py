@@ -31,7 +31,7 @@ class NoiseLevels(Experiment):
 
     def networks(self, scale: Scale) -> list[Network]:
         modes = [network(name, title=f"noise in {mode}") for name, mode in _MODES.items()]
-        return modes + [_cell(scale, init, inner) for init in scale.noise.init for inner in scale.noise.inner]
+        return modes + [cell(scale, init, inner) for init in scale.noise.init for inner in scale.noise.inner]
 
     def measure(self, setting: Setting) -> Measured:
         settings, scale = setting.scale.noise, setting.scale
@@ -80,7 +80,7 @@ class NoiseLevels(Experiment):
         return Page("Levels of the noise", _ABOUT, parts)
 
 
-def _cell(scale: Scale, init: float, inner: float) -> Network:
+def cell(scale: Scale, init: float, inner: float) -> Network:
     """The network trained and tested with these levels."""
     name = f"init{init:g}-inner{inner:g}"
     levels = {"noise.init_std": init, "noise.inner_std": inner, "noise.draws": 10 if init or inner else 1}
@@ -103,13 +103,14 @@ def _attacks(record: Record) -> dict[str, str]:
     return titles
 
 
-def _levels(record: Record) -> tuple[float, float]:
+def levels_of(record: Record) -> tuple[float, float]:
+    """Of a network of the grid: on the image, and inside."""
     noise = record.facts.recipe["noise"]
     return noise["init_std"], noise["inner_std"]
 
 
 def _grid(cells: Sequence[Record], key: str, title: str) -> Table:
-    by_levels = {_levels(record): record for record in cells}
+    by_levels = {levels_of(record): record for record in cells}
     inner = sorted({levels[1] for levels in by_levels})
     rows = [
         [
@@ -127,8 +128,8 @@ def _grid(cells: Sequence[Record], key: str, title: str) -> Table:
 def _lines(cells: Sequence[Record], key: str) -> list[Line]:
     """A line for each level of the inner noise."""
     lines = []
-    for look, inner in enumerate(sorted({_levels(record)[1] for record in cells})):
-        own = sorted((record for record in cells if _levels(record)[1] == inner), key=_levels)
+    for look, inner in enumerate(sorted({levels_of(record)[1] for record in cells})):
+        own = sorted((record for record in cells if levels_of(record)[1] == inner), key=levels_of)
         points = [accuracy(record, key) for record in own]
-        lines.append(Line(f"inner {inner:g}", look, [_levels(record)[0] for record in own], points))
+        lines.append(Line(f"inner {inner:g}", look, [levels_of(record)[0] for record in own], points))
     return lines

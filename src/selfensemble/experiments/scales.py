@@ -59,6 +59,16 @@ class TheoryScale(Section):
     radius: Positive
 
 
+class CertificateScale(Section):
+    """What `certify` does to each image; `wanted`: the radius until which draws are counted."""
+
+    images: Count
+    n0: Count = 100
+    n: Annotated[int, Field(ge=2)]
+    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.001
+    wanted: Positive = 0.25
+
+
 class Scale(Section):
     """One entry of `scales.yaml`.
 
@@ -88,6 +98,8 @@ class Scale(Section):
     draws: DrawsScale
     noise: NoiseScale
     theory: TheoryScale
+    certificates: CertificateScale
+    certified_noise: CertificateScale
     honest: str
 
 

@@ -1,0 +1,216 @@
+"""Certified accuracy by radius: votes against means, and what noise inside a network does to it."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..certification import Method, certificates
+from ..inference import precision_of
+from ..pixels import pixel_std
+from ..streams import stream_seed
+from .base import Experiment, Measured, Setting, inputs_of
+from .figures import Line, Panel, draw
+from .intervals import mean, share
+from .networks import Network
+from .noise_levels import cell, levels_of
+from .page import Page, Picture, Table
+from .records import Record, column
+from .scales import CertificateScale, Scale
+
+METHODS: tuple[Method, ...] = ("vote", "mean")
+RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+_STEPS = 40  # of a curve
+# Cohen et al. 2019, ResNet-110, n = 100,000: by std, certified accuracy at a radius, and clean accuracy at 0.
+_PUBLISHED = {
+    0.12: {0.0: 81, 0.25: 59, 0.5: 0, 0.75: 0, 1.0: 0},
+    0.25: {0.0: 75, 0.25: 60, 0.5: 43, 0.75: 27, 1.0: 0},
+    0.5: {0.0: 65, 0.25: 55, 0.5: 41, 0.75: 32, 1.0: 23},
+}
+_ABOUT = """\
+Certified accuracy at a radius: the share of the first {images} test images that are answered rightly, with a
+certificate that no change within that L2 radius changes the infinite ensemble's answer. {n0} draws select the
+answer, {n:,} estimate, and each certificate is wrong with probability {alpha:g} at most. *vote* is the
+certificate of Cohen et al. for the class that most single draws choose, *mean* that of the mean probability,
+which is what the ensemble predicts; both from the same draws, both with bounds of the runner-up. The network
+that is certified is the optimised one, in its precision. Intervals are 95 % Clopper-Pearson over the images;
+those of differences are paired."""
+
+
+class Certificates(Experiment):
+    """Networks with noise on the image."""
+
+    def __init__(self, name: str, title: str, *names: str) -> None:
+        self.name, self.names, self._title = name, names, title
+
+    def networks(self, scale: Scale) -> list[Network]:
+        if self.names:
+            return super().networks(scale)
+        return [cell(scale, init, inner) for init in scale.noise.init if init for inner in scale.noise.inner]
+
+    def settings(self, scale: Scale) -> CertificateScale:
+        """Those of this experiment."""
+        return scale.certificates if self.names else scale.certified_noise
+
+    def measure(self, setting: Setting) -> Measured:
+        settings = self.settings(setting.scale)
+        inputs, labels = inputs_of(setting, settings.images)
+        std = pixel_std(setting.attacked, inputs[:2].to(setting.device))
+        own = {"std": std, "precision": precision_of(setting.attacked)}
+        units, size = setting.units(settings.model_dump() | own), min(50, setting.scale.shard)
+        parts = []
+        for number, few in enumerate(inputs.split(size)):
+            work = partial(_certified, setting, settings, few, number, number * size / len(inputs))
+            parts.append(units.compute(f"{number:05d}", work))
+        columns = {"label": column(labels.numpy())}
+        columns |= {
+            name: column(torch.cat([part[name] for part in parts]).numpy()) for name in sorted(parts[0])
+        }
+        return Measured(settings.model_dump(), {"certificate": own}, columns)
+
+    def page(self, records: Sequence[Record]) -> Page:
+        settings = records[0].facts.settings
+        parts: list[Table | Picture] = [
+            Table(
+                "Certified accuracy by radius",
+                "In per cent. The average radius counts 0 where the answer is wrong or missing. Last rows: "
+                "published, of another network, n = 100,000.",
+                ["network", *(f"{radius:g}" for radius in RADII), "abstained", "average radius"],
+                [_row(record, method) for record in records for method in METHODS] + _published(records),
+            ),
+            Table(
+                f"Draws for a radius of {settings['wanted']:g}",
+                "Images draw until the radius is certified, which one of four looks finds, at most "
+                f"{settings['n']:,} times.",
+                ["network", "certified, vote", "mean draws, vote", "certified, mean", "mean draws, mean"],
+                [_draws(record) for record in records],
+            ),
+            Table(
+                "Means against votes",
+                "Certified accuracy by means less that by votes, in points, of the same images and draws.",
+                ["network", *(f"{radius:g}" for radius in RADII)],
+                [[record.facts.title, *_against_votes(record)] for record in records],
+            ),
+        ]
+        if not self.names:
+            parts += _inner(records)
+        lines = {
+            method: [
+                Line(record.facts.title, look, _grid(records), _curve(record, method, _grid(records)))
+                for look, record in enumerate(records)
+            ]
+            for method in METHODS
+        }
+        panels = [Panel(method, "L2 radius", "certified accuracy, %", lines[method]) for method in METHODS]
+        parts.append(Picture("certified", "Certified accuracy against the radius.", draw([panels])))
+        return Page(self._title, _ABOUT.format(**settings), parts)
+
+
+def _certified(
+    setting: Setting, settings: CertificateScale, images: Tensor, number: int, done: float
+) -> dict[str, Tensor]:
+    """Certificates of a few images by both methods, then draws until a wanted radius."""
+    found: dict[str, Tensor] = {}
+    share_of_all = len(images) / settings.images
+    for place, wanted in enumerate((None, settings.wanted)):
+
+        def progress(drawn: int, total: int, place: int = place) -> None:
+            setting.progress("certifying", done + share_of_all * (place + drawn / total) / 2)
+
+        by_method = certificates(
+            setting.attacked, images.to(setting.device), METHODS, alpha=settings.alpha, n0=settings.n0,
+            n=settings.n, radius=wanted, seed=stream_seed(setting.seed, number, 30 + place),
+            progress=progress,
+        )  # fmt: skip
+        for method, certificate in by_method.items():
+            if wanted is None:
+                found |= {f"{method}.answer": certificate.label, f"{method}.radius": certificate.radius}
+            else:
+                found[f"{method}.draws"] = certificate.draws
+                found[f"{method}.reached"] = (certificate.radius >= wanted).long()
+    return found
+
+
+def reach(record: Record, method: Method) -> NDArray[np.float64]:
+    """(N,) certified radius of each image; -1 where the answer is wrong or missing."""
+    right = record.numbers(f"{method}.answer") == record.numbers("label")
+    radii: NDArray[np.float64] = np.where(right, record.numbers(f"{method}.radius"), -1.0)
+    return radii
+
+
+def _row(record: Record, method: Method) -> list[str]:
+    radii = reach(record, method)
+    accuracies = [share(radii >= radius).text for radius in RADII]
+    abstained = share(record.numbers(f"{method}.answer") < 0)
+    return [
+        f"{record.facts.title}, {method}",
+        *accuracies,
+        f"{100 * abstained.value:.1f}",
+        f"{np.maximum(radii, 0).mean():.3f}",
+    ]
+
+
+def _published(records: Sequence[Record]) -> list[list[str]]:
+    stds = {round(record.facts.entries["certificate"]["std"], 6) for record in records} & set(_PUBLISHED)
+    return [
+        [
+            f"Cohen et al., ResNet-110, std {std:g}",
+            *(f"{_PUBLISHED[std][radius]}" if radius in _PUBLISHED[std] else "" for radius in RADII),
+            "",
+            "",
+        ]
+        for std in sorted(stds)
+    ]
+
+
+def _draws(record: Record) -> list[str]:
+    cells = [record.facts.title]
+    for method in METHODS:
+        reached = share(record.numbers(f"{method}.reached") > 0)
+        cells += [reached.text, f"{record.numbers(f'{method}.draws').mean():,.0f}"]
+    return cells
+
+
+def _against_votes(record: Record) -> list[str]:
+    vote, means = (reach(record, method) for method in METHODS)
+    return [_points((means >= radius).astype(float) - (vote >= radius)) for radius in RADII]
+
+
+def _inner(records: Sequence[Record]) -> list[Table | Picture]:
+    """What noise inside the network does, at the same noise on the image."""
+    without = {levels_of(record)[0]: record for record in records if levels_of(record)[1] == 0}
+    rows = []
+    for record in records:
+        init, inner = levels_of(record)
+        if inner and init in without:
+            ours, theirs = (reach(each, "mean") for each in (record, without[init]))
+            points = [_points((ours >= radius).astype(float) - (theirs >= radius)) for radius in RADII]
+            further = mean(np.maximum(ours, 0) - np.maximum(theirs, 0))
+            radius = f"{further.value:+.3f} ({further.low:+.3f} to {further.high:+.3f})"
+            rows.append([record.facts.title, *points, radius])
+    if not rows:
+        return []
+    head = ["network", *(f"{radius:g}" for radius in RADII), "average radius"]
+    caption = (
+        "Certified accuracy by means less that of the network without inner noise, in points, same images. "
+        "Each network was trained once: the intervals are over images, not over trainings."
+    )
+    return [Table("What inner noise does to the certificate", caption, head, rows)]
+
+
+def _points(differences: NDArray[np.float64]) -> str:
+    figure = mean(differences)
+    return f"{100 * figure.value:+.1f} ({100 * figure.low:+.1f} to {100 * figure.high:+.1f})"
+
+
+def _grid(records: Sequence[Record]) -> list[float]:
+    largest = max(float(record.numbers(f"{method}.radius").max()) for record in records for method in METHODS)
+    return [largest * step / _STEPS for step in range(_STEPS + 1)]
+
+
+def _curve(record: Record, method: Method, radii: Sequence[float]) -> list[float]:
+    own = reach(record, method)
+    return [float((own >= radius).mean()) for radius in radii]
