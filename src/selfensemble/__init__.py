@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .attacks import cw_l2, cw_l2_paper
     from .calibration import calibrate
     from .certification import Certificate, certify
+    from .conformal import ConformalSets, conformal_sets
     from .data import ImageData, load_data
     from .decision import Decision, decide
     from .ensemble import Prediction, SelfEnsemble
@@ -46,6 +47,8 @@ __all__ = [
     "Decision",
     "certify",
     "Certificate",
+    "conformal_sets",
+    "ConformalSets",
     # attacks, and what they are worth
     "attacks",
     "cw_l2",
@@ -65,6 +68,7 @@ _MODULES = {
     "attacks": ("cw_l2", "cw_l2_paper"),
     "calibration": ("calibrate",),
     "certification": ("Certificate", "certify"),
+    "conformal": ("ConformalSets", "conformal_sets"),
     "data": ("ImageData", "load_data"),
     "decision": ("Decision", "decide"),
     "ensemble": ("Prediction", "SelfEnsemble"),
