@@ -15,6 +15,7 @@ import selfensemble as rse
 from selfensemble import cli  # noqa: F401  (adds its commands to the app)
 from selfensemble.cli_base import app
 from selfensemble.experiments import EXPERIMENTS, Reproduction, networks, render_all
+from selfensemble.experiments.certainty import auroc, calibration_error
 from selfensemble.experiments.certificates import reach
 from selfensemble.experiments.curvature import local_lipschitz, second_order_term
 from selfensemble.experiments.draws import COUNTS, right_groups
@@ -284,6 +285,35 @@ def test_certificates_by_both_methods(done: Done) -> None:
     again = contents(done.out / "certificates")
     render_all(["certificates"], done.out)
     assert contents(done.out / "certificates") == again
+
+
+def test_certainty_of_networks_with_and_without_noise(done: Done) -> None:
+    pages = done.reproduction(only=("plain", "rse")).run(["certainty"])
+    titles = [table.title for table in pages["certainty"].tables]
+    assert "Decision of the infinite ensemble" in titles
+    plain, noisy = done.record("certainty", "plain"), done.record("certainty", "rse")
+    assert (plain.numbers("information") < 1e-9).all()
+    assert (noisy.numbers("information") > 0).any()
+    assert "robust.size" not in plain.columns
+    assert (noisy.numbers("robust.size") >= noisy.numbers("set.size")).all()
+    decided = noisy.numbers("decide.answer") >= 0
+    assert (noisy.numbers("decide.draws")[decided] >= 10).all()
+    assert noisy.numbers("noise.entropy").mean() > noisy.numbers("entropy").mean()
+
+
+def test_calibration_error_and_auroc() -> None:
+    generator = np.random.default_rng(0)
+    confidence = generator.uniform(0.2, 1, 20_000)
+    right = generator.uniform(size=len(confidence)) < confidence
+    assert calibration_error(confidence, right) < 0.02
+    # Sure of itself by .1 too much everywhere.
+    assert calibration_error(np.minimum(confidence + 0.1, 1), right) == pytest.approx(0.1, abs=0.02)
+    ours, others = generator.integers(0, 6, 40).astype(float), generator.integers(2, 8, 30).astype(float)
+    pairs = others[None, :] - ours[:, None]
+    expected = (pairs > 0).mean() + 0.5 * (pairs == 0).mean()
+    found = auroc(ours, others)
+    assert found.value == pytest.approx(expected)
+    assert found.low < found.value < found.high
 
 
 def test_targeted_wants_another_class(done: Done) -> None:

@@ -12,6 +12,7 @@ from ..evaluation.identity import model_record
 from ..files import atomic_write
 from ..recipe import differing_keys, public_recipe
 from .base import Experiment, Report, Setting
+from .certainty import Certainty
 from .certificates import Certificates
 from .curves import Curves
 from .draws import Draws
@@ -38,6 +39,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         Targeted(),
         Theory(),
         Honest(),
+        Certainty(),
         Certificates("certificates", "Certificates", "rse", "ours", "gaussian", "smoothadv"),
         Certificates("certified-noise", "Does noise inside the network help a certificate?"),
         Curves("resnext", "resnext29_2x64d"),

@@ -69,6 +69,18 @@ class CertificateScale(Section):
     wanted: Positive = 0.25
 
 
+class CertaintyScale(Section):
+    """`alpha`, `max_draws`: of `decide`; `risk`, `radius`, `robust_draws`: of conformal sets."""
+
+    images: Count
+    draws: Annotated[int, Field(ge=2)]
+    max_draws: Count
+    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.001
+    risk: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    radius: Positive = 0.1
+    robust_draws: Annotated[int, Field(ge=2)]
+
+
 class Scale(Section):
     """One entry of `scales.yaml`.
 
@@ -100,6 +112,7 @@ class Scale(Section):
     theory: TheoryScale
     certificates: CertificateScale
     certified_noise: CertificateScale
+    certainty: CertaintyScale
     honest: str
 
 
