@@ -206,7 +206,7 @@ def test_noise_behind_a_normalisation_counts_in_pixels(tiny: nn.Module, images: 
     rse.remove_noise_(tiny)
     behind = rse.SelfEnsemble(Normalised(tiny, [0.2, 0.25, 0.5]), rse.NoiseConfig(0.3, 0.1))
     assert pixel_std(behind, images) == pytest.approx(0.3 * 0.2, rel=1e-4)
-    fast = rse.optimize(behind, images)
+    fast = rse.optimize(behind, images, "bf16")
     assert pixel_std(fast, images) == pytest.approx(0.3 * 0.2, rel=1e-4)
 
 
@@ -299,7 +299,7 @@ def test_it_is_the_given_copy_that_is_certified(images: Tensor) -> None:
     slope = float(normal.weight.detach().abs().max())
     assert pixel_std(by_hand, images) == pytest.approx(0.2 / slope, rel=1e-3)
     with pytest.raises(ValueError, match="rounding moves the image"):
-        pixel_std(rse.optimize(by_hand, images), images)
+        pixel_std(rse.optimize(by_hand, images, "bf16"), images)
 
 
 class Batch(nn.Module):

@@ -109,7 +109,7 @@ def test_votes_and_means_of_a_run(model: Path, tmp_path: Path) -> None:
     progress: list[float] = []
     for method in ("vote", "mean"):
         run = Certification(
-            rse.optimize(ensemble, data.inputs(slice(2))),
+            rse.optimize(ensemble, data.inputs(slice(2)), "bf16"),
             data,
             Settings.model_validate({"images": 30, "n": 300, "method": method, "radius": 0.1, "shard": 16}),
             tmp_path / method,

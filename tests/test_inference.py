@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import selfensemble as rse
+from selfensemble import inference
 from selfensemble.attacks import cw_l2, ddn, pgd, transfer
 from selfensemble.evaluation import judge
-from selfensemble.inference import optimize, original_of
+from selfensemble.inference import faster_precision, optimize, original_of
 
 
 def trained_statistics(name: str, channels: int = 3) -> rse.SelfEnsemble:
@@ -97,7 +98,7 @@ class Backwards(nn.Module):
 def test_half_precision_begins_behind_the_first_layer_used(colour: Tensor) -> None:
     torch.manual_seed(0)
     ensemble = rse.SelfEnsemble(Backwards(), rse.NoiseConfig(0.1, 0.1)).eval()
-    fast = optimize(ensemble, colour)
+    fast = optimize(ensemble, colour, "bf16")
     halved = {name.split(".")[-2] for name, value in fast.named_parameters() if value.dtype == torch.bfloat16}
     assert halved == {"second"}
     ours, theirs = (each.predict_proba(colour, draws=3, seed=1) for each in (fast, ensemble))
@@ -123,7 +124,7 @@ def test_what_cannot_be_folded_stays(network: type[nn.Module], colour: Tensor) -
 
 
 def test_an_error_inside_leaves_autocast_as_it_was(colour: Tensor) -> None:
-    fast = optimize(trained_statistics("vgg11"), colour)
+    fast = optimize(trained_statistics("vgg11"), colour, "bf16")
     with pytest.raises(ValueError, match="cannot take inputs"):
         fast.predict(torch.rand(2, 1, 32, 32))
     assert not torch.is_autocast_enabled("cpu")
@@ -155,7 +156,7 @@ def test_attacks_on_a_copy_succeed_on_the_original(digits: tuple[rse.SelfEnsembl
     ensemble, inputs, labels = digits
     plain = copy.deepcopy(ensemble)
     rse.remove_noise_(plain.model)
-    fast = optimize(plain, inputs)
+    fast = optimize(plain, inputs, "bf16")
     for attack in (partial(cw_l2, lr=0.05, initial_c=1.0), ddn):
         found = [attack(model, inputs, labels, steps=60, seed=0) for model in (fast, plain)]
         ours, theirs = (judge(plain, inputs, images, labels, seed=1) for images in found)
@@ -166,7 +167,7 @@ def test_attacks_on_a_copy_succeed_on_the_original(digits: tuple[rse.SelfEnsembl
 
 def test_noise_counts_on_copies_as_on_originals(digits: tuple[rse.SelfEnsemble, Tensor, Tensor]) -> None:
     ensemble, inputs, labels = digits
-    fast = optimize(ensemble, inputs)
+    fast = optimize(ensemble, inputs, "bf16")
     found = [pgd(model, inputs, labels, norm="l2", eps=0.7, steps=20, seed=0) for model in (ensemble, fast)]
     leads = [
         judge(ensemble, inputs, images, labels, queries=50, seed=1).lead.mean().item() for images in found
@@ -179,3 +180,13 @@ def test_noise_counts_on_copies_as_on_originals(digits: tuple[rse.SelfEnsemble, 
     ]
     assert (base[0] - base[1]).abs().mean() < 0.01
     assert all(layer.enabled for layer in rse.noise_layers(ensemble.model).values())
+
+
+def test_without_a_precision_the_faster_one_is_measured(
+    digits: tuple[rse.SelfEnsemble, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ensemble, inputs, _ = digits
+    assert faster_precision(torch.device("cpu")) in ("float32", "bf16")
+    for precision in ("float32", "bf16"):
+        monkeypatch.setattr(inference, "faster_precision", lambda device, chosen=precision: chosen)
+        assert optimize(ensemble, inputs).precision == precision

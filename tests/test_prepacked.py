@@ -177,7 +177,7 @@ def test_only_what_is_called_once_is_replaced() -> None:
     torch.manual_seed(0)
     ensemble = rse.SelfEnsemble(Branches(), rse.NoiseConfig(0.1, 0.1)).eval()
     inputs = torch.rand(4, 3, 8, 8)
-    fast = optimize(ensemble, inputs)
+    fast = optimize(ensemble, inputs, "bf16")
     packed = [module for module in fast.modules() if isinstance(module, PrepackedConvolution)]
     assert [(each.relu, each.exact_inputs) for each in packed] == [(False, True)]
     ours, theirs = (each.predict_proba(inputs, draws=3, seed=1) for each in (fast, ensemble))

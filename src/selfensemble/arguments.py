@@ -49,7 +49,7 @@ def in_precision(ensemble: "SelfEnsemble", example: "torch.Tensor", precision: s
 
     if precision not in ("float32", "bf16"):
         raise InputError(f"--precision must be float32 or bf16, got {precision!r}")
-    return optimize(ensemble, example) if precision == "bf16" else ensemble
+    return optimize(ensemble, example, "bf16") if precision == "bf16" else ensemble
 
 
 def test_data_of(config: "ArtefactConfig", data: str | None) -> "ImageData":
