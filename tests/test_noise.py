@@ -18,6 +18,7 @@ from scipy.stats import chisquare, kstest, norm
 from torch import Tensor, nn
 
 import selfensemble as rse
+from selfensemble.defenses.resize_pad import ResizePad, ResizePadConfig
 from selfensemble.noise import Std
 from selfensemble.streams import Sampling, stream_seed
 
@@ -368,3 +369,65 @@ def test_strided_inputs(sampling: Sampling) -> None:
     sliced = layer(torch.zeros(4, 6, 8)[::2, 1:5, ::3])
     assert sliced.shape == (2, 4, 3)
     assert sliced[0].unique().numel() == 12
+
+
+@pytest.mark.parametrize("sampling", ["per_image", "shared"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("std", [0.1, (0.1, 0.2, 0.3)])
+def test_antithetic_draws_are_opposite_in_pairs(sampling: Sampling, dtype: torch.dtype, std: Std) -> None:
+    layers = [rse.GaussianNoise(std, layer=number).eval() for number in range(2)]
+    zeros = torch.zeros(2, 3, 60, 60, dtype=dtype)
+    draws = []
+    for index in range(4):
+        with rse.noise_draw(3, index, sampling, antithetic=True):
+            draws.append([layer(zeros) for layer in (*layers, layers[0])])
+    for first, second in (draws[:2], draws[2:]):
+        for one, other in zip(first, second, strict=True):
+            assert torch.equal(one, -other)
+    with rse.noise_draw(3, 2, sampling):
+        assert torch.equal(layers[0](zeros), draws[2][0])  # the first of a pair is the draw that it was
+    bound = 4 / math.sqrt(zeros[0].numel())
+    for one, other in ((draws[0][0], draws[2][0]), (draws[0][0], draws[0][1]), (draws[0][0], draws[0][2])):
+        assert abs(correlation(one[0].float().flatten(), other[0].float().flatten())) < bound
+    if sampling == "shared":
+        # Several draws in one batch, from an odd one on and with steps, are those of their own.
+        for index, count, step in ((0, 4, 1), (1, 3, 1), (0, 2, 3)):
+            with rse.noise_draw(3, index, sampling, count=count, step=step, antithetic=True):
+                batch = layers[0](zeros[:1].expand(count, -1, -1, -1))
+            for place in range(count):
+                assert torch.equal(batch[place], draws[index + place * step][0][0])
+    else:
+        with (
+            rse.noise_draw(3, 0, sampling, count=2, antithetic=True),
+            pytest.raises(ValueError, match="one draw"),
+        ):
+            layers[0](zeros)
+
+
+def test_antithetic_draws_need_a_seed_and_leave_other_randomness_alone() -> None:
+    with pytest.raises(ValueError, match="seed"), rse.noise_draw(antithetic=True):
+        pass
+    pad = ResizePad(ResizePadConfig(smallest=8, largest=16)).eval()
+    images = torch.rand(4, 1, 12, 12)
+    found = []
+    for index in range(2):
+        with rse.noise_draw(1, index, "per_image", antithetic=True):
+            found.append(pad(images))
+    assert not torch.equal(*found)
+
+
+def test_antithetic_means_vary_less() -> None:
+    """Of a network that is linear in its noise but for the softmax."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 3))
+    ensemble = rse.SelfEnsemble(network, rse.NoiseConfig(0.1, 0.0))
+    images = torch.rand(8, 1, 8, 8)
+    spread = []
+    for antithetic in (False, True):
+        means = [ensemble.predict_proba(images, draws=2, antithetic=antithetic) for _ in range(100)]
+        spread.append(torch.stack(means).var(dim=0).mean())
+    assert spread[1] < 0.1 * spread[0]
+    both = [
+        ensemble.predict_proba(images, draws=4, seed=5, antithetic=True, max_batch=each) for each in (2, 8)
+    ]
+    torch.testing.assert_close(*both)

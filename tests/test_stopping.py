@@ -340,7 +340,7 @@ def test_a_calibrated_network(digits: tuple[rse.SelfEnsemble, Tensor], tmp_path:
         seed=0,
         progress=lambda done, total: calls.append((done, total)),
     )
-    assert calls[-1] == (116, 116)
+    assert calls[-1] == (126, 126)
     again = rse.calibrate(ensemble, images[:300], epsilon=0.2, most=16, reference_draws=100, seed=0)
     assert again == rule
     ensemble.stopping = rule

@@ -18,11 +18,11 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from .drawing import check_finite
-from .ensemble import SelfEnsemble, check_count
+from .drawing import Draws, check_finite
+from .ensemble import SelfEnsemble, check_count, check_images
 from .inference import precision_of
+from .inject import eval_mode
 from .stopping import Calibrated, margin
-from .streams import stream_seed
 
 Progress = Callable[[int, int], None]
 _PRICES = np.geomspace(2000, 2, 61)
@@ -62,6 +62,7 @@ def calibrate(
     delta: float = 0.05,
     most: int = 32,
     reference_draws: int = 200,
+    antithetic: bool = True,
     seed: int | None = None,
     progress: Progress | None = None,
 ) -> Calibrated:
@@ -79,6 +80,8 @@ def calibrate(
         most: draws of an image at most.
         reference_draws: draws that stand for infinitely many. Where they are themselves in doubt, so is
             what they say of an answer.
+        antithetic: whether predictions are to draw in pairs of opposite noise, which takes fewer draws. The
+            default of epsilon is about draws that do not.
         seed: of noise and halves; None for fresh entropy.
         progress: called with passes done and all of them.
 
@@ -92,23 +95,25 @@ def calibrate(
         raise ValueError("the ensemble has no noise: one draw is its answer, there is nothing to calibrate")
     if len(inputs) < 2 * _LEAST:
         raise ValueError(f"calibration needs {2 * _LEAST} images or more, got {len(inputs)}")
+    check_images(inputs, ensemble.bounds)
     for name, share in (("epsilon", epsilon), ("delta", delta)):
         if share is not None and not 0 < share < 1:
             raise ValueError(f"{name} must lie between 0 and 1, got {share}")
     most, reference_draws = check_count("most", most), check_count("reference_draws", reference_draws)
     entropy = np.random.SeedSequence(seed)
-    paths = _record(ensemble, inputs, most, reference_draws, int(entropy.generate_state(1)[0]), progress)
+    seeds = [int(state) for state in entropy.generate_state(2)]
+    paths, fixed = _record(ensemble, inputs, most, reference_draws, antithetic, seeds, progress)
     order = np.random.default_rng(entropy).permutation(len(inputs))
     first, second = (paths.of(half) for half in np.array_split(order, 2))
     if epsilon is None:
-        epsilon = float(first.wrong[min(ensemble.draws, most) - 1].mean())
+        epsilon = float(fixed[order[: first.wrong.shape[1]]].mean())
         if epsilon == 0:
             raise ValueError(
                 f"{ensemble.draws} draws answer all {len(order) // 2} images as the infinite ensemble "
                 "does: set epsilon, or give more images"
             )
     rule = choose(first, second, epsilon, delta, reference_draws)
-    return rule.model_copy(update={"precision": precision_of(ensemble)})
+    return rule.model_copy(update={"precision": precision_of(ensemble), "antithetic": antithetic})
 
 
 def choose(first: Paths, second: Paths, epsilon: float, delta: float, reference_draws: int) -> Calibrated:
@@ -163,29 +168,37 @@ def _record(
     inputs: Tensor,
     most: int,
     reference_draws: int,
-    seed: int,
+    antithetic: bool,
+    seeds: list[int],
     progress: Progress | None,
-) -> Paths:
-    """Draws of each image's own: images that share noise would not be independent."""
-    done, total = 0, reference_draws + most
+) -> tuple[Paths, np.ndarray]:
+    """Paths of up to `most` draws, and (N,) whether `ensemble.draws` independent draws are wrong.
 
-    def draw(index: int) -> Tensor:
+    Draws of each image's own: images that share noise would not be independent.
+    """
+    own = Draws(ensemble, inputs, None, seeds[0], "per_image", antithetic)
+    independent = Draws(ensemble, inputs, None, seeds[1], "per_image")
+    done, total = 0, reference_draws + most + ensemble.draws
+
+    def draw(source: Draws, index: int) -> Tensor:
         nonlocal done
-        own = stream_seed(seed, index, 0)
-        outputs = ensemble.predict_proba(inputs, draws=1, seed=own, sampling="per_image").cpu()
-        check_finite(outputs)
+        groups = enumerate(source.groups(inputs))
+        parts = [source.take(source.prepared(group), index, 1, number)[0].cpu() for number, group in groups]
         done += 1
         if progress is not None:
             progress(done, total)
-        return outputs
+        return check_finite(torch.cat(parts))
 
-    reference = sum((draw(index) for index in range(reference_draws)), torch.zeros(()))
-    label = reference.argmax(dim=1)
-    total_so_far = torch.zeros(())
-    margins, wrong = [], []
-    for index in range(most):
-        total_so_far = total_so_far + draw(reference_draws + index)
-        mean = total_so_far / (index + 1)
-        margins.append(margin(mean))
-        wrong.append(mean.argmax(dim=1) != label)
-    return Paths(torch.stack(margins).double().numpy(), torch.stack(wrong).numpy())
+    with eval_mode(ensemble):
+        label = sum((draw(own, index) for index in range(reference_draws)), torch.zeros(())).argmax(dim=1)
+        others = sum((draw(independent, index) for index in range(ensemble.draws)), torch.zeros(()))
+        total_so_far = torch.zeros(())
+        margins, wrong = [], []
+        first = reference_draws + reference_draws % 2  # the first of a pair
+        for index in range(most):
+            total_so_far = total_so_far + draw(own, first + index)
+            mean = total_so_far / (index + 1)
+            margins.append(margin(mean))
+            wrong.append(mean.argmax(dim=1) != label)
+    paths = Paths(torch.stack(margins).double().numpy(), torch.stack(wrong).numpy())
+    return paths, (others.argmax(dim=1) != label).numpy()

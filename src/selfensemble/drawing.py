@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .stopping import Rule
-from .streams import Sampling, noise_draw, stream_seed
+from .streams import Sampling, fresh_seed, noise_draw, stream_seed
 
 if TYPE_CHECKING:
     from .ensemble import SelfEnsemble
@@ -25,6 +25,7 @@ class Draws:
         max_batch: images a pass; None for what `SelfEnsemble.predict` says.
         seed: None for fresh noise.
         sampling: overrides the ensemble's.
+        antithetic: in pairs, see `noise_draw`.
     """
 
     def __init__(
@@ -34,10 +35,14 @@ class Draws:
         max_batch: int | None = None,
         seed: int | None = None,
         sampling: Sampling | None = None,
+        antithetic: bool = False,
     ) -> None:
         from .ensemble import explain_shape  # which imports this module
 
+        if antithetic and seed is None:
+            seed = fresh_seed()
         self.ensemble, self.seed, self.sampling, self._example = ensemble, seed, sampling, example
+        self._antithetic = antithetic
         self._explained = partial(explain_shape, ensemble)
         self.device = next((tensor.device for tensor in ensemble.parameters()), example.device)
         self._dtype = ensemble.input_dtype or example.dtype
@@ -106,7 +111,8 @@ class Draws:
             if own is not None and self._by_part:
                 own = stream_seed(own, group * _PASSES + part, 0)
             repeated = few if count == 1 else few.repeat(count, *[1] * (few.dim() - 1))
-            with noise_draw(own, index, self.sampling, count=count), self._explained(self._example):
+            drawn = noise_draw(own, index, self.sampling, count=count, antithetic=self._antithetic)
+            with drawn, self._explained(self._example):
                 outputs = self.ensemble.draw_logits(repeated).float().softmax(dim=-1)
             passes.append(outputs.view(count, len(few), outputs.shape[-1]))
         return torch.cat(passes, dim=1)

@@ -170,6 +170,7 @@ class SelfEnsemble(nn.Module):
         seed: int | None = None,
         sampling: Sampling | None = None,
         stop: Stop | None = None,
+        antithetic: bool | None = None,
     ) -> Tensor:
         """Softmax averaged over noise draws, without gradients, in constant memory.
 
@@ -187,6 +188,9 @@ class SelfEnsemble(nn.Module):
             stop: when an image stops drawing. None takes all draws. "exact" stops when the draws that are
                 left cannot change the label: it is that of all draws, while probabilities are means of
                 fewer. "calibrated" stops by the margins in `stopping`, which also set the most draws.
+            antithetic: draw in pairs of opposite noise: the mean is nearer to that of infinitely many
+                draws, the spread is that of draws that are not independent. By default not, but with
+                "calibrated" as it was calibrated.
 
         Returns:
             (B, K) float32 probabilities, on the device of `inputs`.
@@ -195,8 +199,9 @@ class SelfEnsemble(nn.Module):
             TypeError, ValueError: inputs of a wrong dtype, shape or range, or counts below 1.
         """
         return self.predict(
-            inputs, draws=draws, max_batch=max_batch, seed=seed, sampling=sampling, stop=stop
-        ).probabilities
+            inputs, draws=draws, max_batch=max_batch, seed=seed, sampling=sampling, stop=stop,
+            antithetic=antithetic,
+        ).probabilities  # fmt: skip
 
     @torch.no_grad()
     def predict(
@@ -208,6 +213,7 @@ class SelfEnsemble(nn.Module):
         seed: int | None = None,
         sampling: Sampling | None = None,
         stop: Stop | None = None,
+        antithetic: bool | None = None,
     ) -> Prediction:
         """Label, mean probabilities and their spread over the draws; arguments of `predict_proba`."""
         check_images(inputs, self.bounds)
@@ -216,8 +222,15 @@ class SelfEnsemble(nn.Module):
         if not self.is_random:
             rule = Fixed(1)
         size = None if max_batch is None else check_count("max_batch", max_batch)
+        if antithetic is None:
+            antithetic = isinstance(rule, Calibrated) and rule.antithetic
+        elif isinstance(rule, Calibrated) and antithetic != rule.antithetic:
+            raise ValueError(
+                f"the stopping rule was calibrated with antithetic={rule.antithetic}: leave antithetic out, "
+                "or calibrate again"
+            )
         with eval_mode(self):
-            drawn = Draws(self, inputs, size, seed, sampling)
+            drawn = Draws(self, inputs, size, seed, sampling, antithetic)
             found = [moments(drawn, group, rule, k) for k, group in enumerate(drawn.groups(inputs))]
         mean, spread, used = (torch.cat(each).to(inputs.device) for each in zip(*found, strict=True))
         if not self.is_random:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .half_noise import fill_half_
 from .streams import Sampling, Source, check_sampling, random_source
 
 Std = float | tuple[float, ...]  # of a layer: one level, or one a channel
@@ -68,18 +67,13 @@ def _noise_like(inputs: Tensor, std: float, source: Source) -> Tensor:
         return torch.empty_like(inputs)
     if not source.shared:
         noise = torch.empty_like(inputs, requires_grad=False)
-        if inputs.device.type == "cpu" and inputs.dtype in (torch.bfloat16, torch.float16):
-            fill_half_(noise, std, source.bits())
-        else:
-            # In memory order: `normal_` on a permuted view is several times slower.
-            noise.as_strided((noise.numel(),), (1,)).normal_(0.0, std, generator=source.generator())
+        source.fill_each_(noise, std)
         return noise
     # In float32 and logical order, so that neither dtype nor memory format changes the draw.
     source.check_batch(len(inputs))
     dtype = torch.promote_types(inputs.dtype, torch.float32)
     noise = torch.empty((source.count, *inputs.shape[1:]), dtype=dtype, device=inputs.device)
-    for one, generator in source.split(noise):
-        one.normal_(0.0, std, generator=generator)
+    source.fill_shared_(noise, std)
     if inputs.dim() == 4 and inputs.is_contiguous(memory_format=torch.channels_last):
         noise = noise.contiguous(memory_format=torch.channels_last)
     return noise.to(inputs.dtype)

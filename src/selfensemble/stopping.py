@@ -66,6 +66,7 @@ class Calibrated(BaseModel):
         images: how many those were.
         reference_draws: draws that stood for infinitely many.
         precision: of the ensemble it was calibrated on.
+        antithetic: whether draws come in pairs of opposite noise.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -77,6 +78,7 @@ class Calibrated(BaseModel):
     images: Annotated[int, Field(ge=1)]
     reference_draws: Annotated[int, Field(ge=1)]
     precision: Literal["float32", "bf16"] = "float32"
+    antithetic: bool = False
 
     @property
     def most(self) -> int:

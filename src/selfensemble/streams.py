@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .half_noise import fill_half_
+
 Sampling = Literal["per_image", "shared"]
 
 # Streams a seed spans before it wraps: LAYERS layers of 2**32 / LAYERS (a million) draws.
@@ -42,6 +44,7 @@ class _Draw:
     sampling: Sampling | None = None
     count: int = 1
     step: int = 1
+    antithetic: bool = False
     generators: dict[tuple[int, int, torch.device], torch.Generator] = field(default_factory=dict)
     bits: dict[int, np.random.SFC64] = field(default_factory=dict)
 
@@ -58,6 +61,7 @@ def noise_draw(
     *,
     count: int = 1,
     step: int = 1,
+    antithetic: bool = False,
 ) -> Iterator[None]:
     """Within this context, noise is draw number `index` of `seed`, sampled by `sampling`.
 
@@ -75,11 +79,17 @@ def noise_draw(
             `index + step`, and so on. Shared noise is shared by the images of one draw; per-image noise is
             of the stream of the first one.
         step: between the numbers of those draws.
+        antithetic: draws of odd number have the opposite Gaussian noise of those before them. The mean over
+            pairs has the same expectation and varies less, as far as the network is linear in its
+            noise; the draws of a pair are not independent, which no certificate may overlook. Needs a seed.
     """
     if index < 0 or count < 1 or step < 1:
         raise ValueError(f"index must be >= 0, count and step >= 1, got {index}, {count} and {step}")
+    if antithetic and seed is None:
+        raise ValueError("antithetic draws repeat each other's noise: give them a seed, e.g. a fresh one")
     policy = None if sampling is None else check_sampling(sampling)
-    token = _current.set(_Draw(None if seed is None else operator.index(seed), index, policy, count, step))
+    chosen = None if seed is None else operator.index(seed)
+    token = _current.set(_Draw(chosen, index, policy, count, step, antithetic))
     try:
         yield
     finally:
@@ -146,13 +156,14 @@ class Source:
         """Draws within the batch."""
         return self.draw.count
 
-    def generator(self, later: int = 0) -> torch.Generator:
-        """For torch's functions, on the device: of the draw that many after the first of the batch."""
-        draw, key = self.draw, (later, self.layer, self.device)
+    def generator(self, number: int | None = None) -> torch.Generator:
+        """For torch's functions, on the device: of a draw, by default the first of the batch."""
+        draw = self.draw
         if draw.seed is None:
             return _entropy.generator(self.device)
+        key = (draw.index if number is None else number, self.layer, self.device)
         if key not in draw.generators:
-            seed = stream_seed(draw.seed, draw.index + later * draw.step, self.layer)
+            seed = stream_seed(draw.seed, key[0], self.layer)
             draw.generators[key] = torch.Generator(self.device).manual_seed(seed)
         return draw.generators[key]
 
@@ -162,7 +173,42 @@ class Source:
             yield tensor, self.generator()
             return
         for later in range(self.count):
-            yield tensor[later : later + 1], self.generator(later)
+            number = self.draw.index + later * self.draw.step
+            yield tensor[later : later + 1], self.generator(number)
+
+    def fill_shared_(self, noise: Tensor, std: float) -> None:
+        """Gaussian noise in float32 or better, an entry for each draw of the batch."""
+        draw = self.draw
+        if draw.seed is None:
+            noise.normal_(0.0, std, generator=self.generator())
+            return
+        for later in range(draw.count):
+            number, one = draw.index + later * draw.step, noise[later : later + 1]
+            if not self._is_opposite(number):
+                one.normal_(0.0, std, generator=self.generator(number))
+            elif later and draw.step == 1:
+                torch.neg(noise[later - 1 : later], out=one)
+            else:
+                one.normal_(0.0, std, generator=self.generator(number - 1)).neg_()
+
+    def fill_each_(self, noise: Tensor, std: float) -> None:
+        """Gaussian noise of each image's own, in the order of its memory."""
+        draw = self.draw
+        if draw.antithetic and draw.count > 1:
+            raise ValueError("antithetic draws with noise of each image's own go into batches of one draw")
+        opposite = self._is_opposite(draw.index)
+        number = draw.index - 1 if opposite else draw.index
+        if noise.device.type == "cpu" and noise.dtype in (torch.bfloat16, torch.float16):
+            fill_half_(noise, std, self.bits(number))
+        else:
+            # In memory order: `normal_` on a permuted view is several times slower.
+            flat = noise.as_strided((noise.numel(),), (1,))
+            flat.normal_(0.0, std, generator=self.generator(number))
+        if opposite:
+            noise.neg_()
+
+    def _is_opposite(self, number: int) -> bool:
+        return self.draw.antithetic and number % 2 == 1
 
     def check_batch(self, size: int) -> None:
         """Raise a ValueError unless a batch of `size` images can hold the draws of this one."""
@@ -171,13 +217,14 @@ class Source:
                 f"a batch of {size} cannot hold {self.count} draws of as many images each: repeat the images"
             )
 
-    def bits(self) -> np.random.SFC64:
-        """Random bits on the CPU, faster than those of torch."""
+    def bits(self, number: int | None = None) -> np.random.SFC64:
+        """Random bits on the CPU, faster than those of torch; of a draw as above."""
         draw = self.draw
         if draw.seed is None:
             return _entropy.bit_generator()
         if self.layer not in draw.bits:
-            draw.bits[self.layer] = np.random.SFC64(stream_seed(draw.seed, draw.index, self.layer))
+            index = draw.index if number is None else number
+            draw.bits[self.layer] = np.random.SFC64(stream_seed(draw.seed, index, self.layer))
         return draw.bits[self.layer]
 
 
