@@ -282,6 +282,9 @@ def test_certificates_by_both_methods(done: Done) -> None:
         table = page.tables[0]
         (row,) = (row for row in table.rows if row[0] == f"{record.facts.title}, {method}")
         assert row[1].startswith(f"{100 * (radii >= 0).mean():.1f} ")
+    (withstood,) = (table for table in page.tables if table.title.startswith("Attacks within"))
+    assert [row[1] for row in withstood.rows][1] == "8"
+    assert all(cell.startswith("0 (") for row in withstood.rows for cell in row[2:])
     again = contents(done.out / "certificates")
     render_all(["certificates"], done.out)
     assert contents(done.out / "certificates") == again

@@ -16,7 +16,7 @@ import selfensemble as rse
 from selfensemble.data import ImageData
 from selfensemble.evaluation.protocol import Protocol, expand
 from selfensemble.evaluation.results import read_results
-from selfensemble.evaluation.runner import Evaluation, _within
+from selfensemble.evaluation.runner import Evaluation, within
 from selfensemble.evaluation.shards import plans_of
 from selfensemble.hub import Architecture
 
@@ -113,9 +113,9 @@ def test_nearest_images_are_taken_on_to_the_radius(norm: str) -> None:
     """In their direction, within ball and bounds; those beyond the radius or not found stay as they were."""
     x = torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5], [0.9, 0.5]])
     found = torch.tensor([[0.6, 0.5], [0.8, 0.5], [0.5, 0.5], [0.95, 0.5]])
-    images = _within(found, x, norm, 0.2, farther=True)
+    images = within(found, x, norm, 0.2, farther=True)
     torch.testing.assert_close(images, torch.tensor([[0.7, 0.5], [0.5, 0.5], [0.5, 0.5], [1.0, 0.5]]))
-    images = _within(found, x, norm, 0.2, farther=False)
+    images = within(found, x, norm, 0.2, farther=False)
     torch.testing.assert_close(images, torch.tensor([[0.6, 0.5], [0.5, 0.5], [0.5, 0.5], [0.95, 0.5]]))
 
 

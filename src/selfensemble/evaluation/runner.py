@@ -164,7 +164,7 @@ class Evaluation:
             for index, plan in enumerate(plans):
                 images = found
                 if plan.norm is not None and plan.eps is not None:
-                    images = _within(found, x, plan.norm, plan.eps, run.attack in MINIMUM_NORM)
+                    images = within(found, x, plan.norm, plan.eps, run.attack in MINIMUM_NORM)
                 seed = self._seed(number, order, 1 + index)
                 self._judge(tensors, plan, x, images, y, self.protocol.judge.seeds, seed)
         else:
@@ -255,7 +255,7 @@ class Evaluation:
         return tuple(CheckRecord.model_validate(check) for check in json.loads(path.read_text())["checks"])
 
 
-def _within(found: Tensor, x: Tensor, norm: str, eps: float, farther: bool) -> Tensor:
+def within(found: Tensor, x: Tensor, norm: str, eps: float, farther: bool) -> Tensor:
     """Attacked images that lie within a radius; the original images in place of the others.
 
     Args:

@@ -60,13 +60,17 @@ class TheoryScale(Section):
 
 
 class CertificateScale(Section):
-    """What `certify` does to each image; `wanted`: the radius until which draws are counted."""
+    """What `certify` does to each image.
+
+    `wanted`: the radius until which draws are counted; `attacked`: images attacked within their radius.
+    """
 
     images: Count
     n0: Count = 100
     n: Annotated[int, Field(ge=2)]
     alpha: Annotated[float, Field(gt=0, lt=1)] = 0.001
     wanted: Positive = 0.25
+    attacked: Annotated[int, Field(ge=0)] = 0
 
 
 class CertaintyScale(Section):
