@@ -431,3 +431,29 @@ def test_antithetic_means_vary_less() -> None:
         ensemble.predict_proba(images, draws=4, seed=5, antithetic=True, max_batch=each) for each in (2, 8)
     ]
     torch.testing.assert_close(*both)
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_shared_half_noise_that_need_not_be_portable(
+    seed: int | None, memory_format: torch.memory_format
+) -> None:
+    layer = rse.GaussianNoise(0.5, sampling="shared").eval()
+    zeros = torch.zeros(6, 4, 200, 250, dtype=torch.bfloat16).contiguous(memory_format=memory_format)
+    found = []
+    for _ in range(2):
+        with rse.noise_draw(seed, 3, count=2, portable=False):
+            found.append(layer(zeros))
+    assert torch.equal(*found) == (seed is not None)
+    assert found[0].stride() == zeros.stride()
+    first, second = found[0][:3], found[0][3:]
+    for draw in (first, second):
+        assert torch.equal(draw[0], draw[2])  # shared within a draw
+        numbers = draw[0].float().flatten()
+        assert abs(numbers.mean()) < 4 * 0.5 / math.sqrt(len(numbers))
+        assert abs(numbers.std() - 0.5) < 4 * 0.5 / math.sqrt(2 * len(numbers))
+    assert abs(correlation(first[0].float().flatten(), second[0].float().flatten())) < 4 / math.sqrt(200_000)
+    with rse.noise_draw(5, 3, portable=False):
+        single = rse.GaussianNoise(0.5).eval()(zeros.float())
+    with rse.noise_draw(5, 3):
+        assert torch.equal(single, rse.GaussianNoise(0.5).eval()(zeros.float()))  # float32 stays as it is

@@ -160,9 +160,10 @@ def _decide(
     label, used, leader = torch.full_like(active, ABSTAINED), torch.zeros_like(active), active.clone()
     low, high = torch.zeros(2, len(group), dtype=torch.float64, device=group.device)
     history = torch.zeros(most, len(group), classes, device=group.device)
+    block = math.ceil(math.log2(1 / alpha)) + 2  # of draws in one pass: about the fewest that decide
     index = 0
     while index < most and len(active):
-        count = draws.at_once(len(active), most - index)
+        count = draws.at_once(len(active), min(most - index, block))
         outputs = check_finite(draws.take(group[active], index, count))
         for later in range(count):
             history[index, active] = outputs[later]

@@ -12,7 +12,6 @@ from .streams import Sampling, fresh_seed, noise_draw, stream_seed
 if TYPE_CHECKING:
     from .ensemble import SelfEnsemble
 
-_CHUNK = 32 * 3 * 32 * 32  # input elements a forward pass: 32 images of 32x32
 _PASSES = 64  # of which the images are on the device at a time
 
 
@@ -39,6 +38,7 @@ class Draws:
     ) -> None:
         from .ensemble import explain_shape  # which imports this module
 
+        self._portable = seed is not None
         if antithetic and seed is None:
             seed = fresh_seed()
         self.ensemble, self.seed, self.sampling, self._example = ensemble, seed, sampling, example
@@ -46,9 +46,11 @@ class Draws:
         self._explained = partial(explain_shape, ensemble)
         self.device = next((tensor.device for tensor in ensemble.parameters()), example.device)
         self._dtype = ensemble.input_dtype or example.dtype
-        in_chunk = max(1, _CHUNK // max(1, example[:1].numel()))
+        in_chunk = max(1, ensemble.chunk // max(1, example[:1].numel()))
         if max_batch is not None:
             self.size = self._fold = max_batch
+        elif ensemble.has_half_activations:
+            self.size = self._fold = in_chunk
         elif self.device.type == "cpu":  # very small batches are not divided
             self.size, self._fold = max(1, in_chunk // 4, min(len(example) // 2, in_chunk)), in_chunk
         else:
@@ -111,7 +113,9 @@ class Draws:
             if own is not None and self._by_part:
                 own = stream_seed(own, group * _PASSES + part, 0)
             repeated = few if count == 1 else few.repeat(count, *[1] * (few.dim() - 1))
-            drawn = noise_draw(own, index, self.sampling, count=count, antithetic=self._antithetic)
+            drawn = noise_draw(
+                own, index, self.sampling, count=count, antithetic=self._antithetic, portable=self._portable
+            )
             with drawn, self._explained(self._example):
                 outputs = self.ensemble.draw_logits(repeated).float().softmax(dim=-1)
             passes.append(outputs.view(count, len(few), outputs.shape[-1]))
@@ -136,7 +140,7 @@ def moments(draws: Draws, group: Tensor, rule: Rule, number: int = 0) -> tuple[T
     mean = squares = torch.empty(0)
     index = 0
     while index < rule.most:
-        count = draws.at_once(len(active), rule.most - index)
+        count = draws.at_once(len(active), min(rule.most - index, rule.block))
         images = group if len(active) == len(group) else group[active]
         outputs = draws.take(images, index, count, number)
         if index == 0:

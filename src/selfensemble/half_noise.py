@@ -25,6 +25,12 @@ def _quantiles() -> Tensor:
     return (normal / normal.std(correction=0)).float()
 
 
+@functools.lru_cache(maxsize=256)
+def _table(std: float, dtype: torch.dtype) -> Tensor:
+    """The quantiles of one level; making them takes as long as 100,000 draws."""
+    return (_quantiles() * std).to(dtype)
+
+
 def fill_half_(tensor: Tensor, std: float, bits: np.random.SFC64) -> None:
     """Fill a tensor with `N(0, std^2)` numbers, in the order of its memory.
 
@@ -33,7 +39,7 @@ def fill_half_(tensor: Tensor, std: float, bits: np.random.SFC64) -> None:
         std: standard deviation.
         bits: where random bits come from.
     """
-    table = (_quantiles() * std).to(tensor.dtype)
+    table = _table(std, tensor.dtype)
     flat = tensor.as_strided((tensor.numel(),), (1,))
     index = torch.empty(min(_PART, len(flat)), dtype=torch.int32)
     for part in flat.split(_PART):

@@ -37,6 +37,8 @@ class FastEnsemble(SelfEnsemble):
         )
         self.stopping = original.stopping
         self.precision = precision
+        if precision == "bf16":
+            self.chunk, self.has_half_activations = 4 * original.chunk, True
         # In a tuple, so that it is no part of this module's state.
         self._original = (original,)
 

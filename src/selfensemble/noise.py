@@ -69,12 +69,19 @@ def _noise_like(inputs: Tensor, std: float, source: Source) -> Tensor:
         noise = torch.empty_like(inputs, requires_grad=False)
         source.fill_each_(noise, std)
         return noise
-    # In float32 and logical order, so that neither dtype nor memory format changes the draw.
     source.check_batch(len(inputs))
+    ordered = inputs.dim() == 4 and inputs.is_contiguous(memory_format=torch.channels_last)
+    if source.draws_half(inputs.dtype):
+        layout = torch.channels_last if ordered else torch.contiguous_format
+        shape = (source.count, *inputs.shape[1:])
+        noise = torch.empty(shape, dtype=inputs.dtype, device=inputs.device, memory_format=layout)
+        source.fill_shared_(noise, std)
+        return noise
+    # In float32 and logical order, so that neither dtype nor memory format changes the draw.
     dtype = torch.promote_types(inputs.dtype, torch.float32)
     noise = torch.empty((source.count, *inputs.shape[1:]), dtype=dtype, device=inputs.device)
     source.fill_shared_(noise, std)
-    if inputs.dim() == 4 and inputs.is_contiguous(memory_format=torch.channels_last):
+    if ordered:
         noise = noise.contiguous(memory_format=torch.channels_last)
     return noise.to(inputs.dtype)
 

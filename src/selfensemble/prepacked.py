@@ -83,18 +83,23 @@ class PrepackedConvolution(nn.Conv2d):
         return f"{usual}, relu={self.relu}, exact_inputs={self.exact_inputs}"
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if inputs.device.type != "cpu" or inputs.dim() != 4:
+            return self._elsewhere(inputs)
+        # Nothing below is what autocast would change: a context here would cost more than a small layer.
         if not self.exact_inputs:
             inputs = inputs.to(torch.bfloat16)
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+        if torch.is_grad_enabled() and inputs.requires_grad:
+            result: Tensor = _Convolve.apply(inputs, self)  # type: ignore[no-untyped-call]
+            return result
+        return self.convolve(inputs)
+
+    def _elsewhere(self, inputs: Tensor) -> Tensor:
+        """On another device, or of one image without a batch."""
         with torch.autocast(inputs.device.type, enabled=False):
-            if inputs.device.type != "cpu" or inputs.dim() != 4:
-                output = self._conv_forward(inputs.to(self.weight.dtype), self.weight, self.bias)
-                output = output.to(torch.bfloat16)
-                return functional.relu(output) if self.relu else output
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-            if torch.is_grad_enabled() and inputs.requires_grad:
-                result: Tensor = _Convolve.apply(inputs, self)  # type: ignore[no-untyped-call]
-                return result
-            return self.convolve(inputs)
+            output = self._conv_forward(inputs.to(self.weight.dtype), self.weight, self.bias)
+        output = output.to(torch.bfloat16)
+        return functional.relu(output) if self.relu else output
 
     def convolve(self, inputs: Tensor) -> Tensor:
         """The output, of inputs that are laid out with channels last."""

@@ -18,6 +18,10 @@ class Rule(Protocol):
     def most(self) -> int:
         """Draws after which every image is settled."""
 
+    @property
+    def block(self) -> int:
+        """Draws worth taking in one pass: more are likely not wanted."""
+
     def settled(self, mean: Tensor, draws: int) -> Tensor:
         """Which images stop after `draws` draws, `draws < most`.
 
@@ -35,6 +39,10 @@ class Fixed:
 
     most: int
 
+    @property
+    def block(self) -> int:
+        return self.most
+
     def settled(self, mean: Tensor, draws: int) -> Tensor:
         return torch.full((len(mean),), draws >= self.most, device=mean.device)
 
@@ -48,6 +56,10 @@ class Exact:
     """
 
     most: int
+
+    @property
+    def block(self) -> int:
+        return self.most // 2 + 1
 
     def settled(self, mean: Tensor, draws: int) -> Tensor:
         # Sums of a few hundred float32 numbers in [0, 1] are right to 1e-5 of the number of them.
@@ -84,6 +96,12 @@ class Calibrated(BaseModel):
     def most(self) -> int:
         """Draws after which every image is settled."""
         return len(self.thresholds)
+
+    @property
+    def block(self) -> int:
+        """Draws worth taking in one pass, see `Rule`."""
+        usual = max(1, round(self.mean_draws))
+        return usual + usual % 2 if self.antithetic else usual
 
     def settled(self, mean: Tensor, draws: int) -> Tensor:
         """Which images stop after `draws` draws, see `Rule`."""

@@ -27,6 +27,7 @@ Sampling = Literal["per_image", "shared"]
 LAYERS = 4096
 DRAWS = 2**32 // LAYERS
 _MASK32 = 0xFFFF_FFFF
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 def check_sampling(sampling: str) -> Sampling:
@@ -45,8 +46,9 @@ class _Draw:
     count: int = 1
     step: int = 1
     antithetic: bool = False
+    portable: bool = True
     generators: dict[tuple[int, int, torch.device], torch.Generator] = field(default_factory=dict)
-    bits: dict[int, np.random.SFC64] = field(default_factory=dict)
+    bits: dict[tuple[int, int], np.random.SFC64] = field(default_factory=dict)
 
 
 # Without a seed there are no streams to keep, so that sharing the default is safe.
@@ -62,6 +64,7 @@ def noise_draw(
     count: int = 1,
     step: int = 1,
     antithetic: bool = False,
+    portable: bool = True,
 ) -> Iterator[None]:
     """Within this context, noise is draw number `index` of `seed`, sampled by `sampling`.
 
@@ -82,6 +85,8 @@ def noise_draw(
         antithetic: draws of odd number have the opposite Gaussian noise of those before them. The mean over
             pairs has the same expectation and varies less, as far as the network is linear in its
             noise; the draws of a pair are not independent, which no certificate may overlook. Needs a seed.
+        portable: whether shared noise of a seed is to be the same in every dtype. If not, half precision on a
+            CPU has numbers that cost less, as it has without a seed.
     """
     if index < 0 or count < 1 or step < 1:
         raise ValueError(f"index must be >= 0, count and step >= 1, got {index}, {count} and {step}")
@@ -89,7 +94,7 @@ def noise_draw(
         raise ValueError("antithetic draws repeat each other's noise: give them a seed, e.g. a fresh one")
     policy = None if sampling is None else check_sampling(sampling)
     chosen = None if seed is None else operator.index(seed)
-    token = _current.set(_Draw(chosen, index, policy, count, step, antithetic))
+    token = _current.set(_Draw(chosen, index, policy, count, step, antithetic, portable))
     try:
         yield
     finally:
@@ -176,20 +181,26 @@ class Source:
             number = self.draw.index + later * self.draw.step
             yield tensor[later : later + 1], self.generator(number)
 
+    def draws_half(self, dtype: torch.dtype) -> bool:
+        """Whether shared noise for inputs of this dtype may be drawn in it."""
+        free = self.draw.seed is None or not self.draw.portable
+        return free and self.device.type == "cpu" and dtype in _HALVES
+
     def fill_shared_(self, noise: Tensor, std: float) -> None:
-        """Gaussian noise in float32 or better, an entry for each draw of the batch."""
+        """Gaussian noise, an entry for each draw of the batch."""
         draw = self.draw
         if draw.seed is None:
-            noise.normal_(0.0, std, generator=self.generator())
+            self._fill_(noise, std, draw.index)
             return
         for later in range(draw.count):
             number, one = draw.index + later * draw.step, noise[later : later + 1]
             if not self._is_opposite(number):
-                one.normal_(0.0, std, generator=self.generator(number))
+                self._fill_(one, std, number)
             elif later and draw.step == 1:
                 torch.neg(noise[later - 1 : later], out=one)
             else:
-                one.normal_(0.0, std, generator=self.generator(number - 1)).neg_()
+                self._fill_(one, std, number - 1)
+                one.neg_()
 
     def fill_each_(self, noise: Tensor, std: float) -> None:
         """Gaussian noise of each image's own, in the order of its memory."""
@@ -197,15 +208,18 @@ class Source:
         if draw.antithetic and draw.count > 1:
             raise ValueError("antithetic draws with noise of each image's own go into batches of one draw")
         opposite = self._is_opposite(draw.index)
-        number = draw.index - 1 if opposite else draw.index
-        if noise.device.type == "cpu" and noise.dtype in (torch.bfloat16, torch.float16):
-            fill_half_(noise, std, self.bits(number))
-        else:
-            # In memory order: `normal_` on a permuted view is several times slower.
-            flat = noise.as_strided((noise.numel(),), (1,))
-            flat.normal_(0.0, std, generator=self.generator(number))
+        self._fill_(noise, std, draw.index - opposite)
         if opposite:
             noise.neg_()
+
+    def _fill_(self, noise: Tensor, std: float, number: int) -> None:
+        """With the stream of a draw, in the order of the memory of `noise`."""
+        if noise.device.type == "cpu" and noise.dtype in _HALVES:
+            fill_half_(noise, std, self.bits(number))
+            return
+        # `normal_` on a permuted view is several times slower.
+        flat = noise.as_strided((noise.numel(),), (1,))
+        flat.normal_(0.0, std, generator=self.generator(number))
 
     def _is_opposite(self, number: int) -> bool:
         return self.draw.antithetic and number % 2 == 1
@@ -222,10 +236,10 @@ class Source:
         draw = self.draw
         if draw.seed is None:
             return _entropy.bit_generator()
-        if self.layer not in draw.bits:
-            index = draw.index if number is None else number
-            draw.bits[self.layer] = np.random.SFC64(stream_seed(draw.seed, index, self.layer))
-        return draw.bits[self.layer]
+        key = (draw.index if number is None else number, self.layer)
+        if key not in draw.bits:
+            draw.bits[key] = np.random.SFC64(stream_seed(draw.seed, *key))
+        return draw.bits[key]
 
 
 def fresh_seed() -> int:
