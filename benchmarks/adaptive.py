@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import authors
+import torch
 from timing import arguments, in_turn, medians, parsed, ratio, report, settings
 from torch import Tensor
 
 import selfensemble as rse
 from selfensemble.attacks import cw_l2, pgd
+from selfensemble.drawing import Draws
 from selfensemble.hub import read_config
 from selfensemble.noise import GaussianNoise
 from selfensemble.stopping import Stop
@@ -56,6 +58,16 @@ def compare(fast: rse.SelfEnsemble, inputs: Tensor, labels: Tensor) -> dict[str,
     return values
 
 
+@torch.no_grad()
+def variance_of_pairs(fast: rse.SelfEnsemble, inputs: Tensor, pairs: int = 40) -> float:
+    """Of the mean probabilities of two opposite draws, over that of two independent ones."""
+    draws = Draws(fast, inputs, None, 7, "per_image", antithetic=True)
+    images = draws.prepared(inputs)
+    outputs = torch.cat([draws.take(images, index, 1) for index in range(2 * pairs)]).double()
+    first, second = outputs[::2], outputs[1::2]
+    return float(((first + second) / 2).var(dim=0).mean() / (first.var(dim=0).mean() / 2))
+
+
 def main() -> None:
     parser = arguments(__doc__, rounds=5)
     parser.add_argument("--model", default="cifar10-vgg16-rse", help="of the zoo, or a folder")
@@ -75,6 +87,7 @@ def main() -> None:
     seeded = [fast.predict(inputs, seed=1, stop=stop) for stop in (None, "exact")]
     other_labels = int((seeded[0].label != seeded[1].label).sum())
     clean = compare(fast, inputs, labels)
+    pairs = variance_of_pairs(fast, inputs[:400])
     x, y = inputs[: options.attacked], labels[: options.attacked]
     found = {
         "PGD, EOT 8": pgd(fast, x, y, norm="l2", eps=EPS, steps=20, eot=8, average="probabilities", seed=1),
@@ -112,6 +125,7 @@ def main() -> None:
             cells = (each["draws"], 100 * each["disagreement"], 100 * each["accuracy"])
             rows.append([f"{where}: {name}", *(f"{cell:.2f}" for cell in cells)])
     rows += [[f"authors' time / {name}", f"{value:.2f}", "", ""] for name, value in faster.items()]
+    rows += [["variance of a pair / of two draws", f"{pairs:.2f}", "", ""]]
     rows += [["labels of exact that differ", str(other_labels), "", ""]]
     rule = fast.stopping
     report(
@@ -122,7 +136,7 @@ def main() -> None:
         rows,
         {
             "settings": settings(options),
-            "rule": rule.model_dump(mode="json"), "other labels": other_labels, "clean": clean,
+            "rule": rule.model_dump(mode="json"), "other labels": other_labels, "pairs": pairs, "clean": clean,
             "attacked": attacked, "seconds": seconds, "medians": medians(seconds), "faster": faster,
         },
         options.out,
