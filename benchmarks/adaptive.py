@@ -136,7 +136,8 @@ def main() -> None:
         rows,
         {
             "settings": settings(options),
-            "rule": rule.model_dump(mode="json"), "other labels": other_labels, "pairs": pairs, "clean": clean,
+            "rule": rule.model_dump(mode="json"), "other labels": other_labels,
+            "pairs": pairs, "clean": clean,
             "attacked": attacked, "seconds": seconds, "medians": medians(seconds), "faster": faster,
         },
         options.out,
