@@ -25,6 +25,10 @@ class Draws:
         seed: None for fresh noise.
         sampling: overrides the ensemble's.
         antithetic: in pairs, see `noise_draw`.
+
+    Attributes:
+        size: images a pass, of one draw.
+        capacity: images a pass where it holds several draws of few images.
     """
 
     def __init__(
@@ -48,19 +52,19 @@ class Draws:
         self._dtype = ensemble.input_dtype or example.dtype
         in_chunk = max(1, ensemble.chunk // max(1, example[:1].numel()))
         if max_batch is not None:
-            self.size = self._fold = max_batch
+            self.size = self.capacity = max_batch
         elif ensemble.has_half_activations:
-            self.size = self._fold = in_chunk
+            self.size = self.capacity = in_chunk
         elif self.device.type == "cpu":  # very small batches are not divided
-            self.size, self._fold = max(1, in_chunk // 4, min(len(example) // 2, in_chunk)), in_chunk
+            self.size, self.capacity = max(1, in_chunk // 4, min(len(example) // 2, in_chunk)), in_chunk
         else:
-            self.size, self._fold = max(in_chunk, len(example) // 2), in_chunk
+            self.size, self.capacity = max(in_chunk, len(example) // 2), in_chunk
         shared = (sampling or ensemble.sampling) == "shared"
         # Per-image noise of a seed depends on the batch: images of two parts must not have the same, and
         # several draws in one batch would not be those of their own.
         self._by_part = seed is not None and not shared
         if self._by_part:
-            self._fold = 1
+            self.capacity = 1
         self._shared = shared
 
     def groups(self, inputs: Tensor) -> list[Tensor]:
@@ -95,7 +99,7 @@ class Draws:
 
     def at_once(self, images: int, left: int) -> int:
         """Draws that go into one pass, of those that are left: several where there are few images."""
-        count = min(left, max(1, self._fold // max(1, images)))
+        count = min(left, max(1, self.capacity // max(1, images)))
         return 1 if count > 1 and self._shared and not self._folds() else count
 
     @torch.no_grad()

@@ -1,0 +1,1 @@
+"""An ensemble behind HTTP: requests and draws share passes."""

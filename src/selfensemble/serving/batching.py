@@ -1,0 +1,244 @@
+"""One thread that computes, for many that ask: images of many requests and their draws share passes.
+
+Every pass holds one noise draw, or several, of all images that are being answered. An image that is settled
+leaves, and another that waits takes its place before the next pass: nobody waits for a batch to fill or to
+end. The draws of each image are independent of each other, or opposite in pairs where a rule says so; that
+images of one pass share their noise is no matter to any of them.
+"""
+
+import threading
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..drawing import Draws
+from ..ensemble import SelfEnsemble, check_images
+from ..inject import eval_mode
+from ..stopping import Calibrated, Fixed, Rule
+from ..streams import fresh_seed, noise_draw
+
+
+class Answer(NamedTuple):
+    """Of one image: (K,) mean probabilities, (K,) their spread over the draws, and how many those were."""
+
+    probabilities: Tensor
+    spread: Tensor
+    draws: int
+
+
+class BusyError(RuntimeError):
+    """Too many images wait: come back later."""
+
+
+class ClosedError(RuntimeError):
+    """Nothing more is taken."""
+
+
+@dataclass
+class _Waiting:
+    image: Tensor
+    rule: Rule
+    answer: "Future[Answer]" = field(default_factory=Future)
+
+
+class Batcher:
+    """Answers images as they come, in a thread of its own.
+
+    Args:
+        ensemble: in the form that predicts, in eval mode while this runs.
+        example: (1, ...) an image like those to come.
+        most_waiting: images that may wait; more are refused.
+
+    `close` (or leaving the context) takes nothing more and ends what was taken.
+    """
+
+    def __init__(self, ensemble: SelfEnsemble, example: Tensor, most_waiting: int = 256) -> None:
+        self.ensemble, self.most_waiting = ensemble, most_waiting
+        self._draws = Draws(ensemble, example.repeat(2, *[1] * (example.dim() - 1)))
+        self._shape = tuple(example.shape[1:])
+        self._room = self._draws.capacity
+        self._folds = self._draws.at_once(1, 2) > 1
+        self._queue: deque[_Waiting] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self.passes = self.images = self.drawn = 0
+        self._thread = threading.Thread(target=self._run, name="selfensemble-batcher", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "Batcher":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def waiting(self) -> int:
+        """Images in the queue."""
+        return len(self._queue)
+
+    def submit(self, images: Tensor, rule: Rule) -> "list[Future[Answer]]":
+        """Answers to come of (B, ...) images, all of them taken or none.
+
+        Raises:
+            BusyError: the queue has no room for them.
+            ClosedError: after `close`.
+            TypeError, ValueError: images that the ensemble cannot take.
+        """
+        check_images(images, self.ensemble.bounds)
+        if tuple(images.shape[1:]) != self._shape:
+            raise ValueError(f"images must have shape {self._shape}, got {tuple(images.shape[1:])}")
+        if not self.ensemble.is_random:
+            rule = Fixed(1)
+        prepared = [_Waiting(image, rule) for image in self._draws.prepared(images)]
+        with self._changed:
+            if self._closing:
+                raise ClosedError("the server is stopping")
+            if len(self._queue) + len(prepared) > self.most_waiting:
+                raise BusyError(f"{len(self._queue)} images wait, at most {self.most_waiting} may")
+            self._queue.extend(prepared)
+            self._changed.notify()
+        return [each.answer for each in prepared]
+
+    def close(self) -> None:
+        """Take nothing more, and return when all that was taken is answered."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        active = _Active()
+        with eval_mode(self.ensemble), torch.no_grad():
+            while True:
+                with self._changed:
+                    while not (self._queue or len(active) or self._closing):
+                        self._changed.wait()
+                    if not self._queue and not len(active):
+                        return  # closing
+                    taken: list[_Waiting] = []
+                    while self._queue and len(active) + len(taken) < self._room:
+                        waits = self._queue.popleft()
+                        if waits.answer.set_running_or_notify_cancel():
+                            taken.append(waits)
+                try:
+                    active.admit(taken)
+                    if len(active):
+                        self._step(active)
+                except Exception as error:  # of the network: those who asked are told, others go on
+                    active.fail(error)
+
+    def _step(self, active: "_Active") -> None:
+        """One pass, or a pair of them."""
+        pairs = active.antithetic
+        count = max(1, min(active.block, self._room // len(active)))
+        if pairs:
+            count = max(2, count - count % 2)
+        seed = fresh_seed() if pairs else None
+        images = active.images
+        if self._folds or count == 1:
+            with noise_draw(seed, 0, "shared", count=count, antithetic=pairs, portable=False):
+                repeated = images if count == 1 else images.repeat(count, *[1] * (images.dim() - 1))
+                outputs = self.ensemble.draw_logits(repeated).float().softmax(dim=-1)
+            outputs = outputs.view(count, len(images), -1)
+        else:
+            each = []
+            for index in range(count):
+                with noise_draw(seed, index, "shared", antithetic=pairs, portable=False):
+                    each.append(self.ensemble.draw_logits(images).float().softmax(dim=-1))
+            outputs = torch.stack(each)
+        self.passes += 1
+        self.drawn += count * len(images)
+        self.images += active.add(outputs)
+
+
+class _Active:
+    """The images that are being answered."""
+
+    def __init__(self) -> None:
+        self._waits: list[_Waiting] = []
+        self.images = torch.empty(0)
+        self._mean = self._squares = torch.empty(0)
+        self._used = torch.zeros(0, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self._waits)
+
+    @property
+    def antithetic(self) -> bool:
+        """Whether anybody's draws come in pairs; those of all do then, which changes nobody's mean."""
+        return any(isinstance(each.rule, Calibrated) and each.rule.antithetic for each in self._waits)
+
+    @property
+    def block(self) -> int:
+        """The most draws that an image still wants in one pass."""
+        pairs = zip(self._waits, self._used.tolist(), strict=True)
+        return max(min(each.rule.block, each.rule.most - int(used)) for each, used in pairs)
+
+    def admit(self, taken: list[_Waiting]) -> None:
+        """Begin with some more."""
+        if not taken:
+            return
+        images = torch.stack([each.image for each in taken])
+        self.images = torch.cat([self.images, images]) if self._waits else images
+        self._waits = self._waits + taken
+        self._used = torch.cat([self._used, torch.zeros(len(taken), dtype=torch.int64)])
+
+    def add(self, outputs: Tensor) -> int:
+        """Take (c, A, K) outputs of the next draws; answer who is settled, and say how many."""
+        outputs = outputs.cpu()
+        fresh = len(self._used) - len(self._mean)
+        if fresh:
+            zeros = outputs.new_zeros(fresh, outputs.shape[2])
+            self._mean = torch.cat([self._mean.view(-1, outputs.shape[2]), zeros])
+            self._squares = torch.cat([self._squares.view(-1, outputs.shape[2]), zeros])
+        done = torch.zeros(len(self._used), dtype=torch.bool)
+        for output in outputs:
+            self._used += ~done
+            step = (output - self._mean) / self._used.unsqueeze(1)
+            step[done] = 0
+            mean = self._mean + step
+            self._squares += step * self._used.unsqueeze(1) * (output - mean)
+            self._mean = mean
+            done |= self._settled()
+        broken = ~outputs.isfinite().all(dim=2).all(dim=0)
+        for place in torch.nonzero(broken)[:, 0].tolist():
+            self._waits[place].answer.set_exception(ValueError("the model returns NaN for this image"))
+        self._answer(done & ~broken)
+        ended = done | broken
+        self._keep(~ended)
+        return int(ended.sum())
+
+    def _settled(self) -> Tensor:
+        settled = torch.zeros(len(self._used), dtype=torch.bool)
+        used = self._used.tolist()
+        groups: dict[tuple[int, int], list[int]] = {}
+        for place, (each, count) in enumerate(zip(self._waits, used, strict=True)):
+            groups.setdefault((id(each.rule), count), []).append(place)
+        for (_, count), places in groups.items():
+            rule = self._waits[places[0]].rule
+            chosen = torch.tensor(places)
+            settled[chosen] = count >= rule.most or rule.settled(self._mean[chosen], count)
+        return settled
+
+    def _answer(self, done: Tensor) -> None:
+        spread = (self._squares / (self._used - 1).unsqueeze(1)).sqrt()
+        for place in torch.nonzero(done)[:, 0].tolist():
+            answer = Answer(self._mean[place].clone(), spread[place].clone(), int(self._used[place]))
+            self._waits[place].answer.set_result(answer)
+
+    def _keep(self, stay: Tensor) -> None:
+        if stay.all():
+            return
+        self._waits = [each for each, stays in zip(self._waits, stay.tolist(), strict=True) if stays]
+        self.images = self.images[stay.to(self.images.device)]
+        self._mean, self._squares, self._used = self._mean[stay], self._squares[stay], self._used[stay]
+
+    def fail(self, error: Exception) -> None:
+        """Tell all of them."""
+        for each in self._waits:
+            each.answer.set_exception(error)
+        self.__init__()  # type: ignore[misc]
