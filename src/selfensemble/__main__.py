@@ -11,7 +11,7 @@ import warnings
 
 import typer
 
-from . import cli, cli_certainty, cli_models, terminal  # noqa: F401  (the first three add their commands)
+from . import cli, cli_certainty, cli_models, cli_serving, terminal  # noqa: F401  (all but the last add commands)
 from .arguments import InputError
 from .cli_base import app
 from .interrupts import Interrupted

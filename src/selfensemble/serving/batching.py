@@ -8,9 +8,10 @@ images of one pass share their noise is no matter to any of them.
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,6 +64,7 @@ class Batcher:
         self._room = self._draws.capacity
         self._folds = self._draws.at_once(1, 2) > 1
         self._queue: deque[_Waiting] = deque()
+        self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._changed = threading.Condition()
         self._closing = False
         self.passes = self.images = self.drawn = 0
@@ -103,6 +105,22 @@ class Batcher:
             self._changed.notify()
         return [each.answer for each in prepared]
 
+    def run(self, job: Callable[[], Any]) -> "Future[Any]":
+        """What `job` returns, to come: it is called between two passes, when nothing else uses the network.
+
+        Raises:
+            BusyError, ClosedError: see `submit`.
+        """
+        answer: Future[Any] = Future()
+        with self._changed:
+            if self._closing:
+                raise ClosedError("the server is stopping")
+            if len(self._jobs) >= self.most_waiting:
+                raise BusyError(f"{len(self._jobs)} jobs wait, at most {self.most_waiting} may")
+            self._jobs.append((job, answer))
+            self._changed.notify()
+        return answer
+
     def close(self) -> None:
         """Take nothing more, and return when all that was taken is answered."""
         with self._changed:
@@ -115,15 +133,18 @@ class Batcher:
         with eval_mode(self.ensemble), torch.no_grad():
             while True:
                 with self._changed:
-                    while not (self._queue or len(active) or self._closing):
+                    while not (self._queue or self._jobs or len(active) or self._closing):
                         self._changed.wait()
-                    if not self._queue and not len(active):
+                    if not (self._queue or self._jobs or len(active)):
                         return  # closing
+                    job = self._jobs.popleft() if self._jobs else None
                     taken: list[_Waiting] = []
                     while self._queue and len(active) + len(taken) < self._room:
                         waits = self._queue.popleft()
                         if waits.answer.set_running_or_notify_cancel():
                             taken.append(waits)
+                if job is not None:
+                    _call(*job)
                 try:
                     active.admit(taken)
                     if len(active):
@@ -153,6 +174,14 @@ class Batcher:
         self.passes += 1
         self.drawn += count * len(images)
         self.images += active.add(outputs)
+
+
+def _call(job: Callable[[], Any], answer: "Future[Any]") -> None:
+    if answer.set_running_or_notify_cancel():
+        try:
+            answer.set_result(job())
+        except Exception as error:  # whoever asked is told
+            answer.set_exception(error)
 
 
 class _Active:

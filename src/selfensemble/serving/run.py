@@ -1,0 +1,45 @@
+"""The server process."""
+
+import signal
+import socket
+from collections.abc import Sequence
+
+import uvicorn
+
+from ..ensemble import SelfEnsemble
+from .app import create_app
+from .settings import Settings
+
+
+def run(
+    ensemble: SelfEnsemble,
+    classes: Sequence[str],
+    shape: tuple[int, int, int],
+    settings: Settings,
+    host: str,
+    port: int,
+) -> None:
+    """Serve until SIGINT or SIGTERM; requests that were taken are answered first.
+
+    Raises:
+        OSError: the address cannot be listened at.
+    """
+    app = create_app(ensemble, classes, shape, settings)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            raise OSError(error.errno, f"cannot listen at {host}:{port} ({error.strerror})") from error
+        where = f"[{host}]" if ":" in host else host
+        print(f"listening at http://{where}:{listener.getsockname()[1]}", flush=True)  # noqa: T201
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, server_header=False,
+            timeout_graceful_shutdown=round(settings.timeout) + 5, limit_concurrency=None,
+            h11_max_incomplete_event_size=64 * 1024,
+        )  # fmt: skip
+        # Once all is answered uvicorn raises the signal that stopped it again; that is no failure.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, frame: None)
+        uvicorn.Server(config).run(sockets=[listener])

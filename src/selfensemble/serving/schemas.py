@@ -1,0 +1,97 @@
+"""What is asked and answered."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..certification import Method
+from ..stopping import Stop
+
+_Risk = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Decide(BaseModel):
+    """Ask for the infinite ensemble's answer at a stated risk, see `rse.decide`."""
+
+    model_config = ConfigDict(extra="forbid")
+    alpha: _Risk = 0.001
+    max_draws: Annotated[int, Field(ge=1)] = 100
+
+
+class Certify(BaseModel):
+    """Ask for a radius within which no change of the image changes that answer, see `rse.certify`."""
+
+    model_config = ConfigDict(extra="forbid")
+    alpha: _Risk = 0.001
+    n0: Annotated[int, Field(ge=1)] = 100
+    n: Annotated[int, Field(ge=2)] = 1000
+    method: Method = "mean"
+    radius: Annotated[float, Field(gt=0)] | None = None
+
+
+class Options(BaseModel):
+    """How images are to be answered."""
+
+    model_config = ConfigDict(extra="forbid")
+    draws: Annotated[int, Field(ge=1, description="noise draws an image")] | None = None
+    stop: Stop | None = Field(None, description="when an image stops drawing, see `SelfEnsemble.predict`")
+    top: Annotated[int, Field(ge=1, description="classes to name")] = 5
+    decide: Decide | None = None
+    certify: Certify | None = None
+
+
+class Request(Options):
+    """Images and how they are to be answered."""
+
+    images: Annotated[list[str], Field(min_length=1, description="image files in base64")]
+
+
+class ClassAnswer(BaseModel):
+    """One class: its mean probability over the draws and their standard deviation (null for one draw)."""
+
+    label: str
+    probability: float
+    spread: float | None
+
+
+class DecisionAnswer(BaseModel):
+    """Label of the infinite ensemble or null, and bounds of the mean probability of the class that leads."""
+
+    label: str | None
+    leader: str
+    low: float
+    high: float
+    draws: int
+    alpha: float
+
+
+class CertificateAnswer(BaseModel):
+    """Label that no change within the L2 radius changes, or null; images in [0, 1]."""
+
+    label: str | None
+    radius: float
+    draws: int
+    alpha: float
+
+
+class ImageAnswer(BaseModel):
+    """Of one image; `label` and `probability` are those of the first of `classes`."""
+
+    label: str
+    probability: float
+    draws: int
+    classes: list[ClassAnswer]
+    decision: DecisionAnswer | None = None
+    certificate: CertificateAnswer | None = None
+
+
+class Response(BaseModel):
+    """In the order of the images."""
+
+    images: list[ImageAnswer]
+
+
+class Problem(BaseModel):
+    """Why there is no answer, and what to do."""
+
+    error: str

@@ -1,0 +1,40 @@
+"""What a server does, and what it refuses."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from ..schema import Count, Positive, Section
+from ..stopping import Stop
+
+
+class Settings(Section):
+    """How answers are made, and limits.
+
+    Attributes:
+        draws: of an image, where the request does not say; None for those of the ensemble.
+        stop: rule where the request does not say.
+        api_key: what requests must bring in `X-API-Key`; None for nothing.
+        secret: key of the noise: it is then a function of this and of the image, the same whenever one asks.
+        max_body: bytes of a request.
+        max_pixels: of an image as it is sent, before it is made as small as the network wants it.
+        max_images: of a request.
+        max_draws: that a request may ask for, also for decisions.
+        max_certify: draws that a certificate may ask for.
+        max_waiting: images in the queue.
+        timeout: seconds in which a request is answered, or given up.
+        retry_after: seconds after which those who were refused should come back.
+    """
+
+    draws: Count | None = None
+    stop: Stop | None = None
+    api_key: Annotated[str, Field(min_length=8)] | None = None
+    secret: Annotated[str, Field(min_length=16)] | None = None
+    max_body: Count = 16 * 2**20
+    max_pixels: Count = 25_000_000
+    max_images: Count = 64
+    max_draws: Count = 1000
+    max_certify: Count = 10_000
+    max_waiting: Count = 256
+    timeout: Positive = 30.0
+    retry_after: Count = 1

@@ -1,0 +1,275 @@
+"""The HTTP server: a real process and real requests; limits with small settings in one process."""
+
+import base64
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import selfensemble as rse
+
+httpx = pytest.importorskip("httpx")
+pytest.importorskip("fastapi")
+from fastapi.testclient import TestClient  # noqa: E402
+
+from selfensemble.serving.app import create_app, keyed_seed  # noqa: E402
+from selfensemble.serving.settings import Settings  # noqa: E402
+
+CLASSES = tuple("0123456789")
+
+
+def png(image: torch.Tensor, kind: str = "PNG") -> bytes:
+    """A (1, H, W) image in [0, 1] as a file."""
+    file = io.BytesIO()
+    Image.fromarray((image[0] * 255).round().byte().numpy()).save(file, kind)
+    return file.getvalue()
+
+
+def encoded(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[list[bytes], list[int]]:
+    data = rse.load_data("digits", "test")
+    return [png(image) for image in data.inputs(slice(40))], data.labels[:40].tolist()
+
+
+class Server:
+    """`selfensemble serve digits-rse` in a process of its own."""
+
+    def __init__(self, *arguments: str) -> None:
+        command = [sys.executable, "-m", "selfensemble", "serve", "digits-rse", "--port", "0", *arguments]
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        found = re.search(r"http://127\.0\.0\.1:\d+", line)
+        assert found, line + self.process.stderr.read()  # type: ignore[union-attr]
+        self.url = found.group()
+        self.client = httpx.Client(base_url=self.url, timeout=60)
+        for _ in range(200):
+            try:
+                if self.client.get("/ready").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            threading.Event().wait(0.05)
+        raise AssertionError("not ready")
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.client.close()
+        self.process.send_signal(number)
+        self.process.communicate(timeout=60)
+        return self.process.returncode
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    running = Server("--precision", "float32")
+    yield running
+    running.stop()
+
+
+def test_json_and_files_are_answered(server: Server, digits: tuple[list[bytes], list[int]]) -> None:
+    files, labels = digits
+    body = {"images": [encoded(data) for data in files], "draws": 20, "top": 3}
+    answer = server.client.post("/v1/predict", json=body)
+    assert answer.status_code == 200, answer.text
+    found = answer.json()["images"]
+    assert np.mean([int(each["label"]) == label for each, label in zip(found, labels, strict=True)]) > 0.9
+    for each in found:
+        assert each["draws"] == 20
+        assert len(each["classes"]) == 3
+        probabilities = [one["probability"] for one in each["classes"]]
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert each["label"] == each["classes"][0]["label"]
+        assert all(one["spread"] >= 0 for one in each["classes"])
+    form = [("images", (f"{k}.png", data, "image/png")) for k, data in enumerate(files)]
+    options = {"options": json.dumps({"stop": "exact"})}
+    again = server.client.post("/v1/predict/files", files=form, data=options).json()["images"]
+    assert np.mean([one["label"] == two["label"] for one, two in zip(found, again, strict=True)]) > 0.9
+    assert all(6 <= each["draws"] <= 20 for each in again)
+
+
+def test_decisions_and_certificates_on_request(server: Server, digits: tuple[list[bytes], list[int]]) -> None:
+    files, _ = digits
+    body = {
+        "images": [encoded(data) for data in files[:4]], "decide": {"alpha": 0.01, "max_draws": 200},
+        "certify": {"n": 200, "n0": 50, "alpha": 0.01},
+    }  # fmt: skip
+    for each in server.client.post("/v1/predict", json=body).json()["images"]:
+        decision, certificate = each["decision"], each["certificate"]
+        assert decision["label"] in (None, decision["leader"])
+        assert 0 <= decision["low"] <= decision["high"] <= 1
+        assert decision["draws"] <= 200
+        assert (certificate["label"] is None) == (certificate["radius"] == 0)
+        assert certificate["draws"] == 250
+
+
+def test_many_clients_at_once_get_their_own_answers(
+    server: Server, digits: tuple[list[bytes], list[int]]
+) -> None:
+    files, _ = digits
+    body = {"images": [encoded(data) for data in files], "draws": 100}
+    alone = [each["label"] for each in server.client.post("/v1/predict", json=body).json()["images"]]
+    before = passes(server)
+
+    def ask(place: int) -> str:
+        one = {"images": [encoded(files[place])], "draws": 100}
+        answer = httpx.post(f"{server.url}/v1/predict", json=one, timeout=60)
+        label: str = answer.json()["images"][0]["label"]
+        return label
+
+    with ThreadPoolExecutor(32) as pool:
+        together = list(pool.map(ask, [*range(40)] * 2))
+    agreeing = np.mean([one == two for one, two in zip(alone * 2, together, strict=True)])
+    assert agreeing > 0.95
+    assert passes(server) - before < 80 * 100 / 2  # requests share passes
+
+
+def passes(server: Server) -> float:
+    text = server.client.get("/metrics").text
+    return float(re.findall(r"^selfensemble_passes (\S+)", text, re.MULTILINE)[0])
+
+
+def test_what_it_tells_of_itself(server: Server) -> None:
+    assert server.client.get("/health").json() == {"status": "alive"}
+    about = server.client.get("/v1/model").json()
+    assert about["classes"] == list(CLASSES)
+    assert about["shape"] == [1, 8, 8]
+    assert "secret" not in json.dumps(about["limits"])
+    schema = server.client.get("/openapi.json").json()
+    assert {"/v1/predict", "/v1/predict/files", "/health", "/ready"} <= set(schema["paths"])
+    metrics = server.client.get("/metrics").text
+    assert 'selfensemble_requests_total{path="/health",status="200"}' in metrics
+    assert server.client.get("/nothing").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "about"),
+    [
+        ({"images": []}, 422, "images"),
+        ({}, 422, "images"),
+        ({"images": ["%%%"]}, 422, "image 0: this is no base64"),
+        ({"images": [encoded(b"GIF89a broken")]}, 422, "image 0"),
+        ({"images": [encoded(b"hello")]}, 422, "image 0: this is no image"),
+        ({"images": ["x"], "draws": 0}, 422, "draws"),
+        ({"images": ["x"], "colour": 1}, 422, "colour"),
+        ({"images": ["x"], "decide": {"alpha": 2}}, 422, "alpha"),
+        ({"images": ["x"] * 65}, 413, "65 images"),
+    ],
+)
+def test_mistakes_are_named(server: Server, body: Any, status: int, about: str) -> None:
+    answer = server.client.post("/v1/predict", json=body)
+    assert answer.status_code == status
+    assert about in answer.json()["error"]
+    assert "Traceback" not in answer.text
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_ends_what_it_took_when_it_is_stopped(
+    digits: tuple[list[bytes], list[int]], number: signal.Signals
+) -> None:
+    running = Server()
+    files, _ = digits
+    body = {"images": [encoded(files[0])] * 40, "draws": 900}
+    with ThreadPoolExecutor(4) as pool:
+        asked = [
+            pool.submit(httpx.post, f"{running.url}/v1/predict", json=body, timeout=60) for _ in range(4)
+        ]
+        while passes(running) < 1:
+            pass
+        assert running.stop(number) == 0
+        answers = [future.result() for future in asked]
+    assert [answer.status_code for answer in answers] == [200] * 4
+    assert all(len(answer.json()["images"]) == 40 for answer in answers)
+
+
+def test_other_machines_need_a_key() -> None:
+    command = [sys.executable, "-m", "selfensemble", "serve", "digits-rse", "--host", "0.0.0.0"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert "--api-key" in found.stderr
+
+
+def client(**settings: Any) -> TestClient:
+    ensemble = rse.load("digits-rse")
+    return TestClient(create_app(ensemble, CLASSES, (1, 8, 8), Settings(**settings)))
+
+
+def test_a_key_is_asked_for(digits: tuple[list[bytes], list[int]]) -> None:
+    with client(api_key="open sesame") as http:
+        body = {"images": [encoded(digits[0][0])]}
+        assert http.post("/v1/predict", json=body).status_code == 401
+        assert http.post("/v1/predict", json=body, headers={"X-API-Key": "wrong"}).status_code == 401
+        assert http.get("/metrics").status_code == 401
+        assert http.post("/v1/predict", json=body, headers={"X-API-Key": "open sesame"}).status_code == 200
+        assert http.get("/health").status_code == 200
+
+
+def test_bodies_and_images_have_a_size(digits: tuple[list[bytes], list[int]]) -> None:
+    with client(max_body=20_000, max_pixels=10_000) as http:
+        large = io.BytesIO()
+        Image.new("L", (101, 100)).save(large, "PNG")  # small in bytes, too many pixels
+        answer = http.post("/v1/predict", json={"images": [encoded(large.getvalue())]})
+        assert (answer.status_code, "101 x 100" in answer.json()["error"]) == (413, True)
+        body = {"images": [encoded(digits[0][0])] * 200}
+        assert http.post("/v1/predict", json=body).status_code == 413
+        text = json.dumps(body).encode()
+        # Without a length, in pieces.
+        pieces = (text[start : start + 5000] for start in range(0, len(text), 5000))
+        answer = http.post("/v1/predict", content=pieces, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 413
+        assert http.post("/v1/predict", json={"images": [encoded(digits[0][0])]}).status_code == 200
+
+
+def test_a_full_queue_and_a_slow_answer(digits: tuple[list[bytes], list[int]]) -> None:
+    one = encoded(digits[0][0])
+    with client(max_waiting=4) as http:
+        answer = http.post("/v1/predict", json={"images": [one] * 5})
+        assert (answer.status_code, answer.headers["Retry-After"]) == (429, "1")
+        assert http.post("/v1/predict", json={"images": [one] * 4}).status_code == 200
+    with client(timeout=0.001) as http:
+        answer = http.post("/v1/predict", json={"images": [one] * 40, "draws": 1000})
+        assert answer.status_code == 504
+    with client(max_draws=10, max_certify=50) as http:
+        for extra in ({"draws": 11}, {"decide": {"max_draws": 11}}, {"certify": {"n": 51}}):
+            answer = http.post("/v1/predict", json={"images": [one]} | extra)
+            assert (answer.status_code, "at most" in answer.json()["error"]) == (422, True)
+
+
+def test_with_a_secret_asking_again_gains_nothing(digits: tuple[list[bytes], list[int]]) -> None:
+    files, _ = digits
+    body = {"images": [encoded(data) for data in files[:6]]}
+    with client(secret="sixteen characters") as http:
+        first, second = (http.post("/v1/predict", json=body).json() for _ in range(2))
+        alone = http.post("/v1/predict", json={"images": body["images"][3:4]}).json()
+    with client(secret="another of sixteen") as http:
+        other = http.post("/v1/predict", json=body).json()
+    with client() as http:
+        fresh = [http.post("/v1/predict", json=body).json() for _ in range(2)]
+    assert first == second
+    assert alone["images"][0] == first["images"][3]
+    assert other != first
+    assert fresh[0] != fresh[1]
+    images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    images[1, 0, 0, 0] = 1
+    assert keyed_seed("sixteen characters", images[0]) != keyed_seed("sixteen characters", images[1])
