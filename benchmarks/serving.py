@@ -3,8 +3,8 @@
     python benchmarks/serving.py [--model cifar10-vgg16-rse] [--clients 32] [--requests 600] [--out FOLDER]
 
 Each server is a process of its own on the same cores; they take turns. The plain route opens the image,
-passes it as often as there are draws, with noise in front of every convolution, in float32, and answers with the mean.
-Clients keep their connection and ask again as soon as they are answered; they share the cores as well.
+passes it as often as there are draws, with noise in front of every convolution, in float32, and answers with
+the mean. Clients keep their connection and ask again as soon as they are answered; they share the cores too.
 """
 
 import asyncio
