@@ -24,7 +24,8 @@ httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient  # noqa: E402
 
-from selfensemble.serving.app import create_app, keyed_seed  # noqa: E402
+from selfensemble.serving.app import create_app  # noqa: E402
+from selfensemble.serving.service import keyed_seed  # noqa: E402
 from selfensemble.serving.settings import Settings  # noqa: E402
 
 CLASSES = tuple("0123456789")

@@ -27,7 +27,7 @@ def _quantiles() -> Tensor:
 
 @functools.lru_cache(maxsize=256)
 def _table(std: float, dtype: torch.dtype) -> Tensor:
-    """The quantiles of one level; making them takes as long as 100,000 draws."""
+    """The quantiles of one level."""
     return (_quantiles() * std).to(dtype)
 
 

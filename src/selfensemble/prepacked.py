@@ -3,7 +3,7 @@
 `conv2d` of torch lays its weights out at every call and leaves the ReLU to another pass over the output. The
 operators that torch's compiler calls on a CPU do both ahead. On small maps of many channels even these read
 every weight again for each image, from a cache that does not hold them; there a matrix product over the batch
-is up to six times faster. What pays where was measured: docs/decisions/0020.
+is faster. What pays where was measured: docs/decisions/0020.
 """
 
 import math

@@ -3,7 +3,7 @@
 oneDNN's kernels are made for large maps: for 512 channels at 2x2 and a batch of 128 the gradient of weights
 takes it 61 ms and the product 4, at 4x4 77 against 25 (one thread of a Xeon with AMX, torch 2.13.0), for the
 same sums. Outputs and gradients of inputs are as slow where a core's cache does not hold the weights, which
-are read again for each image: 22 ms against 3 at 2x2, 23 against 12 at 4x4. See docs/decisions/0016 and 0020.
+are read again for each image. See docs/decisions/0016 and 0020.
 """
 
 from types import MethodType

@@ -1,0 +1,19 @@
+"""Answers that say what is wrong."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi.responses import JSONResponse
+
+
+def problem(status: int, text: str, headers: Any = None) -> JSONResponse:
+    """Of the form of `schemas.Problem`."""
+    return JSONResponse({"error": text}, status_code=status, headers=headers)
+
+
+def first(errors: Sequence[Any]) -> str:
+    """The first of pydantic's complaints, on a line."""
+    if not errors:
+        return "the request is not valid"
+    place = ".".join(str(part) for part in errors[0].get("loc", ()) if part != "body")
+    return f"{place}: {errors[0].get('msg', 'not valid')}".lstrip(": ")

@@ -1,0 +1,227 @@
+"""What stands behind the routes: images are opened, answered and named, within limits."""
+
+import asyncio
+import hashlib
+import hmac
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+from fastapi import HTTPException
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from torch import Tensor
+
+from ..certification import certify
+from ..decision import decide
+from ..ensemble import SelfEnsemble
+from ..stopping import rule_for
+from . import schemas
+from .batching import Answer, Batcher, BusyError, ClosedError
+from .images import ImageError, TooLargeError, decode_base64, open_image, scaled
+from .settings import Settings
+
+
+class Service:
+    """One ensemble and its settings."""
+
+    def __init__(
+        self,
+        ensemble: SelfEnsemble,
+        classes: tuple[str, ...],
+        shape: tuple[int, int, int],
+        settings: Settings,
+    ) -> None:
+        self.ensemble, self.classes, self.shape, self.settings = ensemble, classes, shape, settings
+        rule_for(
+            settings.stop, settings.draws or ensemble.draws, False, ensemble.stopping
+        )  # says what is wrong
+        self.batcher: Batcher | None = None
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "selfensemble_requests", "Requests by path and status", ["path", "status"], registry=self.registry
+        )
+        self.seconds = Histogram(
+            "selfensemble_request_seconds", "Time of a request", ["path"], registry=self.registry,
+            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+        )  # fmt: skip
+        self.draws = Histogram(
+            "selfensemble_draws", "Noise draws of an image", registry=self.registry,
+            buckets=(1, 2, 3, 4, 6, 8, 10, 20, 50, 100, 1000),
+        )  # fmt: skip
+        for name, about in (("waiting", "Images in the queue"), ("passes", "Passes of the network so far")):
+            gauge = Gauge(f"selfensemble_{name}", about, registry=self.registry)
+            gauge.set_function(lambda name=name: getattr(self.batcher, name, 0))  # type: ignore[misc]
+
+    def start(self) -> None:
+        """Begin to take requests."""
+        self.batcher = Batcher(self.ensemble, torch.zeros(1, *self.shape), self.settings.max_waiting)
+
+    def stop(self) -> None:
+        """End what was taken."""
+        if self.batcher is not None:
+            self.batcher.close()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request would be taken."""
+        return self.batcher is not None and self.batcher.waiting < self.settings.max_waiting
+
+    def about(self) -> dict[str, Any]:
+        """Of `/v1/model`."""
+        return {
+            "classes": self.classes, "shape": self.shape, "draws": self.settings.draws or self.ensemble.draws,
+            "stop": self.settings.stop, "calibrated": self.ensemble.stopping is not None,
+            "keyed": self.settings.secret is not None,
+            "limits": self.settings.model_dump(exclude={"api_key", "secret"}),
+        }  # fmt: skip
+
+    def check_count(self, images: int) -> None:
+        """Raise unless a request may have as many images."""
+        if images > self.settings.max_images:
+            raise HTTPException(
+                413, f"{images} images, at most {self.settings.max_images} a request are taken"
+            )
+
+    @staticmethod
+    def decoded(text: str, place: int) -> bytes:
+        """The bytes of an image in JSON."""
+        try:
+            return decode_base64(text)
+        except ImageError as error:
+            raise HTTPException(422, f"image {place}: {error}") from None
+
+    async def answer(self, files: list[bytes], options: schemas.Options) -> schemas.Response:
+        """Open, compute, and name the classes."""
+        self._check(options)
+        opened = await asyncio.to_thread(self._open, files)
+        inputs = scaled(opened)
+        try:
+            async with asyncio.timeout(self.settings.timeout):
+                answers = await self._predict(inputs, opened, options)
+                decided = await self._job(self._decide, inputs, options.decide)
+                certified = await self._job(self._certify, inputs, options.certify)
+        except TimeoutError:
+            raise HTTPException(504, f"no answer within {self.settings.timeout:g} s") from None
+        except BusyError as error:
+            headers = {"Retry-After": str(self.settings.retry_after)}
+            raise HTTPException(429, f"{error}: come back later", headers) from None
+        except ClosedError as error:
+            raise HTTPException(503, str(error)) from None
+        except ValueError as error:  # what this network cannot do
+            raise HTTPException(422, str(error)) from None
+        for each in answers:
+            self.draws.observe(each.draws)
+        return schemas.Response(
+            images=[
+                self._named(answer, options.top, decided[place], certified[place])
+                for place, answer in enumerate(answers)
+            ]
+        )
+
+    def _check(self, options: schemas.Options) -> None:
+        limits = self.settings
+        asked: list[tuple[str, int | None, int]] = [("draws", options.draws, limits.max_draws)]
+        if options.decide is not None:
+            asked.append(("decide.max_draws", options.decide.max_draws, limits.max_draws))
+        if options.certify is not None:
+            asked.append(("certify.n", options.certify.n, limits.max_certify))
+            asked.append(("certify.n0", options.certify.n0, limits.max_certify))
+        for name, value, most in asked:
+            if value is not None and value > most:
+                raise HTTPException(422, f"{name} may be at most {most} here, got {value}")
+
+    def _open(self, files: list[bytes]) -> list[Tensor]:
+        opened = []
+        for place, data in enumerate(files):
+            try:
+                opened.append(open_image(data, self.shape, self.settings.max_pixels))
+            except TooLargeError as error:
+                raise HTTPException(413, f"image {place}: {error}") from None
+            except ImageError as error:
+                raise HTTPException(422, f"image {place}: {error}") from None
+        return opened
+
+    @property
+    def _batcher(self) -> Batcher:
+        if self.batcher is None:
+            raise ClosedError("the server has not started")
+        return self.batcher
+
+    async def _predict(
+        self, inputs: Tensor, opened: list[Tensor], options: schemas.Options
+    ) -> Sequence[Answer]:
+        # A number of draws in the request alone takes them all.
+        stop = options.stop if options.stop or options.draws else self.settings.stop
+        draws = options.draws or self.settings.draws
+        if self.settings.secret is not None:
+            seeds = [keyed_seed(self.settings.secret, image) for image in opened]
+            job = self._batcher.run(lambda: self._keyed(inputs, seeds, draws, stop))
+            keyed: list[Answer] = await self._wait(job)
+            return keyed
+        rule = rule_for(stop, draws or self.ensemble.draws, draws is not None, self.ensemble.stopping)
+        futures = self._batcher.submit(inputs, rule)
+        found: list[Answer] = await asyncio.gather(*(self._wait(future) for future in futures))
+        return found
+
+    def _keyed(self, inputs: Tensor, seeds: list[int], draws: int | None, stop: Any) -> list[Answer]:
+        """Each image on its own, with noise of its own seed."""
+        found = []
+        for image, seed in zip(inputs, seeds, strict=True):
+            answer = self.ensemble.predict(image[None], draws=draws, stop=stop, seed=seed)
+            found.append(Answer(answer.probabilities[0], answer.spread[0], int(answer.draws[0])))
+        return found
+
+    async def _job(self, work: Callable[[Tensor, Any], list[Any]], inputs: Tensor, asked: Any) -> list[Any]:
+        if asked is None:
+            return [None] * len(inputs)
+        found: list[Any] = await self._wait(self._batcher.run(lambda: work(inputs, asked)))
+        return found
+
+    @staticmethod
+    async def _wait(future: "Future[Any]") -> Any:
+        return await asyncio.wrap_future(future)
+
+    def _decide(self, inputs: Tensor, asked: schemas.Decide) -> list[schemas.DecisionAnswer]:
+        found = decide(self.ensemble, inputs, alpha=asked.alpha, max_draws=asked.max_draws)
+        columns = (found.label, found.leader, found.low, found.high, found.draws)
+        return [
+            schemas.DecisionAnswer(
+                label=self._name(label), leader=self.classes[leader], low=low, high=high, draws=draws,
+                alpha=asked.alpha,
+            )
+            for label, leader, low, high, draws in zip(*(each.tolist() for each in columns), strict=True)
+        ]  # fmt: skip
+
+    def _certify(self, inputs: Tensor, asked: schemas.Certify) -> list[schemas.CertificateAnswer]:
+        found = certify(self.ensemble, inputs, **asked.model_dump())
+        columns = (found.label, found.radius, found.draws)
+        return [
+            schemas.CertificateAnswer(label=self._name(label), radius=radius, draws=draws, alpha=asked.alpha)
+            for label, radius, draws in zip(*(each.tolist() for each in columns), strict=True)
+        ]
+
+    def _name(self, label: int) -> str | None:
+        return self.classes[label] if label >= 0 else None
+
+    def _named(self, answer: Answer, top: int, decided: Any, certified: Any) -> schemas.ImageAnswer:
+        best = answer.probabilities.topk(min(top, len(self.classes))).indices.tolist()
+        spread = [float(each) for each in answer.spread]
+        shown = [
+            schemas.ClassAnswer(
+                label=self.classes[k], probability=float(answer.probabilities[k]),
+                spread=spread[k] if math.isfinite(spread[k]) else None,
+            )
+            for k in best
+        ]  # fmt: skip
+        return schemas.ImageAnswer(
+            label=shown[0].label, probability=shown[0].probability, draws=answer.draws, classes=shown,
+            decision=decided, certificate=certified,
+        )  # fmt: skip
+
+
+def keyed_seed(secret: str, image: Tensor) -> int:
+    """A seed that only who knows the secret can tell from the image."""
+    code = hmac.new(secret.encode(), image.contiguous().numpy().tobytes(), hashlib.sha256)
+    return int.from_bytes(code.digest()[:8], "big") >> 2
