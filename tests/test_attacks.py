@@ -25,7 +25,7 @@ from selfensemble.attacks import (
     transfer,
 )
 from selfensemble.attacks.driver import attacked
-from selfensemble.attacks.expectation import OTHER_NOISE, Oracle
+from selfensemble.attacks.expectation import OTHER_NOISE, Average, Oracle
 from selfensemble.attacks.losses import LOSSES, dlr
 from selfensemble.attacks.norms import project, random_start, size
 from selfensemble.streams import stream_seed
@@ -221,6 +221,30 @@ def test_average_of_probabilities_is_the_gradient_of_the_ensemble(tiny: nn.Modul
         torch.testing.assert_close(found.probabilities, mean.detach().exp(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("average", ["losses", "probabilities"])
+@pytest.mark.parametrize("eot", [4, 5])
+def test_draws_of_one_pass_are_those_of_several(
+    tiny: nn.Module, images: Tensor, average: Average, eot: int
+) -> None:
+    """Of an even number they are antithetic pairs; those that confirm are independent."""
+    model, labels = rse.inject_noise_(tiny).eval(), torch.arange(6) % 5
+    found, confirmed = [], []
+    for room in (0, 1, 6, 24, 1000):
+        with attacked(model) as (forward, _):
+            oracle = Oracle(forward, Noise(eot=eot, average=average), seed=3, room=(room, room))
+            found += [oracle.gradient(images, lambda z: LOSSES["ce"](z, labels, False)) for _ in range(2)]
+            confirmed.append(oracle.lead(images, labels, targeted=False)[0])
+    for later in range(2, len(found)):
+        for name in ("gradient", "loss", "probabilities"):
+            torch.testing.assert_close(getattr(found[later], name), getattr(found[later % 2], name))
+    assert all(torch.allclose(each, confirmed[0], rtol=1e-4, atol=1e-6) for each in confirmed)
+    drawn = []
+    for index in range(eot):
+        with torch.no_grad(), rse.noise_draw(oracle._seed, index, "shared", antithetic=eot == 4):
+            drawn.append(model(images).softmax(dim=1))
+    torch.testing.assert_close(found[0].probabilities, torch.stack(drawn).mean(dim=0))
+
+
 def test_frozen_noise_is_that_of_a_seeded_prediction(tiny: nn.Module, images: Tensor) -> None:
     """What fools the frozen draws in the attack fools `predict` with the same seed, image for image."""
     ensemble = rse.SelfEnsemble(tiny, rse.NoiseConfig(0.3, 0.3), draws=3)
@@ -240,7 +264,7 @@ def test_contract(tiny: nn.Sequential, images: Tensor, name: str) -> None:
     tiny[0].weight.requires_grad_(False)
     state, labels, kept = torch.get_rng_state(), torch.arange(6) % 5, images.clone()
     results = [
-        attack(ensemble, images, labels, max_batch=4, eot=2, seed=seed, **budget) for seed in (1, 1, 2)
+        attack(ensemble, images, labels, max_batch=4, eot=3, seed=seed, **budget) for seed in (1, 1, 2)
     ]
     adversarial = results[0]
     assert torch.equal(results[0], results[1])
@@ -285,8 +309,10 @@ def test_memory_does_not_depend_on_draws_nor_batch(tiny: nn.Module, images: Tens
     seen = []
     tiny.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     ensemble = rse.SelfEnsemble(tiny)
-    apgd(ensemble, images, torch.arange(6) % 5, steps=2, eot=20, max_batch=2)
-    assert max(seen) == 2
+    for most in (2, 5):
+        seen.clear()
+        apgd(ensemble, images, torch.arange(6) % 5, steps=2, eot=20, max_batch=most)
+        assert max(seen) == most
 
 
 def test_random_noise_is_weaker_than_gradients(linear: LinearClassifier, grey: Tensor) -> None:

@@ -76,7 +76,7 @@ class Draws:
         return group.to(self.device, self._dtype)
 
     @torch.no_grad()
-    def _folds(self) -> bool:
+    def folds(self) -> bool:
         """Whether draws in one batch are those of their own: not if the network rearranges its batch.
 
         The first draw of a batch must not notice which is the second. Found out once for each shape.
@@ -100,7 +100,7 @@ class Draws:
     def at_once(self, images: int, left: int) -> int:
         """Draws that go into one pass, of those that are left: several where there are few images."""
         count = min(left, max(1, self.capacity // max(1, images)))
-        return 1 if count > 1 and self._shared and not self._folds() else count
+        return 1 if count > 1 and self._shared and not self.folds() else count
 
     @torch.no_grad()
     def take(self, images: Tensor, index: int, count: int, group: int = 0) -> Tensor:

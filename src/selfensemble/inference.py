@@ -15,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .ensemble import SelfEnsemble, logits_of
 from .inject import execution_order, is_convolution, random_layers
-from .noise import NoiseConfig, RandomLayer
+from .noise import GaussianNoise, NoiseConfig, RandomLayer
 from .prepacked import FEW, PrepackedConvolution, can_prepack
 from .streams import noise_draw
 
@@ -215,6 +215,16 @@ def _prepack_(graph: fx.GraphModule, first: str) -> None:
         if relu:
             after.replace_all_uses_with(node)
             graph.graph.erase_node(after)
+    _overwrite_(graph)
+
+
+def _overwrite_(graph: fx.GraphModule) -> None:
+    """Noise in place, where it is all that becomes of what a layer returns: no memory has to be found."""
+    once = dict(_calls(graph))
+    for node, noise in once.items():
+        before = node.args[0]
+        if isinstance(noise, GaussianNoise) and isinstance(before, fx.Node) and len(before.users) == 1:
+            noise.overwrites = isinstance(once.get(before), (PrepackedConvolution, nn.MaxPool2d))
 
 
 def _is_relu(node: fx.Node) -> bool:

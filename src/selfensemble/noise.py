@@ -86,12 +86,13 @@ def _noise_like(inputs: Tensor, std: float, source: Source) -> Tensor:
     return noise.to(inputs.dtype)
 
 
-def _added(inputs: Tensor, noise: Tensor) -> Tensor:
+def _added(inputs: Tensor, noise: Tensor, overwrite: bool = False) -> Tensor:
     """`inputs + noise`, where noise that images share belongs to as many of them, one after another."""
     if len(noise) in (1, len(inputs)):
-        return inputs + noise
-    each = inputs.reshape(len(noise), -1, *inputs.shape[1:])
-    return (each + noise.unsqueeze(1)).flatten(0, 1)
+        return inputs.add_(noise) if overwrite else inputs + noise
+    each, own = inputs.unflatten(0, (len(noise), -1)), noise.unsqueeze(1)
+    added: Tensor = each.add_(own) if overwrite else each + own
+    return added.flatten(0, 1)
 
 
 def _first_half(inputs: Tensor) -> Tensor:
@@ -239,6 +240,10 @@ class GaussianNoise(RandomLayer):
         std: standard deviation, >= 0, in the units of the input; or one for each channel.
         layer, sampling: see `RandomLayer`.
 
+    Attributes:
+        overwrites: whether the input may be overwritten where no gradient is wanted; for networks in which
+            nobody else sees it.
+
     Shape: (B, ...) of any floating dtype, to the same; (B, C, ...) where `std` holds C levels.
 
     Source: Liu et al., Towards Robust Neural Networks via Random Self-ensemble, ECCV 2018, eq. 2.
@@ -253,6 +258,7 @@ class GaussianNoise(RandomLayer):
     ) -> None:
         super().__init__(layer, sampling)
         self.std = check_stds("std", std)
+        self.overwrites = False
 
     @property
     def std(self) -> Std:
@@ -300,7 +306,8 @@ class GaussianNoise(RandomLayer):
             noise = _noise_like(_first_half(inputs.detach()), self._number, source)
             noisy = _AddToPairs.apply(inputs, noise)  # type: ignore[no-untyped-call]
             return noisy
-        return _added(inputs, _noise_like(inputs.detach(), self._number, source))
+        overwrite = self.overwrites and not inputs.requires_grad
+        return _added(inputs, _noise_like(inputs.detach(), self._number, source), overwrite)
 
     def _scaled(self, inputs: Tensor, levels: Tensor, shared: bool) -> Tensor:
         """Noise times levels that are a tensor, along the channels and differentiable in the levels."""

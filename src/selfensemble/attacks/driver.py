@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..drawing import Draws
 from ..ensemble import (
     SelfEnsemble,
     check_count,
@@ -47,11 +48,15 @@ def run_attack(
             raise ValueError(
                 f"labels must be below {classes}, the number of classes; got {int(labels.max())}"
             )
+        if reseed:
+            room = (0, 0)
+        else:
+            room = (_room(original_of(model), first, max_batch), _room(model, first, max_batch))
         for number, (x, y) in enumerate(zip(inputs.split(size), labels.split(size), strict=True)):
             own = seed if number == 0 or noise.frozen else stream_seed(seed, number, 1)
             oracle = Oracle(
                 forward, noise, seed=own, is_random=is_random, classes=classes, device=device, reseed=reseed,
-                follow=follow,
+                follow=follow, room=room,
             )  # fmt: skip
             # In float32, whatever the model computes in: smaller types cannot hold small changes.
             part = run(oracle, x.detach().to(device, torch.float32, copy=True), y.to(device, copy=True))
@@ -123,6 +128,17 @@ def _probe(model: nn.Module, forward: Forward, inputs: Tensor) -> tuple[int, boo
     if isinstance(model, SelfEnsemble) and not model.is_random and not reseed:
         return first.shape[1], False, False
     return first.shape[1], reseed or not torch.equal(first, forward(inputs)), reseed
+
+
+def _room(model: nn.Module, example: Tensor, max_batch: int | None) -> int:
+    """Images that a pass of several noise draws may hold; of a pair of draws, the noise is drawn once."""
+    too_few = max_batch is not None and max_batch < 4  # to find out whether the network allows it
+    if too_few or not (isinstance(model, SelfEnsemble) and model.is_random):
+        return 0
+    draws = Draws(model, example, sampling="shared")
+    if not draws.folds():
+        return 0
+    return max_batch or max(draws.capacity, 2 * len(example))
 
 
 def looks_like_probabilities(outputs: Tensor) -> bool:

@@ -78,9 +78,10 @@ class Estimate:
 
 
 class Oracle:
-    """A model as an attack sees it: one noise draw at a time, in the memory of one draw.
+    """A model as an attack sees it: single noise draws, several of them in one pass where images are few.
 
-    Images of a batch share their draws, which leaves each image's expectation as it is.
+    Images of a batch share their draws, which leaves each image's expectation as it is. The draws of a step
+    come in antithetic pairs where their number is even, those that confirm a success are independent.
 
     Args:
         forward: (B, ...) to logits (B, K) of one noise draw.
@@ -91,6 +92,7 @@ class Oracle:
         device: of the model; where not the CPU, its global generator counts too.
         reseed: draw noise of torch's global generators from the seed as well (dropout at test time).
         follow: a faster forward whose gradients stand for those of `forward`, which decides about success.
+        room: images that a pass of several draws may hold, of `forward` and of `follow`.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class Oracle:
         device: torch.device | None = None,
         reseed: bool = False,
         follow: Forward | None = None,
+        room: tuple[int, int] = (0, 0),
     ) -> None:
         self.noise, self.seed = noise, seed
         self.classes = classes
@@ -122,6 +125,8 @@ class Oracle:
         self._drawn = self._confirmed = 0
         self._devices = [device] if device is not None and device.type != "cpu" else []
         self._reseed = reseed
+        self._room = room
+        self._pairs = self.eot % 2 == 0 and not noise.frozen
 
     @property
     def confirm_draws(self) -> int:
@@ -130,15 +135,33 @@ class Oracle:
             return _CONFIRM_DRAWS if self.is_random else 1
         return self.noise.confirm_draws
 
-    def _logits(self, inputs: Tensor, seed: int, index: int, *, follow: bool = False) -> Tensor:
+    def _logits(self, inputs: Tensor, draws: range, *, follow: bool = False, confirm: bool = False) -> Tensor:
+        """(N, B, K) of N consecutive draws of the steps, or of those that confirm, in one pass."""
         forward = self._follow if follow else self._forward
-        with noise_draw(seed, index, "shared"):
+        seed, count = self._confirm_seed if confirm else self._seed, len(draws)
+        antithetic = self._pairs and not confirm
+        repeated = inputs if count == 1 else inputs.repeat(count, *[1] * (inputs.dim() - 1))
+        with noise_draw(
+            seed, draws.start, "shared", count=count, antithetic=antithetic, portable=self.noise.frozen
+        ):
             if not self._reseed:
-                return forward(inputs).float()
-            kind = self._devices[0].type if self._devices else "cuda"
-            with torch.random.fork_rng(self._devices, device_type=kind):
-                torch.manual_seed(stream_seed(seed, index, OTHER_NOISE))
-                return forward(inputs).float()
+                logits = forward(repeated)
+            else:
+                kind = self._devices[0].type if self._devices else "cuda"
+                with torch.random.fork_rng(self._devices, device_type=kind):
+                    torch.manual_seed(stream_seed(seed, draws.start, OTHER_NOISE))
+                    logits = forward(repeated)
+        return logits.float().view(count, len(inputs), -1)
+
+    def _passes(self, images: int, draws: range, follow: bool) -> list[range]:
+        """`draws` in parts, each for one pass."""
+        count = max(1, self._room[follow] // max(1, images))
+        return [draws[start : start + count] for start in range(0, len(draws), count)]
+
+    def _each(self, inputs: Tensor, draws: range, *, follow: bool = False, confirm: bool = False) -> Tensor:
+        """(N, B, K) logits of single draws."""
+        passes = self._passes(len(inputs), draws, follow)
+        return torch.cat([self._logits(inputs, part, follow=follow, confirm=confirm) for part in passes])
 
     def _indices(self) -> range:
         """Numbers of the draws of the next step."""
@@ -159,16 +182,17 @@ class Oracle:
                 (outer,) = torch.autograd.grad(loss(over).sum(), over)
         gradient = torch.zeros_like(inputs)
         total, probabilities = inputs.new_zeros(len(inputs), dtype=torch.float32), None
-        for index in indices:
+        for draws in self._passes(len(inputs), indices, True):
             with torch.enable_grad():
                 leaf = inputs.detach().requires_grad_()
-                logits = self._logits(leaf, self._seed, index, follow=True)
-                drawn = logits.log_softmax(dim=1)
+                logits = self._logits(leaf, draws, follow=True)
+                drawn = logits.log_softmax(dim=2)
                 if over is None:
-                    values = loss(logits if self.noise.average == "losses" else drawn)
+                    each = logits if self.noise.average == "losses" else drawn
+                    values = torch.stack([loss(one) for one in each]).sum(dim=0)
                 else:
                     share = (drawn.detach() - over.detach()).exp() * outer
-                    values = (share * drawn).sum(dim=1)
+                    values = (share * drawn).sum(dim=(0, 2))
                 if not values.requires_grad:
                     raise ValueError(
                         "the model passes no gradient to its inputs (detach, rounding, numpy?): attack it "
@@ -176,7 +200,7 @@ class Oracle:
                     )
                 gradient += torch.autograd.grad(values.sum(), leaf, materialize_grads=True)[0]
             total += values.detach()
-            softmax = drawn.detach().exp()
+            softmax = drawn.detach().exp().sum(dim=0)
             probabilities = softmax if probabilities is None else probabilities + softmax
         spend(gradients=len(inputs) * len(indices))
         assert probabilities is not None
@@ -191,22 +215,18 @@ class Oracle:
         if self.noise.average == "probabilities":
             over = self._mean_log(inputs, indices)
             return Estimate(loss(over), over.exp(), inputs.new_empty(0))
-        each = [self._logits(inputs, self._seed, index) for index in indices]
+        each = self._each(inputs, indices)
         spend(forwards=len(inputs) * len(each))
         total = sum((loss(logits) for logits in each), inputs.new_zeros(len(inputs)))
-        softmax = torch.stack([logits.softmax(dim=1) for logits in each]).mean(dim=0)
+        softmax = each.softmax(dim=2).mean(dim=0)
         return Estimate(total / len(each), softmax, inputs.new_empty(0))
 
     @torch.no_grad()
     def _mean_log(self, inputs: Tensor, indices: range, *, follow: bool = False) -> Tensor:
         """Log of the mean softmax (B, K)."""
-        over: Tensor | None = None
-        for index in indices:
-            drawn = self._logits(inputs, self._seed, index, follow=follow).log_softmax(dim=1)
-            over = drawn if over is None else torch.logaddexp(over, drawn)
+        each = self._each(inputs, indices, follow=follow).log_softmax(dim=2)
         spend(forwards=len(inputs) * len(indices))
-        assert over is not None
-        return over - math.log(len(indices))
+        return each.logsumexp(dim=0) - math.log(len(indices))
 
     @torch.no_grad()
     def lead(
@@ -218,15 +238,12 @@ class Oracle:
         negative if targeted. It is sure above two standard errors, or `errors`: searches ask often, and
         the luckiest of many answers proves little. Without randomness the answer is sure.
         """
-        draws = self.noise.eot if self.noise.frozen else self.confirm_draws
         if self.noise.frozen:
-            seed, start = self._seed, 0
+            draws, start = self.noise.eot, 0
         else:
-            seed, start = self._confirm_seed, self._confirmed
+            draws, start = self.confirm_draws, self._confirmed
             self._confirmed += draws
-        each = torch.stack(
-            [self._logits(inputs, seed, index).softmax(dim=1) for index in range(start, start + draws)]
-        )
+        each = self._each(inputs, range(start, start + draws), confirm=not self.noise.frozen).softmax(dim=2)
         spend(forwards=len(inputs) * draws)
         mean = each.mean(dim=0)
         rival = mean.scatter(1, labels[:, None], -torch.inf).argmax(dim=1)
