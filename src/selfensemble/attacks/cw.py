@@ -182,7 +182,7 @@ def cw_l2(
                 image: Tensor, estimate: Estimate, active: Tensor = active, found: Tensor = found
             ) -> None:
                 # A success counts for the search over c even where an earlier c came nearer.
-                found |= nearest.visit(active, image, estimate.probabilities, asked=~found)
+                found |= nearest.visit(active, image, estimate, asked=~found)
 
             strength = c[active]
             _descend(

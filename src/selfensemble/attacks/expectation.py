@@ -64,17 +64,22 @@ class Noise:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Means over the draws of one step.
+    """What the draws of one step say.
 
     Attributes:
         loss: (B,) the expected loss, or the loss of the expectation.
-        probabilities: (B, K) mean softmax.
+        draws: (N, B, K) softmax of independent draws, or of the means of antithetic pairs.
         gradient: of the loss, (B, ...); empty where none was asked for.
     """
 
     loss: Tensor
-    probabilities: Tensor
+    draws: Tensor
     gradient: Tensor
+
+    @property
+    def probabilities(self) -> Tensor:
+        """(B, K) mean softmax."""
+        return self.draws.mean(dim=0)
 
 
 class Oracle:
@@ -117,6 +122,7 @@ class Oracle:
         # Frozen noise of torch's global generators is that of a fixed batch.
         self.may_shrink = not (noise.frozen and reseed)
         self.eot = noise.eot if is_random else 1
+        self.follows = follow is not None
         self._forward, self._follow = forward, follow or forward
         # Whether the answer of a step is all there is to know about its success.
         self.exact = follow is None and not self.is_random
@@ -177,11 +183,12 @@ class Oracle:
         over = None
         if self.noise.average == "probabilities" and len(indices) > 1:
             # The draws twice: for the mean, and then each with its share in the gradient of the mean.
-            over = self._mean_log(inputs, indices, follow=True).requires_grad_()
+            over = _mean_log(self._each(inputs, indices, follow=True)).requires_grad_()
+            spend(forwards=len(inputs) * len(indices))
             with torch.enable_grad():
                 (outer,) = torch.autograd.grad(loss(over).sum(), over)
         gradient = torch.zeros_like(inputs)
-        total, probabilities = inputs.new_zeros(len(inputs), dtype=torch.float32), None
+        total, softmax = inputs.new_zeros(len(inputs), dtype=torch.float32), []
         for draws in self._passes(len(inputs), indices, True):
             with torch.enable_grad():
                 leaf = inputs.detach().requires_grad_()
@@ -200,71 +207,86 @@ class Oracle:
                     )
                 gradient += torch.autograd.grad(values.sum(), leaf, materialize_grads=True)[0]
             total += values.detach()
-            softmax = drawn.detach().exp().sum(dim=0)
-            probabilities = softmax if probabilities is None else probabilities + softmax
+            softmax.append(drawn.detach().exp())
         spend(gradients=len(inputs) * len(indices))
-        assert probabilities is not None
         if over is not None:
             total = loss(over.detach()) * len(indices)
-        return Estimate(total / len(indices), probabilities / len(indices), gradient / len(indices))
+        return Estimate(total / len(indices), self._units(torch.cat(softmax)), gradient / len(indices))
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, loss: Callable[[Tensor], Tensor]) -> Estimate:
         """The expected `loss`, without a gradient."""
         indices = self._indices()
-        if self.noise.average == "probabilities":
-            over = self._mean_log(inputs, indices)
-            return Estimate(loss(over), over.exp(), inputs.new_empty(0))
         each = self._each(inputs, indices)
         spend(forwards=len(inputs) * len(each))
-        total = sum((loss(logits) for logits in each), inputs.new_zeros(len(inputs)))
-        softmax = each.softmax(dim=2).mean(dim=0)
-        return Estimate(total / len(each), softmax, inputs.new_empty(0))
+        if self.noise.average == "probabilities":
+            value = loss(_mean_log(each))
+        else:
+            value = torch.stack([loss(logits) for logits in each]).mean(dim=0)
+        return Estimate(value, self._units(each.softmax(dim=2)), inputs.new_empty(0))
 
-    @torch.no_grad()
-    def _mean_log(self, inputs: Tensor, indices: range, *, follow: bool = False) -> Tensor:
-        """Log of the mean softmax (B, K)."""
-        each = self._each(inputs, indices, follow=follow).log_softmax(dim=2)
-        spend(forwards=len(inputs) * len(indices))
-        return each.logsumexp(dim=0) - math.log(len(indices))
+    def _units(self, each: Tensor) -> Tensor:
+        """Of single draws (N, B, K), those that are independent: as they are, or the means of pairs."""
+        return each.unflatten(0, (-1, 2)).mean(dim=1) if self._pairs else each
 
     @torch.no_grad()
     def lead(
-        self, inputs: Tensor, labels: Tensor, targeted: bool, errors: float = 2.0
+        self, inputs: Tensor, labels: Tensor, targeted: bool, errors: float = 2.0, *, follow: bool = False
     ) -> tuple[Tensor, Tensor]:
         """(B,) by how much the attack leads in mean probability on fresh draws, and whether that is sure.
 
         The lead is `p_j - p_y` for the likeliest j != y (negative where the defender is right), or the
         negative if targeted. It is sure above two standard errors, or `errors`: searches ask often, and
         the luckiest of many answers proves little. Without randomness the answer is sure.
+
+        Args:
+            inputs: (B, ...).
+            labels, targeted: what the attack wants.
+            errors: see above.
+            follow: ask the faster forward, for searches of which the end is confirmed.
         """
         if self.noise.frozen:
             draws, start = self.noise.eot, 0
         else:
             draws, start = self.confirm_draws, self._confirmed
             self._confirmed += draws
-        each = self._each(inputs, range(start, start + draws), confirm=not self.noise.frozen).softmax(dim=2)
+        fresh = range(start, start + draws)
+        each = self._each(inputs, fresh, follow=follow, confirm=not self.noise.frozen).softmax(dim=2)
         spend(forwards=len(inputs) * draws)
-        mean = each.mean(dim=0)
-        rival = mean.scatter(1, labels[:, None], -torch.inf).argmax(dim=1)
-        image = torch.arange(len(labels), device=labels.device)
-        leads = each[:, image, rival] - each[:, image, labels]
-        leads = -leads if targeted else leads
-        success, lead = fooled(mean, labels, targeted), leads.mean(dim=0)
-        if self.is_random and draws > 1:
-            success &= lead > errors * leads.std(dim=0) / math.sqrt(draws)
-        return lead, success
+        return _lead(each, labels, targeted, errors if self.is_random else 0.0)
 
     def confirmed(
-        self, inputs: Tensor, probabilities: Tensor, labels: Tensor, targeted: bool, errors: float = 2.0
+        self, inputs: Tensor, estimate: Estimate, labels: Tensor, targeted: bool, errors: float = 2.0
     ) -> Tensor:
-        """(B,) whether `probabilities` of a step claim a success and fresh draws agree; see `lead`."""
-        claims = fooled(probabilities, labels, targeted)
+        """(B,) whether the draws of a step claim a success and fresh ones agree; see `lead`.
+
+        Fresh draws cost as much as a step: they are asked where the lead of the step's own draws is at
+        least half as sure.
+        """
+        claims = _lead(estimate.draws, labels, targeted, errors / 2 if self.is_random else 0.0)[1]
         if not claims.any() or self.exact:
             return claims
         chosen = claims.nonzero().squeeze(1)
         claims[chosen] = self.lead(inputs[chosen], labels[chosen], targeted, errors)[1]
         return claims
+
+
+def _mean_log(each: Tensor) -> Tensor:
+    """Log of the mean softmax (B, K), from the logits of single draws (N, B, K)."""
+    return each.log_softmax(dim=2).logsumexp(dim=0) - math.log(len(each))
+
+
+def _lead(each: Tensor, labels: Tensor, targeted: bool, errors: float) -> tuple[Tensor, Tensor]:
+    """(B,) the lead of an attack in the mean of independent draws (N, B, K), and whether it is sure."""
+    mean = each.mean(dim=0)
+    rival = mean.scatter(1, labels[:, None], -torch.inf).argmax(dim=1)
+    image = torch.arange(len(labels), device=labels.device)
+    leads = each[:, image, rival] - each[:, image, labels]
+    leads = -leads if targeted else leads
+    lead, success = leads.mean(dim=0), fooled(mean, labels, targeted)
+    if errors and len(each) > 1:
+        success &= lead > errors * leads.std(dim=0) / math.sqrt(len(each))
+    return lead, success
 
 
 def fooled(probabilities: Tensor, labels: Tensor, targeted: bool) -> Tensor:

@@ -125,10 +125,10 @@ class _Near(Nearest):
 
     def adversarial(self, active: Tensor, images: Tensor) -> Tensor:
         """Take note of images; (len(active),) whether they fool the model, confirmed where nearer."""
-        probabilities = self.oracle.evaluate(images, lambda z: z[:, 0]).probabilities
+        estimate = self.oracle.evaluate(images, lambda z: z[:, 0])
         nearer = size(images - self.x[active], self.norm) < self.distance[active]
-        claimed = fooled(probabilities, self.y[active], self.targeted)
-        return torch.where(nearer, self.visit(active, images, probabilities), claimed)
+        claimed = fooled(estimate.probabilities, self.y[active], self.targeted)
+        return torch.where(nearer, self.visit(active, images, estimate), claimed)
 
 
 def _boundaries(

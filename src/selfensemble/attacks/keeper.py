@@ -48,11 +48,11 @@ class Keeper:
         stay = torch.ones(len(active), dtype=torch.bool, device=active.device)
         labels = self.y[active]
         if not self.oracle.is_random:
-            success = self.oracle.confirmed(images, estimate.probabilities, labels, self.targeted)
+            success = self.oracle.confirmed(images, estimate, labels, self.targeted)
             self._take(active, images, estimate.loss, success)
             return ~success if stop and self.oracle.may_shrink else stay
         if stop and step % self.check_every == self.check_every - 1:
-            stay = ~self.oracle.confirmed(images, estimate.probabilities, labels, self.targeted, _REST)
+            stay = ~self.oracle.confirmed(images, estimate, labels, self.targeted, _REST)
             self._take(active[~stay], images[~stay], self.value.new_zeros(int((~stay).sum())), True)
         return stay
 

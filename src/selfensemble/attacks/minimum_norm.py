@@ -55,7 +55,7 @@ def ddn(
         change, norm = torch.zeros_like(images), images.new_full((len(images),), initial_norm)
         for step in range(steps + 1 if len(active) else 0):
             estimate = oracle.gradient(images + change, of_labels(cross_entropy, own, targeted))
-            nearest.visit(active, images + change, estimate.probabilities)
+            nearest.visit(active, images + change, estimate)
             if step == steps:
                 break
             success = fooled(estimate.probabilities, own, targeted)
@@ -111,7 +111,7 @@ def fmn(
         found = torch.zeros(len(images), dtype=torch.bool, device=x.device)
         for step in range(steps + 1 if len(active) else 0):
             estimate = oracle.gradient(images + change, of_labels(margin, own, targeted))
-            nearest.visit(active, images + change, estimate.probabilities)
+            nearest.visit(active, images + change, estimate)
             if step == steps:
                 break
             shrink = _half_cosine(gamma, 0.001, step, steps)

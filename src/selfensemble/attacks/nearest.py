@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from .expectation import Oracle, fooled
+from .expectation import Estimate, Oracle
 from .norms import per_image, size
 
 _HALVINGS = 10
+_RETREATS = 3
 
 
 class Nearest:
@@ -31,14 +32,14 @@ class Nearest:
         return (self.distance > 0).nonzero().squeeze(1)
 
     def visit(
-        self, active: Tensor, images: Tensor, probabilities: Tensor, asked: Tensor | None = None
+        self, active: Tensor, images: Tensor, estimate: Estimate, asked: Tensor | None = None
     ) -> Tensor:
         """Take note of an iterate of the images `active`.
 
         Args:
             active: (A,) indices.
             images: (A, ...).
-            probabilities: (A, K) of the draws of the step.
+            estimate: of the step.
             asked: (A,) images whose success is to be confirmed even where they are not nearer.
 
         Returns:
@@ -46,12 +47,13 @@ class Nearest:
         """
         distance = size(images - self.x[active], self.norm)
         nearer = distance < self.distance[active]
-        success = fooled(probabilities, self.y[active], self.targeted)
-        success &= nearer if asked is None else nearer | asked
-        chosen = success.nonzero().squeeze(1)
-        if len(chosen) and not self.oracle.exact:
-            sure = self.oracle.lead(images[chosen], self.y[active[chosen]], self.targeted)[1]
-            success[chosen] = sure
+        chosen = (nearer if asked is None else nearer | asked).nonzero().squeeze(1)
+        success = torch.zeros_like(nearer)
+        if len(chosen):
+            few = Estimate(estimate.loss[chosen], estimate.draws[:, chosen], estimate.gradient)
+            success[chosen] = self.oracle.confirmed(
+                images[chosen], few, self.y[active[chosen]], self.targeted
+            )
         self._take(active[success & nearer], images[success & nearer])
         return success
 
@@ -67,10 +69,26 @@ class Nearest:
         chosen = self.active() if not self.oracle.may_shrink else found.nonzero().squeeze(1)
         origin, change, labels = self.x[chosen], self.best[chosen] - self.x[chosen], self.y[chosen]
         low, high = torch.zeros_like(self.distance[chosen]), torch.ones_like(self.distance[chosen])
+
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            success = self.oracle.lead(origin + per_image(middle, change) * change, labels, self.targeted)[1]
+            asked = origin + per_image(middle, change) * change
+            success = self.oracle.lead(asked, labels, self.targeted, follow=True)[1]
             low, high = torch.where(success, low, middle), torch.where(success, middle, high)
+        if self.oracle.follows:
+            self._retreat_(high, origin, change, labels)
         moved = (high < 1) & found[chosen]
         self._take(chosen[moved], (origin + per_image(high, change) * change)[moved])
         return self.best
+
+    def _retreat_(self, share: Tensor, origin: Tensor, change: Tensor, labels: Tensor) -> None:
+        """Back towards the whole `change` where what fools the faster forward does not fool the model."""
+        pending = (share < 1).nonzero().squeeze(1)
+        for _ in range(_RETREATS):
+            if len(pending) == 0:
+                return
+            asked = origin[pending] + per_image(share[pending], change) * change[pending]
+            fools = self.oracle.lead(asked, labels[pending], self.targeted, 0.0)[1]
+            pending = pending[~fools]
+            share[pending] = (share[pending] + 1) / 2
+        share[pending] = 1.0

@@ -102,7 +102,7 @@ def square(
                 better = pair.loss[len(active) :] > pair.loss[: len(active)]
                 images = torch.where(per_image(better, images), candidate, images)
                 rows = torch.arange(len(active), device=x.device) + len(active) * better
-                estimate = Estimate(pair.loss[rows], pair.probabilities[rows], pair.gradient)
+                estimate = Estimate(pair.loss[rows], pair.draws[:, rows], pair.gradient)
                 stay = keep.visit(active, images, estimate, stop=early_stop, step=step)
             else:
                 estimate = look(candidate)
