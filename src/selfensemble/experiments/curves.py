@@ -28,6 +28,11 @@ _RESCALED = """
 
 *Logits / 10* is the undefended network with its logits divided by ten. That changes none of its answers, and
 makes a c a weaker attack: accuracies at a fixed c do not compare defenses."""
+_TEMPERED = """
+
+*Distillation* answers at temperature 1, as published, with margins a hundred times those it was trained at: a
+c that is small for others is large for it. *Distillation, logits / 100* is the same network, asked at the
+temperature of its training; its answers are the same."""
 _COMPARED = """\
 The authors' accuracy at c, and ours where the attack has gone as far: at the same RMS L2, interpolated
 between the strengths. A network with k times the logits meets at c what another meets at k c; that
@@ -84,9 +89,10 @@ class Curves(Experiment):
             *distance_table(records),
         ]
         facts = records[0].facts
-        rescaled = any(record.facts.network == "rescaled" for record in records)
+        there = {record.facts.network for record in records}
+        about = _ABOUT + (_RESCALED if "rescaled" in there else "") + (_TEMPERED if "tempered" in there else "")
         title = f"The paper's experiment: {facts.recipe['model']['name']} on {facts.source}"
-        return Page(title, _ABOUT + (_RESCALED if rescaled else ""), parts)
+        return Page(title, about, parts)
 
     def _published(self, record: Record) -> Curve | None:
         """The authors' curve of the same defense of the same network."""

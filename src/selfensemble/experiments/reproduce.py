@@ -33,7 +33,7 @@ _STL10 = "model_a"
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
     for experiment in (
-        Curves("headline", "vgg16", "rescaled"),
+        Curves("headline", "vgg16", "rescaled", "tempered"),
         Draws(),
         NoiseLevels(),
         Targeted(),
