@@ -90,7 +90,9 @@ class Curves(Experiment):
         ]
         facts = records[0].facts
         there = {record.facts.network for record in records}
-        about = _ABOUT + (_RESCALED if "rescaled" in there else "") + (_TEMPERED if "tempered" in there else "")
+        about = (
+            _ABOUT + (_RESCALED if "rescaled" in there else "") + (_TEMPERED if "tempered" in there else "")
+        )
         title = f"The paper's experiment: {facts.recipe['model']['name']} on {facts.source}"
         return Page(title, about, parts)
 
