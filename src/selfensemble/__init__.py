@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .inject import inject_noise_, noise_disabled, noise_layers, remove_noise_
     from .models import create_model
     from .noise import GaussianNoise, NoiseConfig
+    from .onnx_export import export_onnx
     from .recipe import Recipe, load_recipe
     from .streams import noise_draw
     from .training import Trainer
@@ -42,6 +43,7 @@ __all__ = [
     "calibrate",
     "save",
     "load",
+    "export_onnx",
     # what is certain
     "decide",
     "Decision",
@@ -78,6 +80,7 @@ _MODULES = {
     "inject": ("inject_noise_", "noise_disabled", "noise_layers", "remove_noise_"),
     "models": ("create_model",),
     "noise": ("GaussianNoise", "NoiseConfig"),
+    "onnx_export": ("export_onnx",),
     "recipe": ("Recipe", "load_recipe"),
     "streams": ("noise_draw",),
     "training": ("Trainer",),

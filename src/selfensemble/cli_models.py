@@ -76,6 +76,28 @@ def pack(
 
 
 @app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help=MODEL_HELP)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write, NAME.onnx.")],
+    draws: Annotated[
+        int | None, typer.Option(min=1, help="Noise draws of a run; by default those of the ensemble.")
+    ] = None,
+) -> None:
+    """Write a saved ensemble as ONNX, in which the noise stays random at run time."""
+    import torch
+
+    from . import hub
+    from .onnx_export import export_onnx
+
+    config = hub.read_config(model)
+    if config.input_shape is None:
+        raise InputError(f"{model} does not say the shape of its inputs: use the Python interface")
+    example = torch.zeros(2, *config.input_shape)
+    written = export_onnx(hub.load(model), out, example, draws=draws, classes=config.classes)
+    terminal.out.print(f"Written to {written}", soft_wrap=True)
+
+
+@app.command()
 def card(
     model: Annotated[Path, typer.Argument(help="Folder of a saved ensemble.")],
     evaluation: Annotated[

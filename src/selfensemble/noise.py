@@ -324,7 +324,7 @@ class GaussianNoise(RandomLayer):
             noise = _scalable_noise(inputs.detach(), source, self.training)
         shape = (-1, *[1] * (inputs.dim() - 2)) if levels.dim() else ()
         scale = levels.to(inputs.dtype).reshape(shape)
-        if len(noise) < len(inputs):  # of one draw for the batch; scaled before it meets the batch
+        if noise.shape[0] < inputs.shape[0]:  # of one draw for the batch; scaled before it meets the batch
             return _added(inputs, noise * scale)
         return torch.addcmul(inputs, noise, scale)
 

@@ -1,0 +1,132 @@
+"""Networks run by onnxruntime are those of torch, and random at every run."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import selfensemble as rse
+from selfensemble.defenses.resize_pad import ResizePadConfig, ResizePadNetwork
+from selfensemble.learned_noise import learn_noise_
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+# Deprecation warnings of torch's own exporter.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+RUNS = 2000
+
+
+def session(path: Path) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(str(path), options)
+
+
+def test_draws_have_the_distribution_of_torch(tiny: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    """Mean, spread and independence over 2,000 runs of one draw.
+
+    30 means within 4 standard errors (all are with probability .998), variances within 4 standard errors of
+    their logarithm at the kurtosis seen, correlations of a run with the next within 4 / sqrt(2000).
+    """
+    ensemble = rse.SelfEnsemble(tiny, rse.NoiseConfig(0.5, 0.3))
+    path = rse.export_onnx(ensemble, tmp_path / "one.onnx", images, draws=1)
+    onnxruntime.set_seed(3)
+    run = session(path)
+    theirs = np.stack([run.run(None, {"images": images.numpy()})[0] for _ in range(RUNS)])
+    with torch.no_grad(), rse.noise_draw(7, 0, "per_image"):
+        ours = ensemble.eval().draw_logits(images.repeat(RUNS, 1, 1, 1)).softmax(dim=1)
+    ours_np = ours.view(RUNS, 6, 5).double().numpy()
+    error = np.sqrt((theirs.var(axis=0) + ours_np.var(axis=0)) / RUNS)
+    assert (np.abs(theirs.mean(axis=0) - ours_np.mean(axis=0)) < 4 * error).all()
+    centred = theirs - theirs.mean(axis=0)
+    kurtosis = (centred**4).mean(axis=0) / theirs.var(axis=0) ** 2
+    ratio = np.log(theirs.var(axis=0) / ours_np.var(axis=0))
+    assert (np.abs(ratio) < 4 * np.sqrt(2 * (kurtosis - 1) / RUNS)).all()
+    following = (centred[1:] * centred[:-1]).mean(axis=0) / theirs.var(axis=0)
+    assert (np.abs(following) < 4 / math.sqrt(RUNS)).all()
+
+
+def test_ensembles_average_independent_draws(tiny: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    """Any batch size; the spread of the mean over runs is that of single draws over sqrt(draws).
+
+    Over 400 runs of 16 draws the ratio of variances is 1 within a quarter (over 3 standard errors); draws
+    that shared their noise would make it 16.
+    """
+    ensemble = rse.SelfEnsemble(tiny, rse.NoiseConfig(0.5, 0.3), draws=16)
+    path = rse.export_onnx(ensemble, tmp_path / "many.onnx", images, classes=("a", "b", "c", "d", "e"))
+    onnxruntime.set_seed(4)
+    run = session(path)
+    assert [each.name for each in run.get_outputs()] == ["probabilities", "spread"]
+    answers = [run.run(None, {"images": images.numpy()}) for _ in range(400)]
+    means, spreads = (np.stack(each) for each in zip(*answers, strict=True))
+    assert not np.array_equal(means[0], means[1])
+    assert means.sum(axis=2) == pytest.approx(1, abs=1e-5)
+    ratio = 16 * means.var(axis=0).mean() / np.square(spreads).mean()
+    assert 0.75 < ratio < 1.25
+    expected = ensemble.eval().predict(images, draws=4000, seed=1)
+    error = expected.spread.numpy() * math.sqrt(1 / 6400 + 1 / 4000)
+    assert (np.abs(means.mean(axis=0) - expected.probabilities.numpy()) < 4 * error).all()
+    assert run.run(None, {"images": images[:1].numpy()})[0].shape == (1, 5)
+    about = run.get_modelmeta().custom_metadata_map
+    assert json.loads(about["selfensemble.draws"]) == 16
+    assert json.loads(about["selfensemble.noise"]) == {"0": 0.5, "3": 0.3, "5": 0.3}
+    assert json.loads(about["selfensemble.classes"]) == ["a", "b", "c", "d", "e"]
+
+
+def test_levels_of_zero_give_the_logits_of_torch(tiny: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    ensemble = rse.SelfEnsemble(tiny, rse.NoiseConfig(0, 0), draws=1)
+    path = rse.export_onnx(ensemble, tmp_path / "static.onnx", images)
+    with torch.no_grad():
+        expected = tiny(images).softmax(dim=1).numpy()
+    assert session(path).run(None, {"images": images.numpy()})[0] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["channel", "layer", "optimised"])
+def test_other_kinds_of_noise(images: Tensor, tmp_path: Path, kind: str) -> None:
+    """Learned levels by channel or layer, and of an optimised copy the original."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    rse.inject_noise_(net, rse.NoiseConfig(2.0, 0.5))
+    if kind != "optimised":
+        learn_noise_(net, "channel" if kind == "channel" else "layer")
+    ensemble = rse.SelfEnsemble(net, draws=300).eval()
+    given = rse.optimize(ensemble, images, "bf16") if kind == "optimised" else ensemble
+    path = rse.export_onnx(given, tmp_path / "x.onnx", images)
+    onnxruntime.set_seed(5)
+    mean, spread = session(path).run(None, {"images": images.numpy()})
+    expected = ensemble.predict(images, draws=1200, seed=2)
+    error = expected.spread.numpy() * math.sqrt(1 / 300 + 1 / 1200)
+    assert (np.abs(mean - expected.probabilities.numpy()) < 4.5 * error).all()
+    assert spread == pytest.approx(expected.spread.numpy(), rel=0.35)
+
+
+def test_what_onnx_cannot_say_is_refused(tiny: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    """And a file that is there stays as it was."""
+    path = tmp_path / "x.onnx"
+    path.write_text("precious")
+    resizing = ResizePadNetwork(tiny, ResizePadConfig(smallest=6, largest=8))
+    with pytest.raises(ValueError, match="no operator for ResizePad"):
+        rse.export_onnx(rse.SelfEnsemble(resizing), path, images)
+
+    class Branching(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+            out = super().forward(input).flatten(1)
+            return out[:, :5] if input.sum() > 0 else out[:, 5:10]
+
+    class OneSize(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+            return super().forward(input).reshape(2, -1)
+
+    for network, problem in ((Branching(3, 5, 1), "torch cannot export"), (OneSize(3, 5, 1), "batch size")):
+        with pytest.raises(ValueError, match=problem):
+            rse.export_onnx(rse.SelfEnsemble(network), path, images[:2], draws=1)
+    assert path.read_text() == "precious"
+    assert [each.name for each in tmp_path.iterdir()] == ["x.onnx"]
