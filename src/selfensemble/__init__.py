@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .data import ImageData, load_data
     from .decision import Decision, decide
     from .ensemble import Prediction, SelfEnsemble
-    from .evaluation import judge
+    from .evaluation.judge import judge
     from .hub import load, save
     from .inference import optimize
     from .inject import inject_noise_, noise_disabled, noise_layers, remove_noise_
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe, load_recipe
     from .streams import noise_draw
     from .training import Trainer
+    from .tuning import Sweep, tune
     from .validators import Issue, validate
 
 __all__ = [
@@ -58,6 +59,8 @@ __all__ = [
     "evaluation",
     "judge",
     # training
+    "tune",
+    "Sweep",
     "Trainer",
     "Recipe",
     "load_recipe",
@@ -84,6 +87,7 @@ _MODULES = {
     "recipe": ("Recipe", "load_recipe"),
     "streams": ("noise_draw",),
     "training": ("Trainer",),
+    "tuning": ("Sweep", "tune"),
     "validators": ("Issue", "validate"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -22,7 +22,7 @@ colours)."""
 
 
 def model_card(
-    name: str, config: ArtefactConfig, results: Sequence[Results] = (), licence: str = "apache-2.0"
+    name: str, config: ArtefactConfig, results: Sequence[Results] = (), licence: str | None = "apache-2.0"
 ) -> str:
     """Markdown with the front matter of model hubs, filled from a saved ensemble and its evaluations.
 
@@ -30,11 +30,11 @@ def model_card(
         name: of the network.
         config: its `config.json`.
         results: evaluations of it, see `read_results`.
-        licence: of the weights, an identifier that model hubs know.
+        licence: of the weights, an identifier that model hubs know; None says nothing of it.
     """
     recipe = config.recipe or {}
-    front = {
-        "license": licence,
+    front: dict[str, Any] = {} if licence is None else {"license": licence}
+    front |= {
         "library_name": "selfensemble",
         "pipeline_tag": "image-classification",
         "tags": ["random-self-ensemble", "adversarial-robustness"],
@@ -57,6 +57,8 @@ def _facts(config: ArtefactConfig) -> str:
     lines = []
     if config.architecture is not None:
         lines.append(f"{config.architecture.name}, width {config.architecture.width:g}")
+    if config.transformers is not None:
+        lines.append(f"{config.transformers.name} of transformers")
     if config.input_shape is not None:
         lines.append(f"inputs {' x '.join(map(str, config.input_shape))}, pixels in [0, 1]")
     if config.classes is not None:

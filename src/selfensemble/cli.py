@@ -102,6 +102,58 @@ def train(
 
 
 @app.command()
+def tune(
+    model: Model,
+    data: Data = None,
+    n_images: Annotated[
+        int, typer.Option(min=1, help="Test images: the last so many, so that the first stay unseen.")
+    ] = 200,
+    levels: Annotated[
+        str | None, typer.Option(help="init:inner,init:inner,...; by default 0:0 to 0.4:0.2.")
+    ] = None,
+    epochs: Annotated[
+        int,
+        typer.Option(min=0, help="Of training at each level; 0 asks how much noise the network bears now."),
+    ] = 0,
+    eps: Annotated[float, typer.Option(help="L2 radius of the attack, images in [0, 1].")] = 0.5,
+    give_up: Annotated[float, typer.Option(help="Clean accuracy that the recommendation may cost.")] = 0.05,
+    seed: Annotated[int, typer.Option(min=0, help="Of attack and judge.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder; runs/MODEL-tuned by default.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Sweep the level of the noise: clean and attacked accuracy, a plot, and which to take."""
+    from . import hub
+    from .files import write_json
+    from .tuning import LEVELS, levels_named, training
+    from .tuning import tune as sweep
+
+    wanted = LEVELS if levels is None else levels_named(levels)
+    config = hub.read_config(model)
+    test = test_data_of(config, data)
+    if len(test) < n_images:
+        raise InputError(f"there are {len(test)} test images: --n-images asks for {n_images}")
+    chosen = slice(len(test) - n_images, len(test))
+    ensemble = hub.load(model).to(device_named(device))
+    folder = out or Path("runs") / f"{model.resolve().name}-tuned"
+    with resumable(folder), terminal.progress() as update:
+        found = sweep(
+            ensemble, test.inputs(chosen), test.labels[chosen], wanted, eps=eps, give_up=give_up, seed=seed,
+            fine_tune=training(config.recipe, str(model), epochs, folder, data) if epochs else None,
+            progress=update,
+        )  # fmt: skip
+    values = found.values() | {"model": model.resolve().name, "epochs": epochs}
+    found.page().write(folder)
+    write_json(folder / "tune.json", values)
+    if as_json:
+        terminal.print_json(values)
+        return
+    terminal.print_page(found.page())
+    terminal.out.print(f"Recommended: {found.recommended.name}")
+    terminal.out.print(f"Written to {folder}: index.md, levels.svg, tune.json", soft_wrap=True)
+
+
+@app.command()
 def evaluate(
     model: Model,
     protocol: Annotated[str, typer.Option(help="A shipped protocol (see `info`) or a YAML file.")] = "paper",

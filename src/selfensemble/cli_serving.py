@@ -1,5 +1,6 @@
 """The command that puts a saved ensemble behind HTTP."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -28,6 +29,16 @@ def serve(
         str | None,
         typer.Option(envvar="SELFENSEMBLE_SECRET", help="Noise is a function of it and of the image."),
     ] = None,
+    page: Annotated[bool, typer.Option(help="A page at / that shows the vote of the draws.")] = True,
+    attacks: Annotated[
+        bool | None,
+        typer.Option(
+            help="Attacks at the push of a button; by default where only this machine can reach it."
+        ),
+    ] = None,
+    samples: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Folder of images that the page offers.")
+    ] = None,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 16 * 2**20,
     max_waiting: Annotated[int, typer.Option(min=1, help="Images in the queue; more are refused.")] = 256,
     timeout: Annotated[float, typer.Option(help="Seconds for a request.")] = 30.0,
@@ -49,14 +60,16 @@ def serve(
         raise InputError(
             f"serving needs more packages ({error.name} is missing): pip install 'selfensemble[serve]'"
         ) from error
-    if host not in ("127.0.0.1", "localhost", "::1") and api_key is None:
+    is_local = host in ("127.0.0.1", "localhost", "::1")
+    if not is_local and api_key is None:
         raise InputError(
             f"{host} may be reached from other machines: pass --api-key (or SELFENSEMBLE_API_KEY), or keep "
             "the default --host"
         )
     settings = Settings.model_validate(
         {"draws": draws, "stop": stop, "api_key": api_key, "secret": secret, "max_body": max_body,
-         "max_waiting": max_waiting, "timeout": timeout}
+         "max_waiting": max_waiting, "timeout": timeout, "page": page, "samples": samples,
+         "attacks": page and (is_local if attacks is None else attacks)}
     )  # fmt: skip
     config = hub.read_config(model)
     if config.input_shape is None:

@@ -2,9 +2,11 @@
 
 import math
 import numbers
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -241,6 +243,60 @@ class SelfEnsemble(nn.Module):
         if not self.is_random:
             spread = torch.zeros_like(mean)
         return Prediction(mean.argmax(dim=-1), mean, spread, used)
+
+    def save_pretrained(self, folder: str | Path, *, licence: str | None = None, **about: Any) -> None:
+        """Write weights, noise levels and a model card to `folder`.
+
+        Args:
+            folder: what is there of an earlier one is replaced.
+            licence: of the weights, for the card; None says nothing of it.
+            about: see `save`.
+        """
+        from .hub import save
+        from .packing import write_card
+
+        save(self, folder, **about)
+        write_card(Path(folder), ensemble=self, licence=licence)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        model: nn.Module | None = None,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> "SelfEnsemble":
+        """What `save_pretrained` wrote: a folder, or "owner/name" on the Hugging Face Hub.
+
+        Args:
+            name: a folder is taken where there is one.
+            model: see `load`.
+            revision, token: of the Hub.
+
+        Raises:
+            FileNotFoundError, ValueError: nothing there, or nothing that can be read.
+        """
+        from .hub import load
+        from .remote import fetch
+        from .zoo import zoo
+
+        here = Path(name).exists() or str(name) in zoo()
+        return load(name if here else fetch(str(name), revision=revision, token=token), model)
+
+    def push_to_hub(
+        self, name: str, *, private: bool | None = None, token: str | None = None, **about: Any
+    ) -> str:
+        """Upload weights, noise levels and a model card as "owner/name"; the address of the commit.
+
+        A card with measured accuracies needs the evaluation of a saved ensemble: see `remote.push`.
+        """
+        from .remote import push
+
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place) / name.rpartition("/")[2]
+            self.save_pretrained(folder, **about)
+            return push(folder, name, private=private, token=token)
 
 
 def check_count(name: str, value: object) -> int:

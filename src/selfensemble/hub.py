@@ -3,8 +3,10 @@
 Nothing is pickled, so loading a file from a stranger runs none of its code.
 """
 
+import json
+import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import safetensors.torch
@@ -39,11 +41,46 @@ class Architecture(BaseModel):
     activation: Activation = "relu"
 
 
+class TransformersNetwork(BaseModel):
+    """A network of the package transformers: the name of its class there, and its configuration."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: Annotated[str, Field(pattern=r"^\w+$")]
+    config: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self | None:
+        """Of a network, if it is one of theirs."""
+        theirs = sys.modules.get("transformers")  # imported, if it made the network
+        name = type(model).__name__
+        if theirs is None or not isinstance(model, theirs.PreTrainedModel) or not hasattr(theirs, name):
+            return None
+        return cls(name=name, config=json.loads(model.config.to_json_string(use_diff=False)))
+
+    def build(self) -> nn.Module:
+        """The network with fresh weights; no code but that of the installed package runs."""
+        try:
+            import transformers
+        except ImportError as error:
+            raise ImportError("this network needs transformers: pip install transformers") from error
+        kind = getattr(transformers, self.name, None)
+        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+            raise ValueError(f"the installed transformers has no network {self.name}: upgrade it")
+        configuration: Any = getattr(kind, "config_class", None)
+        try:
+            network: nn.Module = kind(configuration.from_dict(self.config))
+        except Exception as error:  # of a configuration that may be a stranger's
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{self.name} cannot be built from the configuration saved: {reason}") from error
+        return network.eval()
+
+
 class ArtefactConfig(BaseModel):
     """What stands in `config.json`.
 
     Attributes:
-        architecture: how to build the network; None for a network of the user's own.
+        architecture: how to build the network; None for one of transformers, or of the user's own.
+        transformers: how to build a network of transformers.
         noise: standard deviation by fully qualified module name, in the order of the layers; a list
             holds one for each channel.
         resize_pad: random resize-and-pad in front of the network, if any.
@@ -58,6 +95,7 @@ class ArtefactConfig(BaseModel):
     format: Literal["selfensemble"] = "selfensemble"
     format_version: int = FORMAT_VERSION
     architecture: Architecture | None = None
+    transformers: TransformersNetwork | None = None
     noise: dict[str, _Level | Annotated[tuple[_Level, ...], Field(min_length=1)]]
     resize_pad: ResizePadConfig | None = None
     draws: Annotated[int, Field(ge=1)]
@@ -102,6 +140,7 @@ def save(
         resize_pad, model = model.config, model.network
     config = ArtefactConfig(
         architecture=architecture,
+        transformers=None if architecture is not None else TransformersNetwork.of(model),
         noise={fqn: layer.std for fqn, layer in noise_layers(model).items()},
         resize_pad=resize_pad,
         draws=ensemble.draws,
@@ -193,17 +232,22 @@ def load(folder: str | Path, model: nn.Module | None = None) -> SelfEnsemble:
     """Read a saved ensemble, in eval mode, on the CPU.
 
     Args:
-        folder: what `save` or `selfensemble train` wrote, or the name of a network of the zoo.
-        model: a fresh network of the saved one's class, where it is not one of `MODELS`.
+        folder: what `save` or `selfensemble train` wrote, the name of a network of the zoo, or
+            "hf-hub:owner/name" on the Hugging Face Hub.
+        model: a fresh network of the saved one's class, where it is neither one of `MODELS` nor of
+            transformers.
 
     Raises:
         FileNotFoundError, ValueError: files missing, damaged, foreign, or of another network.
     """
     config = read_config(folder)
     if model is None:
-        if config.architecture is None:
+        if config.architecture is not None:
+            model = create_model(**config.architecture.model_dump())
+        elif config.transformers is not None:
+            model = config.transformers.build()
+        else:
             raise ValueError(f"{folder} holds a network of your own: pass it, load(folder, model=...)")
-        model = create_model(**config.architecture.model_dump())
     path = locate(folder) / WEIGHTS
     if not path.is_file():
         raise FileNotFoundError(f"no {WEIGHTS} in {folder}: the artefact is incomplete")

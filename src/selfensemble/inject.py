@@ -179,6 +179,20 @@ def attach_noise_(model: nn.Module, stds: Mapping[str, Std]) -> nn.Module:
     return model
 
 
+def set_levels_(model: nn.Module, config: NoiseConfig) -> nn.Module:
+    """Give the noise layers of `model` other levels, in place.
+
+    Raises:
+        ValueError: there are none.
+    """
+    layers = noise_layers(model)
+    if not layers:
+        raise ValueError("the network has no noise layers: inject_noise_ first")
+    for number, layer in enumerate(layers.values()):
+        layer.std = config.inner_std if number else config.init_std
+    return model
+
+
 def remove_noise_(model: nn.Module) -> nn.Module:
     """Undo `inject_noise_`, in place; a model without injected noise is left as it is."""
     for fqn in noise_layers(model):

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
-from . import hub
 from .accuracy import count_correct
 from .card import model_card
 from .data import ImageData
+from .ensemble import SelfEnsemble
 from .evaluation.identity import model_record
 from .evaluation.results import Results
 from .files import atomic_write, write_json
+from .hub import load, read_config, save
 from .provenance import accuracy_record
 from .recipe import public_recipe
 from .training import RESULTS
@@ -38,15 +39,15 @@ def pack(run: str | Path, out: Path, test: ImageData, *, dtype: torch.dtype | No
     """
     if out.exists():
         raise FileExistsError(f"{out} exists: remove it, or pass another folder")
-    config, ensemble = hub.read_config(run), hub.load(run)
+    config, ensemble = read_config(run), load(run)
     ensemble.stopping = None  # calibrated on other weights
     recipe = None if config.recipe is None else public_recipe(config.recipe)
     write = partial(
-        hub.save, folder=out, architecture=config.architecture, classes=config.classes,
+        save, folder=out, architecture=config.architecture, classes=config.classes,
         input_shape=config.input_shape, recipe=recipe, dtype=dtype,
     )  # fmt: skip
     write(ensemble)
-    stored = hub.load(out)
+    stored = load(out)
     correct = count_correct(stored, test, torch.arange(len(test)), seed=0)
     metrics = {"test": accuracy_record(correct, len(test))}
     write(stored, metrics=metrics)
@@ -57,23 +58,31 @@ def pack(run: str | Path, out: Path, test: ImageData, *, dtype: torch.dtype | No
     write_card(out)
 
 
-def write_card(model: Path, results: Sequence[Results] = ()) -> Path:
+def write_card(
+    model: Path,
+    results: Sequence[Results] = (),
+    *,
+    ensemble: SelfEnsemble | None = None,
+    licence: str | None = "apache-2.0",
+) -> Path:
     """Write `README.md` into the folder of a saved ensemble.
 
     Args:
         model: the folder.
         results: evaluations of just this network.
+        ensemble: what lies there, if it cannot be read without help.
+        licence: see `model_card`.
 
     Raises:
         ValueError: an evaluation is of another network.
     """
-    config, name = hub.read_config(model), model.resolve().name
-    digest = model_record(hub.load(model), name, None).digest
+    config, name = read_config(model), model.resolve().name
+    digest = model_record(ensemble or load(model), name, None).digest
     for result in results:
         if result.model.digest != digest:
             raise ValueError(
                 f"the evaluation {result.name!r} is of another network: evaluate {model} itself, "
                 f"selfensemble evaluate {model}"
             )
-    atomic_write(model / CARD, model_card(name, config, results).encode())
+    atomic_write(model / CARD, model_card(name, config, results, licence).encode())
     return model / CARD

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from .remote import PREFIX, fetch
+
 _FOLDERS = (
     Path(__file__).parent / "zoo",  # in an installed package
     Path(__file__).parents[2] / "zoo",  # in the repository
@@ -24,9 +26,13 @@ def zoo() -> dict[str, Path]:
 def locate(model: str | Path) -> Path:
     """The folder of a saved ensemble: `model` itself where there is such a folder, else one of the zoo.
 
+    "hf-hub:owner/name" is downloaded from the Hugging Face Hub.
+
     Raises:
         FileNotFoundError: neither; the message lists the zoo.
     """
+    if str(model).startswith(PREFIX):
+        return fetch(str(model))
     folder = Path(model)
     if folder.exists():
         return folder
@@ -35,5 +41,5 @@ def locate(model: str | Path) -> Path:
         return known[str(model)]
     raise FileNotFoundError(
         f"no folder {model}, nor a network of that name: pass the folder that `selfensemble train` wrote, "
-        f"or one of {', '.join(known) or 'the zoo, which is missing here'}"
+        f"hf-hub:owner/name, or one of {', '.join(known) or 'the zoo, which is missing here'}"
     )

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..attacks import pgd
 from ..attacks.driver import attacked, check_batch, device_of, looks_like_probabilities, single_draw
+from ..attacks.pgd import pgd
 from ..ensemble import SelfEnsemble, floating_dtype
 from ..inference import original_of
 from ..inject import eval_mode, random_layers

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .. import hub
 from ..data import HUB_IDS
 from ..ensemble import SelfEnsemble
-from ..inject import noise_layers
+from ..inject import set_levels_
+from ..noise import NoiseConfig
 from ..recipe import Recipe, load_recipe, shipped_recipes
 from ..schema import Section
 from ..training import CHECKPOINT, RESULTS, Progress, Trainer
@@ -176,9 +177,7 @@ def changed(ensemble: SelfEnsemble, network: Network) -> SelfEnsemble:
     if network.logit_scale != 1:
         ensemble.model = ScaledLogits(ensemble.model, network.logit_scale)
     if network.test_noise is not None:
-        init_std, inner_std = network.test_noise
-        for number, layer in enumerate(noise_layers(ensemble.model).values()):
-            layer.std = inner_std if number else init_std
+        set_levels_(ensemble.model, NoiseConfig(*network.test_noise))
         ensemble.draws = 10 if any(network.test_noise) else 1
     for parameter in ensemble.parameters():
         parameter.requires_grad_(False)

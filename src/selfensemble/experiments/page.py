@@ -1,9 +1,15 @@
 """A page of results: tables and plots with their captions, as Markdown and on the terminal."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+
+from ..files import atomic_write
+from .figures import svg
+
+INDEX = "index.md"
 
 
 @dataclass(frozen=True)
@@ -64,3 +70,9 @@ class Page:
     def markdown(self) -> str:
         parts = [part.markdown() for part in (*self.parts, *self.making)]
         return "\n".join([f"# {self.title}\n\n{self.about}\n", *parts])
+
+    def write(self, folder: Path) -> None:
+        """`index.md` and the plots."""
+        for picture in self.pictures:
+            atomic_write(folder / f"{picture.name}.svg", svg(picture.figure))
+        atomic_write(folder / INDEX, self.markdown().encode())

@@ -9,14 +9,12 @@ import torch
 
 from ..data import ImageData, load_data
 from ..evaluation.identity import model_record
-from ..files import atomic_write
 from ..recipe import differing_keys, public_recipe
 from .base import Experiment, Report, Setting
 from .certainty import Certainty
 from .certificates import Certificates
 from .curves import Curves
 from .draws import Draws
-from .figures import svg
 from .honest import Honest
 from .making import commit, making_tables, measured_on
 from .networks import Network, Trained, local_name, recipe_of, trained
@@ -27,7 +25,6 @@ from .scales import Scale, load_scale
 from .targeted import Targeted
 from .theory import Theory
 
-INDEX = "index.md"
 _STL10 = "model_a"
 # stl10 last: its data are others, and may not be there.
 EXPERIMENTS: dict[str, Experiment] = {
@@ -204,9 +201,7 @@ def render(name: str, out: Path) -> Page:
     scale = load_scale(records[0].facts.scale)
     page = experiment.page(records)
     page.making.extend(making_tables(records, _command(experiment, records[0].facts), scale.description))
-    for picture in page.pictures:
-        atomic_write(folder / f"{picture.name}.svg", svg(picture.figure))
-    atomic_write(folder / INDEX, page.markdown().encode())
+    page.write(folder)
     return page
 
 

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from ..ensemble import SelfEnsemble
 from . import schemas
 from .gate import Gate
+from .page import add_page, samples
 from .problems import first, problem
 from .service import Service
 from .settings import Settings
@@ -104,4 +105,7 @@ def create_app(
         """For Prometheus."""
         return PlainTextResponse(generate_latest(service.registry), media_type="text/plain; version=0.0.4")
 
+    if settings.page:
+        service.samples = samples(settings.samples, shape)
+        add_page(app, service)
     return app

@@ -9,8 +9,9 @@ from .problems import problem
 from .service import Service
 from .settings import Settings
 
-OPEN = {"/health", "/ready"}  # what needs no key
-_PATHS = {"/v1/predict", "/v1/predict/files", "/v1/model", "/health", "/ready", "/metrics", "/openapi.json"}
+OPEN = {"/health", "/ready", "/", "/page.css", "/page.js", "/icon.svg"}  # what needs no key
+_PATHS = OPEN | {"/v1/predict", "/v1/predict/files", "/v1/model", "/v1/votes", "/v1/attack", "/metrics"}
+_PATHS |= {"/openapi.json"}
 
 
 class Gate:

@@ -1,6 +1,6 @@
 """What is asked and answered."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -95,3 +95,62 @@ class Problem(BaseModel):
     """Why there is no answer, and what to do."""
 
     error: str
+
+
+class Votes(BaseModel):
+    """Ask how the draws vote on one image."""
+
+    model_config = ConfigDict(extra="forbid")
+    image: Annotated[str, Field(description="an image file in base64")]
+    draws: Annotated[int, Field(ge=1)] = 20
+
+
+class Answered(BaseModel):
+    """The likeliest class."""
+
+    label: str
+    probability: float
+
+
+class VotedClass(Answered):
+    """A class, its mean probability so far, and how many draws voted for it."""
+
+    votes: int
+
+
+class Vote(BaseModel):
+    """A line of the stream: first `plain`, without noise; then draws so far and the leading classes."""
+
+    plain: Answered | None = None
+    draws: int | None = None
+    classes: list[VotedClass] | None = None
+    error: str | None = None
+
+
+class Attack(BaseModel):
+    """Ask for a change of one image that changes an answer."""
+
+    model_config = ConfigDict(extra="forbid")
+    image: Annotated[str, Field(description="an image file in base64")]
+    target: Literal["ensemble", "plain"] = "ensemble"
+    attack: Literal["pgd", "cw"] = "pgd"
+    eps: Annotated[float, Field(gt=0, le=100, description="L2 distance that PGD may go")] = 0.5
+
+
+class Compared(BaseModel):
+    """Answers to the image before and after."""
+
+    who: str
+    before: Answered
+    after: Answered
+
+
+class Attacked(BaseModel):
+    """PNG files in base64, the L2 distance, and what became of the answers; judged as 8-bit images."""
+
+    before: str
+    change: str
+    magnified: int
+    after: str
+    l2: float
+    answers: list[Compared]

@@ -4,8 +4,9 @@ import asyncio
 import hashlib
 import hmac
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..certification import certify
 from ..decision import decide
 from ..ensemble import SelfEnsemble
-from ..stopping import rule_for
+from ..stopping import Rule, rule_for
 from . import schemas
 from .batching import Answer, Batcher, BusyError, ClosedError
 from .images import ImageError, TooLargeError, decode_base64, open_image, scaled
@@ -38,6 +39,7 @@ class Service:
             settings.stop, settings.draws or ensemble.draws, False, ensemble.stopping
         )  # says what is wrong
         self.batcher: Batcher | None = None
+        self.samples: list[dict[str, str]] = []  # that the page offers
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "selfensemble_requests", "Requests by path and status", ["path", "status"], registry=self.registry
@@ -74,7 +76,10 @@ class Service:
             "classes": self.classes, "shape": self.shape, "draws": self.settings.draws or self.ensemble.draws,
             "stop": self.settings.stop, "calibrated": self.ensemble.stopping is not None,
             "keyed": self.settings.secret is not None,
-            "limits": self.settings.model_dump(exclude={"api_key", "secret"}),
+            "limits": self.settings.model_dump(
+                include={name for name in Settings.model_fields if name.startswith("max_")} | {"timeout"}
+            ),
+            "page": {"attack": self.settings.attacks, "samples": self.samples},
         }  # fmt: skip
 
     def check_count(self, images: int) -> None:
@@ -97,11 +102,25 @@ class Service:
         self._check(options)
         opened = await asyncio.to_thread(self._open, files)
         inputs = scaled(opened)
+        async with self._limited():
+            answers = await self._predict(inputs, opened, options)
+            decided = await self._job(self._decide, inputs, options.decide)
+            certified = await self._job(self._certify, inputs, options.certify)
+        for each in answers:
+            self.draws.observe(each.draws)
+        return schemas.Response(
+            images=[
+                self._named(answer, options.top, decided[place], certified[place])
+                for place, answer in enumerate(answers)
+            ]
+        )
+
+    @asynccontextmanager
+    async def _limited(self) -> AsyncIterator[None]:
+        """Within the time of a request, and with what goes wrong as HTTP says it."""
         try:
             async with asyncio.timeout(self.settings.timeout):
-                answers = await self._predict(inputs, opened, options)
-                decided = await self._job(self._decide, inputs, options.decide)
-                certified = await self._job(self._certify, inputs, options.certify)
+                yield
         except TimeoutError:
             raise HTTPException(504, f"no answer within {self.settings.timeout:g} s") from None
         except BusyError as error:
@@ -111,14 +130,25 @@ class Service:
             raise HTTPException(503, str(error)) from None
         except ValueError as error:  # what this network cannot do
             raise HTTPException(422, str(error)) from None
-        for each in answers:
-            self.draws.observe(each.draws)
-        return schemas.Response(
-            images=[
-                self._named(answer, options.top, decided[place], certified[place])
-                for place, answer in enumerate(answers)
-            ]
-        )
+
+    async def one_image(self, text: str, draws: int) -> tuple[Tensor, int | None]:
+        """(1, C, H, W) of an image in base64 that `draws` are asked of, and its seed where noise is keyed."""
+        self._check(schemas.Options(draws=draws, stop=None))
+        opened = await asyncio.to_thread(self._open, [self.decoded(text, 0)])
+        secret = self.settings.secret
+        return scaled(opened), None if secret is None else keyed_seed(secret, opened[0])
+
+    async def predicted(self, inputs: Tensor, rule: Rule) -> list[Answer]:
+        """Answers to images, in passes that others share."""
+        async with self._limited():
+            futures = self._batcher.submit(inputs, rule)
+            found: list[Answer] = await asyncio.gather(*(self._wait(future) for future in futures))
+        return found
+
+    async def run(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns, which has the network for itself."""
+        async with self._limited():
+            return await self._wait(self._batcher.run(work))
 
     def _check(self, options: schemas.Options) -> None:
         limits = self.settings

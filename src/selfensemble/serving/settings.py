@@ -1,5 +1,6 @@
 """What a server does, and what it refuses."""
 
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
@@ -16,6 +17,9 @@ class Settings(Section):
         stop: rule where the request does not say.
         api_key: what requests must bring in `X-API-Key`; None for nothing.
         secret: key of the noise: it is then a function of this and of the image, the same whenever one asks.
+        page: whether there is a page at `/`.
+        attacks: whether the page may attack images; each takes a core for a while.
+        samples: folder of images that the page offers.
         max_body: bytes of a request.
         max_pixels: of an image as it is sent, before it is made as small as the network wants it.
         max_images: of a request.
@@ -30,6 +34,9 @@ class Settings(Section):
     stop: Stop | None = None
     api_key: Annotated[str, Field(min_length=8)] | None = None
     secret: Annotated[str, Field(min_length=16)] | None = None
+    page: bool = True
+    attacks: bool = False
+    samples: Path | None = None
     max_body: Count = 16 * 2**20
     max_pixels: Count = 25_000_000
     max_images: Count = 64

@@ -1,0 +1,212 @@
+"""The page at `/`: the vote of the draws as it forms, and attacks, one at a time."""
+
+import asyncio
+import base64
+import copy
+import io
+from collections.abc import AsyncIterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fastapi import FastAPI, HTTPException, Response
+from fastapi.responses import StreamingResponse
+from PIL import Image
+from torch import Tensor
+
+from .. import attacks
+from ..ensemble import SelfEnsemble
+from ..inject import make_static_, noise_disabled
+from ..stopping import Fixed
+from ..streams import noise_draw
+from . import schemas
+from .batching import Answer
+from .service import Service
+
+FILES = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/page.css": ("page.css", "text/css; charset=utf-8"),
+    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
+}
+# Nothing but what this server sends, and nobody puts the page into a frame.
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; object-src 'none'; "
+    "base-uri 'none'; frame-ancestors 'none'; form-action 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+_SHOWN = 5  # classes
+_SAMPLES = 12
+
+
+def add_page(app: FastAPI, service: Service) -> None:
+    """Routes of the page, and those that only it needs."""
+    page = _Page(service)
+    static = resources.files(__package__) / "static"
+
+    def file(name: str, kind: str) -> Any:
+        content = (static / name).read_bytes()
+        return lambda: Response(content, media_type=kind, headers=_HEADERS)
+
+    for path, (name, kind) in FILES.items():
+        app.add_api_route(path, file(name, kind), include_in_schema=False)
+
+    @app.post("/v1/votes", response_class=StreamingResponse)
+    async def votes(request: schemas.Votes) -> StreamingResponse:
+        """One line of JSON a draw: votes and mean probabilities of the leading classes so far."""
+        inputs, seed = await service.one_image(request.image, request.draws)
+        return StreamingResponse(page.votes(inputs, seed, request.draws), media_type="application/x-ndjson")
+
+    if service.settings.attacks:
+
+        @app.post("/v1/attack")
+        async def attack(request: schemas.Attack) -> schemas.Attacked:
+            """Change an image so that the ensemble, or the network without noise, errs; one at a time."""
+            inputs, _ = await service.one_image(request.image, 1)
+            return await page.attack(inputs, request)
+
+
+def samples(folder: Path | None, shape: tuple[int, int, int]) -> list[dict[str, str]]:
+    """Names and PNG files in base64 of images to try: of a folder, or digits where those are read."""
+    if folder is not None:
+        kinds = (".png", ".jpg", ".jpeg")
+        chosen = sorted(each for each in folder.iterdir() if each.suffix.lower() in kinds)
+        if not chosen:
+            raise ValueError(f"{folder} holds no PNG or JPEG file to show as a sample")
+        found = []
+        for each in chosen[:_SAMPLES]:
+            with Image.open(each) as image:
+                found.append({"name": each.stem, "image": _png(image)})
+        return found
+    if shape == (1, 8, 8):
+        from ..data import load_data
+
+        test = load_data("digits", "test")
+        return [
+            {"name": f"digit {place + 1}", "image": _png(Image.fromarray(test.images[place, 0].numpy()))}
+            for place in range(_SAMPLES)
+        ]
+    return []
+
+
+class _Page:
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self._attacking = asyncio.Lock()
+        self._targets: dict[str, SelfEnsemble] = {}
+
+    async def votes(self, inputs: Tensor, seed: int | None, draws: int) -> AsyncIterator[bytes]:
+        service = self.service
+        plain = schemas.Vote(plain=self._answer(await service.run(lambda: self._without_noise(inputs))))
+        yield _line(plain)
+        total = votes = torch.zeros(len(service.classes))
+        for number in range(1, draws + 1):
+            try:
+                one = await self._draw(inputs, seed, number - 1)
+            except HTTPException as error:  # too late for a status
+                yield _line(schemas.Vote(error=str(error.detail)))
+                return
+            total = total + one
+            votes = votes.scatter_add(0, one.argmax().unsqueeze(0), torch.ones(1))
+            mean = total / number
+            order = (votes + mean).argsort(descending=True)[:_SHOWN].tolist()
+            yield _line(
+                schemas.Vote(
+                    draws=number,
+                    classes=[
+                        schemas.VotedClass(
+                            label=service.classes[k], votes=int(votes[k]), probability=float(mean[k])
+                        )
+                        for k in order
+                    ],
+                )
+            )
+
+    async def _draw(self, inputs: Tensor, seed: int | None, number: int) -> Tensor:
+        """(K,) softmax of one draw; keyed, those of any other answer to this image."""
+        service = self.service
+        if seed is not None:
+            drawn: Tensor = await service.run(lambda: self._seeded(inputs, seed, number))
+            return drawn
+        answers = await service.predicted(inputs, Fixed(1))
+        return answers[0].probabilities
+
+    @torch.no_grad()
+    def _seeded(self, inputs: Tensor, seed: int, number: int) -> Tensor:
+        with noise_draw(seed, number, "shared"):
+            return self.service.ensemble.draw_logits(inputs).float().softmax(dim=1)[0].cpu()
+
+    def _without_noise(self, inputs: Tensor) -> Answer:
+        with noise_disabled(self.service.ensemble):
+            answer = self.service.ensemble.predict(inputs)
+        return Answer(answer.probabilities[0], answer.spread[0], 1)
+
+    def _answer(self, answer: Answer) -> schemas.Answered:
+        best = int(answer.probabilities.argmax())
+        return schemas.Answered(
+            label=self.service.classes[best], probability=float(answer.probabilities[best])
+        )
+
+    async def attack(self, inputs: Tensor, asked: schemas.Attack) -> schemas.Attacked:
+        if self._attacking.locked():
+            headers = {"Retry-After": str(self.service.settings.retry_after)}
+            raise HTTPException(429, "another attack is running: come back later", headers)
+        async with self._attacking:
+            # In a thread of its own, on copies: those who want answers go on getting them.
+            return await asyncio.to_thread(self._attack, inputs, asked)
+
+    def _attack(self, inputs: Tensor, asked: schemas.Attack) -> schemas.Attacked:
+        if not self._targets:
+            ensemble = copy.deepcopy(self.service.ensemble).eval()
+            plain = copy.deepcopy(ensemble)
+            make_static_(plain)
+            plain.draws = 1
+            self._targets |= {"ensemble": ensemble, "plain": plain}
+        target = self._targets[asked.target]
+        before = {name: model.predict(inputs) for name, model in self._targets.items()}
+        labels = before[asked.target].label.cpu()
+        eot = 8 if target.is_random else 1
+        if asked.attack == "pgd":
+            changed = attacks.pgd(
+                target, inputs, labels, norm="l2", eps=asked.eps, steps=40, eot=eot, average="probabilities"
+            )
+        else:
+            changed = attacks.cw_l2(target, inputs, labels, steps=60, binary_search_steps=4, eot=eot)
+        # What is shown and judged is what a file can hold.
+        attacked = (changed * 255).round() / 255
+        difference = attacked - inputs
+        largest = float(difference.abs().max())
+        factor = max(1, int(0.5 / largest)) if largest > 0 else 1
+        answers = []
+        for who, name in (("the ensemble", "ensemble"), ("the network without noise", "plain")):
+            after = self._targets[name].predict(attacked)
+            pair = [
+                self._answer(Answer(each.probabilities[0].cpu(), each.spread[0], 1))
+                for each in (before[name], after)
+            ]
+            answers.append(schemas.Compared(who=who, before=pair[0], after=pair[1]))
+        return schemas.Attacked(
+            before=_picture(inputs[0]), after=_picture(attacked[0]), magnified=factor,
+            change=_picture((0.5 + factor * difference[0]).clamp(0, 1)), l2=float(difference.norm()),
+            answers=answers,
+        )  # fmt: skip
+
+
+def _line(value: schemas.Vote) -> bytes:
+    return value.model_dump_json(exclude_none=True).encode() + b"\n"
+
+
+def _picture(image: Tensor) -> str:
+    """A (C, H, W) image in [0, 1] as PNG in base64."""
+    pixels = (image * 255).round().to(torch.uint8).cpu().numpy()
+    return _png(Image.fromarray(pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, 2)))
+
+
+def _png(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,196 @@
+"""The page of the server: its routes, and itself in a headless Chromium if there is one."""
+
+import base64
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import selfensemble as rse
+
+pytest.importorskip("fastapi")
+pytest.importorskip("httpx")
+from fastapi.testclient import TestClient
+
+from selfensemble.serving.app import create_app
+from selfensemble.serving.settings import Settings
+
+from .test_server import CLASSES, Server, encoded, png
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def digit() -> bytes:
+    return png(rse.load_data("digits", "test").inputs(slice(1))[0])
+
+
+def client(**settings: Any) -> TestClient:
+    app = create_app(rse.load("digits-rse"), CLASSES, (1, 8, 8), Settings.model_validate(settings))
+    return TestClient(app)
+
+
+def stream(reply: Any) -> list[dict[str, Any]]:
+    assert reply.status_code == 200, reply.text
+    return [json.loads(line) for line in reply.text.splitlines()]
+
+
+def test_votes_are_those_of_the_draws(digit: bytes) -> None:
+    """Keyed noise makes the stream the very draws of the answer; without a key the counts add up."""
+    with client(secret="a secret of some length", draws=12) as session:
+        answer = session.post("/v1/predict", json={"images": [encoded(digit)]}).json()["images"][0]
+        lines = stream(session.post("/v1/votes", json={"image": encoded(digit), "draws": 12}))
+    assert lines[-1]["draws"] == 12
+    best = max(lines[-1]["classes"], key=lambda each: each["probability"])
+    assert best["label"] == answer["label"]
+    assert best["probability"] == pytest.approx(answer["probability"], abs=1e-5)
+    with client() as session:
+        lines = stream(session.post("/v1/votes", json={"image": encoded(digit), "draws": 7}))
+    static = rse.load("digits-rse")
+    with rse.noise_disabled(static):
+        plain = static.predict(rse.load_data("digits", "test").inputs(slice(1)))
+    assert lines[0]["plain"]["label"] == CLASSES[int(plain.label[0])]
+    assert lines[0]["plain"]["probability"] == pytest.approx(float(plain.probabilities.max()), abs=1e-5)
+    assert [line["draws"] for line in lines[1:]] == list(range(1, 8))
+    for line in lines[1:]:
+        assert sum(each["votes"] for each in line["classes"]) <= line["draws"]
+    assert lines[1]["classes"][0]["votes"] == 1
+
+
+@pytest.mark.parametrize("target", ["plain", "ensemble"])
+def test_attacks_change_what_they_say_they_change(digit: bytes, target: str) -> None:
+    """The answers are those of the file that is sent back; far enough, both networks are fooled."""
+    with client(attacks=True) as session:
+        asked = {"image": encoded(digit), "target": target, "eps": 4.0}
+        found = session.post("/v1/attack", json=asked).json()
+        again = session.post("/v1/votes", json={"image": found["after"], "draws": 60}).text.splitlines()
+        near = session.post("/v1/attack", json=asked | {"eps": 0.01}).json()
+    by_name = {each["who"]: each for each in found["answers"]}
+    ensemble, plain = by_name["the ensemble"], by_name["the network without noise"]
+    fooled = {"plain": plain, "ensemble": ensemble}[target]
+    assert fooled["before"]["label"] != fooled["after"]["label"]
+    assert json.loads(again[0])["plain"]["label"] == plain["after"]["label"]
+    if target == "ensemble":
+        leader = max(json.loads(again[-1])["classes"], key=lambda each: each["probability"])
+        assert leader["label"] != ensemble["before"]["label"]
+    before, after = (
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(found[name])))) / 255
+        for name in ("before", "after")
+    )
+    assert np.linalg.norm(after - before) == pytest.approx(found["l2"], abs=1e-4)
+    assert found["l2"] < 4.05  # rounding to 8 bits moves a little
+    change = np.asarray(Image.open(io.BytesIO(base64.b64decode(found["change"])))) / 255
+    expected = (0.5 + found["magnified"] * (after - before)).clip(0, 1)
+    assert np.abs(change - expected).max() < 0.01
+    assert all(each["before"]["label"] == each["after"]["label"] for each in near["answers"])
+
+
+def test_what_the_page_may_not_do(digit: bytes, tmp_path: Path) -> None:
+    with client(page=False) as session:
+        assert session.get("/").status_code == 404
+        assert session.post("/v1/votes", json={"image": encoded(digit)}).status_code == 404
+    with client(api_key="long enough") as session:
+        page = session.get("/")
+        assert page.status_code == 200
+        assert "default-src 'self'" in page.headers["content-security-policy"]
+        assert session.get("/v1/model").status_code == 401
+        assert session.post("/v1/votes", json={"image": encoded(digit)}).status_code == 401
+        key = {"X-API-Key": "long enough"}
+        assert session.post("/v1/attack", json={"image": encoded(digit)}, headers=key).status_code == 404
+        assert session.get("/v1/model", headers=key).json()["page"]["attack"] is False
+        for wrong in (
+            {"image": "!"},
+            {"image": encoded(b"no image")},
+            {"image": encoded(digit), "draws": 10**6},
+        ):
+            reply = session.post("/v1/votes", json=wrong, headers=key)
+            assert reply.status_code == 422
+            assert reply.json()["error"]
+    with pytest.raises(ValueError, match="no PNG or JPEG"):
+        client(samples=tmp_path)
+    (tmp_path / "mine.png").write_bytes(digit)
+    with client(samples=tmp_path) as session:
+        samples = session.get("/v1/model").json()["page"]["samples"]
+    assert [each["name"] for each in samples] == ["mine"]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    running = Server()
+    yield running
+    assert running.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra `browser`")
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_in_a_browser(
+    server: Server, browser: Any, digit: bytes, tmp_path: Path, width: int, scheme: str
+) -> None:
+    """By keyboard, sample and file to votes and an attack.
+
+    No request elsewhere, no error, nothing wider than the screen, and nothing that axe finds serious.
+    """
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+    page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
+    problems: list[str] = []
+    hosts: set[str] = set()
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
+    page.goto(server.url)
+    page.wait_for_selector("#samples button")
+
+    page.keyboard.press("Tab")  # the link that skips the header
+    assert page.evaluate("document.activeElement.className") == "skip"
+    for _ in range(2):
+        page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.parentElement.id") == "samples"
+    page.keyboard.press("Enter")
+    page.locator("#count", has_text="20 draws have voted.").wait_for()
+    assert page.inner_text("#ensemble").endswith("%")
+    assert page.inner_text("#plain").endswith("%")
+    assert sum(int(cell) for cell in page.locator("#votes td:nth-child(2)").all_inner_texts()) <= 20
+
+    page.set_input_files("#file", files=[{"name": "one.png", "mimeType": "image/png", "buffer": digit}])
+    page.fill("#draws", "8")
+    page.click("#again")
+    page.locator("#count", has_text="8 draws have voted.").wait_for()
+    assert page.inner_text("#caption") == "one.png"
+
+    page.fill("#eps", "4")
+    page.click("#run")
+    page.wait_for_selector("#result:not([hidden])", timeout=60_000)
+    assert "fools its target" in page.inner_text("#attacking")
+    assert page.locator("#verdict .fooled").count() >= 1
+
+    page.screenshot(path=tmp_path / f"page-{width}-{scheme}.png", full_page=True)
+    found = axe.Axe().run(page).response["violations"]
+    assert [each["id"] for each in found if each["impact"] in ("serious", "critical")] == []
+
+    page.set_input_files("#file", files=[{"name": "x.png", "mimeType": "image/png", "buffer": b"no image"}])
+    page.wait_for_selector("#problem:not([hidden])")
+    assert "image" in page.inner_text("#problem")
+    problems = [each for each in problems if "422" not in each]  # the browser's own note of that answer
+
+    assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    assert problems == []
+    assert hosts <= {urlsplit(server.url).netloc, ""}
+    page.close()
