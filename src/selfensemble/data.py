@@ -305,7 +305,7 @@ def _open_image(value: dict[str, Any] | None, source: str, number: int) -> Any:
         if value["bytes"] is None and Path(value["path"]).is_file():
             value = {"path": None, "bytes": Path(value["path"]).read_bytes()}
         return Image().decode_example(value)
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # Pillow raises many kinds for damaged files
         raise ValueError(
             f"image {name} of {source} cannot be decoded ({error}): replace or remove it"
         ) from error

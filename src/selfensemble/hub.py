@@ -228,6 +228,19 @@ def read_config(folder: str | Path) -> ArtefactConfig:
     )
 
 
+def _built(config: ArtefactConfig, folder: str | Path) -> nn.Module:
+    """The network with fresh weights."""
+    if config.transformers is not None:
+        return config.transformers.build()
+    if config.architecture is None:
+        raise ValueError(f"{folder} holds a network of your own: pass it, load(folder, model=...)")
+    try:
+        return create_model(**config.architecture.model_dump())
+    except (TypeError, RuntimeError) as error:  # of sizes beyond all bounds
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"the network that {folder} describes cannot be built: {reason}") from error
+
+
 def load(folder: str | Path, model: nn.Module | None = None) -> SelfEnsemble:
     """Read a saved ensemble, in eval mode, on the CPU.
 
@@ -241,13 +254,6 @@ def load(folder: str | Path, model: nn.Module | None = None) -> SelfEnsemble:
         FileNotFoundError, ValueError: files missing, damaged, foreign, or of another network.
     """
     config = read_config(folder)
-    if model is None:
-        if config.architecture is not None:
-            model = create_model(**config.architecture.model_dump())
-        elif config.transformers is not None:
-            model = config.transformers.build()
-        else:
-            raise ValueError(f"{folder} holds a network of your own: pass it, load(folder, model=...)")
     path = locate(folder) / WEIGHTS
     if not path.is_file():
         raise FileNotFoundError(f"no {WEIGHTS} in {folder}: the artefact is incomplete")
@@ -255,6 +261,12 @@ def load(folder: str | Path, model: nn.Module | None = None) -> SelfEnsemble:
         tensors = safetensors.torch.load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error})") from error
+    if model is None:
+        with torch.device("meta"):  # takes no memory, whatever sizes a damaged configuration asks for
+            planned = _weights(_built(config, folder))
+        if {key: tensor.shape for key, tensor in planned.items()} != {k: t.shape for k, t in tensors.items()}:
+            raise ValueError(f"{path} does not fit the network that {CONFIG} describes: restore both")
+        model = _built(config, folder)
     try:
         model.load_state_dict(tensors)
         attach_noise_(model, config.noise)

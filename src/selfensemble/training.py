@@ -380,8 +380,17 @@ class Trainer:
                 f"{path} belongs to another recipe (different: {', '.join(differing)}): pass the same "
                 "recipe and overrides, or another --out"
             )
-        if state["processes"] != self.accelerator.num_processes:
+        if state.get("processes") not in (None, self.accelerator.num_processes):
             raise ValueError(f"{path} was written by {state['processes']} processes: resume with as many")
+        try:
+            self._restore(state)
+        except Exception as error:  # of whatever kind the values are
+            raise ValueError(
+                f"{path} is damaged ({type(error).__name__}): remove it, or start afresh with --overwrite"
+            ) from error
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Of a checkpoint of this recipe."""
         self.network.load_state_dict(state["model"])
         if self._averaged is not None:
             self._averaged.load_state_dict(state["averaged"])
