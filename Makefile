@@ -5,7 +5,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Two test processes of one thread each: faster on two cores than one process of two.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test lint bench docs sbom clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.core
@@ -27,6 +27,13 @@ bench: .venv/.core
 
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# What is installed, as CycloneDX, and under which licences; the tools that tell are not part of it.
+sbom: .venv/.core
+	$(PYTHON) -m venv .venv/tools
+	.venv/tools/bin/python -m pip install --quiet --disable-pip-version-check cyclonedx-bom pip-licenses
+	.venv/tools/bin/cyclonedx-py environment $(BIN)/python --output-reproducible -o sbom.cdx.json
+	.venv/tools/bin/pip-licenses --python $(BIN)/python --format=markdown --output-file licences.md
 
 clean:
 	rm -rf .venv site build dist

@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import generate_latest
 from pydantic import ValidationError
+from starlette.formparsers import MultiPartParser
 
 from ..ensemble import SelfEnsemble
 from . import schemas
@@ -32,6 +33,8 @@ def create_app(
         shape: (channels, height, width) of its images.
         settings: limits.
     """
+    # The gate holds a body in memory; a form in it is not to be written to a disk, which may be full.
+    MultiPartParser.spool_max_size = max(MultiPartParser.spool_max_size, settings.max_body)
     service = Service(ensemble, tuple(classes), shape, settings)
 
     @asynccontextmanager
