@@ -49,7 +49,8 @@ class Draws:
         self._antithetic = antithetic
         self._explained = partial(explain_shape, ensemble)
         self.device = next((tensor.device for tensor in ensemble.parameters()), example.device)
-        self._dtype = ensemble.input_dtype or example.dtype
+        wanted = ensemble.input_dtype if example.is_floating_point() else None
+        self._dtype = wanted or example.dtype
         in_chunk = max(1, ensemble.chunk // max(1, example[:1].numel()))
         if max_batch is not None:
             self.size = self.capacity = max_batch

@@ -61,11 +61,12 @@ def check_images(inputs: Tensor, bounds: tuple[float, float] | None = (0.0, 1.0)
     """Raise a ValueError (TypeError for a wrong dtype) unless `inputs` is a finite batch in bounds."""
     if not isinstance(inputs, Tensor):
         raise TypeError(f"inputs must be a torch.Tensor, got {type(inputs).__name__}")
-    if not inputs.is_floating_point():
+    tokens = bounds is None and inputs.dtype in (torch.int64, torch.int32)  # for networks that look them up
+    if not (inputs.is_floating_point() or tokens):
         raise TypeError(f"inputs must be floating point, got {inputs.dtype}; for uint8: x.float() / 255")
     if inputs.dim() < 2:
         raise ValueError(f"inputs must be a batch (B, ...), got shape {tuple(inputs.shape)}")
-    if inputs.numel() == 0:
+    if inputs.numel() == 0 or tokens:
         return
     low, high = (bound.item() for bound in inputs.aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
@@ -109,7 +110,7 @@ class SelfEnsemble(nn.Module):
         draws: noise draws a prediction, >= 1.
         sampling: how draws are sampled in eval mode, see `GaussianNoise`.
         filter_fn, example_inputs: see `inject_noise_`.
-        bounds: the valid range of inputs, checked by `predict_proba`; None for no range.
+        bounds: the valid range of inputs, checked by `predict_proba`; None for no range, or for tokens.
 
     Attributes:
         stopping: margins at which images stop drawing, see `calibrate`; None where there are none.

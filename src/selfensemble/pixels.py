@@ -29,6 +29,8 @@ def pixel_std(ensemble: SelfEnsemble, example_inputs: Tensor) -> float:
         ValueError: there is no such noise, what lies before it is no affine map of each pixel, the image has
             a way around it, or the answer to an image depends on what else is in the batch.
     """
+    if not example_inputs.is_floating_point():
+        raise ValueError(f"radii are about floating-point images, got {example_inputs.dtype}")
     device = next((parameter.device for parameter in ensemble.parameters()), example_inputs.device)
     images = example_inputs[:2].to(device, ensemble.input_dtype or example_inputs.dtype)
     with torch.no_grad(), eval_mode(ensemble):
