@@ -8,6 +8,7 @@ margin of one draw at a time, which is what an early stop looks at. Times are of
 the authors' way.
 """
 
+import copy
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ import selfensemble as rse
 from selfensemble.attacks import cw_l2, pgd
 from selfensemble.drawing import Draws
 from selfensemble.hub import read_config
+from selfensemble.inject import make_static_
 from selfensemble.noise import GaussianNoise
 from selfensemble.stopping import Stop
 from selfensemble.zoo import locate
@@ -107,8 +109,15 @@ def main() -> None:
     levels = [layer.std for layer in ensemble.modules() if isinstance(layer, GaussianNoise)]
     theirs = authors.with_noise(network, *map(float, levels[:2]))  # type: ignore[arg-type]
     few, draws = inputs[: options.timed], ensemble.draws
+    static = copy.deepcopy(ensemble)
+    make_static_(static)
+    plain = rse.optimize(static, inputs[:2])
+    single = inputs[:100].split(1)
     seconds = in_turn(
         {
+            "one at a time: a pass without noise": lambda: [plain.predict(image) for image in single],
+            "one at a time: calibrated": lambda: [fast.predict(image, stop="calibrated") for image in single],
+            "one at a time: fixed": lambda: [fast.predict(image) for image in single],
             "authors' way": lambda: [authors.predict(theirs, part, draws) for part in few.split(128)],
             "fixed": partial(fast.predict, few),
             "exact": partial(fast.predict, few, stop="exact"),
@@ -118,6 +127,10 @@ def main() -> None:
         warm_up=1,
     )
     faster = {name: ratio(seconds, "authors' way", name) for name in ("fixed", "exact", "calibrated")}
+    alone = {
+        name: ratio(seconds, f"one at a time: {name}", "one at a time: a pass without noise")
+        for name in ("calibrated", "fixed")
+    }
     rows = []
     for where, values in ({"no attack": clean} | attacked).items():
         for name in RULES:
@@ -125,6 +138,9 @@ def main() -> None:
             cells = (each["draws"], 100 * each["disagreement"], 100 * each["accuracy"])
             rows.append([f"{where}: {name}", *(f"{cell:.2f}" for cell in cells)])
     rows += [[f"authors' time / {name}", f"{value:.2f}", "", ""] for name, value in faster.items()]
+    rows += [
+        [f"one image: {name} / a pass without noise", f"{value:.2f}", "", ""] for name, value in alone.items()
+    ]
     rows += [["variance of a pair / of two draws", f"{pairs:.2f}", "", ""]]
     rows += [["labels of exact that differ", str(other_labels), "", ""]]
     rule = fast.stopping
@@ -139,6 +155,7 @@ def main() -> None:
             "rule": rule.model_dump(mode="json"), "other labels": other_labels,
             "pairs": pairs, "clean": clean,
             "attacked": attacked, "seconds": seconds, "medians": medians(seconds), "faster": faster,
+            "one image": alone,
         },
         options.out,
     )  # fmt: skip

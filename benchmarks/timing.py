@@ -28,6 +28,7 @@ def in_turn(
     """
     loops: dict[str, int] = {}
     for name, case in cases.items():
+        took = least  # unknown without a warm-up: called once
         for _ in range(warm_up):
             began = time.perf_counter()
             case()
