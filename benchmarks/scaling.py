@@ -2,9 +2,9 @@
 
     python benchmarks/scaling.py --data DATA [--model cifar10-vgg16-rse] [--images 256] [--out FOLDER]
 
-The same PGD attack by torchrun on 1, 2 and 4 processes of one thread each, with a small and a large amount of
-work. The model is `seconds = a + b * images * steps * EOT / workers`; a and b come from one process, and workers
-are no more than there are cores. Results must be equal whatever the number of processes.
+The same PGD attack by torchrun on 1, 2 and 4 processes of one thread each, with a small and a large amount
+of work. The model is `seconds = a + b * images * steps * EOT / workers`; a and b come from one process, and
+workers are no more than there are cores. Results must be equal whatever the number of processes.
 """
 
 import json

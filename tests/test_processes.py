@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from selfensemble.evaluation import read_results
@@ -51,7 +51,7 @@ def test_a_killed_rank_comes_back_and_repeats_no_shard(tmp_path: Path, task: lis
         [sys.executable, *task, str(tmp_path / "one")], check=True, capture_output=True, env=ENVIRONMENT
     )
     out = tmp_path / "two"
-    launcher = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "--max-restarts=2", *task, str(out)]
+    launcher = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "--max-restarts=5", *task, str(out)]
     with subprocess.Popen(
         launcher, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
@@ -122,8 +122,8 @@ def test_two_hosts_whose_line_is_cut_for_a_while(
     running = []
     for number, name in enumerate(hosts):
         command = [
-            "ip", "netns", "exec", name, *TORCHRUN, "--nnodes=2", "--nproc-per-node=1", f"--node-rank={number}",
-            "--master-addr=10.99.0.1", "--master-port=29555", *task, str(out),
+            "ip", "netns", "exec", name, *TORCHRUN, "--nnodes=2", "--nproc-per-node=1",
+            f"--node-rank={number}", "--master-addr=10.99.0.1", "--master-port=29555", *task, str(out),
         ]  # fmt: skip
         environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "line"}
         running.append(

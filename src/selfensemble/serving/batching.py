@@ -61,6 +61,7 @@ class Batcher:
         self.ensemble, self.most_waiting = ensemble, most_waiting
         self._draws = Draws(ensemble, example.repeat(2, *[1] * (example.dim() - 1)))
         self._shape = tuple(example.shape[1:])
+        self._floating = example.is_floating_point()
         self._room = self._draws.capacity
         self._folds = self._draws.at_once(1, 2) > 1
         self._queue: deque[_Waiting] = deque()
@@ -91,6 +92,8 @@ class Batcher:
             TypeError, ValueError: images that the ensemble cannot take.
         """
         check_images(images, self.ensemble.bounds)
+        if images.is_floating_point() != self._floating:
+            raise TypeError(f"images must be {'' if self._floating else 'no '}floats, got {images.dtype}")
         if tuple(images.shape[1:]) != self._shape:
             raise ValueError(f"images must have shape {self._shape}, got {tuple(images.shape[1:])}")
         if not self.ensemble.is_random:
