@@ -166,7 +166,7 @@ def test_attacks_on_a_copy_succeed_on_the_original(digits: tuple[rse.SelfEnsembl
 
 
 def test_noise_counts_on_copies_as_on_originals(digits: tuple[rse.SelfEnsemble, Tensor, Tensor]) -> None:
-    """The noise of steps on a copy is not that of steps on the original: eight draws a step make up for it."""
+    """Steps on a copy draw other noise than steps on the original: eight draws a step make up for it."""
     ensemble, inputs, labels = digits
     fast = optimize(ensemble, inputs, "bf16")
     found = [
