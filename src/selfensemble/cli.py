@@ -142,13 +142,13 @@ def tune(
             fine_tune=training(config.recipe, str(model), epochs, folder, data) if epochs else None,
             progress=update,
         )  # fmt: skip
-    values = found.values() | {"model": model.resolve().name, "epochs": epochs}
-    found.page().write(folder)
+    values, page = found.values() | {"model": model.resolve().name, "epochs": epochs}, found.page()
+    page.write(folder)
     write_json(folder / "tune.json", values)
     if as_json:
         terminal.print_json(values)
         return
-    terminal.print_page(found.page())
+    terminal.print_page(page)
     terminal.out.print(f"Recommended: {found.recommended.name}")
     terminal.out.print(f"Written to {folder}: index.md, levels.svg, tune.json", soft_wrap=True)
 

@@ -48,15 +48,12 @@ def run_attack(
             raise ValueError(
                 f"labels must be below {classes}, the number of classes; got {int(labels.max())}"
             )
-        if reseed:
-            room = (0, 0)
-        else:
-            room = (_room(original_of(model), first, max_batch), _room(model, first, max_batch))
+        rooms = [0 if reseed else _room(each, first, max_batch) for each in (original_of(model), model)]
         for number, (x, y) in enumerate(zip(inputs.split(size), labels.split(size), strict=True)):
             own = seed if number == 0 or noise.frozen else stream_seed(seed, number, 1)
             oracle = Oracle(
                 forward, noise, seed=own, is_random=is_random, classes=classes, device=device, reseed=reseed,
-                follow=follow, room=room,
+                follow=follow, room=(rooms[0], rooms[1]),
             )  # fmt: skip
             # In float32, whatever the model computes in: smaller types cannot hold small changes.
             part = run(oracle, x.detach().to(device, torch.float32, copy=True), y.to(device, copy=True))

@@ -141,8 +141,11 @@ class Service:
     async def predicted(self, inputs: Tensor, rule: Rule) -> list[Answer]:
         """Answers to images, in passes that others share."""
         async with self._limited():
-            futures = self._batcher.submit(inputs, rule)
-            found: list[Answer] = await asyncio.gather(*(self._wait(future) for future in futures))
+            return await self._shared(inputs, rule)
+
+    async def _shared(self, inputs: Tensor, rule: Rule) -> list[Answer]:
+        futures = self._batcher.submit(inputs, rule)
+        found: list[Answer] = await asyncio.gather(*(self._wait(future) for future in futures))
         return found
 
     async def run(self, work: Callable[[], Any]) -> Any:
@@ -191,9 +194,7 @@ class Service:
             keyed: list[Answer] = await self._wait(job)
             return keyed
         rule = rule_for(stop, draws or self.ensemble.draws, draws is not None, self.ensemble.stopping)
-        futures = self._batcher.submit(inputs, rule)
-        found: list[Answer] = await asyncio.gather(*(self._wait(future) for future in futures))
-        return found
+        return await self._shared(inputs, rule)
 
     def _keyed(self, inputs: Tensor, seeds: list[int], draws: int | None, stop: Any) -> list[Answer]:
         """Each image on its own, with noise of its own seed."""
