@@ -1,7 +1,5 @@
 """What command-line arguments stand for: devices, processes, test data, images."""
 
-import datetime
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,18 +27,6 @@ def device_named(name: str) -> "torch.device":
     except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
         raise InputError(f"cannot use device {name!r}: {str(error)[:200]}") from error
     return device
-
-
-def this_process(name: str) -> tuple[int, int, "torch.device"]:
-    """Rank, number of processes (torchrun, accelerate launch) and device of this one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0, 1, device_named(name)
-    from accelerate import PartialState
-
-    device = device_named(name)
-    # Shards take as long as they take: nobody gives up waiting for the others.
-    state = PartialState(cpu=device.type == "cpu", timeout=datetime.timedelta(days=7))
-    return state.process_index, state.num_processes, state.device
 
 
 def in_precision(ensemble: "SelfEnsemble", example: "torch.Tensor", precision: str) -> "SelfEnsemble":

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from . import terminal
-from .arguments import InputError, device_named, test_data_of, this_process
+from .arguments import InputError, device_named, test_data_of
 from .cli_base import Data, Device, Json, Model, app, resumable
 from .interrupts import Interrupted
+from .processes import this_process
 
 _UNSOUND = 3
 

@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 from . import terminal
-from .arguments import InputError, device_named, in_precision, test_data_of, this_process
+from .arguments import InputError, device_named, in_precision, test_data_of
 from .cli_base import Data, Device, Json, Model, app, resumable
+from .processes import this_process
 
 _PRECISION = "float32, or bf16: an optimised copy, which is then what the result is about."
 

@@ -31,6 +31,7 @@ from .ensemble import SelfEnsemble
 from .files import atomic_write, write_json
 from .interrupts import Interrupted, stop_requests
 from .learned_noise import distance_from_start, mean_levels, parameter_groups
+from .processes import check_restarts
 from .provenance import accuracy_record, provenance
 from .recipe import Recipe
 from .small_maps import speed_up_small_maps_
@@ -78,6 +79,7 @@ class Trainer:
         # A second run in one process may want another precision than the first; a teacher wants the same.
         if AcceleratorState._shared_state and AcceleratorState().mixed_precision != recipe.train.precision:
             AcceleratorState._reset_state()
+        check_restarts()
         # Told so, Accelerate joins the processes that torchrun starts on a machine without accelerator.
         self.accelerator = Accelerator(
             mixed_precision=recipe.train.precision, cpu=not torch.accelerator.is_available()

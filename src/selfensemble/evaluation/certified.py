@@ -23,10 +23,11 @@ from ..ensemble import SelfEnsemble
 from ..files import atomic_write, read_versioned, write_json
 from ..inference import original_of, precision_of
 from ..pixels import pixel_std
+from ..processes import wait_for_all
 from ..provenance import accuracy_record, provenance
 from ..schema import Count, Section
 from ..streams import stream_seed
-from .identity import claim, data_record, duration, model_record, wait_for_all
+from .identity import claim, data_record, duration, model_record
 from .results import DataRecord, ModelRecord, Record
 
 RUN, CERTIFIED, CERTIFICATES, SHARDS = "run.json", "certified.json", "certificates.csv", "shards"

@@ -83,11 +83,3 @@ def duration(seconds: float) -> str:
     if minutes < 1:
         return f"{max(1, round(seconds))} s"
     return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
-
-
-def wait_for_all(world: int) -> None:
-    """Wait for all processes of a run."""
-    if world > 1:
-        from accelerate import PartialState
-
-        PartialState().wait_for_everyone()

@@ -24,10 +24,11 @@ from ..ensemble import SelfEnsemble
 from ..files import atomic_write, write_json
 from ..inference import optimize
 from ..inject import noise_disabled
+from ..processes import wait_for_all
 from ..provenance import provenance
 from ..streams import stream_seed
 from . import collect
-from .identity import claim, data_record, duration, model_record, wait_for_all
+from .identity import claim, data_record, duration, model_record
 from .judge import judge
 from .protocol import MINIMUM_NORM, Protocol, Run, expand
 from .results import RESULTS, CheckRecord, Results, read_results

@@ -31,8 +31,10 @@ makes a c a weaker attack: accuracies at a fixed c do not compare defenses."""
 _TEMPERED = """
 
 *Distillation* answers at temperature 1, as published, with margins a hundred times those it was trained at: a
-c that is small for others is large for it. *Distillation, logits / 100* is the same network, asked at the
-temperature of its training; its answers are the same."""
+c that is small for others is large for it, and the search over c of the table by distance does not come down
+to the c it needs. *Distillation, logits / 100* is the same network, asked at the temperature of its training:
+its answers are the same, and what it seems to gain at a distance is gone. The authors' curve is compared with
+this one, whose accuracies at c it has; its distortions lie between the two."""
 _COMPARED = """\
 The authors' accuracy at c, and ours where the attack has gone as far: at the same RMS L2, interpolated
 between the strengths. A network with k times the logits meets at c what another meets at k c; that

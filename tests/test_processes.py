@@ -1,0 +1,176 @@
+"""Runs of several processes and hosts that lose one, or the line between them."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+import torch
+
+import selfensemble as rse
+from selfensemble.evaluation import read_results
+from selfensemble.processes import check_restarts, this_process
+from selfensemble.training import CHECKPOINT
+
+PROTOCOL = """\
+description: enough for something to go wrong in the middle
+images: 40
+shard: 4
+judge: {seeds: 1, queries: 1}
+attacks: [{attack: pgd, norm: l2, eps: [0.5], steps: 60, eot: 4}]
+"""
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # see selfensemble.processes.check_restarts
+}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> list[str]:
+    (tmp_path / "p.yaml").write_text(PROTOCOL)
+    arguments = ["-m", "selfensemble", "evaluate", "digits-rse", "--protocol", str(tmp_path / "p.yaml")]
+    return [*arguments, "--device", "cpu", "--out"]
+
+
+def shards(out: Path) -> dict[Path, int]:
+    """Finished shards and when they were written."""
+    return {path: path.stat().st_mtime_ns for path in out.glob("shards/*.safetensors")}
+
+
+def wait_for_shards(out: Path, least: int) -> dict[Path, int]:
+    deadline = time.monotonic() + 120
+    while len(found := shards(out)) < least:
+        assert time.monotonic() < deadline, "no shard was finished"
+        time.sleep(0.02)
+    return found
+
+
+def elastic(*arguments: str) -> subprocess.Popen[bytes]:
+    """Two processes that are started again when one of them fails."""
+    launcher = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "--max-restarts=5", *arguments]
+    return subprocess.Popen(launcher, env=ENVIRONMENT)
+
+
+def kill_second_rank(process: "subprocess.Popen[bytes]") -> None:
+    ranks = [
+        child for child in psutil.Process(process.pid).children(recursive=True)
+        if "selfensemble" in child.cmdline() and child.environ().get("RANK") == "1"
+    ]  # fmt: skip
+    ranks[0].kill()
+
+
+def test_a_killed_rank_comes_back_and_repeats_no_shard(tmp_path: Path, task: list[str]) -> None:
+    """torchrun starts all ranks again; results are those of one process."""
+    subprocess.run(
+        [sys.executable, *task, str(tmp_path / "one")], check=True, capture_output=True, env=ENVIRONMENT
+    )
+    out = tmp_path / "two"
+    with elastic(*task, str(out)) as process:
+        before = wait_for_shards(out, 2)
+        kill_second_rank(process)
+        assert process.wait(300) == 0
+    after = shards(out)
+    assert {path: after[path] for path in before} == before
+    one, two = (read_results(tmp_path / name) for name in ("one", "two"))
+    assert (two.clean, two.attacks) == (one.clean, one.attacks)
+
+
+def test_training_goes_on_when_a_rank_is_killed(tmp_path: Path) -> None:
+    """Both go on from the last checkpoint, to the weights of a run that nobody disturbed."""
+    task = ["-m", "selfensemble", "train", "digits-rse", "--set", "train.epochs=3", "--resume", "--out"]
+    with elastic(*task, str(tmp_path / "whole")) as process:
+        assert process.wait(300) == 0
+    out = tmp_path / "killed"
+    with elastic(*task, str(out)) as process:
+        deadline = time.monotonic() + 120
+        while not (out / CHECKPOINT).exists():
+            assert time.monotonic() < deadline, "no checkpoint was written"
+            time.sleep(0.01)
+        kill_second_rank(process)
+        assert process.wait(300) == 0
+    whole, killed = (rse.load(tmp_path / name).state_dict() for name in ("whole", "killed"))
+    for name, values in whole.items():
+        torch.testing.assert_close(killed[name], values, rtol=0, atol=0)
+
+
+def test_restarts_that_could_hang_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(ValueError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        this_process("cpu")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    check_restarts()
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture
+def hosts() -> Iterator[tuple[str, str]]:
+    """Two network namespaces with a line between them: 10.99.0.1 and 10.99.0.2."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and iproute2")
+    names = (f"rse-a-{uuid.uuid4().hex[:6]}", f"rse-b-{uuid.uuid4().hex[:6]}")
+    made = []
+    try:
+        for name in names:
+            try:
+                _ip("netns", "add", name)
+            except subprocess.CalledProcessError as error:
+                pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
+            made.append(name)
+        _ip(*f"link add line netns {names[0]} type veth peer name line netns {names[1]}".split())
+        for number, name in enumerate(names, 1):
+            _ip("-n", name, "addr", "add", f"10.99.0.{number}/24", "dev", "line")
+            _ip("-n", name, "link", "set", "line", "up")
+            _ip("-n", name, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in made:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+def test_two_hosts_whose_line_is_cut_for_a_while(
+    tmp_path: Path, task: list[str], hosts: tuple[str, str]
+) -> None:
+    """Each its own network, a folder in common; five seconds without the line in the middle of the work."""
+    subprocess.run(
+        [sys.executable, *task, str(tmp_path / "one")], check=True, capture_output=True, env=ENVIRONMENT
+    )
+    out = tmp_path / "two"
+    running = []
+    for number, name in enumerate(hosts):
+        command = [
+            "ip", "netns", "exec", name, *TORCHRUN, "--nnodes=2", "--nproc-per-node=1",
+            f"--node-rank={number}", "--master-addr=10.99.0.1", "--master-port=29555", *task, str(out),
+        ]  # fmt: skip
+        environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "line"}
+        running.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        )
+    try:
+        before = wait_for_shards(out, 2)
+        _ip("-n", hosts[0], "link", "set", "line", "down")
+        time.sleep(5)
+        _ip("-n", hosts[0], "link", "set", "line", "up")
+        for process in running:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors.decode()[-2000:]
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    after = shards(out)
+    assert {path: after[path] for path in before} == before
+    one, two = (read_results(tmp_path / name) for name in ("one", "two"))
+    assert (two.clean, two.attacks) == (one.clean, one.attacks)
