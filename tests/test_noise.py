@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import selfensemble as rse
 from selfensemble.defenses.resize_pad import ResizePad, ResizePadConfig
+from selfensemble.half_noise import Bits
 from selfensemble.noise import Std
 from selfensemble.streams import Sampling, stream_seed
 
@@ -414,6 +415,40 @@ def test_antithetic_draws_need_a_seed_and_leave_other_randomness_alone() -> None
         with rse.noise_draw(1, index, "per_image", antithetic=True):
             found.append(pad(images))
     assert not torch.equal(*found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_whole_pairs_need_no_seed(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    layer = rse.GaussianNoise(0.5).eval()
+    zeros = torch.zeros(8, 3, 40, 40, dtype=dtype).contiguous(
+        memory_format=memory_format
+    )  # four draws, two images
+    calls = []
+    for _ in range(2):
+        with rse.noise_draw(None, 0, "shared", count=4, antithetic=True):
+            calls.append(layer(zeros).unflatten(0, (4, 2)))
+    for draws in calls:
+        assert torch.equal(draws[:, 0], draws[:, 1])
+        assert torch.equal(draws[::2], -draws[1::2])
+    separate = [draws[number, 0].float().flatten() for draws in calls for number in (0, 2)]
+    for one, other in itertools.combinations(separate, 2):
+        assert abs(correlation(one, other)) < 4 / math.sqrt(one.numel())
+    numbers = torch.cat(separate)
+    assert abs(numbers.std().item() / 0.5 - 1) < 4 / math.sqrt(2 * len(numbers))
+    with pytest.raises(ValueError, match="whole pairs"), rse.noise_draw(index=1, count=2, antithetic=True):
+        pass
+
+
+def test_fresh_half_noise_never_repeats() -> None:
+    """What is kept of random bits between the calls of small layers is used once."""
+    bits = Bits(np.random.SFC64(1), kept=64)
+    found = torch.cat([bits.take(count).clone() for count in (40, 20, 30, 64, 100, 1)])
+    assert len(found) == 255
+    neighbours = found.long()[:-1] * 2**16 + found.long()[1:]
+    assert len(neighbours.unique()) == 254  # of 2^32 values: two alike by chance are one in 1e5
+    assert found.min() >= 0
+    assert found.max() < 2**16
 
 
 def test_antithetic_means_vary_less() -> None:

@@ -43,6 +43,9 @@ class Draws:
         from .ensemble import explain_shape  # which imports this module
 
         self._portable = seed is not None
+        shared = (sampling or ensemble.sampling) == "shared"
+        # A pass of whole pairs needs no streams, which take time to start.
+        self._fresh_pairs = antithetic and seed is None and shared
         if antithetic and seed is None:
             seed = fresh_seed()
         self.ensemble, self.seed, self.sampling, self._example = ensemble, seed, sampling, example
@@ -60,7 +63,6 @@ class Draws:
             self.size, self.capacity = max(1, in_chunk // 4, min(len(example) // 2, in_chunk)), in_chunk
         else:
             self.size, self.capacity = max(in_chunk, len(example) // 2), in_chunk
-        shared = (sampling or ensemble.sampling) == "shared"
         # Per-image noise of a seed depends on the batch: images of two parts must not have the same, and
         # several draws in one batch would not be those of their own.
         self._by_part = seed is not None and not shared
@@ -113,8 +115,9 @@ class Draws:
             group: number of the group that these are images of.
         """
         passes = []
+        fresh = self._fresh_pairs and index % 2 == count % 2 == 0
         for part, few in enumerate(images.split(self.size)):
-            own = self.seed
+            own = None if fresh else self.seed
             if own is not None and self._by_part:
                 own = stream_seed(own, group * _PASSES + part, 0)
             repeated = few if count == 1 else few.repeat(count, *[1] * (few.dim() - 1))

@@ -15,6 +15,8 @@ from torch import Tensor
 _LEVELS = 2**16
 # Numbers at a time: index and output then stay in the cache.
 _PART = 2**18
+# As many are kept for layers that want few.
+KEPT = 2**15
 
 
 @functools.cache
@@ -31,7 +33,35 @@ def _table(std: float, dtype: torch.dtype) -> Tensor:
     return (_quantiles() * std).to(dtype)
 
 
-def fill_half_(tensor: Tensor, std: float, bits: np.random.SFC64) -> None:
+class Bits:
+    """Random numbers of 16 bits.
+
+    Args:
+        generator: where they come from.
+        kept: drawn at a time, so that small layers need not ask one by one; 0 where numbers are to depend on
+            nothing but the generator and what is asked for.
+    """
+
+    def __init__(self, generator: np.random.SFC64, kept: int = 0) -> None:
+        self._generator, self._kept = generator, kept
+        self._block = torch.empty(0, dtype=torch.int32)
+        self._used = 0
+
+    def take(self, count: int) -> Tensor:
+        """(count,) int32, valid until the next call."""
+        if count > self._kept:
+            return self._draw(count)
+        if self._used + count > len(self._block):
+            self._block, self._used = self._draw(self._kept), 0
+        self._used += count
+        return self._block[self._used - count : self._used]
+
+    def _draw(self, count: int) -> Tensor:
+        words = self._generator.random_raw(-(-count // 4)).view(np.uint16)
+        return torch.from_numpy(words)[:count].to(torch.int32)
+
+
+def fill_half_(tensor: Tensor, std: float, bits: Bits) -> None:
     """Fill a tensor with `N(0, std^2)` numbers, in the order of its memory.
 
     Args:
@@ -41,8 +71,5 @@ def fill_half_(tensor: Tensor, std: float, bits: np.random.SFC64) -> None:
     """
     table = _table(std, tensor.dtype)
     flat = tensor.as_strided((tensor.numel(),), (1,))
-    index = torch.empty(min(_PART, len(flat)), dtype=torch.int32)
-    for part in flat.split(_PART):
-        words = bits.random_raw(-(-len(part) // 4))
-        chosen = index[: len(part)].copy_(torch.from_numpy(words.view(np.uint16))[: len(part)])
-        torch.index_select(table, 0, chosen, out=part)
+    for part in flat.split(_PART) if len(flat) > _PART else (flat,):
+        torch.index_select(table, 0, bits.take(len(part)), out=part)

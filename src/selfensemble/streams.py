@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .half_noise import fill_half_
+from .half_noise import KEPT, Bits, fill_half_
 
 Sampling = Literal["per_image", "shared"]
 
@@ -48,7 +48,7 @@ class _Draw:
     antithetic: bool = False
     portable: bool = True
     generators: dict[tuple[int, int, torch.device], torch.Generator] = field(default_factory=dict)
-    bits: dict[tuple[int, int], np.random.SFC64] = field(default_factory=dict)
+    bits: dict[tuple[int, int], Bits] = field(default_factory=dict)
 
 
 # Without a seed there are no streams to keep, so that sharing the default is safe.
@@ -84,14 +84,17 @@ def noise_draw(
         step: between the numbers of those draws.
         antithetic: draws of odd number have the opposite Gaussian noise of those before them. The mean over
             pairs has the same expectation and varies less, as far as the network is linear in its
-            noise; the draws of a pair are not independent, which no certificate may overlook. Needs a seed.
+            noise; the draws of a pair are not independent, which no certificate may overlook. Needs a seed,
+            or whole pairs in the batch.
         portable: whether shared noise of a seed is to be the same in every dtype. If not, half precision on a
             CPU has numbers that cost less, as it has without a seed.
     """
     if index < 0 or count < 1 or step < 1:
         raise ValueError(f"index must be >= 0, count and step >= 1, got {index}, {count} and {step}")
-    if antithetic and seed is None:
-        raise ValueError("antithetic draws repeat each other's noise: give them a seed, e.g. a fresh one")
+    if antithetic and seed is None and (index % 2 or count % 2 or step != 1):
+        raise ValueError(
+            "antithetic draws repeat each other's noise: give them a seed, e.g. a fresh one, or whole pairs"
+        )
     policy = None if sampling is None else check_sampling(sampling)
     chosen = None if seed is None else operator.index(seed)
     token = _current.set(_Draw(chosen, index, policy, count, step, antithetic, portable))
@@ -121,7 +124,7 @@ class _Entropy(threading.local):
 
     def __init__(self) -> None:
         self.generators: dict[torch.device, torch.Generator] = {}
-        self.bits: np.random.SFC64 | None = None
+        self.bits: Bits | None = None
 
     def generator(self, device: torch.device) -> torch.Generator:
         if device not in self.generators:
@@ -129,9 +132,9 @@ class _Entropy(threading.local):
             self.generators[device] = torch.Generator(device).manual_seed(seed)
         return self.generators[device]
 
-    def bit_generator(self) -> np.random.SFC64:
+    def fresh_bits(self) -> Bits:
         if self.bits is None:
-            self.bits = np.random.SFC64()
+            self.bits = Bits(np.random.SFC64(), kept=KEPT)
         return self.bits
 
     def forget(self) -> None:
@@ -190,7 +193,10 @@ class Source:
         """Gaussian noise, an entry for each draw of the batch."""
         draw = self.draw
         if draw.seed is None:
-            self._fill_(noise, std, draw.index)
+            if draw.antithetic:
+                self._fill_pairs_(noise, std)
+            else:
+                self._fill_(noise, std, draw.index)
             return
         for later in range(draw.count):
             number, one = draw.index + later * draw.step, noise[later : later + 1]
@@ -201,6 +207,15 @@ class Source:
             else:
                 self._fill_(one, std, number - 1)
                 one.neg_()
+
+    def _fill_pairs_(self, noise: Tensor, std: float) -> None:
+        """Fresh noise of every other draw, and its opposite for the draws after them."""
+        first = noise.new_empty(noise.numel() // 2)
+        self._fill_(first, std, self.draw.index)
+        size = noise.numel() // len(noise)
+        pairs, rows = noise.as_strided((len(noise) // 2, 2, size), (2 * size, size, 1)), first.view(-1, size)
+        pairs[:, 0].copy_(rows)
+        torch.neg(rows, out=pairs[:, 1])
 
     def fill_each_(self, noise: Tensor, std: float) -> None:
         """Gaussian noise of each image's own, in the order of its memory."""
@@ -231,14 +246,14 @@ class Source:
                 f"a batch of {size} cannot hold {self.count} draws of as many images each: repeat the images"
             )
 
-    def bits(self, number: int | None = None) -> np.random.SFC64:
+    def bits(self, number: int | None = None) -> Bits:
         """Random bits on the CPU, faster than those of torch; of a draw as above."""
         draw = self.draw
         if draw.seed is None:
-            return _entropy.bit_generator()
+            return _entropy.fresh_bits()
         key = (draw.index if number is None else number, self.layer)
         if key not in draw.bits:
-            draw.bits[key] = np.random.SFC64(stream_seed(draw.seed, *key))
+            draw.bits[key] = Bits(np.random.SFC64(stream_seed(draw.seed, *key)))
         return draw.bits[key]
 
 
