@@ -11,13 +11,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import generate_latest
 from pydantic import ValidationError
+from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.formparsers import MultiPartParser
 
 from ..ensemble import SelfEnsemble
 from . import schemas
 from .gate import Gate
 from .page import add_page, samples
-from .problems import first, problem
+from .problems import REFUSALS, first, problem
 from .service import Service
 from .settings import Settings
 
@@ -50,30 +51,27 @@ def create_app(
         redoc_url=None, description="A random self-ensemble: labels, certainty, certified radii.",
     )  # fmt: skip
     app.add_middleware(Gate, settings=settings, service=service)
-    problems: dict[int | str, dict[str, Any]] = {
-        status: {"model": schemas.Problem} for status in (401, 413, 422, 429, 503, 504)
-    }
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         return problem(422, first(error.errors()))
 
-    @app.exception_handler(HTTPException)
-    async def refused(request: Request, error: HTTPException) -> JSONResponse:
+    @app.exception_handler(AnyHTTPException)
+    async def refused(request: Request, error: AnyHTTPException) -> JSONResponse:
         return problem(error.status_code, str(error.detail), error.headers)
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> JSONResponse:
         return problem(500, f"the server failed ({type(error).__name__}): see its log")
 
-    @app.post("/v1/predict", responses=problems)
+    @app.post("/v1/predict", responses=REFUSALS)
     async def predict(request: schemas.Request) -> schemas.Response:
         """Answer images that are sent as base64 in JSON."""
         service.check_count(len(request.images))
         files = [service.decoded(text, place) for place, text in enumerate(request.images)]
         return await service.answer(files, request)
 
-    @app.post("/v1/predict/files", responses=problems)
+    @app.post("/v1/predict/files", responses=REFUSALS)
     async def predict_files(
         images: Annotated[list[UploadFile], File(description="image files")],
         options: Annotated[str, Form(description="JSON with the options of /v1/predict")] = "{}",

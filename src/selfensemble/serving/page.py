@@ -23,6 +23,7 @@ from ..stopping import Fixed
 from ..streams import noise_draw
 from . import schemas
 from .batching import Answer
+from .problems import REFUSALS
 from .service import Service
 
 FILES = {
@@ -55,7 +56,7 @@ def add_page(app: FastAPI, service: Service) -> None:
     for path, (name, kind) in FILES.items():
         app.add_api_route(path, file(name, kind), include_in_schema=False)
 
-    @app.post("/v1/votes", response_class=StreamingResponse)
+    @app.post("/v1/votes", response_class=StreamingResponse, responses=REFUSALS)
     async def votes(request: schemas.Votes) -> StreamingResponse:
         """One line of JSON a draw: votes and mean probabilities of the leading classes so far."""
         inputs, seed = await service.one_image(request.image, request.draws)
@@ -63,7 +64,7 @@ def add_page(app: FastAPI, service: Service) -> None:
 
     if service.settings.attacks:
 
-        @app.post("/v1/attack")
+        @app.post("/v1/attack", responses=REFUSALS)
         async def attack(request: schemas.Attack) -> schemas.Attacked:
             """Change an image so that the ensemble, or the network without noise, errs; one at a time."""
             inputs, _ = await service.one_image(request.image, 1)

@@ -5,6 +5,13 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
+from .schemas import Problem
+
+# What a route that takes images may say instead of an answer, for its description.
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem} for status in (400, 401, 413, 422, 429, 503, 504)
+}
+
 
 def problem(status: int, text: str, headers: Any = None) -> JSONResponse:
     """Of the form of `schemas.Problem`."""
