@@ -24,17 +24,24 @@ against randomised defenses, and what a c does depends on the scale of the logit
 another protocol: C&W with binary search over c, averaged over noise. Accuracies are those of the first seed
 of the defender's noise, drawn for each image, with 95 % Clopper-Pearson intervals; c = 0 is no attack.
 Distances are L2, images in [0, 1]."""
-_RESCALED = """
+# What a page says of networks whose logits are multiplied, where it has them.
+_SCALED = {
+    "rescaled": """
 
-*Logits / 10* is the undefended network with its logits divided by ten. That changes none of its answers, and
-makes a c a weaker attack: accuracies at a fixed c do not compare defenses."""
-_TEMPERED = """
+*No defense, logits / 10* is the undefended network with its logits divided by ten. That changes none of its
+answers, and makes a c a weaker attack: accuracies at a fixed c do not compare defenses.""",
+    "sharpened": """
+
+*Adversarial retraining, logits x 1.5* is the retrained network with the slopes that the undefended one has
+about: what retraining seems to gain over no defense at a small c is the scale of its logits.""",
+    "tempered": """
 
 *Distillation* answers at temperature 1, as published, with margins a hundred times those it was trained at: a
 c that is small for others is large for it, and the search over c of the table by distance does not come down
 to the c it needs. *Distillation, logits / 100* is the same network, asked at the temperature of its training:
 its answers are the same, and what it seems to gain at a distance is gone. The authors' curve is compared with
-this one, whose accuracies at c it has; its distortions lie between the two."""
+this one, whose accuracies at c it has; its distortions lie between the two.""",
+}
 _COMPARED = """\
 The authors' accuracy at c, and ours where the attack has gone as far: at the same RMS L2, interpolated
 between the strengths. A network with k times the logits meets at c what another meets at k c; that
@@ -92,9 +99,7 @@ class Curves(Experiment):
         ]
         facts = records[0].facts
         there = {record.facts.network for record in records}
-        about = (
-            _ABOUT + (_RESCALED if "rescaled" in there else "") + (_TEMPERED if "tempered" in there else "")
-        )
+        about = _ABOUT + "".join(text for name, text in _SCALED.items() if name in there)
         title = f"The paper's experiment: {facts.recipe['model']['name']} on {facts.source}"
         return Page(title, about, parts)
 

@@ -30,7 +30,7 @@ _STL10 = "model_a"
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
     for experiment in (
-        Curves("headline", "vgg16", "rescaled", "tempered"),
+        Curves("headline", "vgg16", "rescaled", "sharpened", "tempered"),
         Draws(),
         NoiseLevels(),
         Targeted(),
