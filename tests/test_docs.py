@@ -1,23 +1,87 @@
-"""Every Python example of the README and the guides runs, in order, on handwritten digits."""
+"""Every Python example of the README and the guides runs, in order, on handwritten digits.
+
+Commands are those of the program, with options that it has; files and requests are of their form.
+"""
 
 import re
+import shlex
 import warnings
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
 
 import selfensemble as rse
+import selfensemble.__main__
+from selfensemble.cli_base import app
+from selfensemble.evaluation.protocol import load_protocol
+from selfensemble.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
-def blocks(page: str) -> list[str]:
-    return BLOCK.findall((ROOT / page).read_text())
+def blocks(page: str, *kinds: str) -> list[str]:
+    return [text for kind, text in BLOCK.findall((ROOT / page).read_text()) if kind in (kinds or ("python",))]
+
+
+def commands(page: str) -> list[list[str]]:
+    """Arguments of every `selfensemble` of a page, in blocks of the shell and within lines."""
+    text = (ROOT / page).read_text()
+    lines = [
+        re.sub(r"^.*-m (?=selfensemble )", "", line.strip())
+        for block in blocks(page, "console", "sh")
+        for line in block.replace("\\\n", " ").splitlines()
+    ]
+    within = re.findall(r"(?<!`)`(selfensemble [^`]+)`(?!`)", text)
+    return [
+        shlex.split(line, comments=True)[1:]
+        for line in (*lines, *(each.replace("\n", " ") for each in within))
+        if line.startswith("selfensemble ") and "..." not in line
+    ]
+
+
+COMMANDS = sorted({(page, *arguments) for page in PAGES for arguments in commands(page)})
+
+
+def parse(arguments: Sequence[str]) -> None:
+    """An error unless the program has such a command with such options; nothing is run."""
+    program: Any = typer.main.get_command(app)
+    command = program
+    if arguments[0] != "--help":
+        command, arguments = program.commands[arguments[0]], arguments[1:]
+    context = command.context_class(command)
+    command.make_parser(context).parse_args(list(arguments))
+
+
+@pytest.mark.parametrize("shown", COMMANDS, ids=" ".join)
+def test_commands_have_the_options_that_are_shown(shown: tuple[str, ...]) -> None:
+    parse(shown[1:])
+
+
+def test_a_command_that_is_not_there_would_be_found() -> None:
+    assert len(COMMANDS) > 30
+    with pytest.raises(Exception, match="no-such-option"):
+        parse(["evaluate", "MODEL", "--no-such-option"])
+    with pytest.raises(KeyError):
+        parse(["no-such-command"])
+
+
+def test_files_that_are_shown_are_of_their_form(tmp_path: Path) -> None:
+    (recipe,) = blocks("docs/cli.md", "yaml")
+    (protocol,) = blocks("docs/evaluation.md", "yaml")
+    for name, text in (("recipe", recipe), ("protocol", protocol)):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    assert load_recipe(str(tmp_path / "recipe.yaml")).noise.draws == 10
+    assert load_protocol(str(tmp_path / "protocol.yaml")).images == 1000
+    schemas = pytest.importorskip("selfensemble.serving.schemas")
+    (request,) = blocks("docs/serving.md", "json")
+    assert schemas.Request.model_validate_json(request).top == 5
 
 
 def test_there_are_examples() -> None:
