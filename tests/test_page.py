@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,8 @@ from fastapi.testclient import TestClient
 from selfensemble.serving.app import create_app
 from selfensemble.serving.settings import Settings
 
+from .conftest import serious_faults
 from .test_server import CLASSES, Server, encoded, png
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -128,17 +126,6 @@ def server() -> Iterator[Server]:
     assert running.stop() == 0
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra `browser`")
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium")
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_in_a_browser(
@@ -148,7 +135,6 @@ def test_the_page_in_a_browser(
 
     No request elsewhere, no error, nothing wider than the screen, and nothing that axe finds serious.
     """
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
     page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
     problems: list[str] = []
     hosts: set[str] = set()
@@ -182,8 +168,7 @@ def test_the_page_in_a_browser(
     assert page.locator("#verdict .fooled").count() >= 1
 
     page.screenshot(path=tmp_path / f"page-{width}-{scheme}.png", full_page=True)
-    found = axe.Axe().run(page).response["violations"]
-    assert [each["id"] for each in found if each["impact"] in ("serious", "critical")] == []
+    assert serious_faults(page) == []
 
     page.set_input_files("#file", files=[{"name": "x.png", "mimeType": "image/png", "buffer": b"no image"}])
     page.wait_for_selector("#problem:not([hidden])")
