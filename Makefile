@@ -22,7 +22,7 @@ lint: .venv/.dev
 # All of CIFAR-10: from the hub, or `make bench CIFAR=FOLDER` with its parquet files.
 CIFAR ?= uoft-cs/cifar10
 bench: .venv/.core
-	for name in startup memory inference training growth certification; do $(BIN)/python benchmarks/$$name.py --out runs/bench || exit; done
+	for name in startup memory inference training where growth certification; do $(BIN)/python benchmarks/$$name.py --out runs/bench || exit; done
 	for name in adaptive attack_speed; do $(BIN)/python benchmarks/$$name.py --data $(CIFAR) --out runs/bench || exit; done
 
 docs: .venv/.docs
