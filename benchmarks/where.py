@@ -77,7 +77,7 @@ def main() -> None:
         with record_function(_BITS):
             return drawn(bits, count)
 
-    Bits._draw = recorded  # type: ignore[method-assign]
+    Bits._draw = recorded  # type: ignore[method-assign, assignment]
     ensemble = rse.SelfEnsemble(rse.create_model("vgg16", width=options.width), draws=10).eval()
     fast = rse.optimize(ensemble, inputs[:2], "bf16")
     trained: Any = rse.create_model("vgg16", width=options.width).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

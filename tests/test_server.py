@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -257,12 +258,25 @@ def test_a_full_queue_and_a_slow_answer(digits: tuple[list[bytes], list[int]]) -
             assert (answer.status_code, "at most" in answer.json()["error"]) == (422, True)
 
 
+def test_a_request_that_took_too_long_ends(digits: tuple[list[bytes], list[int]]) -> None:
+    """Its images that are left are not certified behind everybody's back."""
+    files, _ = digits
+    body = {"images": [encoded(files[0])] * 40, "certify": {"n": 10_000}}
+    with client(timeout=1) as http:
+        assert http.post("/v1/predict", json=body).status_code == 504
+        began = time.monotonic()
+        assert http.post("/v1/predict", json={"images": [encoded(files[1])]}).status_code in (200, 504)
+        assert http.post("/v1/predict", json={"images": [encoded(files[1])]}).status_code == 200
+        assert time.monotonic() - began < 10
+
+
 def test_with_a_secret_asking_again_gains_nothing(digits: tuple[list[bytes], list[int]]) -> None:
     files, _ = digits
-    body = {"images": [encoded(data) for data in files[:6]]}
+    body: dict[str, Any] = {"images": [encoded(data) for data in files[:6]]}
+    body |= {"decide": {"max_draws": 1}, "certify": {"n": 20, "n0": 2}}
     with client(secret="sixteen characters") as http:
         first, second = (http.post("/v1/predict", json=body).json() for _ in range(2))
-        alone = http.post("/v1/predict", json={"images": body["images"][3:4]}).json()
+        alone = http.post("/v1/predict", json=body | {"images": body["images"][3:4]}).json()
     with client(secret="another of sixteen") as http:
         other = http.post("/v1/predict", json=body).json()
     with client() as http:
@@ -270,7 +284,8 @@ def test_with_a_secret_asking_again_gains_nothing(digits: tuple[list[bytes], lis
     assert first == second
     assert alone["images"][0] == first["images"][3]
     assert other != first
-    assert fresh[0] != fresh[1]
+    for part in ("probability", "decision"):
+        assert [each[part] for each in fresh[0]["images"]] != [each[part] for each in fresh[1]["images"]]
     images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
     images[1, 0, 0, 0] = 1
     assert keyed_seed("sixteen characters", images[0]) != keyed_seed("sixteen characters", images[1])

@@ -7,6 +7,7 @@ import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,10 +103,11 @@ class Service:
         self._check(options)
         opened = await asyncio.to_thread(self._open, files)
         inputs = scaled(opened)
+        seeds = self._seeds(opened)
         async with self._limited():
-            answers = await self._predict(inputs, opened, options)
-            decided = await self._job(self._decide, inputs, options.decide)
-            certified = await self._job(self._certify, inputs, options.certify)
+            answers = await self._predict(inputs, seeds, options)
+            decided = await self._one_by_one(self._decide, inputs, seeds, options.decide)
+            certified = await self._one_by_one(self._certify, inputs, seeds, options.certify)
         for each in answers:
             self.draws.observe(each.draws)
         return schemas.Response(
@@ -135,8 +137,12 @@ class Service:
         """(1, C, H, W) of an image in base64 that `draws` are asked of, and its seed where noise is keyed."""
         self._check(schemas.Options(draws=draws, stop=None))
         opened = await asyncio.to_thread(self._open, [self.decoded(text, 0)])
+        return scaled(opened), self._seeds(opened)[0]
+
+    def _seeds(self, opened: list[Tensor]) -> list[int | None]:
+        """Of each image, where its noise is keyed."""
         secret = self.settings.secret
-        return scaled(opened), None if secret is None else keyed_seed(secret, opened[0])
+        return [None if secret is None else keyed_seed(secret, image) for image in opened]
 
     async def predicted(self, inputs: Tensor, rule: Rule) -> list[Answer]:
         """Answers to images, in passes that others share."""
@@ -183,20 +189,19 @@ class Service:
         return self.batcher
 
     async def _predict(
-        self, inputs: Tensor, opened: list[Tensor], options: schemas.Options
+        self, inputs: Tensor, seeds: list[int | None], options: schemas.Options
     ) -> Sequence[Answer]:
         # A number of draws in the request alone takes them all.
         stop = options.stop if options.stop or options.draws else self.settings.stop
         draws = options.draws or self.settings.draws
         if self.settings.secret is not None:
-            seeds = [keyed_seed(self.settings.secret, image) for image in opened]
             job = self._batcher.run(lambda: self._keyed(inputs, seeds, draws, stop))
             keyed: list[Answer] = await self._wait(job)
             return keyed
         rule = rule_for(stop, draws or self.ensemble.draws, draws is not None, self.ensemble.stopping)
         return await self._shared(inputs, rule)
 
-    def _keyed(self, inputs: Tensor, seeds: list[int], draws: int | None, stop: Any) -> list[Answer]:
+    def _keyed(self, inputs: Tensor, seeds: list[int | None], draws: int | None, stop: Any) -> list[Answer]:
         """Each image on its own, with noise of its own seed."""
         found = []
         for image, seed in zip(inputs, seeds, strict=True):
@@ -204,34 +209,36 @@ class Service:
             found.append(Answer(answer.probabilities[0], answer.spread[0], int(answer.draws[0])))
         return found
 
-    async def _job(self, work: Callable[[Tensor, Any], list[Any]], inputs: Tensor, asked: Any) -> list[Any]:
+    async def _one_by_one(
+        self,
+        work: Callable[[Tensor, int | None, Any], Any],
+        inputs: Tensor,
+        seeds: list[int | None],
+        asked: Any,
+    ) -> list[Any]:
+        """A job an image: others get their turns between two, and none begins when the time is over."""
         if asked is None:
             return [None] * len(inputs)
-        found: list[Any] = await self._wait(self._batcher.run(lambda: work(inputs, asked)))
-        return found
+        jobs = [partial(work, image[None], seed, asked) for image, seed in zip(inputs, seeds, strict=True)]
+        return [await self._wait(self._batcher.run(job)) for job in jobs]
 
     @staticmethod
     async def _wait(future: "Future[Any]") -> Any:
         return await asyncio.wrap_future(future)
 
-    def _decide(self, inputs: Tensor, asked: schemas.Decide) -> list[schemas.DecisionAnswer]:
-        found = decide(self.ensemble, inputs, alpha=asked.alpha, max_draws=asked.max_draws)
-        columns = (found.label, found.leader, found.low, found.high, found.draws)
-        return [
-            schemas.DecisionAnswer(
-                label=self._name(label), leader=self.classes[leader], low=low, high=high, draws=draws,
-                alpha=asked.alpha,
-            )
-            for label, leader, low, high, draws in zip(*(each.tolist() for each in columns), strict=True)
-        ]  # fmt: skip
+    def _decide(self, inputs: Tensor, seed: int | None, asked: schemas.Decide) -> schemas.DecisionAnswer:
+        found = decide(self.ensemble, inputs, alpha=asked.alpha, max_draws=asked.max_draws, seed=seed)
+        return schemas.DecisionAnswer(
+            label=self._name(int(found.label)), leader=self.classes[int(found.leader)], low=float(found.low),
+            high=float(found.high), draws=int(found.draws), alpha=asked.alpha,
+        )  # fmt: skip
 
-    def _certify(self, inputs: Tensor, asked: schemas.Certify) -> list[schemas.CertificateAnswer]:
-        found = certify(self.ensemble, inputs, **asked.model_dump())
-        columns = (found.label, found.radius, found.draws)
-        return [
-            schemas.CertificateAnswer(label=self._name(label), radius=radius, draws=draws, alpha=asked.alpha)
-            for label, radius, draws in zip(*(each.tolist() for each in columns), strict=True)
-        ]
+    def _certify(self, inputs: Tensor, seed: int | None, asked: schemas.Certify) -> schemas.CertificateAnswer:
+        found = certify(self.ensemble, inputs, **asked.model_dump(), seed=seed)
+        return schemas.CertificateAnswer(
+            label=self._name(int(found.label)), radius=float(found.radius), draws=int(found.draws),
+            alpha=asked.alpha,
+        )  # fmt: skip
 
     def _name(self, label: int) -> str | None:
         return self.classes[label] if label >= 0 else None
