@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from selfensemble.evaluation.certified import CERTIFIED, Certified, Point
 from selfensemble.evaluation.results import (
     RESULTS,
     CheckRecord,
@@ -246,6 +247,42 @@ def test_names_that_no_font_of_the_plots_holds(tmp_path: Path) -> None:
     _, page = report(a_run(tmp_path / "a", name="試験"), a_run(tmp_path / "b", name="_hidden"))
     assert "試験, worst case" in page.text
     assert "_hidden, worst case" in page.text
+
+
+def a_certification(folder: Path, digest: str, source: str) -> Path:
+    points = tuple(
+        Point(radius=0.05 * step, accuracy=0.8 - 0.1 * step, low=0.7 - 0.1 * step, high=0.85 - 0.1 * step)
+        for step in range(6)
+    )
+    found = Certified(
+        name=folder.name,
+        model=ModelRecord(name="small-vgg", digest=digest, draws=10, noise={"conv": 0.2}),
+        data=DataRecord(source=source, images=200, classes=("cat", "dog", "owl"), digest="feed"),
+        settings={"method": "vote", "alpha": 0.001, "n": 10_000},
+        precision="bf16", std=0.2, curve=points, abstained=0.02, mean_radius=0.137, draws=10_100,
+        provenance={"versions": {"torch": "2.8.0"}, "hardware": {"cpu": "an example"}},
+    )  # fmt: skip
+    folder.mkdir(parents=True)
+    write_json(folder / CERTIFIED, found.model_dump(mode="json"))
+    return folder
+
+
+def test_certificates_stand_beside_attacks_and_published_curves(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run")
+    mine = a_certification(tmp_path / "mine", "0123abcd", "cifar10:test")
+    _, page = report(run, mine)
+    assert page.mistakes == []
+    for expected in ("mine, certified by vote", "run, under attack", "Cohen et al., std 0.25", "0.137"):
+        assert expected in page.text, expected
+    _, alone = report(a_certification(tmp_path / "other", "beef", "digits:test"))
+    assert alone.mistakes == []
+    assert "other, certified by vote" in alone.text
+    assert "Cohen" not in alone.text
+    with pytest.raises(ValueError, match="twice"):
+        report(mine, mine / CERTIFIED)
+    (mine / CERTIFIED).write_text("{}")
+    with pytest.raises(ValueError, match=r"certified\.json"):
+        report(mine)
 
 
 def test_protocols_are_never_mixed(tmp_path: Path) -> None:

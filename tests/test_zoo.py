@@ -116,6 +116,7 @@ def test_packing_halves_weights_and_measures_what_is_written(tmp_path: Path) -> 
 
 def test_cards_take_evaluations_of_the_same_network_only(tmp_path: Path) -> None:
     from selfensemble.evaluation import Evaluation, load_protocol
+    from selfensemble.evaluation.certified import Certification, Settings
 
     mine = tmp_path / "mine"
     shutil.copytree(zoo()["digits-rse"], mine)
@@ -126,6 +127,13 @@ def test_cards_take_evaluations_of_the_same_network_only(tmp_path: Path) -> None
     card = write_card(mine, [results]).read_text()
     entry = results.attacks[0]
     assert f"| FGSM | linf 0.1 | {100 * entry.accuracy:.1f} % ({100 * entry.low:.1f} to" in card
+    assert "The network carries no certificate" in card
+    settings = Settings(images=20, n0=10, n=200, method="vote")
+    certified = Certification(rse.load(mine), data, settings, tmp_path / "certified", name="mine").run()
+    card = write_card(mine, [results], certificates=[certified]).read_text()
+    assert "selfensemble certify mine --method vote --n 200" in card
+    assert f"| 0.00 | {100 * certified.curve[0].accuracy:.1f} %" in card
+    assert "carries no certificate" not in card
     other = rse.load(mine)
     with torch.no_grad():
         next(other.parameters()).mul_(1.01)
@@ -133,6 +141,8 @@ def test_cards_take_evaluations_of_the_same_network_only(tmp_path: Path) -> None
     rse.save(other, tmp_path / "other", architecture=config.architecture)
     with pytest.raises(ValueError, match="another network"):
         write_card(tmp_path / "other", [results])
+    with pytest.raises(ValueError, match="another network"):
+        write_card(tmp_path / "other", certificates=[certified])
     assert not (tmp_path / "other" / "README.md").exists()
     bare = read_config(tmp_path / "other")
     assert "Not evaluated under attack" in model_card("bare", bare)

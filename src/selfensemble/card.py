@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from .evaluation.certified import Certified
 from .evaluation.results import Entry, Results
 from .experiments import EXPERIMENTS
 from .hub import ArtefactConfig
@@ -15,14 +16,23 @@ _NOISE = """\
 The noise has to stay on at test time, and fresh: whoever can ask many times, or predict the noise, meets a
 weaker defense. """
 _LIMITS = """\
-Robust accuracies are what the named attacks left over: upper bounds, not guarantees. The network carries no
-certificate. {noise}Trained and measured on small images of few classes; nothing is known about
+Robust accuracies are what the named attacks left over: upper bounds, not guarantees. {certificate}{noise}\
+Trained and measured on small images of few classes; nothing is known about
 others, about natural shifts of the data, or about changes that the attacks did not try (patches, rotations,
 colours)."""
 
 
+_CERTIFIED = """\
+A certificate holds for the infinite ensemble, in the named precision, and is wrong with the stated risk. """
+_UNCERTIFIED = "The network carries no certificate. "
+
+
 def model_card(
-    name: str, config: ArtefactConfig, results: Sequence[Results] = (), licence: str | None = "apache-2.0"
+    name: str,
+    config: ArtefactConfig,
+    results: Sequence[Results] = (),
+    licence: str | None = "apache-2.0",
+    certificates: Sequence[Certified] = (),
 ) -> str:
     """Markdown with the front matter of model hubs, filled from a saved ensemble and its evaluations.
 
@@ -31,6 +41,7 @@ def model_card(
         config: its `config.json`.
         results: evaluations of it, see `read_results`.
         licence: of the weights, an identifier that model hubs know; None says nothing of it.
+        certificates: certifications of it, see `read_certified`.
     """
     recipe = config.recipe or {}
     front: dict[str, Any] = {} if licence is None else {"license": licence}
@@ -46,7 +57,12 @@ def model_card(
         "ensemble.predict(images)  # images (B, C, H, W) in [0, 1], not standardised\n```",
         _facts(config),
         "## Measured\n\n" + _measured(config, results),
-        "## Limits\n\n" + _LIMITS.format(noise=_NOISE if config.is_random else ""),
+        "\n\n".join(map(_certificate, certificates)),
+        "## Limits\n\n"
+        + _LIMITS.format(
+            certificate=_CERTIFIED if certificates else _UNCERTIFIED,
+            noise=_NOISE if config.is_random else "",
+        ),
     ]
     if recipe:
         parts.append(f"## Recipe\n\n```yaml\n{yaml.safe_dump(public_recipe(recipe), sort_keys=False)}```")
@@ -85,6 +101,23 @@ def _measured(config: ArtefactConfig, results: Sequence[Results]) -> str:
     if not results:
         lines.append("\nNot evaluated under attack.")
     return "\n".join(lines)
+
+
+def _certificate(found: Certified) -> str:
+    asked = found.settings
+    command = f"selfensemble certify {found.name} --method {asked['method']} --n {asked['n']}"
+    command += "" if found.precision == "float32" else f" --precision {found.precision}"
+    rows = [f"| {point.radius:.2f} | {_share(point.model_dump())} |" for point in found.curve]
+    return "\n".join(
+        [
+            f"`{command} --n-images {found.data.images}`, {_machine(found.provenance)}; share of the first "
+            f"{found.data.images} test images that are answered rightly with a certificate of at least that "
+            f"L2 radius, each wrong with probability {asked['alpha']:g} at most; nothing is certified of "
+            f"{100 * found.abstained:.1f} %:\n",
+            "| radius | certified accuracy |\n|---|---|",
+            *rows,
+        ]
+    )
 
 
 def _command(result: Results) -> str:

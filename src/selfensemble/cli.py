@@ -324,7 +324,7 @@ def doctor(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders that `evaluate` wrote.")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders that `evaluate` and `certify` wrote.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file.")] = Path("report.html"),
 ) -> None:
     """Compare evaluation runs in one HTML file that needs no network."""

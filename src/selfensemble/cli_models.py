@@ -103,12 +103,20 @@ def card(
     evaluation: Annotated[
         list[Path] | None, typer.Option(help="Folder that `evaluate` wrote of it; repeat for more.")
     ] = None,
+    certificate: Annotated[
+        list[Path] | None, typer.Option(help="Folder that `certify` wrote of it; repeat for more.")
+    ] = None,
 ) -> None:
-    """Write the model card README.md of a saved ensemble from its evaluations."""
+    """Write the model card README.md of a saved ensemble from its evaluations and certifications."""
+    from .evaluation.certified import read_certified
     from .evaluation.results import read_results
     from .packing import write_card
 
-    written = write_card(model, [read_results(folder) for folder in evaluation or ()])
+    written = write_card(
+        model,
+        [read_results(folder) for folder in evaluation or ()],
+        certificates=[read_certified(folder) for folder in certificate or ()],
+    )
     terminal.out.print(f"Written to {written}", soft_wrap=True)
 
 

@@ -11,6 +11,7 @@ from .accuracy import count_correct
 from .card import model_card
 from .data import ImageData
 from .ensemble import SelfEnsemble
+from .evaluation.certified import Certified
 from .evaluation.identity import model_record
 from .evaluation.results import Results
 from .files import atomic_write, write_json
@@ -64,6 +65,7 @@ def write_card(
     *,
     ensemble: SelfEnsemble | None = None,
     licence: str | None = "apache-2.0",
+    certificates: Sequence[Certified] = (),
 ) -> Path:
     """Write `README.md` into the folder of a saved ensemble.
 
@@ -72,17 +74,19 @@ def write_card(
         results: evaluations of just this network.
         ensemble: what lies there, if it cannot be read without help.
         licence: see `model_card`.
+        certificates: certifications of just this network.
 
     Raises:
-        ValueError: an evaluation is of another network.
+        ValueError: an evaluation or a certification is of another network.
     """
     config, name = read_config(model), model.resolve().name
     digest = model_record(ensemble or load(model), name, None).digest
-    for result in results:
-        if result.model.digest != digest:
-            raise ValueError(
-                f"the evaluation {result.name!r} is of another network: evaluate {model} itself, "
-                f"selfensemble evaluate {model}"
-            )
-    atomic_write(model / CARD, model_card(name, config, results, licence).encode())
+    for command, found in (("evaluate", results), ("certify", certificates)):
+        for each in found:
+            if each.model.digest != digest:
+                raise ValueError(
+                    f"what `{command}` wrote of {each.name!r} is of another network: "
+                    f"run selfensemble {command} {model}"
+                )
+    atomic_write(model / CARD, model_card(name, config, results, licence, certificates).encode())
     return model / CARD

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,8 @@ from .scales import Scale
 from .units import Units
 
 Report = Callable[[str, float], None]
+# Stored records of other experiments, by name.
+Beside = Mapping[str, Sequence[Record]]
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,15 @@ class Measured:
 
 
 class Experiment:
-    """Subclasses say which networks, how one is measured, and what is shown."""
+    """Subclasses say which networks, how one is measured, and what is shown.
+
+    `beside` names experiments whose stored records the page shows as well.
+    """
 
     name: str
     names: tuple[str, ...]
     kin: str = "vgg16"
+    beside: tuple[str, ...] = ()
 
     @property
     def family(self) -> Family:
@@ -93,8 +99,8 @@ class Experiment:
         """Measure one network; units of work that are done are not repeated."""
         raise NotImplementedError
 
-    def page(self, records: Sequence[Record]) -> Page:
-        """Tables and plots of the networks measured so far, at least one."""
+    def page(self, records: Sequence[Record], beside: Beside) -> Page:
+        """Tables and plots of the networks measured so far, at least one, beside what is stored of others."""
         raise NotImplementedError
 
 

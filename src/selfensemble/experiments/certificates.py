@@ -15,9 +15,11 @@ from ..ensemble import SelfEnsemble
 from ..evaluation.runner import within
 from ..inference import precision_of
 from ..pixels import pixel_std
+from ..report.published import COHEN, is_theirs
 from ..streams import stream_seed
-from .base import Experiment, Measured, Setting, inputs_of
+from .base import Beside, Experiment, Measured, Setting, inputs_of
 from .figures import Line, Panel, draw
+from .honest import worst_lines
 from .intervals import mean, share
 from .networks import Network
 from .noise_levels import cell, levels_of
@@ -47,12 +49,10 @@ _AFTER = 1000  # draws after an attack
 METHODS: tuple[Method, ...] = ("vote", "mean")
 RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 _STEPS = 40  # of a curve
-# Cohen et al. 2019, ResNet-110, n = 100,000: by std, certified accuracy at a radius, and clean accuracy at 0.
-_PUBLISHED = {
-    0.12: {0.0: 81, 0.25: 59, 0.5: 0, 0.75: 0, 1.0: 0},
-    0.25: {0.0: 75, 0.25: 60, 0.5: 43, 0.75: 27, 1.0: 0},
-    0.5: {0.0: 65, 0.25: 55, 0.5: 41, 0.75: 32, 1.0: 23},
-}
+_CURVES = (
+    "Certified accuracy against the radius, published curves (by votes), and accuracy in the worst case of "
+    "the honest protocol, which no certificate can exceed."
+)
 _ABOUT = """\
 Certified accuracy at a radius: the share of the first {images} test images that are answered rightly, with a
 certificate that no change within that L2 radius changes the infinite ensemble's answer. {n0} draws select the
@@ -65,6 +65,8 @@ those of differences are paired."""
 
 class Certificates(Experiment):
     """Networks with noise on the image."""
+
+    beside = ("honest",)
 
     def __init__(self, name: str, title: str, *names: str) -> None:
         self.name, self.names, self._title = name, names, title
@@ -95,13 +97,13 @@ class Certificates(Experiment):
             columns |= _attacked(setting, settings, units, inputs, found)
         return Measured(settings.model_dump(), {"certificate": own}, columns)
 
-    def page(self, records: Sequence[Record]) -> Page:
+    def page(self, records: Sequence[Record], beside: Beside) -> Page:
         settings = records[0].facts.settings
         parts: list[Table | Picture] = [
             Table(
                 "Certified accuracy by radius",
                 "In per cent. The average radius counts 0 where the answer is wrong or missing. Last rows: "
-                "published, of another network, n = 100,000.",
+                "published, of other networks with noise of std on the image alone, by votes, n = 100,000.",
                 ["network", *(f"{radius:g}" for radius in RADII), "abstained", "average radius"],
                 [_row(record, method) for record in records for method in METHODS] + _published(records),
             ),
@@ -130,8 +132,16 @@ class Certificates(Experiment):
             ]
             for method in METHODS
         }
-        panels = [Panel(method, "L2 radius", "certified accuracy, %", lines[method]) for method in METHODS]
-        parts.append(Picture("certified", "Certified accuracy against the radius.", draw([panels])))
+        attacked = _empirical(records, beside["honest"])
+        theirs = COHEN if is_theirs(records[0].facts.source) else {}
+        lines["vote"] += [
+            Line(
+                f"Cohen et al., std {std:g}", 4 + place, list(known), [each / 100 for each in known.values()]
+            )
+            for place, (std, known) in enumerate(theirs.items())
+        ]
+        panels = [Panel(method, "L2 radius", "accuracy, %", lines[method] + attacked) for method in METHODS]
+        parts.append(Picture("certified", _CURVES, draw([panels])))
         return Page(self._title, _ABOUT.format(**settings), parts)
 
 
@@ -244,15 +254,26 @@ def _row(record: Record, method: Method) -> list[str]:
 
 
 def _published(records: Sequence[Record]) -> list[list[str]]:
-    stds = {round(record.facts.entries["certificate"]["std"], 6) for record in records} & set(_PUBLISHED)
+    theirs = COHEN if is_theirs(records[0].facts.source) else {}
     return [
         [
             f"Cohen et al., ResNet-110, std {std:g}",
-            *(f"{_PUBLISHED[std][radius]}" if radius in _PUBLISHED[std] else "" for radius in RADII),
+            *(f"{known[radius]}" if radius in known else "" for radius in RADII),
             "",
             "",
         ]
-        for std in sorted(stds)
+        for std, known in theirs.items()
+    ]
+
+
+def _empirical(records: Sequence[Record], honest: Sequence[Record]) -> list[Line]:
+    """Accuracy in the worst case of the honest protocol, of the networks that have one."""
+    looks = {record.facts.network: look for look, record in enumerate(records)}
+    return [
+        Line(f"{each.facts.title}, under attack", 7 + looks[each.facts.network], line.x, line.y)
+        for each in honest
+        if each.facts.network in looks
+        for line in worst_lines([each], "l2")
     ]
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..evaluation.protocol import AttackSpec, JudgeSection, Protocol
-from .base import Experiment, Measured, Setting
-from .distances import RADII, distance_table
+from .base import Beside, Experiment, Measured, Setting
+from .distances import RADII, distance_table, gain_table
 from .figures import Line, Panel, draw
 from .judged import accuracy, by_strength, evaluate, rms
 from .page import Page, Picture, Table
@@ -80,7 +80,7 @@ class Curves(Experiment):
     def measure(self, setting: Setting) -> Measured:
         return evaluate(setting, curve_protocol(self.name, setting.scale, setting.seed))
 
-    def page(self, records: Sequence[Record]) -> Page:
+    def page(self, records: Sequence[Record], beside: Beside) -> Page:  # noqa: ARG002
         head, rows = _by_strength(records, lambda record, key: accuracy(record, key).text)
         parts = [
             Table("Accuracy against the strength c", "Accuracy in %.", head, rows),
@@ -96,6 +96,7 @@ class Curves(Experiment):
             ),
             *self._authors(records),
             *distance_table(records),
+            *gain_table(records),
         ]
         facts = records[0].facts
         there = {record.facts.network for record in records}

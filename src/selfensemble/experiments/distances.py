@@ -1,11 +1,11 @@
 """Networks compared by how far C&W with binary search may go."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from .figures import Line
-from .intervals import Share
+from .intervals import Share, mean
 from .judged import accuracy, wrong
 from .page import Table
 from .records import Record
@@ -60,3 +60,21 @@ def distance_lines(records: Sequence[Record]) -> list[Line]:
         shares: dict[float, Share] = {r: accuracy(record, key) for r, key in by_radius(record).items()}
         lines.append(Line(record.facts.title, look, list(shares), list(shares.values())))
     return lines
+
+
+def gain_table(
+    records: Sequence[Record], more: Callable[[Record], dict[str, str]] = lambda _: {}
+) -> list[Table]:
+    """Ours against RSE on the same images: of the entries that `more` names, then by distance."""
+    named = {record.facts.network: record for record in records}
+    if not {"rse", "ours"} <= named.keys():
+        return []
+    ours, rse = named["ours"], named["rse"]
+    keys = more(rse) | {f"C&W, L2 {radius:g}": key for radius, key in by_radius(rse).items() if radius}
+    rows = []
+    for what, key in keys.items():
+        right = [record.bits(f"{key}.right")[:, 0].astype(float) for record in (ours, rse)]
+        gain = mean(right[0] - right[1])
+        rows.append([what, f"{100 * gain.value:+.1f} ({100 * gain.low:+.1f} to {100 * gain.high:+.1f})"])
+    caption = "Accuracy of ours less that of RSE, in points, with the paired 95 % interval."
+    return [Table("Ours against RSE", caption, ["", "difference"], rows)]

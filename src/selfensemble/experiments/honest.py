@@ -7,10 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..evaluation.protocol import Protocol, load_protocol
-from .base import Experiment, Measured, Setting
-from .distances import distance_lines, distance_table
+from .base import Beside, Experiment, Measured, Setting
+from .distances import distance_lines, distance_table, gain_table
 from .figures import Line, Panel, draw
-from .intervals import mean
 from .judged import accuracy, all_seeds, evaluate, seed_range
 from .page import Page, Picture, Table
 from .records import Record
@@ -63,7 +62,7 @@ class Honest(Experiment):
     def measure(self, setting: Setting) -> Measured:
         return evaluate(setting, honest_protocol(setting.scale, setting.seed))
 
-    def page(self, records: Sequence[Record]) -> Page:
+    def page(self, records: Sequence[Record], beside: Beside) -> Page:  # noqa: ARG002
         protocol = records[0].facts.settings["protocol"]
         titles = dict.fromkeys(f"{each['title']} ({each.get('norm', 'l2')})" for each in protocol["attacks"])
         about = _ABOUT.format(seeds=protocol["judge"]["seeds"], attacks=", ".join(titles))
@@ -71,14 +70,22 @@ class Honest(Experiment):
         panels = [
             Panel("worst case" if norm == "l2" else "worst case, L-inf", x_label, "accuracy, %", lines)
             for norm, x_label in (("l2", "L2 distance"), ("linf", "L-inf distance, in 1/255"))
-            if (lines := _worst_lines(records, norm))
+            if (lines := worst_lines(records, norm))
         ]
         nearest = Panel("C&W with binary search", "L2 distance", "accuracy, %", distance_lines(records))
         figure = draw([[panels[0], nearest], panels[1:]])
         parts.append(Picture("accuracy", "Accuracy against the distance; bars: 95 % intervals.", figure))
-        parts += [*_gain_table(records), *distance_table(records), _seeds_table(records)]
+        parts += [*distance_table(records), *gain_table(records, _gains), _seeds_table(records)]
         parts.append(_attacks_table(records))
         return Page("Every defense under the honest protocol", about, parts)
+
+
+def _gains(record: Record) -> dict[str, str]:
+    """Keys of what ours is compared with RSE in."""
+    found = {
+        _radius(norm, eps): key for norm in ("l2", "linf") for eps, key in worst_keys(record, norm).items()
+    }
+    return {"no attack": "clean"} | {f"worst case, {name}": key for name, key in found.items()}
 
 
 def _worst_table(records: Sequence[Record], norm: str) -> Table:
@@ -97,25 +104,8 @@ def _worst_table(records: Sequence[Record], norm: str) -> Table:
     return Table(title, _WORST, head, rows)
 
 
-def _gain_table(records: Sequence[Record]) -> list[Table]:
-    """Ours against RSE on the same images."""
-    named = {record.facts.network: record for record in records}
-    if not {"rse", "ours"} <= named.keys():
-        return []
-    ours, rse = named["ours"], named["rse"]
-    keys = {"no attack": "clean"}
-    for norm in ("l2", "linf"):
-        keys |= {_radius(norm, eps): key for eps, key in worst_keys(rse, norm).items()}
-    rows = []
-    for what, key in keys.items():
-        right = [record.bits(f"{key}.right")[:, 0].astype(float) for record in (ours, rse)]
-        gain = mean(right[0] - right[1])
-        rows.append([what, f"{100 * gain.value:+.1f} ({100 * gain.low:+.1f} to {100 * gain.high:+.1f})"])
-    caption = "Accuracy of ours less that of RSE in the worst case, in points, with the paired 95 % interval."
-    return [Table("Ours against RSE", caption, ["", "difference"], rows)]
-
-
-def _worst_lines(records: Sequence[Record], norm: str) -> list[Line]:
+def worst_lines(records: Sequence[Record], norm: str) -> list[Line]:
+    """A line a network: accuracy in the worst case."""
     unit = 255 if norm == "linf" else 1
     return [
         Line(

@@ -18,10 +18,11 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from ..evaluation.certified import CERTIFIED, Certified, read_certified
 from ..evaluation.results import Entry, ModelRecord, Results, read_results
 from ..files import atomic_write
 from ..noise import describe_std
-from .svg import VIEW_BOX, protocol_plots, row_title, threat_model
+from .svg import VIEW_BOX, Plot, certified_plot, protocol_plots, row_title, threat_model
 
 GALLERY = "gallery.safetensors"
 _ATTACKS_SHOWN = 6
@@ -49,7 +50,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     """Compare evaluation runs in one self-contained HTML file.
 
     Args:
-        runs: folders with `results.json` and, for pictures, `gallery.safetensors`.
+        runs: folders with `results.json` and, for pictures, `gallery.safetensors`, or with `certified.json`.
         out: the file to write; an older one is replaced. The same runs give the same bytes.
 
     Returns:
@@ -63,13 +64,16 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
         raise ValueError("no runs to report on: pass the folder of at least one evaluation")
     if out.is_dir():
         raise ValueError(f"{out} is a folder: pass the name of the file to write, {out / 'report.html'} say")
-    loaded = []
-    for path in runs:
-        results = read_results(path)
-        loaded.append(_Run(path if path.is_dir() else path.parent, results))
-    folders = [run.folder.resolve() for run in loaded]
+    folders = [(path if path.is_dir() else path.parent).resolve() for path in runs]
     if twice := [str(path) for path, folder in zip(runs, folders, strict=True) if folders.count(folder) > 1]:
         raise ValueError(f"{twice[0]} was given twice: pass every run once")
+    loaded, certified = [], {}
+    for path in runs:
+        if path.name == CERTIFIED or (path / CERTIFIED).is_file():
+            each = read_certified(path)
+            certified[each.name if each.name not in certified else f"{each.name} ({path})"] = each
+        else:
+            loaded.append(_Run(path if path.is_dir() else path.parent, read_results(path)))
     labelled = dict(zip(_labels(loaded), loaded, strict=True))
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -79,6 +83,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     contexts = [_run_context(label, run) for label, run in labelled.items()]
     page = environment.from_string(source).render(
         sections=_sections(labelled),
+        certificates=_certificates(certified, labelled),
         runs=contexts,
         view_box=VIEW_BOX,
         threat_model=threat_model,
@@ -118,14 +123,22 @@ def _sections(runs: Mapping[str, _Run]) -> list[dict[str, Any]]:
                 "runs": list(members.items()),
                 "notes": _notes(list(members.values())),
                 "groups": _summary(list(members.values())),
-                "plots": [
-                    {"id": identity, "plot": plot, "svg": plot.svg(identity)}
-                    for index, plot in enumerate(plots, 1)
-                    for identity in [f"plot-{number}-{index}"]
-                ],
+                "plots": [_shown(plot, f"plot-{number}-{index}") for index, plot in enumerate(plots, 1)],
             }
         )
     return sections
+
+
+def _shown(plot: Plot, identity: str) -> dict[str, Any]:
+    return {"id": identity, "plot": plot, "svg": plot.svg(identity)}
+
+
+def _certificates(certified: Mapping[str, Certified], runs: Mapping[str, _Run]) -> dict[str, Any] | None:
+    """Runs of `certify`, with what attacks leave of the same networks."""
+    if not certified:
+        return None
+    plot = certified_plot(certified, {label: run.results for label, run in runs.items()})
+    return {"runs": list(certified.items()), "plots": [_shown(plot, "plot-certified")]}
 
 
 def _notes(members: Sequence[Results]) -> list[str]:

@@ -13,7 +13,9 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from ..evaluation.certified import Certified
 from ..evaluation.results import Entry, Results
+from .published import COHEN, is_theirs
 
 NORMS = {"linf": "L\N{INFINITY}", "l2": "L2", "l1": "L1"}
 
@@ -212,6 +214,43 @@ def protocol_plots(runs: Mapping[str, Results]) -> list[Plot]:
     plots = [_against_c(runs), *(_against_eps(runs, norm) for norm in NORMS if norm in norms)]
     plots += [_against_distortion(runs), _against_draws(runs), _persistent(runs)]
     return [plot for plot in plots if plot.lines]
+
+
+def certified_plot(certified: Mapping[str, Certified], runs: Mapping[str, Results]) -> Plot:
+    """Certified accuracy by radius, beside what attacks leave of the same networks and what others published.
+
+    Args:
+        certified: runs of `certify`, by their labels.
+        runs: evaluations, by their labels.
+    """
+    lines = [
+        _line(
+            number, 0, f"{label}, certified by {each.settings.get('method', 'mean')}",
+            tuple(Point(point.radius, point.accuracy, point.low, point.high) for point in each.curve),
+            2, thick=True,
+        )
+        for number, (label, each) in enumerate(certified.items())
+    ]  # fmt: skip
+    digests = [each.model.digest for each in certified.values()]
+    for label, results in runs.items():
+        entries = [each for each in (*results.attacks, *results.worst_case) if each.norm == "l2" and each.eps]
+        if results.model.digest in digests and entries:
+            lowest: dict[float, Entry] = {}
+            for entry in sorted(entries, key=lambda each: (each.eps or 0, each.accuracy)):
+                lowest.setdefault(entry.eps or 0, entry)
+            points = (_point(0, results.clean), *(_point(eps, entry) for eps, entry in lowest.items()))
+            number = digests.index(results.model.digest)
+            lines.append(_line(number, 1, f"{label}, under attack", points, 2, dash=_CLEAN_DASH))
+    if any(is_theirs(each.data.source) for each in certified.values()):
+        for number, (std, known) in enumerate(COHEN.items(), len(certified)):
+            points = tuple(Point(radius, share / 100) for radius, share in known.items())
+            lines.append(_line(number, 2, f"Cohen et al., std {std:g} (published, ResNet-110)", points, 2))
+    caption = (
+        "Share of images that are answered rightly with a certificate of at least that radius. Dashed: what "
+        "attacks within the distance leave of the same network, which no certificate can exceed. "
+        "Bars: 95 % intervals."
+    )
+    return Plot("Certified accuracy", caption, "L2 radius (images in [0, 1])", "accuracy", tuple(lines))
 
 
 def _against_c(runs: Mapping[str, Results]) -> Plot:
