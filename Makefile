@@ -19,11 +19,13 @@ lint: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# All of CIFAR-10: from the hub, or `make bench CIFAR=FOLDER` with its parquet files.
+# All of CIFAR-10: from the hub, or `make bench CIFAR=FOLDER` with its parquet files. What needs a trained network
+# without noise, many minutes or several processes has a command of its own: attacks, opposite_noise, scaling, soak.
 CIFAR ?= uoft-cs/cifar10
-bench: .venv/.core
+bench: .venv/.bench
 	for name in startup memory inference training where growth certification; do $(BIN)/python benchmarks/$$name.py --out runs/bench || exit; done
-	for name in adaptive attack_speed; do $(BIN)/python benchmarks/$$name.py --data $(CIFAR) --out runs/bench || exit; done
+	for name in inference training; do $(BIN)/python benchmarks/$$name.py --width 0.5 --out runs/bench/half || exit; done
+	for name in adaptive attack_speed serving; do $(BIN)/python benchmarks/$$name.py --data $(CIFAR) --out runs/bench || exit; done
 
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
@@ -49,6 +51,12 @@ clean:
 
 .venv/.dev: .venv/.core
 	$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+# torchattacks pins an old version of requests that it does not need.
+.venv/.bench: .venv/.core
+	$(INSTALL) --editable '.[bench,serve]'
+	$(INSTALL) --no-deps torchattacks
 	@touch $@
 
 .venv/.docs: .venv/.core

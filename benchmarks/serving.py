@@ -1,10 +1,11 @@
 """Requests a second: `selfensemble serve` against a plain FastAPI route with a loop over draws, 32 clients.
 
-    python benchmarks/serving.py [--model cifar10-vgg16-rse] [--clients 32] [--requests 600] [--out FOLDER]
+    python benchmarks/serving.py --data DATA [--model cifar10-vgg16-rse] [--clients 32] [--requests 600]
 
-Each server is a process of its own on the same cores; they take turns. The plain route opens the image,
-passes it as often as there are draws, with noise in front of every convolution, in float32, and answers with
-the mean. Clients keep their connection and ask again as soon as they are answered; they share the cores too.
+Images are the first 200 of the test set; answers are compared with those of 200 draws. Each server is a
+process of its own on the same cores; they take turns. The plain route opens the image, passes it as often as
+there are draws, with noise in front of every convolution, in float32, and answers with the mean. Clients keep
+their connection and ask again as soon as they are answered; they share the cores too.
 """
 
 import asyncio
@@ -16,11 +17,11 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import authors
-import torch
 from PIL import Image
 from timing import arguments, parsed, report, settings
 
@@ -81,12 +82,24 @@ class Server:
         self.process.communicate()
 
 
-async def client(port: int, bodies: list[bytes], taken: list[int], most: int, seconds: list[float]) -> None:
-    """Ask until `most` requests have been taken by all clients together."""
+@dataclass
+class Load:
+    """What clients ask, and what became of it."""
+
+    bodies: list[bytes]
+    most: int
+    taken: int = 0
+    seconds: list[float] = field(default_factory=list)
+    answers: list[tuple[int, int | str]] = field(default_factory=list)  # number of the image, label
+
+
+async def client(port: int, load: Load) -> None:
+    """Ask until `load.most` requests have been taken by all clients together."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    while len(taken) < most:
-        taken.append(1)
-        body = bodies[len(taken) % len(bodies)]
+    while load.taken < load.most:
+        load.taken += 1
+        number = load.taken % len(load.bodies)
+        body = load.bodies[number]
         lines = ["POST /v1/predict HTTP/1.1", "Host: x", "Content-Type: application/json"]
         head = "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""])
         began = time.perf_counter()
@@ -95,23 +108,23 @@ async def client(port: int, bodies: list[bytes], taken: list[int], most: int, se
         assert answer.startswith(b"HTTP/1.1 200"), answer
         length = re.search(rb"content-length: (\d+)", answer.lower())
         assert length
-        await reader.readexactly(int(length.group(1)))
-        seconds.append(time.perf_counter() - began)
+        found = json.loads(await reader.readexactly(int(length.group(1))))
+        load.seconds.append(time.perf_counter() - began)
+        load.answers.append((number, found["images"][0]["label"] if "images" in found else found["label"]))
     writer.close()
 
 
-async def load(port: int, bodies: list[bytes], clients: int, requests: int) -> tuple[float, list[float]]:
-    """Requests a second, and the time of each."""
-    taken: list[int] = []
-    seconds: list[float] = []
+async def rate(port: int, load: Load, clients: int) -> float:
+    """Requests a second."""
     began = time.perf_counter()
-    await asyncio.gather(*(client(port, bodies, taken, requests, seconds) for _ in range(clients)))
-    return len(seconds) / (time.perf_counter() - began), seconds
+    await asyncio.gather(*(client(port, load) for _ in range(clients)))
+    return len(load.seconds) / (time.perf_counter() - began)
 
 
 def main() -> None:
     parser = arguments(__doc__, rounds=3)
     parser.add_argument("--model", default="cifar10-vgg16-rse")
+    parser.add_argument("--data", help="the data set, as for `selfensemble evaluate`")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--requests", type=int, default=600)
     parser.add_argument("--draws", type=int, default=10)
@@ -120,14 +133,15 @@ def main() -> None:
     if options.plain:
         plain(options.model, options.draws)
         return
-    generator = torch.Generator().manual_seed(0)
-    shape = read_config(locate(options.model)).input_shape
-    assert shape is not None
+    if options.data is None:
+        parser.error("--data is missing: pass the data set of the model")
+    data = rse.load_data(options.data, "test")
+    inputs = data.inputs(slice(200))
+    reference = rse.load(options.model).predict(inputs, draws=200).label.tolist()
     bodies = []
-    for _ in range(50):
-        pixels = torch.randint(256, (*shape[1:], shape[0]), generator=generator, dtype=torch.uint8)
+    for image in data.images[:200]:
         file = io.BytesIO()
-        Image.fromarray(pixels.squeeze(-1).numpy()).save(file, "PNG")
+        Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy()).save(file, "PNG")
         bodies.append(json.dumps({"images": [base64.b64encode(file.getvalue()).decode()]}).encode())
     own = [str(Path(__file__)), "--plain", "--model", options.model, "--draws", str(options.draws)]
     ours = ["-m", "selfensemble", "serve", options.model, "--port", "0"]
@@ -139,30 +153,41 @@ def main() -> None:
     try:
         rates: dict[str, list[float]] = {name: [] for name in servers}
         seconds: dict[str, list[float]] = {name: [] for name in servers}
+        answers: dict[str, list[bool]] = {name: [] for name in servers}
         for number in range(options.rounds + 1):
             for name, server in servers.items():
                 few = options.requests // 10 if name == "plain route" else options.requests
-                rate, took = asyncio.run(load(server.port, bodies, options.clients, few))
+                load = Load(bodies, few)
+                found = asyncio.run(rate(server.port, load, options.clients))
                 if number:  # the first warms up
-                    rates[name].append(rate)
-                    seconds[name] += took
+                    rates[name].append(found)
+                    seconds[name] += load.seconds
+                    answers[name] += [
+                        label in (reference[place], data.classes[reference[place]])
+                        for place, label in load.answers
+                    ]
     finally:
         for server in servers.values():
             server.stop()
-    rows = []
-    for name, values in rates.items():
-        ratio = statistics.median(a / b for a, b in zip(values, rates["plain route"], strict=True))
-        late = sorted(seconds[name])[int(0.99 * len(seconds[name]))]
-        middle = statistics.median(seconds[name])
-        cells = (statistics.median(values), 1e3 * middle, 1e3 * late, ratio)
-        rows.append([name, *(f"{cell:.1f}" for cell in cells)])
+    rows, values = [], {}
+    for name, each in rates.items():
+        values[name] = {
+            "requests a second": statistics.median(each),
+            "median ms": 1e3 * statistics.median(seconds[name]),
+            "99 % within ms": 1e3 * sorted(seconds[name])[int(0.99 * len(seconds[name]))],
+            "against the plain route": statistics.median(
+                a / b for a, b in zip(each, rates["plain route"], strict=True)
+            ),
+            "label of 200 draws, %": 100 * sum(answers[name]) / len(answers[name]),
+        }
+        rows.append([name, *(f"{cell:.1f}" for cell in values[name].values())])
     report(
         "serving",
         f"{options.model}, {options.draws} draws, {options.clients} clients, medians of {options.rounds} "
         "rounds",
-        ["", "requests a second", "median ms", "99 % within ms", "against the plain route"],
+        ["", *values["plain route"]],
         rows,
-        {"settings": settings(options), "rates": rates},
+        {"settings": settings(options), "rates": rates, "figures": values},
         options.out,
     )
 

@@ -3,6 +3,7 @@
 Commands are those of the program, with options that it has; files and requests are of their form.
 """
 
+import inspect
 import re
 import shlex
 import warnings
@@ -19,6 +20,7 @@ import selfensemble as rse
 import selfensemble.__main__
 from selfensemble.cli_base import app
 from selfensemble.evaluation.protocol import load_protocol
+from selfensemble.experiments import EXPERIMENTS
 from selfensemble.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -112,3 +114,19 @@ def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         with warnings.catch_warnings():
             warnings.simplefilter("default" if foreign else "error")
             exec(compile(code, page, "exec"), names)
+
+
+def test_what_there_is_stands_in_the_lists() -> None:
+    """Public names in the interface's page, experiments in the help, commands in the list of changes."""
+    page = (ROOT / "docs" / "api.md").read_text()
+    shown = set(re.findall(r"::: (\S+)", page))
+    for name in rse.__all__:
+        found = getattr(rse, name)
+        module = found.__name__ if inspect.ismodule(found) else found.__module__
+        assert any(module == each or each.startswith(f"{module}.") for each in shown), name
+    program: Any = typer.main.get_command(app)
+    (help_,) = [each.help for each in program.commands["reproduce"].params if each.name == "names"]
+    assert set(re.findall(r"[a-z0-9-]+", help_)) - {"or", "all"} == set(EXPERIMENTS)
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    for name in program.commands:
+        assert re.search(rf"[|`] ?(selfensemble )?{name}\b", changes), name

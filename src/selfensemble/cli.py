@@ -230,7 +230,10 @@ def evaluate(
 def reproduce(
     names: Annotated[
         list[str],
-        typer.Argument(help="headline, resnext, stl10, draws, noise, targeted, theory, honest; or all."),
+        typer.Argument(
+            help="headline, draws, noise, targeted, theory, honest, certainty, certificates, "
+            "certified-noise, resnext, stl10; or all."
+        ),
     ],
     scale: Annotated[str, typer.Option(help="quick, half or full: how much work.")] = "half",
     quick: Annotated[bool, typer.Option("--quick", help="The same as --scale quick.")] = False,
