@@ -36,7 +36,7 @@ def commands(page: str) -> list[list[str]]:
     """Arguments of every `selfensemble` of a page, in blocks of the shell and within lines."""
     text = (ROOT / page).read_text()
     lines = [
-        re.sub(r"^.*-m (?=selfensemble )", "", line.strip())
+        re.sub(r"^.*-m (-- )?(?=selfensemble )", "", line.strip())
         for block in blocks(page, "console", "sh")
         for line in block.replace("\\\n", " ").splitlines()
     ]

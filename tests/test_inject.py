@@ -21,6 +21,10 @@ def _transformer(name: str) -> nn.Module:
     small: dict[str, dict[str, Any]] = {
         "ResNet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
         "ConvNext": {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1], "num_stages": 4},
+        "Swin": {
+            "image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2],
+            "window_size": 4,
+        },
         "ViT": {
             "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
             "intermediate_size": 32, "image_size": 32, "patch_size": 8,
@@ -41,6 +45,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     },
     "transformers-resnet": (lambda: _transformer("ResNet"), 32),
     "transformers-convnext": (lambda: _transformer("ConvNext"), 32),
+    "transformers-swin": (lambda: _transformer("Swin"), 32),
     "transformers-vit": (lambda: _transformer("ViT"), 32),
     "root": (lambda: RootConv(3, 5, 3), 8),
     "aliased": (Aliased, 8),

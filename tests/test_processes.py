@@ -1,5 +1,6 @@
 """Runs of several processes and hosts that lose one, or the line between them."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import torch
 
 import selfensemble as rse
 from selfensemble.evaluation import read_results
+from selfensemble.evaluation.certified import CERTIFICATES
 from selfensemble.processes import check_restarts, this_process
 from selfensemble.training import CHECKPOINT
 
@@ -99,6 +101,50 @@ def test_training_goes_on_when_a_rank_is_killed(tmp_path: Path) -> None:
     whole, killed = (rse.load(tmp_path / name).state_dict() for name in ("whole", "killed"))
     for name, values in whole.items():
         torch.testing.assert_close(killed[name], values, rtol=0, atol=0)
+
+
+TRAINING = """\
+import hashlib, json, sys
+import selfensemble as rse
+
+def digest(tensors):
+    parts = [tensor.detach().float().cpu().contiguous().numpy().tobytes() for tensor in tensors]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+recipe = rse.load_recipe("digits-rse", ["train.epochs=1", "model.width=0.25"])
+trainer = rse.Trainer(recipe, sys.argv[1])
+noise = []
+layer = next(iter(rse.noise_layers(trainer.network.model).values()))
+layer.register_forward_hook(lambda module, args, output: noise.append((output - args[0])[:4]))
+trainer.run()
+found = {"noise": digest(noise[:1]), "weights": digest(trainer.network.state_dict().values())}
+with open(f"{sys.argv[1]}-{trainer.accelerator.process_index}.json", "w") as file:
+    json.dump(found, file)
+"""
+
+
+def test_ranks_draw_their_own_noise_and_end_in_the_same_weights(tmp_path: Path) -> None:
+    script, out = tmp_path / "training.py", tmp_path / "run"
+    script.write_text(TRAINING)
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", str(script), str(out)]
+    subprocess.run(command, check=True, capture_output=True, env=ENVIRONMENT)
+    first, second = (json.loads((tmp_path / f"run-{rank}.json").read_text()) for rank in range(2))
+    assert first["noise"] != second["noise"]
+    assert first["weights"] == second["weights"]
+
+
+def test_certificates_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
+    task = ["selfensemble", "certify", "digits-rse", "--n-images", "30", "--n", "200", "--shard", "10"]
+    launchers = {
+        "one": [sys.executable, "-m"],
+        "two": [*TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "--"],  # or --n would be torchrun's
+    }
+    found = []
+    for name, launcher in launchers.items():
+        command = [*launcher, *task, "--device", "cpu", "--out", str(tmp_path / name)]
+        subprocess.run(command, check=True, capture_output=True, env=ENVIRONMENT)
+        found.append((tmp_path / name / CERTIFICATES).read_text())
+    assert found[0] == found[1]
 
 
 def test_restarts_that_could_hang_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

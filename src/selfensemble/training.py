@@ -297,6 +297,9 @@ class Trainer:
     def _evaluate(self, data: ImageData, indices: Tensor, draws: int | None = None) -> int:
         """Correct answers over all ranks, at a seed of its own."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        if world > 1:  # the statistics of batch norm are those of a rank's own images until the next step
+            for buffer in self.ensemble.buffers():
+                torch.distributed.broadcast(buffer, 0)
         seed = stream_seed(self._seed, self.step, 2)
         with self.accelerator.autocast():
             correct = count_correct(self.ensemble, data, indices[rank::world], draws=draws, seed=seed)
