@@ -5,7 +5,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Two test processes of one thread each: faster on two cores than one process of two.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: demo test lint bench docs sbom clean
+.PHONY: demo test browser-test lint bench docs sbom clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.core
@@ -13,6 +13,10 @@ demo: .venv/.core
 
 test: .venv/.dev
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2
+
+# The server's page, the report and the site in Chromium, which has to be on the PATH.
+browser-test: .venv/.browser
+	$(TEST_ENV) $(BIN)/python -m pytest tests/test_page.py tests/test_site.py tests/test_report.py
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
@@ -57,6 +61,10 @@ clean:
 .venv/.bench: .venv/.core
 	$(INSTALL) --editable '.[bench,serve]'
 	$(INSTALL) --no-deps torchattacks
+	@touch $@
+
+.venv/.browser: .venv/.dev .venv/.docs
+	$(INSTALL) --editable '.[browser]'
 	@touch $@
 
 .venv/.docs: .venv/.core

@@ -23,6 +23,7 @@ import selfensemble as rse
 from selfensemble.attacks import cw_l2, pgd
 from selfensemble.drawing import Draws
 from selfensemble.hub import read_config
+from selfensemble.inference import precision_of
 from selfensemble.inject import make_static_
 from selfensemble.noise import GaussianNoise
 from selfensemble.stopping import Stop
@@ -88,6 +89,8 @@ def main() -> None:
 
     seeded = [fast.predict(inputs, seed=1, stop=stop) for stop in (None, "exact")]
     other_labels = int((seeded[0].label != seeded[1].label).sum())
+    some = inputs[:2000]
+    changed = share(fast.predict(some, seed=1).label, ensemble.predict(some, seed=1).label)
     clean = compare(fast, inputs, labels)
     pairs = variance_of_pairs(fast, inputs[:400])
     x, y = inputs[: options.attacked], labels[: options.attacked]
@@ -143,6 +146,7 @@ def main() -> None:
     ]
     rows += [["variance of a pair / of two draws", f"{pairs:.2f}", "", ""]]
     rows += [["labels of exact that differ", str(other_labels), "", ""]]
+    rows += [[f"labels that {precision_of(fast)} changes, same noise, %", f"{100 * changed:.2f}", "", ""]]
     rule = fast.stopping
     report(
         "adaptive",
@@ -155,7 +159,7 @@ def main() -> None:
             "rule": rule.model_dump(mode="json"), "other labels": other_labels,
             "pairs": pairs, "clean": clean,
             "attacked": attacked, "seconds": seconds, "medians": medians(seconds), "faster": faster,
-            "one image": alone,
+            "one image": alone, "changed by precision": changed,
         },
         options.out,
     )  # fmt: skip
