@@ -256,7 +256,14 @@ class Oracle:
         return _lead(each, labels, targeted, errors if self.is_random else 0.0)
 
     def confirmed(
-        self, inputs: Tensor, estimate: Estimate, labels: Tensor, targeted: bool, errors: float = 2.0
+        self,
+        inputs: Tensor,
+        estimate: Estimate,
+        labels: Tensor,
+        targeted: bool,
+        errors: float = 2.0,
+        *,
+        follow: bool = False,
     ) -> Tensor:
         """(B,) whether the draws of a step claim a success and fresh ones agree; see `lead`.
 
@@ -267,7 +274,7 @@ class Oracle:
         if not claims.any() or self.exact:
             return claims
         chosen = claims.nonzero().squeeze(1)
-        claims[chosen] = self.lead(inputs[chosen], labels[chosen], targeted, errors)[1]
+        claims[chosen] = self.lead(inputs[chosen], labels[chosen], targeted, errors, follow=follow)[1]
         return claims
 
 

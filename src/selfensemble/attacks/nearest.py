@@ -7,11 +7,15 @@ from .expectation import Estimate, Oracle
 from .norms import per_image, size
 
 _HALVINGS = 10
-_RETREATS = 3
+# Shares of the way from where the bisection ended to the image that it began with, and beyond.
+_RETREATS = (0.0, 0.5, 0.75)
+_BEYOND = (1.0, 1.05, 1.1, 1.2)
 
 
 class Nearest:
     """Keeps, for B images, the nearest image that fools the model, confirmed on fresh draws.
+
+    Of a random model those are draws of the faster forward, if there is one, until `refined` asks the model.
 
     Attributes:
         best: (B, ...) the images; the original where nothing was found.
@@ -52,7 +56,7 @@ class Nearest:
         if len(chosen):
             few = Estimate(estimate.loss[chosen], estimate.draws[:, chosen], estimate.gradient)
             success[chosen] = self.oracle.confirmed(
-                images[chosen], few, self.y[active[chosen]], self.targeted
+                images[chosen], few, self.y[active[chosen]], self.targeted, follow=self.oracle.is_random
             )
         self._take(active[success & nearer], images[success & nearer])
         return success
@@ -76,19 +80,29 @@ class Nearest:
             success = self.oracle.lead(asked, labels, self.targeted, follow=True)[1]
             low, high = torch.where(success, low, middle), torch.where(success, middle, high)
         if self.oracle.follows:
-            self._retreat_(high, origin, change, labels)
-        moved = (high < 1) & found[chosen]
-        self._take(chosen[moved], (origin + per_image(high, change) * change)[moved])
+            high = self._settled(high, origin, change, labels)
+        moved = (high != 1) & high.isfinite() & found[chosen]
+        self._take(chosen[moved], (origin + per_image(high, change) * change)[moved].clamp(0, 1))
+        lost = chosen[high.isinf() & found[chosen]]
+        self.best[lost], self.distance[lost] = self.x[lost], torch.inf
         return self.best
 
-    def _retreat_(self, share: Tensor, origin: Tensor, change: Tensor, labels: Tensor) -> None:
-        """Back towards the whole `change` where what fools the faster forward does not fool the model."""
-        pending = (share < 1).nonzero().squeeze(1)
-        for _ in range(_RETREATS):
-            if len(pending) == 0:
-                return
-            asked = origin[pending] + per_image(share[pending], change) * change[pending]
-            fools = self.oracle.lead(asked, labels[pending], self.targeted, 0.0)[1]
+    def _settled(self, share: Tensor, origin: Tensor, change: Tensor, labels: Tensor) -> Tensor:
+        """(C,) shares of `change` that fool the model itself, infinite where none was found.
+
+        What fools the faster forward may not: then further along `change`, and of a random model, whose
+        successes that forward has confirmed, beyond it.
+        """
+        settled = torch.ones_like(share) if not self.oracle.is_random else torch.full_like(share, torch.inf)
+        pending = torch.arange(len(share), device=share.device)
+        steps = [share + part * (1 - share) for part in _RETREATS]
+        if self.oracle.is_random:
+            steps += [torch.full_like(share, part) for part in _BEYOND]
+        for step in steps:
+            asked = origin[pending] + per_image(step[pending], change) * change[pending]
+            fools = self.oracle.lead(asked.clamp(0, 1), labels[pending], self.targeted, 0.0)[1]
+            settled[pending[fools]] = step[pending[fools]]
             pending = pending[~fools]
-            share[pending] = (share[pending] + 1) / 2
-        share[pending] = 1.0
+            if len(pending) == 0:
+                break
+        return settled
