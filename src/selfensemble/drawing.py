@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .stopping import Rule
+from .stopping import Rule, worth_taking
 from .streams import Sampling, fresh_seed, noise_draw, stream_seed
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def moments(draws: Draws, group: Tensor, rule: Rule, number: int = 0) -> tuple[T
     mean = squares = torch.empty(0)
     index = 0
     while index < rule.most:
-        count = draws.at_once(len(active), min(rule.most - index, rule.block))
+        count = draws.at_once(len(active), worth_taking(rule, index))
         images = group if len(active) == len(group) else group[active]
         outputs = draws.take(images, index, count, number)
         if index == 0:

@@ -20,7 +20,7 @@ class Rule(Protocol):
 
     @property
     def block(self) -> int:
-        """Draws worth taking in one pass: more are likely not wanted."""
+        """Draws worth taking in the first pass: more are likely not wanted."""
 
     def settled(self, mean: Tensor, draws: int) -> Tensor:
         """Which images stop after `draws` draws, `draws < most`.
@@ -99,13 +99,18 @@ class Calibrated(BaseModel):
 
     @property
     def block(self) -> int:
-        """Draws worth taking in one pass, see `Rule`."""
-        usual = max(1, round(self.mean_draws))
+        """Draws worth taking in the first pass, see `Rule`; the few images that want many raise the mean."""
+        usual = max(1, round(self.mean_draws / 2))
         return usual + usual % 2 if self.antithetic else usual
 
     def settled(self, mean: Tensor, draws: int) -> Tensor:
         """Which images stop after `draws` draws, see `Rule`."""
         return margin(mean) >= self.thresholds[draws - 1]
+
+
+def worth_taking(rule: Rule, used: int) -> int:
+    """Draws worth taking in the next pass: who is undecided after `used` is likely to want many more."""
+    return min(rule.most - used, max(rule.block, 2 * used))
 
 
 def margin(mean: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..drawing import Draws
 from ..ensemble import SelfEnsemble, check_images
 from ..inject import eval_mode
-from ..stopping import Calibrated, Fixed, Rule
+from ..stopping import Calibrated, Fixed, Rule, worth_taking
 from ..streams import fresh_seed, noise_draw
 
 
@@ -208,7 +208,7 @@ class _Active:
     def block(self) -> int:
         """The most draws that an image still wants in one pass."""
         pairs = zip(self._waits, self._used.tolist(), strict=True)
-        return max(min(each.rule.block, each.rule.most - int(used)) for each, used in pairs)
+        return max(worth_taking(each.rule, int(used)) for each, used in pairs)
 
     def admit(self, taken: list[_Waiting]) -> None:
         """Begin with some more."""
