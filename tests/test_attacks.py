@@ -25,8 +25,9 @@ from selfensemble.attacks import (
     transfer,
 )
 from selfensemble.attacks.driver import attacked
-from selfensemble.attacks.expectation import OTHER_NOISE, Average, Oracle
+from selfensemble.attacks.expectation import OTHER_NOISE, Average, Estimate, Oracle
 from selfensemble.attacks.losses import LOSSES, dlr
+from selfensemble.attacks.nearest import Nearest
 from selfensemble.attacks.norms import project, random_start, size
 from selfensemble.streams import stream_seed
 
@@ -243,6 +244,33 @@ def test_draws_of_one_pass_are_those_of_several(
         with torch.no_grad(), rse.noise_draw(oracle._seed, index, "shared", antithetic=eot == 4):
             drawn.append(model(images).softmax(dim=1))
     torch.testing.assert_close(found[0].probabilities, torch.stack(drawn).mean(dim=0))
+
+
+def test_what_only_the_copy_takes_for_a_success_is_moved_on_or_given_up() -> None:
+    """The model's border lies at a mean pixel of .5, the copy's at .45."""
+    noise = rse.GaussianNoise(0.01).eval()
+
+    def border(at: float) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            z = 40 * (noise(x).flatten(1).mean(dim=1) - at)
+            return torch.stack([-z, z], dim=1)
+
+        return forward
+
+    oracle = Oracle(border(0.5), Noise(eot=4), seed=1, follow=border(0.45))
+    x, labels = torch.full((4, 1, 8, 8), 0.3), torch.zeros(4, dtype=torch.int64)
+    nearest = Nearest(oracle, x, labels, False, "l2")
+    visited = torch.tensor([0.6, 0.47, 0.46, 0.4]).view(4, 1, 1, 1).expand_as(x).clone()
+    with torch.no_grad():
+        logits = torch.stack([border(0.45)(visited) for _ in range(4)])
+    estimate = Estimate(torch.zeros(4), logits.softmax(dim=2), torch.empty(0))
+    found = nearest.visit(torch.arange(4), visited, estimate)
+    assert found.tolist() == [True, True, True, False]
+    means = nearest.refined().flatten(1).mean(dim=1)
+    assert 0.5 < means[0] < 0.55  # where the copy changes its mind, then half way back
+    assert means[1].item() == pytest.approx(0.3 + 1.2 * 0.17, abs=1e-3)  # beyond
+    assert means[2:].tolist() == pytest.approx([0.3, 0.3])  # out of reach: counts as not found
+    assert nearest.distance[2:].isinf().all()
 
 
 def test_frozen_noise_is_that_of_a_seeded_prediction(tiny: nn.Module, images: Tensor) -> None:
