@@ -20,8 +20,6 @@ Robust accuracies are what the named attacks left over: upper bounds, not guaran
 Trained and measured on small images of few classes; nothing is known about
 others, about natural shifts of the data, or about changes that the attacks did not try (patches, rotations,
 colours)."""
-
-
 _CERTIFIED = """\
 A certificate holds for the infinite ensemble, in the named precision, and is wrong with the stated risk. """
 _UNCERTIFIED = "The network carries no certificate. "

@@ -99,9 +99,13 @@ class Experiment:
         """Measure one network; units of work that are done are not repeated."""
         raise NotImplementedError
 
-    def page(self, records: Sequence[Record], beside: Beside) -> Page:
-        """Tables and plots of the networks measured so far, at least one, beside what is stored of others."""
+    def page(self, records: Sequence[Record]) -> Page:
+        """Tables and plots of the networks measured so far, at least one."""
         raise NotImplementedError
+
+    def page_beside(self, records: Sequence[Record], others: Beside) -> Page:  # noqa: ARG002
+        """The same with what is stored of the experiments `beside`."""
+        return self.page(records)
 
 
 def inputs_of(setting: Setting, images: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ from ..conformal import conformal_sets
 from ..data import load_data
 from ..decision import decide
 from ..streams import stream_seed
-from .base import Beside, Experiment, Measured, Setting, inputs_of
+from .base import Experiment, Measured, Setting, inputs_of
 from .draws import softmax_draws
 from .figures import Line, Panel, draw
 from .intervals import Share, mean, share
@@ -76,7 +76,7 @@ class Certainty(Experiment):
             columns |= _joined([found], f"{kind}.")
         return Measured(settings.model_dump(), {}, columns)
 
-    def page(self, records: Sequence[Record], beside: Beside) -> Page:  # noqa: ARG002
+    def page(self, records: Sequence[Record]) -> Page:
         settings = records[0].facts.settings
         random = [record for record in records if "robust.size" in record.columns]
         within = [count for count in _WITHIN if count <= settings["max_draws"]]

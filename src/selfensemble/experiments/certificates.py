@@ -97,7 +97,10 @@ class Certificates(Experiment):
             columns |= _attacked(setting, settings, units, inputs, found)
         return Measured(settings.model_dump(), {"certificate": own}, columns)
 
-    def page(self, records: Sequence[Record], beside: Beside) -> Page:
+    def page(self, records: Sequence[Record]) -> Page:
+        return self.page_beside(records, {})
+
+    def page_beside(self, records: Sequence[Record], others: Beside) -> Page:
         settings = records[0].facts.settings
         parts: list[Table | Picture] = [
             Table(
@@ -132,7 +135,7 @@ class Certificates(Experiment):
             ]
             for method in METHODS
         }
-        attacked = _empirical(records, beside["honest"])
+        attacked = _empirical(records, others.get("honest", ()))
         theirs = COHEN if is_theirs(records[0].facts.source) else {}
         lines["vote"] += [
             Line(

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..evaluation.protocol import AttackSpec, JudgeSection, Protocol
-from .base import Beside, Experiment, Measured, Setting
+from .base import Experiment, Measured, Setting
 from .distances import RADII, distance_table, gain_table
 from .figures import Line, Panel, draw
 from .judged import accuracy, by_strength, evaluate, rms
@@ -80,7 +80,7 @@ class Curves(Experiment):
     def measure(self, setting: Setting) -> Measured:
         return evaluate(setting, curve_protocol(self.name, setting.scale, setting.seed))
 
-    def page(self, records: Sequence[Record], beside: Beside) -> Page:  # noqa: ARG002
+    def page(self, records: Sequence[Record]) -> Page:
         head, rows = _by_strength(records, lambda record, key: accuracy(record, key).text)
         parts = [
             Table("Accuracy against the strength c", "Accuracy in %.", head, rows),

@@ -12,7 +12,7 @@ from ..attacks import pgd
 from ..ensemble import SelfEnsemble
 from ..inject import eval_mode
 from ..streams import noise_draw, stream_seed
-from .base import Beside, Experiment, Measured, Setting, inputs_of
+from .base import Experiment, Measured, Setting, inputs_of
 from .figures import Line, Panel, draw
 from .intervals import Share, mean
 from .page import Page, Picture, Table
@@ -77,7 +77,7 @@ class Draws(Experiment):
         entries = {kind: {"groups": groups} for kind in ("clean", "attacked")}
         return Measured(settings.model_dump(), entries, columns)
 
-    def page(self, records: Sequence[Record], beside: Beside) -> Page:  # noqa: ARG002
+    def page(self, records: Sequence[Record]) -> Page:
         about = _ABOUT.format(**records[0].facts.settings)
         kinds = {"clean": "no attack", "attacked": "attacked"}
         rows = [

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..evaluation.protocol import Protocol, load_protocol
-from .base import Beside, Experiment, Measured, Setting
+from .base import Experiment, Measured, Setting
 from .distances import distance_lines, distance_table, gain_table
 from .figures import Line, Panel, draw
 from .judged import accuracy, all_seeds, evaluate, seed_range
@@ -62,7 +62,7 @@ class Honest(Experiment):
     def measure(self, setting: Setting) -> Measured:
         return evaluate(setting, honest_protocol(setting.scale, setting.seed))
 
-    def page(self, records: Sequence[Record], beside: Beside) -> Page:  # noqa: ARG002
+    def page(self, records: Sequence[Record]) -> Page:
         protocol = records[0].facts.settings["protocol"]
         titles = dict.fromkeys(f"{each['title']} ({each.get('norm', 'l2')})" for each in protocol["attacks"])
         about = _ABOUT.format(seeds=protocol["judge"]["seeds"], attacks=", ".join(titles))

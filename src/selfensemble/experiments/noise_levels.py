@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ..evaluation.protocol import AttackSpec, JudgeSection, Protocol
-from .base import Beside, Experiment, Measured, Setting
+from .base import Experiment, Measured, Setting
 from .figures import Line, Panel, draw
 from .judged import accuracy, evaluate
 from .networks import Network, network
@@ -55,7 +55,7 @@ class NoiseLevels(Experiment):
         )
         return evaluate(setting, protocol)
 
-    def page(self, records: Sequence[Record], beside: Beside) -> Page:  # noqa: ARG002
+    def page(self, records: Sequence[Record]) -> Page:
         attacks = _attacks(records[0])
         modes = [record for record in records if record.facts.network in _MODES]
         cells = [record for record in records if record.facts.network not in _MODES]

@@ -199,8 +199,8 @@ def render(name: str, out: Path) -> Page:
             "pass the --out that it had"
         )
     scale = load_scale(records[0].facts.scale)
-    beside = {other: _stored(out / other, EXPERIMENTS[other]) for other in experiment.beside}
-    page = experiment.page(records, beside)
+    others = {other: _stored(out / other, EXPERIMENTS[other]) for other in experiment.beside}
+    page = experiment.page_beside(records, others)
     page.making.extend(making_tables(records, _command(experiment, records[0].facts), scale.description))
     page.write(folder)
     return page

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..attacks import cw_l2, cw_l2_paper
 from ..ensemble import SelfEnsemble
 from ..streams import stream_seed
-from .base import Beside, Experiment, Measured, Setting, inputs_of
+from .base import Experiment, Measured, Setting, inputs_of
 from .figures import Line, Panel, draw
 from .intervals import Share, share
 from .judged import MAX_BATCH
@@ -75,7 +75,7 @@ class Targeted(Experiment):
         entries = {key: {"settings": settings} for key, settings in attacks.items()}
         return Measured(shown, entries, columns)
 
-    def page(self, records: Sequence[Record], beside: Beside) -> Page:  # noqa: ARG002
+    def page(self, records: Sequence[Record]) -> Page:
         titles = [record.facts.title for record in records]
         strengths = [key for key in records[0].facts.entries if key != _SEARCH]
         fixed = [

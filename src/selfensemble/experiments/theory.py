@@ -9,7 +9,7 @@ from torch import Tensor
 from ..inject import noise_layers
 from ..noise import NoiseConfig, Std
 from ..streams import stream_seed
-from .base import Beside, Experiment, Measured, Setting, inputs_of
+from .base import Experiment, Measured, Setting, inputs_of
 from .curvature import (
     gradient_norm,
     levels,
@@ -63,7 +63,7 @@ class Theory(Experiment):
         columns |= {name: column(torch.cat([part[name] for part in parts]).numpy()) for name in names}
         return Measured(shown, {}, columns)
 
-    def page(self, records: Sequence[Record], beside: Beside) -> Page:  # noqa: ARG002
+    def page(self, records: Sequence[Record]) -> Page:
         about = _ABOUT.format(**records[0].facts.settings)
         parts: list[Table | Picture] = [
             Table(

@@ -22,7 +22,8 @@ from ..evaluation.certified import CERTIFIED, Certified, read_certified
 from ..evaluation.results import Entry, ModelRecord, Results, read_results
 from ..files import atomic_write
 from ..noise import describe_std
-from .svg import VIEW_BOX, Plot, certified_plot, protocol_plots, row_title, threat_model
+from .shown import certified_plot, protocol_plots, row_title, threat_model
+from .svg import VIEW_BOX, Plot
 
 GALLERY = "gallery.safetensors"
 _ATTACKS_SHOWN = 6
