@@ -38,7 +38,7 @@ def browser() -> Iterator[Any]:
 
 def serious_faults(page: Any) -> list[str]:
     """What axe finds on a page that keeps people out."""
-    from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
+    from axe_playwright_python.sync_playwright import Axe
 
     found = Axe().run(page).response["violations"]
     return [
