@@ -201,7 +201,10 @@ async def soak(options: Any) -> dict[str, Any]:
         "seconds": seconds, "requests a second": options.requests / seconds,
         "p50 ms": 1000 * latencies[len(latencies) // 2],
         "p99 ms": 1000 * latencies[int(len(latencies) * 0.99)],
-        "memory MB": {"first quarter": first, "last quarter": last, "growth": last / max(first, 1.0) - 1},
+        "memory MB": {
+            "first quarter": first, "last quarter": last, "growth": last / max(first, 1.0) - 1,
+            "after requests": dict(memory[:: max(1, len(memory) // 60)]),
+        },
     }  # fmt: skip
 
 

@@ -36,6 +36,12 @@ def browser() -> Iterator[Any]:
         running.close()
 
 
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Where screenshots go: PICTURES keeps them, docs/assets those of the documentation."""
+    return Path(os.environ.get("PICTURES", tmp_path))
+
+
 def serious_faults(page: Any) -> list[str]:
     """What axe finds on a page that keeps people out."""
     from axe_playwright_python.sync_playwright import Axe

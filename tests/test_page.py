@@ -129,7 +129,7 @@ def server() -> Iterator[Server]:
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_in_a_browser(
-    server: Server, browser: Any, digit: bytes, tmp_path: Path, width: int, scheme: str
+    server: Server, browser: Any, digit: bytes, pictures: Path, width: int, scheme: str
 ) -> None:
     """By keyboard, sample and file to votes and an attack.
 
@@ -167,7 +167,7 @@ def test_the_page_in_a_browser(
     assert "fools its target" in page.inner_text("#attacking")
     assert page.locator("#verdict .fooled").count() >= 1
 
-    page.screenshot(path=tmp_path / f"page-{width}-{scheme}.png", full_page=True)
+    page.screenshot(path=pictures / f"page-{width}-{scheme}.png", full_page=True)
     assert serious_faults(page) == []
 
     page.set_input_files("#file", files=[{"name": "x.png", "mimeType": "image/png", "buffer": b"no image"}])

@@ -36,7 +36,7 @@ def site(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
 
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_pages_in_a_browser(site: str, browser: Any, tmp_path: Path, width: int, scheme: str) -> None:
+def test_pages_in_a_browser(site: str, browser: Any, pictures: Path, width: int, scheme: str) -> None:
     """No request elsewhere, nothing wider than the screen, and nothing that axe finds serious."""
     page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
     hosts: set[str] = set()
@@ -45,8 +45,8 @@ def test_pages_in_a_browser(site: str, browser: Any, tmp_path: Path, width: int,
         answer = page.goto(f"{site}/{path}")
         assert answer.status == 200
         page.wait_for_timeout(300)
-        name = path.strip("/").replace("/", "-") or "index"
-        page.screenshot(path=tmp_path / f"{name}-{width}-{scheme}.png")
+        if not path:
+            page.screenshot(path=pictures / f"site-{width}-{scheme}.png")
         assert serious_faults(page) == [], path
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), path
     assert hosts <= {urlsplit(site).netloc, ""}
