@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional
 
 import selfensemble as rse
 from selfensemble.inference import optimize
@@ -93,6 +94,21 @@ def test_many_channels_on_small_maps(pixels: int, batch: int) -> None:
         for result, point in ((output, inputs), (exact, exact_inputs))
     )
     assert close(ours_back, exact_back)
+
+
+@pytest.mark.parametrize("pixels", [2, 8])
+def test_an_activation_may_write_into_the_output(pixels: int) -> None:
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(4, 4, 3, padding=1).eval()
+    inputs = torch.randn(FEW, 4, pixels, pixels).requires_grad_()
+    gradients = []
+    for inplace in (False, True):
+        output = functional.hardtanh(PrepackedConvolution(convolution, relu=False)(inputs), inplace=inplace)
+        gradients.append(torch.autograd.grad(output.float().sum(), inputs)[0])
+    assert torch.equal(*gradients)
+    ours = PrepackedConvolution(convolution, relu=True)(inputs)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(ours.add_(1).float().sum(), inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

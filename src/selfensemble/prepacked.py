@@ -235,7 +235,8 @@ class _Convolve(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, layer: PrepackedConvolution) -> Tensor:
-        output = layer.convolve(inputs)
+        # No view, which a product returns: autograd refuses activations that write into one.
+        output = layer.convolve(inputs).data
         ctx.layer, ctx.shape, ctx.dtype = layer, inputs.shape, inputs.dtype
         if layer.relu:
             ctx.save_for_backward(output)
