@@ -98,6 +98,18 @@ def test_the_attack_within_a_step_reaches_the_closed_form(
     torch.testing.assert_close(loss, functional.cross_entropy(logits, labels), rtol=1e-2, atol=0)
 
 
+def test_images_go_a_random_share_of_the_way(ensemble: rse.SelfEnsemble) -> None:
+    images, labels = torch.full((400, 3, 4, 4), 0.5), torch.zeros(400, dtype=torch.long)
+    defense = defenses.Adversarial(norm="l2", eps=0.2, steps=1, step_size=0.2, random_start=False, least=0.25)
+    defense.loss(networks(ensemble), images, labels)
+    moved = size(inside(ensemble).seen[-1] - images, "l2")
+    assert moved.min() >= 0.05 - 1e-6
+    assert moved.max() <= 0.2 + 1e-6
+    # Uniform: mean and standard deviation within 4 standard errors.
+    assert abs(float(moved.mean()) - 0.125) < 4 * 0.15 / 12**0.5 / 20
+    assert abs(float(moved.std()) - 0.15 / 12**0.5) < 0.005
+
+
 def test_an_attack_leaves_statistics_modes_and_gradients_alone() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5))
     ensemble = rse.SelfEnsemble(network, rse.NoiseConfig(0.1, 0.1)).train()

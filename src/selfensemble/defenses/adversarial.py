@@ -9,10 +9,10 @@ training pass (Salman et al. keep one set of draws for all of them).
 
 import math
 from collections.abc import Callable
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 
@@ -77,6 +77,8 @@ class _Attack(Defense):
         eot: noise draws of one gradient step.
         random_start: begin within the ball rather than at the images. A single step in L2 does better
             without: a random direction uses up the radius.
+        least: each image goes a share of the way to its attacked one, uniform between `least` and 1, so
+            that training meets distances up to eps rather than eps alone.
     """
 
     norm: Norm = "linf"
@@ -85,13 +87,18 @@ class _Attack(Defense):
     step_size: Positive | None = None
     eot: Count = 1
     random_start: bool = True
+    least: Annotated[float, Field(ge=0, le=1)] = 1.0
 
     def attack(self, ensemble: SelfEnsemble, inputs: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
         step_size = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
-        return maximise(
+        attacked = maximise(
             ensemble, inputs, loss, norm=self.norm, eps=self.eps, steps=self.steps, step_size=step_size,
             eot=self.eot, random_start=self.random_start,
         )  # fmt: skip
+        if self.least == 1:
+            return attacked
+        share = inputs.new_empty(len(inputs), *[1] * (inputs.dim() - 1)).uniform_(self.least, 1)
+        return inputs.lerp(attacked, share)
 
 
 class Adversarial(_Attack):
