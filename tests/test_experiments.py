@@ -16,7 +16,7 @@ from selfensemble import cli  # noqa: F401  (adds its commands to the app)
 from selfensemble.cli_base import app
 from selfensemble.experiments import EXPERIMENTS, Reproduction, networks, render_all
 from selfensemble.experiments.certainty import auroc, calibration_error
-from selfensemble.experiments.certificates import reach
+from selfensemble.experiments.certificates import METHODS, reach
 from selfensemble.experiments.curvature import local_lipschitz, second_order_term
 from selfensemble.experiments.draws import COUNTS, right_groups
 from selfensemble.experiments.intervals import mean, share
@@ -288,6 +288,18 @@ def test_certificates_by_both_methods(done: Done) -> None:
     again = contents(done.out / "certificates")
     render_all(["certificates"], done.out)
     assert contents(done.out / "certificates") == again
+
+
+def test_ways_of_training_are_compared_at_the_same_noise(done: Done) -> None:
+    names = ("init0.2-inner0", "init0.2-inner0.1", "consistency")
+    (page,) = done.reproduction(only=names).run(["certified-noise"]).values()
+    without, inner, consistency = (done.record("certified-noise", name) for name in names)
+    for title, record in (("What inner noise does", inner), ("Training for", consistency)):
+        (table,) = (table for table in page.tables if table.title.startswith(title))
+        assert [row[0] for row in table.rows] == [f"{record.facts.title}, {method}" for method in METHODS]
+        for row, method in zip(table.rows, METHODS, strict=True):
+            ours, theirs = (reach(each, method) >= 0.1 for each in (record, without))
+            assert row[2].startswith(f"{100 * (ours.mean() - theirs.mean()):+.1f} ")
 
 
 def test_certainty_of_networks_with_and_without_noise(done: Done) -> None:

@@ -21,8 +21,8 @@ from .base import Beside, Experiment, Measured, Setting, inputs_of
 from .figures import Line, Panel, draw
 from .honest import worst_lines
 from .intervals import mean, share
-from .networks import Network
-from .noise_levels import cell, levels_of
+from .networks import Network, network
+from .noise_levels import cell, is_cell, levels_of
 from .page import Page, Picture, Table
 from .records import Record, column
 from .scales import CertificateScale, Scale
@@ -49,6 +49,7 @@ _AFTER = 1000  # draws after an attack
 METHODS: tuple[Method, ...] = ("vote", "mean")
 RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 _STEPS = 40  # of a curve
+_STD = 0.25  # of the noise on the image, where ways of training are compared, if the grid has it
 _CURVES = (
     "Certified accuracy against the radius, published curves (by votes), and accuracy in the worst case of "
     "the honest protocol, which no certificate can exceed."
@@ -74,7 +75,8 @@ class Certificates(Experiment):
     def networks(self, scale: Scale) -> list[Network]:
         if self.names:
             return super().networks(scale)
-        return [cell(scale, init, inner) for init in scale.noise.init if init for inner in scale.noise.inner]
+        cells = [cell(scale, init, inner) for init in scale.noise.init if init for inner in scale.noise.inner]
+        return cells + trained_for_certificates(scale)
 
     def settings(self, scale: Scale) -> CertificateScale:
         """Those of this experiment."""
@@ -125,7 +127,7 @@ class Certificates(Experiment):
             ),
         ]
         if not self.names:
-            parts += _inner(records)
+            parts += _inner(records) + _trained(records)
         if settings["attacked"]:
             parts.append(_withstood(records))
         lines = {
@@ -139,13 +141,34 @@ class Certificates(Experiment):
         theirs = COHEN if is_theirs(records[0].facts.source) else {}
         lines["vote"] += [
             Line(
-                f"Cohen et al., std {std:g}", 4 + place, list(known), [each / 100 for each in known.values()]
+                f"Cohen et al., std {std:g}",
+                len(records) + place,
+                list(known),
+                [each / 100 for each in known.values()],
             )
             for place, (std, known) in enumerate(theirs.items())
         ]
         panels = [Panel(method, "L2 radius", "accuracy, %", lines[method] + attacked) for method in METHODS]
         parts.append(Picture("certified", _CURVES, draw([panels])))
         return Page(self._title, _ABOUT.format(**settings), parts)
+
+
+def trained_for_certificates(scale: Scale) -> list[Network]:
+    """Beside the network that Cohen et al. train, of the noise that all have: other ways to train it."""
+    std = _STD if _STD in scale.noise.init else max(scale.noise.init)
+    levels = {"noise.init_std": std, "noise.inner_std": 0.0, "noise.draws": 10}
+    agreeing = {"defense.name": "cross-entropy", "defense.draws": 2, "defense.consistency": 10.0}
+    title = f"consistency, {std:g}"
+    return [
+        network(
+            "rse", name="consistency", title=title, folder="noise-consistency",
+            overrides=scale.noise.train | levels | agreeing,
+        ),
+        network(
+            "smoothadv", title=f"SmoothAdv, {std:g}", folder="noise-smoothadv",
+            overrides=scale.noise.train | levels | {"defense.eps": std},
+        ),
+    ]  # fmt: skip
 
 
 def _certified(
@@ -295,24 +318,40 @@ def _against_votes(record: Record) -> list[str]:
 
 def _inner(records: Sequence[Record]) -> list[Table | Picture]:
     """What noise inside the network does, at the same noise on the image."""
-    without = {levels_of(record)[0]: record for record in records if levels_of(record)[1] == 0}
+    cells = {levels_of(record): record for record in records if is_cell(record)}
+    pairs = [
+        (each, cells[init, 0.0]) for (init, inner), each in cells.items() if inner and (init, 0.0) in cells
+    ]
+    return _less("What inner noise does to the certificate", "that of the network without inner noise", pairs)
+
+
+def _trained(records: Sequence[Record]) -> list[Table | Picture]:
+    """What other ways of training do, at the same noise."""
+    cells = {levels_of(record): record for record in records if is_cell(record)}
+    others = [record for record in records if not is_cell(record) and levels_of(record) in cells]
+    pairs = [(each, cells[levels_of(each)]) for each in others]
+    caption = "that of the network trained on noisy images alone (Cohen et al.), with the same noise"
+    return _less("Training for certificates", caption, pairs)
+
+
+def _less(title: str, than: str, pairs: Sequence[tuple[Record, Record]]) -> list[Table | Picture]:
+    """Certified accuracy by both methods, of the first of each pair less the second."""
     rows = []
-    for record in records:
-        init, inner = levels_of(record)
-        if inner and init in without:
-            ours, theirs = (reach(each, "mean") for each in (record, without[init]))
+    for record, other in pairs:
+        for method in METHODS:
+            ours, theirs = (reach(each, method) for each in (record, other))
             points = [_points((ours >= radius).astype(float) - (theirs >= radius)) for radius in RADII]
             further = mean(np.maximum(ours, 0) - np.maximum(theirs, 0))
             radius = f"{further.value:+.3f} ({further.low:+.3f} to {further.high:+.3f})"
-            rows.append([record.facts.title, *points, radius])
+            rows.append([f"{record.facts.title}, {method}", *points, radius])
     if not rows:
         return []
     head = ["network", *(f"{radius:g}" for radius in RADII), "average radius"]
     caption = (
-        "Certified accuracy by means less that of the network without inner noise, in points, same images. "
-        "Each network was trained once: the intervals are over images, not over trainings."
+        f"Certified accuracy less {than}, in points, same images. Each network was trained once: the "
+        "intervals are over images, not over trainings."
     )
-    return [Table("What inner noise does to the certificate", caption, head, rows)]
+    return [Table(title, caption, head, rows)]
 
 
 def _points(differences: NDArray[np.float64]) -> str:

@@ -58,7 +58,7 @@ class NoiseLevels(Experiment):
     def page(self, records: Sequence[Record]) -> Page:
         attacks = _attacks(records[0])
         modes = [record for record in records if record.facts.network in _MODES]
-        cells = [record for record in records if record.facts.network not in _MODES]
+        cells = [record for record in records if is_cell(record)]
         parts: list[Table | Picture] = []
         if modes:
             rows = [
@@ -101,6 +101,11 @@ def _attacks(record: Record) -> dict[str, str]:
         at += f", L2 {entry['eps']:g}" if entry["eps"] is not None else ""
         titles[key] = entry["title"] + at
     return titles
+
+
+def is_cell(record: Record) -> bool:
+    """Whether the network is one of the grid."""
+    return record.facts.network.startswith("init")
 
 
 def levels_of(record: Record) -> tuple[float, float]:
