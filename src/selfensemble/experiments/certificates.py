@@ -127,7 +127,7 @@ class Certificates(Experiment):
             ),
         ]
         if not self.names:
-            parts += _inner(records) + _trained(records)
+            parts += _compared(records)
         if settings["attacked"]:
             parts.append(_withstood(records))
         lines = {
@@ -158,10 +158,9 @@ def trained_for_certificates(scale: Scale) -> list[Network]:
     std = _STD if _STD in scale.noise.init else max(scale.noise.init)
     levels = {"noise.init_std": std, "noise.inner_std": 0.0, "noise.draws": 10}
     agreeing = {"defense.name": "cross-entropy", "defense.draws": 2, "defense.consistency": 10.0}
-    title = f"consistency, {std:g}"
     return [
         network(
-            "rse", name="consistency", title=title, folder="noise-consistency",
+            "rse", name="consistency", title=f"consistency, {std:g}", folder="noise-consistency",
             overrides=scale.noise.train | levels | agreeing,
         ),
         network(
@@ -316,22 +315,18 @@ def _against_votes(record: Record) -> list[str]:
     return [_points((means >= radius).astype(float) - (vote >= radius)) for radius in RADII]
 
 
-def _inner(records: Sequence[Record]) -> list[Table | Picture]:
-    """What noise inside the network does, at the same noise on the image."""
-    cells = {levels_of(record): record for record in records if is_cell(record)}
-    pairs = [
-        (each, cells[init, 0.0]) for (init, inner), each in cells.items() if inner and (init, 0.0) in cells
-    ]
-    return _less("What inner noise does to the certificate", "that of the network without inner noise", pairs)
-
-
-def _trained(records: Sequence[Record]) -> list[Table | Picture]:
-    """What other ways of training do, at the same noise."""
-    cells = {levels_of(record): record for record in records if is_cell(record)}
-    others = [record for record in records if not is_cell(record) and levels_of(record) in cells]
-    pairs = [(each, cells[levels_of(each)]) for each in others]
-    caption = "that of the network trained on noisy images alone (Cohen et al.), with the same noise"
-    return _less("Training for certificates", caption, pairs)
+def _compared(records: Sequence[Record]) -> list[Table | Picture]:
+    """Networks against the one of the grid with the same noise on the image and none inside."""
+    plain = {
+        init: each for each in records if is_cell(each) for init, inner in [levels_of(each)] if not inner
+    }
+    pairs = [(each, plain[levels_of(each)[0]]) for each in records if levels_of(each)[0] in plain]
+    inner = [pair for pair in pairs if levels_of(pair[0])[1]]
+    trained = [pair for pair in pairs if not is_cell(pair[0])]
+    cohen = "that of the network trained on noisy images alone (Cohen et al.), with the same noise"
+    return _less(
+        "What inner noise does to the certificate", "that of the network without inner noise", inner
+    ) + _less("Training for certificates", cohen, trained)
 
 
 def _less(title: str, than: str, pairs: Sequence[tuple[Record, Record]]) -> list[Table | Picture]:
