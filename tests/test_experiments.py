@@ -216,9 +216,10 @@ def test_a_network_of_the_zoo_serves_if_its_recipe_is_the_same(
     said: list[str] = []
 
     def find(scale: Scale) -> networks.Trained:
-        entry = networks.network("rse")
-        _, recipe = recipe_of(entry, family("vgg16"), scale, "digits")
-        return networks.trained(entry, recipe, tmp_path / name, lambda step, steps, text: said.append(text))
+        entry, kin = networks.network("rse"), family("vgg16")
+        return networks.trained(
+            entry, kin, scale, "digits", tmp_path, lambda step, steps, text: said.append(text)
+        )
 
     found = find(scale)
     assert not said
@@ -232,6 +233,38 @@ def test_a_network_of_the_zoo_serves_if_its_recipe_is_the_same(
     assert found.training["metrics"] == read_config(packed).metrics
     find(scale.model_copy(update={"digits": scale.digits | {"train.epochs": 1}}))
     assert said[0] == "training"
+
+
+def test_a_network_that_begins_with_another_has_that_trained_first(
+    done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def beginning(wanted: networks.Network, *rest: Any) -> tuple[str, Any]:
+        name, recipe = recipe_of(wanted, *rest)  # on digits first weights are left out
+        first = {"weights": "cifar10-vgg16-rse"} if wanted.after else {}
+        return name, recipe.model_copy(update={"model": recipe.model.model_copy(update=first)})
+
+    monkeypatch.setattr(networks, "recipe_of", beginning)
+    scale = load_scale("quick")
+    scale = scale.model_copy(update={"digits": scale.digits | {"train.epochs": 1, "train.lr": 1e-9}})
+    entry = networks.network("rse", after="rse", folder="second")
+    said: list[str] = []
+
+    def find() -> networks.Trained:
+        return networks.trained(
+            entry, family("vgg16"), scale, "digits", tmp_path, lambda step, steps, text: said.append(text)
+        )
+
+    second = find()
+    assert said.count("training") == 2
+    assert {each.name for each in tmp_path.iterdir()} == {"cifar10-vgg16-rse", "second"}
+    first = rse.load(tmp_path / "cifar10-vgg16-rse")
+    assert second.recipe.model.weights == str(tmp_path / "cifar10-vgg16-rse")
+    for one, other in zip(second.ensemble.parameters(), first.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)  # it has learned next to nothing
+    said.clear()
+    shutil.rmtree(tmp_path / "cifar10-vgg16-rse")
+    find()
+    assert not said  # it is there: what it began with is not needed
 
 
 def test_results_of_two_scales_are_not_mixed(done: Done) -> None:

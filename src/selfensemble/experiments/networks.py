@@ -16,7 +16,7 @@ from ..data import HUB_IDS
 from ..ensemble import SelfEnsemble
 from ..inject import set_levels_
 from ..noise import NoiseConfig
-from ..recipe import Recipe, load_recipe, shipped_recipes
+from ..recipe import Recipe, load_recipe, public_recipe, shipped_recipes
 from ..schema import Section
 from ..training import CHECKPOINT, RESULTS, Progress, Trainer
 from ..zoo import zoo
@@ -32,7 +32,10 @@ class Family(Section):
 
 
 class Network(Section):
-    """One entry of `networks.yaml`, see there; `overrides` of its recipe, `folder` if not the recipe's."""
+    """One entry of `networks.yaml`, see there; `overrides` of its recipe, `folder` if not the recipe's.
+
+    `after`: the network whose weights it begins with, where its recipe names first weights.
+    """
 
     name: str
     title: str
@@ -44,6 +47,7 @@ class Network(Section):
     folder: str | None = None
     logit_scale: float = 1.0
     test_noise: tuple[float, float] | None = None
+    after: str | None = None
 
     @property
     def changes(self) -> str:
@@ -123,18 +127,25 @@ def _written(values: dict[str, Any]) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
-def trained(network: Network, recipe: Recipe, folder: Path, progress: Progress) -> Trained:
-    """The network in `folder`; if it is not there, that of the zoo, or it is trained to the end.
+def trained(
+    wanted: Network, kin: Family, scale: Scale, source: str | None, models: Path, progress: Progress
+) -> Trained:
+    """The network in its folder of `models`; if it is not there, that of the zoo, or it is trained to the end.
 
     Raises:
         ValueError: the folder holds a network of another recipe; the message names the differing keys.
     """
-    folder = _place_of(folder, recipe)
+    name, recipe = recipe_of(wanted, kin, scale, source)
+    folder = _place_of(models / name, recipe)
     if not _is_whole(folder):
+        begun = recipe
+        if wanted.after is not None and recipe.model.weights is not None:
+            trained(network(wanted.after), kin, scale, source, models, progress)
+            first = recipe.model.model_copy(update={"weights": str(models / recipe.model.weights)})
+            begun = recipe.model_copy(update={"model": first})
         saved = folder / CHECKPOINT
         progress(0, 1, "going on with its training" if saved.is_file() else "training")
-        source = recipe.data.source
-        Trainer(recipe, folder, data=source, resume=True, progress=progress).run()
+        Trainer(begun, folder, data=recipe.data.source, resume=True, progress=progress).run()
     config = hub.read_config(folder)
     if config.recipe is None:
         raise ValueError(f"{folder} holds a network without a recipe: pass another --models")
@@ -147,7 +158,7 @@ def trained(network: Network, recipe: Recipe, folder: Path, progress: Progress) 
     results = folder / RESULTS
     training = json.loads(results.read_text()) if results.is_file() else {}
     own = Recipe.model_validate(config.recipe)
-    return Trained(changed(hub.load(folder), network), own, training, config.classes)
+    return Trained(changed(hub.load(folder), wanted), own, training, config.classes)
 
 
 def _place_of(folder: Path, recipe: Recipe) -> Path:
@@ -166,9 +177,9 @@ def _is_whole(folder: Path) -> bool:
 
 def _differing(saved: dict[str, Any], wanted: Recipe) -> list[str]:
     """Keys that matter in which the recipes differ: where images lie does not."""
-    keys = wanted.differs_from(saved)
     # Folders may move; two known sets of images are different images.
     sources = {saved.get("data", {}).get("source"), wanted.data.source}
+    keys = wanted.differs_from(public_recipe(saved))
     return keys if sources <= {"digits", *HUB_IDS} else [key for key in keys if key != "data.source"]
 
 

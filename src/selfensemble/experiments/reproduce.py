@@ -108,14 +108,15 @@ class Reproduction:
         """Train or reuse one network, measure it, store what was measured."""
         progress("preparing", 0.0)
         source = self.stl10 if experiment.kin == _STL10 else self.data
-        folder, recipe = recipe_of(network, experiment.family, scale, source)
+        _, recipe = recipe_of(network, experiment.family, scale, source)
         test = _test_data(recipe.data.source, recipe.data.size)
         data = _digest(test, scale)
         self._check_stored(experiment, scale, data)
         models = self.models or Path("runs/models") / scale.name
         found = trained(
-            network, recipe, models / folder, lambda step, steps, text: progress(text, step / steps / 2)
-        )
+            network, experiment.family, scale, source, models,
+            lambda step, steps, text: progress(text, step / steps / 2),
+        )  # fmt: skip
         found.ensemble.to(self.device)
         runs = self.runs or Path("runs/experiments") / scale.name
         setting = Setting(
