@@ -397,7 +397,7 @@ def test_every_network_has_a_valid_recipe(name: str, experiment: Any) -> None:
 @pytest.mark.parametrize(
     ("kin", "source", "weights"),
     [
-        ("vgg16", "cifar10", "cifar10-vgg16-rse"),
+        ("vgg16", "cifar10", "cifar10-vgg16-rse-adversarial-start"),
         ("vgg16", "digits", None),
         ("resnext29_2x64d", "cifar10", None),
         ("model_a", "stl10", None),

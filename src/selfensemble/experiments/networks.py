@@ -130,7 +130,7 @@ def _written(values: dict[str, Any]) -> list[str]:
 def trained(
     wanted: Network, kin: Family, scale: Scale, source: str | None, models: Path, progress: Progress
 ) -> Trained:
-    """The network in its folder of `models`; if it is not there, that of the zoo, or it is trained to the end.
+    """The network in its folder of `models`; if that is not there, the zoo's, or it is trained to the end.
 
     Raises:
         ValueError: the folder holds a network of another recipe; the message names the differing keys.
