@@ -140,10 +140,11 @@ def digits() -> tuple[rse.SelfEnsemble, Tensor, Tensor]:
         rse.create_model("small-cnn", channels=1, width=0.5), rse.NoiseConfig(0.1, 0.05)
     )
     optimizer = torch.optim.Adam(ensemble.train().parameters(), lr=5e-3)
-    for _ in range(60):
+    for step in range(60):
         chosen = torch.randint(len(data), (128,))
         optimizer.zero_grad()
-        nn.functional.cross_entropy(ensemble(data.inputs(chosen)), data.labels[chosen]).backward()
+        with rse.noise_draw(step):
+            nn.functional.cross_entropy(ensemble(data.inputs(chosen)), data.labels[chosen]).backward()
         optimizer.step()
     test = rse.load_data("digits", "test")
     inputs, labels = test.inputs(slice(20)), test.labels[:20]
@@ -172,12 +173,13 @@ def test_noise_counts_on_copies_as_on_originals(digits: tuple[rse.SelfEnsemble, 
     found = [
         pgd(model, inputs, labels, norm="l2", eps=0.7, steps=20, eot=8, seed=0) for model in (ensemble, fast)
     ]
-    leads = [
-        judge(ensemble, inputs, images, labels, queries=50, seed=1).lead.mean().item() for images in found
-    ]
-    clean = judge(ensemble, inputs, inputs, labels, queries=50, seed=1).lead.mean().item()
-    assert leads[0] > clean + 0.2
-    assert leads[1] == pytest.approx(leads[0], abs=0.02)
+    original, copied, clean = (
+        judge(ensemble, inputs, images, labels, queries=50, seed=1).lead for images in (*found, inputs)
+    )
+    assert original.mean() > clean.mean() + 0.2
+    # The median: one image of twenty may end in another place.
+    assert (copied - original).median().abs() < 0.01
+    assert copied.mean() == pytest.approx(original.mean().item(), abs=0.05)
     base = [
         transfer(model, inputs, labels, attack=pgd, eps=0.1, steps=20, seed=0) for model in (ensemble, fast)
     ]

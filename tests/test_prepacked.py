@@ -34,6 +34,23 @@ def in_float64(convolution: nn.Conv2d, relu: bool) -> nn.Module:
     return nn.Sequential(exact, nn.ReLU()) if relu else exact
 
 
+@pytest.mark.parametrize("height", [2, 4, 8, 16, 32])
+@pytest.mark.parametrize(("kernel", "padding"), [(2, 1), (3, 1), (5, 2)])
+def test_nothing_outside_the_input_is_read(height: int, kernel: int, padding: int) -> None:
+    """Maps one pixel wide, among numbers that spoil what they touch; torch's own convolutions fail here."""
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(32, 64, kernel, stride=2, padding=padding).eval()
+    for exact_inputs in (False, True):
+        ours = PrepackedConvolution(convolution, relu=False, exact_inputs=exact_inputs)
+        for batch in (1, FEW, 64):
+            size, around = batch * height * 32, 8192
+            memory = torch.full((size + 2 * around,), torch.nan, dtype=torch.bfloat16)
+            memory[around:-around] = torch.randn(size)
+            inputs = memory[around:-around].view(batch, height, 1, 32).permute(0, 3, 1, 2)
+            with torch.no_grad():
+                assert close(ours(inputs), in_float64(convolution, relu=False)(inputs.double()))
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     groups=st.sampled_from([1, 2]),

@@ -112,6 +112,10 @@ class PrepackedConvolution(nn.Conv2d):
         if self._is_over_patches(inputs.shape):
             output = convolve_by_product(inputs, self.weight, self.bias)
             return output.relu_() if self.relu else output
+        if self._reads_outside(inputs.shape):
+            bias = None if self.bias is None else self.bias.float()
+            output = self._conv_forward(inputs.float(), self.weight.float(), bias).to(torch.bfloat16)
+            return output.relu_() if self.relu else output
         if self.exact_inputs:
             half, rest = _split(inputs)
             inputs = torch.cat([half, rest, half], dim=1)
@@ -157,6 +161,11 @@ class PrepackedConvolution(nn.Conv2d):
         entries: int = shape[1] * pixels * self.out_channels * math.prod(outputs)
         return entries <= _DENSE_ENTRIES
 
+    def _reads_outside(self, shape: torch.Size) -> bool:
+        """Whether torch's bfloat16 convolutions read outside of such inputs: what is NaN there stays it."""
+        padding, stride, _ = self._settings
+        return shape[-1] == 1 and padding[1] > 0 and stride[1] > 1
+
     def _is_over_patches(self, shape: torch.Size) -> bool:
         pixels = shape[-2] * shape[-1]
         enough = shape[0] >= FEW and self._keeps_size and not self.exact_inputs
@@ -171,9 +180,10 @@ class PrepackedConvolution(nn.Conv2d):
         def make() -> tuple[Tensor, Tensor | None, torch.Size]:
             channels, height, width = shape[1:]
             size = channels * height * width
-            columns = torch.eye(size, dtype=torch.bfloat16).view(size, height, width, channels)
-            outputs = self._conv_forward(columns.permute(0, 3, 1, 2), self.weight, None)
-            flat = outputs.permute(0, 2, 3, 1).reshape(size, -1)
+            columns = torch.eye(size).view(size, height, width, channels)
+            # Each number out is one weight, so that float32 changes nothing, and see `_reads_outside`.
+            outputs = self._conv_forward(columns.permute(0, 3, 1, 2), self.weight.float(), None)
+            flat = outputs.permute(0, 2, 3, 1).reshape(size, -1).to(torch.bfloat16)
             bias = None if self.bias is None else self.bias.repeat(flat.shape[1] // len(self.bias))
             return flat.t().contiguous(), bias, outputs.shape[1:]
 
