@@ -114,8 +114,8 @@ class PrepackedConvolution(nn.Conv2d):
             return output.relu_() if self.relu else output
         if self._reads_outside(inputs.shape):
             bias = None if self.bias is None else self.bias.float()
-            output = self._conv_forward(inputs.float(), self.weight.float(), bias).to(torch.bfloat16)
-            return output.relu_() if self.relu else output
+            found: Tensor = self._conv_forward(inputs.float(), self.weight.float(), bias).to(torch.bfloat16)
+            return found.relu_() if self.relu else found
         if self.exact_inputs:
             half, rest = _split(inputs)
             inputs = torch.cat([half, rest, half], dim=1)
