@@ -236,7 +236,7 @@ def test_a_network_of_the_zoo_serves_if_its_recipe_is_the_same(
 
 
 def test_a_network_that_begins_with_another_has_that_trained_first(
-    done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def beginning(wanted: networks.Network, *rest: Any) -> tuple[str, Any]:
         name, recipe = recipe_of(wanted, *rest)  # on digits first weights are left out

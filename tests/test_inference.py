@@ -177,9 +177,10 @@ def test_noise_counts_on_copies_as_on_originals(digits: tuple[rse.SelfEnsemble, 
         judge(ensemble, inputs, images, labels, queries=50, seed=1).lead for images in (*found, inputs)
     )
     assert original.mean() > clean.mean() + 0.2
-    # The median: one image of twenty may end in another place.
-    assert (copied - original).median().abs() < 0.01
-    assert copied.mean() == pytest.approx(original.mean().item(), abs=0.05)
+    # The mean would be that of the one or two images of twenty that end in another place.
+    difference = copied - original
+    assert difference.median().abs() < 0.01
+    assert (difference.abs() > 0.02).sum() <= 2
     base = [
         transfer(model, inputs, labels, attack=pgd, eps=0.1, steps=20, seed=0) for model in (ensemble, fast)
     ]

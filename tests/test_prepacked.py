@@ -1,6 +1,7 @@
 """Prepacked convolutions against torch's own, in float64."""
 
 import copy
+import itertools
 import pickle
 from typing import Any
 
@@ -40,7 +41,7 @@ def test_nothing_outside_the_input_is_read(height: int, kernel: int, padding: in
     """Maps one pixel wide, among numbers that spoil what they touch; torch's own convolutions fail here."""
     torch.manual_seed(0)
     convolution = nn.Conv2d(32, 64, kernel, stride=2, padding=padding).eval()
-    for exact_inputs in (False, True):
+    for exact_inputs, autocast in itertools.product((False, True), repeat=2):
         ours = PrepackedConvolution(convolution, relu=False, exact_inputs=exact_inputs)
         for batch in (1, FEW, 64):
             size, around = batch * height * 32, 8192
@@ -48,7 +49,10 @@ def test_nothing_outside_the_input_is_read(height: int, kernel: int, padding: in
             memory[around:-around] = torch.randn(size)
             inputs = memory[around:-around].view(batch, height, 1, 32).permute(0, 3, 1, 2)
             with torch.no_grad():
-                assert close(ours(inputs), in_float64(convolution, relu=False)(inputs.double()))
+                exact = in_float64(convolution, relu=False)(inputs.double())
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    output = ours(inputs)
+                assert close(output, exact)
 
 
 @settings(max_examples=60, deadline=None)

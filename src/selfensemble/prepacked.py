@@ -96,10 +96,15 @@ class PrepackedConvolution(nn.Conv2d):
 
     def _elsewhere(self, inputs: Tensor) -> Tensor:
         """On another device, or of one image without a batch."""
-        with torch.autocast(inputs.device.type, enabled=False):
-            output = self._conv_forward(inputs.to(self.weight.dtype), self.weight, self.bias)
-        output = output.to(torch.bfloat16)
+        output = self._by_torch(inputs, self.weight.dtype, self.bias).to(torch.bfloat16)
         return functional.relu(output) if self.relu else output
+
+    def _by_torch(self, inputs: Tensor, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+        """The convolution alone, in this precision whatever autocast says."""
+        with torch.autocast(inputs.device.type, enabled=False):
+            bias = None if bias is None else bias.to(dtype)
+            output: Tensor = self._conv_forward(inputs.to(dtype), self.weight.to(dtype), bias)
+        return output
 
     def convolve(self, inputs: Tensor) -> Tensor:
         """The output, of inputs that are laid out with channels last."""
@@ -113,9 +118,8 @@ class PrepackedConvolution(nn.Conv2d):
             output = convolve_by_product(inputs, self.weight, self.bias)
             return output.relu_() if self.relu else output
         if self._reads_outside(inputs.shape):
-            bias = None if self.bias is None else self.bias.float()
-            found: Tensor = self._conv_forward(inputs.float(), self.weight.float(), bias).to(torch.bfloat16)
-            return found.relu_() if self.relu else found
+            output = self._by_torch(inputs, torch.float32, self.bias).to(torch.bfloat16)
+            return output.relu_() if self.relu else output
         if self.exact_inputs:
             half, rest = _split(inputs)
             inputs = torch.cat([half, rest, half], dim=1)
@@ -182,7 +186,7 @@ class PrepackedConvolution(nn.Conv2d):
             size = channels * height * width
             columns = torch.eye(size).view(size, height, width, channels)
             # Each number out is one weight, so that float32 changes nothing, and see `_reads_outside`.
-            outputs = self._conv_forward(columns.permute(0, 3, 1, 2), self.weight.float(), None)
+            outputs = self._by_torch(columns.permute(0, 3, 1, 2), torch.float32, None)
             flat = outputs.permute(0, 2, 3, 1).reshape(size, -1).to(torch.bfloat16)
             bias = None if self.bias is None else self.bias.repeat(flat.shape[1] // len(self.bias))
             return flat.t().contiguous(), bias, outputs.shape[1:]
