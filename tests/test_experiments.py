@@ -178,7 +178,7 @@ def test_stopped_anywhere_it_ends_the_same(done: Done, tmp_path: Path) -> None:
 def test_mistakes_are_named(done: Done, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no experiment 'nothing': choose among headline, .*, all"):
         done.reproduction().run(["nothing"])
-    with pytest.raises(ValueError, match="no scale 'huge': choose one of quick, half, full"):
+    with pytest.raises(ValueError, match="no scale 'huge': choose one of quick, half, wide, full"):
         Reproduction("huge").run(["headline"])
     with pytest.raises(ValueError, match=r"no network 'nobody' here: choose among .*plain"):
         done.reproduction(only=("nobody",)).run(["headline"])
@@ -196,7 +196,7 @@ def test_a_folder_of_another_recipe_is_refused(done: Done) -> None:
     assert contents(done.models) == before
 
 
-@pytest.mark.parametrize("name", ["quick", "half", "full"])
+@pytest.mark.parametrize("name", ["quick", "half", "wide", "full"])
 def test_networks_that_share_a_folder_share_a_recipe(name: str) -> None:
     scale, recipes = load_scale(name), dict[str, Any]()
     for experiment in EXPERIMENTS.values():
@@ -376,7 +376,7 @@ def test_targeted_wants_another_class(done: Done) -> None:
     assert set(record.columns["search.success"]) <= {"000", "111"}  # no noise: all seeds agree
 
 
-@pytest.mark.parametrize("name", ["quick", "half", "full"])
+@pytest.mark.parametrize("name", ["quick", "half", "wide", "full"])
 @pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=EXPERIMENTS.keys())
 def test_every_network_has_a_valid_recipe(name: str, experiment: Any) -> None:
     scale = load_scale(name)

@@ -12,6 +12,7 @@ from .streams import Sampling, fresh_seed, noise_draw, stream_seed
 if TYPE_CHECKING:
     from .ensemble import SelfEnsemble
 
+_ON_ACCELERATORS = 64  # times the elements of a pass on a CPU
 _PASSES = 64  # of which the images are on the device at a time
 
 
@@ -54,7 +55,8 @@ class Draws:
         self.device = next((tensor.device for tensor in ensemble.parameters()), example.device)
         wanted = ensemble.input_dtype if example.is_floating_point() else None
         self._dtype = wanted or example.dtype
-        in_chunk = max(1, ensemble.chunk // max(1, example[:1].numel()))
+        chunk = ensemble.chunk * (1 if self.device.type == "cpu" else _ON_ACCELERATORS)
+        in_chunk = max(1, chunk // max(1, example[:1].numel()))
         if max_batch is not None:
             self.size = self.capacity = max_batch
         elif ensemble.has_half_activations:

@@ -5,6 +5,7 @@ import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -61,6 +62,20 @@ def original_of(model: nn.Module) -> nn.Module:
 def precision_of(ensemble: SelfEnsemble) -> Precision:
     """That an ensemble computes in, as `optimize` names it."""
     return ensemble.precision if isinstance(ensemble, FastEnsemble) else "float32"
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Within this context CUDA convolves float32 images in float32, not in TF32.
+
+    TF32 has steps of 1/2048 near 1, which swallow what an attack changes in an image.
+    """
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _wait(device: torch.device) -> None:

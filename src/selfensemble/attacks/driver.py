@@ -15,7 +15,7 @@ from ..ensemble import (
     floating_dtype,
     logits_of,
 )
-from ..inference import original_of
+from ..inference import exact_float32, original_of
 from ..inject import eval_mode
 from ..streams import fresh_seed, stream_seed
 from .expectation import Forward, Noise, Oracle
@@ -72,7 +72,8 @@ def attacked(model: nn.Module) -> Iterator[tuple[Forward, Forward | None]]:
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
-        with eval_mode(original), eval_mode(model), torch.inference_mode(False), torch.enable_grad():
+        grads = torch.inference_mode(False), torch.enable_grad()
+        with eval_mode(original), eval_mode(model), grads[0], grads[1], exact_float32():
             yield single_draw(original), None if model is original else single_draw(model)
     finally:
         for parameter in trainable:

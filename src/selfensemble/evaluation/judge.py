@@ -13,6 +13,7 @@ from ..attacks.driver import check_batch, device_of, single_draw
 from ..attacks.expectation import Forward
 from ..attacks.norms import size
 from ..ensemble import SelfEnsemble, check_count
+from ..inference import exact_float32
 from ..inject import eval_mode
 from ..provenance import binomial_interval
 from ..streams import fresh_seed, noise_draw, stream_seed
@@ -163,12 +164,13 @@ def _answer(
     """Mean softmax (B, K) of one query."""
     device = device_of(model, images)
     if isinstance(model, SelfEnsemble):
-        with _global_noise(seed, device):
+        with _global_noise(seed, device), exact_float32():
             return model.predict_proba(
                 images, draws=draws, seed=seed, max_batch=max_batch, sampling="per_image"
             )
     forward = single_draw(model)
-    with eval_mode(model), _global_noise(seed, device), noise_draw(seed, sampling="per_image"):
+    noise = noise_draw(seed, sampling="per_image")
+    with eval_mode(model), _global_noise(seed, device), noise, exact_float32():
         parts = [
             _mean_probabilities(forward, part.to(device), draws or 1).to(images.device)
             for part in images.split(max_batch or max(1, len(images)))

@@ -50,6 +50,11 @@ class Setting:
     seed: int
     progress: Report
 
+    @property
+    def max_batch(self) -> int:
+        """Images a pass of attacks and judge, several draws of one image counted as so many images."""
+        return 200 if self.device.type == "cpu" else 3200
+
     @cached_property
     def attacked(self) -> SelfEnsemble:
         """The network as attacks follow its gradients."""

@@ -35,7 +35,10 @@ def honest_protocol(scale: Scale, seed: int) -> Protocol:
     """The protocol of a scale."""
     file = resources.files(__package__) / "protocols" / f"{scale.honest}.yaml"
     with resources.as_file(file) as path:
-        return load_protocol(str(path), {"seed": seed, "precision": scale.precision})
+        return load_protocol(
+            str(path),
+            {"images": scale.images, "shard": scale.shard, "seed": seed, "precision": scale.precision},
+        )
 
 
 def worst_keys(record: Record, norm: str) -> dict[float, str]:

@@ -13,8 +13,6 @@ from .base import Measured, Setting
 from .intervals import Share, share
 from .records import Record, column, words
 
-MAX_BATCH = 200
-
 
 def evaluate(setting: Setting, protocol: Protocol) -> Measured:
     """Run the protocol, or what is left of it.
@@ -25,7 +23,7 @@ def evaluate(setting: Setting, protocol: Protocol) -> Measured:
     """
     evaluation = Evaluation(
         setting.trained.ensemble, setting.test, protocol, setting.folder, name=setting.network.name,
-        max_batch=MAX_BATCH, progress=setting.progress,
+        max_batch=setting.max_batch, progress=setting.progress,
     )  # fmt: skip
     results = evaluation.run()
     shards, seeds = evaluation.shards, protocol.judge.seeds

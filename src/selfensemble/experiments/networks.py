@@ -140,9 +140,11 @@ def trained(
     if not _is_whole(folder):
         begun = recipe
         if wanted.after is not None and recipe.model.weights is not None:
-            trained(network(wanted.after), kin, scale, source, models, progress)
-            first = recipe.model.model_copy(update={"weights": str(models / recipe.model.weights)})
-            begun = recipe.model_copy(update={"model": first})
+            before = network(wanted.after)
+            trained(before, kin, scale, source, models, progress)
+            its_name, its_recipe = recipe_of(before, kin, scale, source)
+            first = {"weights": str(_place_of(models / its_name, its_recipe))}
+            begun = recipe.model_copy(update={"model": recipe.model.model_copy(update=first)})
         saved = folder / CHECKPOINT
         progress(0, 1, "going on with its training" if saved.is_file() else "training")
         Trainer(begun, folder, data=recipe.data.source, resume=True, progress=progress).run()

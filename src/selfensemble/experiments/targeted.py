@@ -14,7 +14,6 @@ from ..streams import stream_seed
 from .base import Experiment, Measured, Setting, inputs_of
 from .figures import Line, Panel, draw
 from .intervals import Share, share
-from .judged import MAX_BATCH
 from .page import Page, Picture, Table
 from .records import Record, column, words
 
@@ -34,10 +33,10 @@ def targets_of(labels: Tensor, classes: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def answers_of(ensemble: SelfEnsemble, images: Tensor, seeds: int, seed: int) -> Tensor:
+def answers_of(ensemble: SelfEnsemble, images: Tensor, seeds: int, seed: int, max_batch: int) -> Tensor:
     """(B, seeds) answers under fresh noise, drawn for each image and seed on its own."""
     each = [
-        ensemble.predict(images, seed=stream_seed(seed, number, 0), sampling="per_image", max_batch=MAX_BATCH)
+        ensemble.predict(images, seed=stream_seed(seed, number, 0), sampling="per_image", max_batch=max_batch)
         for number in range(seeds)
     ]
     return torch.stack([answer.label for answer in each], dim=1)
@@ -131,10 +130,10 @@ def _attack(
         targets,
         targeted=True,
         seed=seed,
-        max_batch=MAX_BATCH,
+        max_batch=setting.max_batch,
         **settings,  # type: ignore[arg-type]
     )
-    answers = answers_of(ensemble, found, setting.scale.seeds, stream_seed(seed, 0, 1))
+    answers = answers_of(ensemble, found, setting.scale.seeds, stream_seed(seed, 0, 1), setting.max_batch)
     return {"success": answers == targets[:, None], "l2": (found - x).flatten(1).norm(dim=1)}
 
 
