@@ -53,7 +53,7 @@ class Setting:
     @property
     def max_batch(self) -> int:
         """Images a pass of attacks and judge, several draws of one image counted as so many images."""
-        return 200 if self.device.type == "cpu" else 3200
+        return 200 if self.device.type == "cpu" else 1600
 
     @cached_property
     def attacked(self) -> SelfEnsemble:
