@@ -28,6 +28,8 @@ LAYERS = 4096
 DRAWS = 2**32 // LAYERS
 _MASK32 = 0xFFFF_FFFF
 _HALVES = (torch.bfloat16, torch.float16)
+# By number of the draw and of the layer, and by device.
+Generators = dict[tuple[int, int, torch.device], torch.Generator]
 
 
 def check_sampling(sampling: str) -> Sampling:
@@ -47,7 +49,7 @@ class _Draw:
     step: int = 1
     antithetic: bool = False
     portable: bool = True
-    generators: dict[tuple[int, int, torch.device], torch.Generator] = field(default_factory=dict)
+    generators: Generators = field(default_factory=dict)
     bits: dict[tuple[int, int], Bits] = field(default_factory=dict)
 
 
@@ -65,6 +67,7 @@ def noise_draw(
     step: int = 1,
     antithetic: bool = False,
     portable: bool = True,
+    generators: Generators | None = None,
 ) -> Iterator[None]:
     """Within this context, noise is draw number `index` of `seed`, sampled by `sampling`.
 
@@ -88,6 +91,7 @@ def noise_draw(
             or whole pairs in the batch.
         portable: whether shared noise of a seed is to be the same in every dtype. If not, half precision on a
             CPU has numbers that cost less, as it has without a seed.
+        generators: where the generators of the streams are kept and looked for, of a draw with a seed.
     """
     if index < 0 or count < 1 or step < 1:
         raise ValueError(f"index must be >= 0, count and step >= 1, got {index}, {count} and {step}")
@@ -97,7 +101,8 @@ def noise_draw(
         )
     policy = None if sampling is None else check_sampling(sampling)
     chosen = None if seed is None else operator.index(seed)
-    token = _current.set(_Draw(chosen, index, policy, count, step, antithetic, portable))
+    kept: Generators = {} if generators is None else generators
+    token = _current.set(_Draw(chosen, index, policy, count, step, antithetic, portable, kept))
     try:
         yield
     finally:
@@ -117,6 +122,12 @@ def stream_seed(seed: int, index: int, layer: int) -> int:
     mixed = ((mixed ^ (mixed >> 16)) * 0x85EB_CA6B) & _MASK32
     mixed = ((mixed ^ (mixed >> 13)) * 0xC2B2_AE35) & _MASK32
     return (high << 32) | (mixed ^ (mixed >> 16))
+
+
+def seed_streams_(generators: Generators, seed: int, index: int) -> None:
+    """Put each generator to the start of its layer's stream in draw number `index` of `seed`."""
+    for (_, layer, _), generator in generators.items():
+        generator.manual_seed(stream_seed(seed, index, layer))
 
 
 class _Entropy(threading.local):

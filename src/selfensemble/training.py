@@ -34,11 +34,13 @@ from .learned_noise import distance_from_start, mean_levels, parameter_groups
 from .processes import check_restarts
 from .provenance import accuracy_record, provenance
 from .recipe import Recipe
+from .replay import StepGradients
 from .small_maps import speed_up_small_maps_
-from .streams import noise_draw, stream_seed
+from .streams import stream_seed
 
 CHECKPOINT, RESULTS, TEACHER = "checkpoint.pt", "results.json", "teacher"
 _CHECKPOINT_VERSION = 2
+_ON_DEVICE = 2**31  # bytes of images that an accelerator keeps
 Progress = Callable[[int, int, str], None]
 
 
@@ -93,7 +95,7 @@ class Trainer:
         self.step, self.history, self.seconds = 0, list[dict[str, float]](), 0.0
         self._epoch_loss = 0.0
         self._seed = stream_seed(recipe.seed, self.accelerator.process_index, 0)
-        self._augment = augmentation(recipe.data, self.train_data)
+        self._augment = augmentation(recipe.data)
         with torch.random.fork_rng():
             torch.manual_seed(recipe.seed)
             try:
@@ -122,6 +124,17 @@ class Trainer:
             self._averaged = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
         speed_up_small_maps_(self.network)
         self._teacher: SelfEnsemble | None = None
+        replays = (
+            self._images.device.type == self.accelerator.device.type == "cuda"
+            and self.accelerator.num_processes == 1
+            and self.accelerator.scaler is None
+        )
+        self._step_gradients = StepGradients(
+            self._gradients,
+            self.optimizer.zero_grad,
+            self._seed,
+            replays,
+        )
         if resume and (self.out / CHECKPOINT).exists():
             self._load_checkpoint()
 
@@ -154,6 +167,10 @@ class Trainer:
                 f"training images are {shapes[0]}, test images {shapes[1]} (channels, height, width): "
                 "convert them to one kind, or set data.size"
             )
+        self._images, self._labels = self.train_data.images, self.train_data.labels
+        if self._images.nbytes <= _ON_DEVICE:
+            device = self.accelerator.device
+            self._images, self._labels = self._images.to(device), self._labels.to(device)
         self.train_indices, self.validation_indices = split_validation(
             len(self.train_data), config.validation, self.recipe.seed
         )
@@ -277,21 +294,25 @@ class Trainer:
         mine = batch[rank::world]
         # Of augmentation and dropout; a master seed of its own keeps it apart from the noise's streams.
         torch.manual_seed(stream_seed(stream_seed(self._seed, 0, 1), self.step, 0))
-        device = self.accelerator.device
-        inputs = self._augment(self.train_data.inputs(mine).to(device))
-        inputs = inputs.contiguous(memory_format=self._format)
         self.model.train()
-        self.optimizer.zero_grad()
-        with noise_draw(self._seed, self.step), self.accelerator.autocast():
-            networks = Networks(self.model, self.network, self._teacher)
-            loss = self.recipe.defense.loss(networks, inputs, self.train_data.labels[mine].to(device))
-            if self.recipe.noise.learn is not None:
-                loss = loss + self.recipe.noise.hold * distance_from_start(self.network)
-        self.accelerator.backward(loss)
+        loss = self._step_gradients(mine.to(self._images.device), self.step)
         self.optimizer.step()
         self.scheduler.step()
         if self._averaged is not None:
             self._averaged.update_parameters(self.network)
+        return loss
+
+    def _gradients(self, index: Tensor) -> Tensor:
+        """The loss of the images of these numbers with the surroundings' noise; adds to the gradients."""
+        inputs = self._augment((self._images[index].float() / 255).to(self.accelerator.device))
+        inputs = inputs.contiguous(memory_format=self._format)
+        labels = self._labels[index].to(self.accelerator.device)
+        with self.accelerator.autocast():
+            networks = Networks(self.model, self.network, self._teacher)
+            loss = self.recipe.defense.loss(networks, inputs, labels)
+            if self.recipe.noise.learn is not None:
+                loss = loss + self.recipe.noise.hold * distance_from_start(self.network)
+        self.accelerator.backward(loss)
         return loss.detach()
 
     def _evaluate(self, data: ImageData, indices: Tensor, draws: int | None = None) -> int:

@@ -89,7 +89,10 @@ def project(change: Tensor, norm: str, eps: Tensor | float, inputs: Tensor) -> T
     L-inf and L1 are exact projections. For L2 the image is scaled into the ball and then clamped, which
     can only bring it nearer. `eps`: a number or (B,).
     """
-    radius = torch.as_tensor(eps, dtype=change.dtype, device=change.device).expand(len(change))
+    if isinstance(eps, Tensor):
+        radius = eps.to(change.device, change.dtype).expand(len(change))
+    else:
+        radius = change.new_full((len(change),), eps)  # filled on the device, which nobody waits for
     low, high = -inputs, 1 - inputs
     if norm == "linf":
         bound = per_image(radius, change)
@@ -121,8 +124,8 @@ def _project_l1(change: Tensor, radius: Tensor, low: Tensor, high: Tensor) -> Te
 
 
 def random_start(inputs: Tensor, norm: str, eps: float, generator: torch.Generator) -> Tensor:
-    """Changes uniform in the ball of radius `eps`, brought into the box."""
-    values = torch.empty(inputs.shape, dtype=torch.float32)
+    """Changes uniform in the ball of radius `eps`, brought into the box; drawn where the generator is."""
+    values = torch.empty(inputs.shape, dtype=torch.float32, device=generator.device)
     if norm == "linf":
         uniform = values.uniform_(-eps, eps, generator=generator).to(inputs.device, inputs.dtype)
         return project(uniform, norm, eps, inputs)
@@ -132,7 +135,8 @@ def random_start(inputs: Tensor, norm: str, eps: float, generator: torch.Generat
         signs = torch.empty_like(values).uniform_(-1, 1, generator=generator).sign()
         direction = signs * values.exponential_(generator=generator)
     direction = direction.to(inputs.device, inputs.dtype)
-    radius = torch.rand(len(inputs), generator=generator).to(inputs.device, inputs.dtype)
+    radius = torch.rand(len(inputs), generator=generator, device=generator.device)
+    radius = radius.to(inputs.device, inputs.dtype)
     radius = eps * radius ** (1 / max(1, inputs[:1].numel()))
     unit = direction / per_image(size(direction, norm).clamp(min=_TINY), direction)
     return project(unit * per_image(radius, direction), norm, eps, inputs)

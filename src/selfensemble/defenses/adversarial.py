@@ -55,7 +55,7 @@ def maximise(
     """
     change = torch.zeros_like(inputs)
     if random_start:
-        change = norms.random_start(inputs, norm, eps, torch.default_generator)
+        change = norms.random_start(inputs, norm, eps, _global_generator(inputs.device))
     draws = eot if ensemble.is_random else 1
     with eval_mode(ensemble):
         for _ in range(steps):
@@ -65,6 +65,15 @@ def maximise(
             (gradient,) = torch.autograd.grad(loss(over), leaf)
             change = project(change + step_size * steepest(gradient.float(), norm), norm, eps, inputs)
     return (inputs + change).detach()
+
+
+def _global_generator(device: torch.device) -> torch.Generator:
+    """That of the device, where torch shows it."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[
+            torch.cuda.current_device() if device.index is None else device.index
+        ]
+    return torch.default_generator
 
 
 class _Attack(Defense):

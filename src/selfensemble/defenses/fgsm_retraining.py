@@ -33,7 +33,7 @@ class FgsmRetraining(Defense):
         with eval_mode(networks.ensemble):
             found = functional.cross_entropy(networks.ensemble.draw_logits(leaf).float(), labels[:half])
             (gradient,) = torch.autograd.grad(found, leaf)
-        eps = torch.empty(half, 1, 1, 1).uniform_(self.smallest_eps, self.largest_eps).to(inputs)
+        eps = inputs.new_empty(half, 1, 1, 1).uniform_(self.smallest_eps, self.largest_eps)
         change = project(eps * gradient.sign(), "linf", self.largest_eps, inputs[:half])
         mixed = torch.cat([inputs[:half] + change, inputs[half:]])
         return functional.cross_entropy(logits_in_train_mode(networks, mixed), labels)
