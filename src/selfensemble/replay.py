@@ -37,7 +37,7 @@ class StepGradients:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, index: Tensor, step: int) -> Tensor:
-        if self._replays and self._eager == _EAGER_STEPS:
+        if self._replays and self._graph is None and self._eager == _EAGER_STEPS:
             self._record(index)
         if self._graph is not None:
             self._index.copy_(index)

@@ -43,7 +43,8 @@ class CrossEntropy(Defense):
 
     def loss(self, networks: Networks, inputs: Tensor, labels: Tensor) -> Tensor:
         if self.input_std:
-            inputs = inputs + self.input_std * torch.randn(inputs.shape).to(inputs)
+            noise = torch.randn(inputs.shape, dtype=inputs.dtype, device=inputs.device)
+            inputs = inputs + self.input_std * noise
         logits = logits_in_train_mode(networks, torch.cat([inputs] * self.draws))
         loss = functional.cross_entropy(
             logits, labels.repeat(self.draws), label_smoothing=self.label_smoothing
