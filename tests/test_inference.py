@@ -196,3 +196,33 @@ def test_without_a_precision_the_faster_one_is_measured(
     for precision in ("float32", "bf16"):
         monkeypatch.setattr(inference, "faster_precision", lambda device, chosen=precision: chosen)
         assert optimize(ensemble, inputs).precision == precision
+
+
+class _Tells(nn.Module):
+    """Whether TF32 was allowed when it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allowed: set[bool] = set()
+        self.convolution = nn.Conv2d(3, 2, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.allowed.add(torch.backends.cudnn.allow_tf32)
+        logits: Tensor = self.convolution(inputs).flatten(1)
+        return logits
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_attacks_and_judge_decide_in_float32(wrapped: bool) -> None:
+    told = _Tells()
+    model = rse.SelfEnsemble(told, rse.NoiseConfig(0, 0), bounds=(0, 1)) if wrapped else told
+    images, labels = torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 0, 1])
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, True
+    try:
+        judge(model, images, pgd(model, images, labels, eps=0.1, steps=2), labels)
+        assert told.allowed == {False}
+        with pytest.raises(KeyError), inference.exact_float32():
+            raise KeyError
+        assert torch.backends.cudnn.allow_tf32
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

@@ -21,7 +21,7 @@ import selfensemble as rse
 from selfensemble.defenses.resize_pad import ResizePad, ResizePadConfig
 from selfensemble.half_noise import Bits
 from selfensemble.noise import Std
-from selfensemble.streams import Sampling, stream_seed
+from selfensemble.streams import Generators, Sampling, seed_streams_, stream_seed
 
 N = 1_000_000
 
@@ -492,3 +492,21 @@ def test_shared_half_noise_that_need_not_be_portable(
         single = rse.GaussianNoise(0.5).eval()(zeros.float())
     with rse.noise_draw(5, 3):
         assert torch.equal(single, rse.GaussianNoise(0.5).eval()(zeros.float()))  # float32 stays as it is
+
+
+def test_generators_that_are_kept_can_be_put_to_any_draw() -> None:
+    """As a graph replays them: those of one draw, seeded anew, give the noise of another."""
+    layers = nn.Sequential(
+        rse.GaussianNoise(0.5, layer=3), nn.Flatten(), rse.GaussianNoise([0.1] * 60, layer=8)
+    )
+    inputs = torch.zeros(6, 3, 5, 4)
+    kept: Generators = {}
+    with rse.noise_draw(7, 2, generators=kept):
+        layers(inputs)
+    assert {layer for _, layer, _ in kept} == {3, 8}
+    for index in (9, 2):
+        seed_streams_(kept, 7, index)
+        with rse.noise_draw(7, 2, generators=kept):
+            found = layers(inputs)
+        with rse.noise_draw(7, index):
+            torch.testing.assert_close(layers(inputs), found, rtol=0, atol=0)
