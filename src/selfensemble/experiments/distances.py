@@ -11,6 +11,8 @@ from .page import Table
 from .records import Record
 
 RADII = (0.1, 0.25, 0.5, 0.75, 1.0)
+# What ours is compared with image by image.
+_RIVALS = ("rse", "gaussian", "smoothadv", "adversarial", "trades", "rse-learned")
 _CAPTION = """\
 Accuracy in % where C&W with binary search over c, averaged over noise, may go so far: the nearest image that
 it found is taken on in its direction as far as the distance allows, and judged on fresh noise; images that it
@@ -65,16 +67,19 @@ def distance_lines(records: Sequence[Record]) -> list[Line]:
 def gain_table(
     records: Sequence[Record], more: Callable[[Record], dict[str, str]] = lambda _: {}
 ) -> list[Table]:
-    """Ours against RSE on the same images: of the entries that `more` names, then by distance."""
+    """Ours against RSE and rivals on the same images: of the entries that `more` names, then by distance."""
     named = {record.facts.network: record for record in records}
     if not {"rse", "ours"} <= named.keys():
         return []
-    ours, rse = named["ours"], named["rse"]
-    keys = more(rse) | {f"C&W, L2 {radius:g}": key for radius, key in by_radius(rse).items() if radius}
+    ours, others = named["ours"], [named[name] for name in _RIVALS if name in named]
+    keys = more(ours) | {f"C&W, L2 {radius:g}": key for radius, key in by_radius(ours).items() if radius}
     rows = []
     for what, key in keys.items():
-        right = [record.bits(f"{key}.right")[:, 0].astype(float) for record in (ours, rse)]
-        gain = mean(right[0] - right[1])
-        rows.append([what, f"{100 * gain.value:+.1f} ({100 * gain.low:+.1f} to {100 * gain.high:+.1f})"])
-    caption = "Accuracy of ours less that of RSE, in points, with the paired 95 % interval."
-    return [Table("Ours against RSE", caption, ["", "difference"], rows)]
+        mine = ours.bits(f"{key}.right")[:, 0].astype(float)
+        gains = [mean(mine - record.bits(f"{key}.right")[:, 0]) for record in others]
+        each = [
+            f"{100 * gain.value:+.1f} ({100 * gain.low:+.1f} to {100 * gain.high:+.1f})" for gain in gains
+        ]
+        rows.append([what, *each])
+    caption = "Accuracy of ours less that of the other, in points, with the paired 95 % interval."
+    return [Table("Ours against others", caption, ["", *(record.facts.title for record in others)], rows)]
