@@ -56,16 +56,14 @@ class Draws:
         wanted = ensemble.input_dtype if example.is_floating_point() else None
         self._dtype = wanted or example.dtype
         in_chunk = max(1, ensemble.chunk // max(1, example[:1].numel()))
-        on_cpu = self.device.type == "cpu"
-        most = in_chunk if on_cpu else _ON_ACCELERATORS * in_chunk
         if max_batch is not None:
             self.size = self.capacity = max_batch
+        elif self.device.type != "cpu":
+            self.size, self.capacity = max(in_chunk, len(example) // 2), _ON_ACCELERATORS * in_chunk
         elif ensemble.has_half_activations:
-            self.size = self.capacity = most
-        elif on_cpu:  # very small batches are not divided
-            self.size, self.capacity = max(1, in_chunk // 4, min(len(example) // 2, in_chunk)), most
-        else:
-            self.size, self.capacity = max(in_chunk, len(example) // 2), most
+            self.size = self.capacity = in_chunk
+        else:  # very small batches are not divided
+            self.size, self.capacity = max(1, in_chunk // 4, min(len(example) // 2, in_chunk)), in_chunk
         # Per-image noise of a seed depends on the batch: images of two parts must not have the same, and
         # several draws in one batch would not be those of their own.
         self._by_part = seed is not None and not shared

@@ -22,7 +22,7 @@ class StepGradients:
     Args:
         work: indices of a batch's images, on their device, to the loss; adds to the gradients. It draws from
             torch's global generator of the device and from the noise streams of its surroundings, and to be
-            replayed must wait for the device nowhere.
+            replayed must wait for the device nowhere; what Python decides in a step is recorded with it.
         zero_grad: sets the gradients to None.
         seed: of the noise; its draws are the numbers of the steps.
         replays: whether steps are to be recorded; then all batches have one size.
@@ -55,15 +55,17 @@ class StepGradients:
         graph = torch.cuda.CUDAGraph()
         self._index = index.clone()
         self._generators = {(0, layer, device): each for (_, layer, device), each in self._generators.items()}
-        for generator in self._generators.values():
-            graph.register_generator_state(generator)
         self._zero_grad()
+        stream = torch.cuda.current_stream()
         try:
+            for generator in self._generators.values():
+                graph.register_generator_state(generator)
             with torch.cuda.graph(graph), noise_draw(self._seed, 0, generators=self._generators):
                 self._loss = self._work(self._index)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             warnings.warn(f"training without a CUDA graph, which is slower: {reason}", stacklevel=2)
             self._replays = False
+            torch.cuda.set_stream(stream)  # a capture that was cut short leaves its own
         else:
             self._graph = graph

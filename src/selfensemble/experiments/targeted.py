@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..attacks import cw_l2, cw_l2_paper
 from ..ensemble import SelfEnsemble
+from ..inference import exact_float32
 from ..streams import stream_seed
 from .base import Experiment, Measured, Setting, inputs_of
 from .figures import Line, Panel, draw
@@ -35,10 +36,13 @@ def targets_of(labels: Tensor, classes: int, seed: int) -> Tensor:
 @torch.no_grad()
 def answers_of(ensemble: SelfEnsemble, images: Tensor, seeds: int, seed: int, max_batch: int) -> Tensor:
     """(B, seeds) answers under fresh noise, drawn for each image and seed on its own."""
-    each = [
-        ensemble.predict(images, seed=stream_seed(seed, number, 0), sampling="per_image", max_batch=max_batch)
-        for number in range(seeds)
-    ]
+    with exact_float32():
+        each = [
+            ensemble.predict(
+                images, seed=stream_seed(seed, number, 0), sampling="per_image", max_batch=max_batch
+            )
+            for number in range(seeds)
+        ]
     return torch.stack([answer.label for answer in each], dim=1)
 
 
