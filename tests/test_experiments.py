@@ -16,7 +16,7 @@ from selfensemble import cli  # noqa: F401  (adds its commands to the app)
 from selfensemble.cli_base import app
 from selfensemble.experiments import EXPERIMENTS, Reproduction, networks, render_all
 from selfensemble.experiments.certainty import auroc, calibration_error
-from selfensemble.experiments.certificates import METHODS, reach
+from selfensemble.experiments.certificates import METHODS, empirical, reach
 from selfensemble.experiments.curvature import local_lipschitz, second_order_term
 from selfensemble.experiments.draws import COUNTS, right_groups
 from selfensemble.experiments.intervals import mean, share
@@ -294,6 +294,20 @@ def test_theory_and_draws_on_trained_networks(done: Done) -> None:
     again = contents(done.out / "theory")
     render_all(["theory"], done.out)
     assert contents(done.out / "theory") == again
+
+
+def test_attacks_beside_certificates_are_those_of_the_same_network() -> None:
+    """The stored results have two networks named smoothadv, of half and of a quarter of the width."""
+    stored = Path(__file__).parents[1] / "docs" / "results"
+    for experiment, name, same in (
+        ("certificates", "gaussian", True),
+        ("certified-noise", "smoothadv", False),
+    ):
+        certified, attacked = (read_record(stored / each, name) for each in (experiment, "honest"))
+        assert certified is not None
+        assert attacked is not None
+        lines = empirical([certified], [attacked])
+        assert bool(lines) == same == (certified.facts.model == attacked.facts.model)
 
 
 def test_certificates_by_both_methods(done: Done) -> None:

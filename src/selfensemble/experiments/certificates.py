@@ -137,7 +137,7 @@ class Certificates(Experiment):
             ]
             for method in METHODS
         }
-        attacked = _empirical(records, others.get("honest", ()))
+        attacked = empirical(records, others.get("honest", ()))
         theirs = COHEN if is_theirs(records[0].facts.source) else {}
         lines["vote"] += [
             Line(
@@ -291,13 +291,16 @@ def _published(records: Sequence[Record]) -> list[list[str]]:
     ]
 
 
-def _empirical(records: Sequence[Record], honest: Sequence[Record]) -> list[Line]:
-    """Accuracy in the worst case of the honest protocol, of the networks that have one."""
-    looks = {record.facts.network: look for look, record in enumerate(records)}
+def empirical(records: Sequence[Record], honest: Sequence[Record]) -> list[Line]:
+    """Accuracy in the worst case of the honest protocol, of the networks that have one.
+
+    A network of another width may have the same short name: the same is the one with the same digest.
+    """
+    looks = {record.facts.model: look for look, record in enumerate(records)}
     return [
-        Line(f"{each.facts.title}, under attack", 7 + looks[each.facts.network], line.x, line.y)
+        Line(f"{each.facts.title}, under attack", 7 + looks[each.facts.model], line.x, line.y)
         for each in honest
-        if each.facts.network in looks
+        if each.facts.model in looks
         for line in worst_lines([each], "l2")
     ]
 
