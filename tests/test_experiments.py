@@ -19,6 +19,7 @@ from selfensemble.experiments.certainty import auroc, calibration_error
 from selfensemble.experiments.certificates import METHODS, empirical, reach
 from selfensemble.experiments.curvature import local_lipschitz, second_order_term
 from selfensemble.experiments.draws import COUNTS, right_groups
+from selfensemble.experiments.figures import Line, Panel, draw
 from selfensemble.experiments.intervals import mean, share
 from selfensemble.experiments.judged import accuracy, by_strength, rms
 from selfensemble.experiments.networks import family, recipe_of
@@ -294,6 +295,16 @@ def test_theory_and_draws_on_trained_networks(done: Done) -> None:
     again = contents(done.out / "theory")
     render_all(["theory"], done.out)
     assert contents(done.out / "theory") == again
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_no_legend_is_wider_than_its_figure(columns: int) -> None:
+    lines = [
+        Line(f"a network with a long name, number {look}", look, [0, 1], [0.2, 0.4]) for look in range(6)
+    ]
+    figure = draw([[Panel("title", "x", "y", lines)] * columns])
+    (legend,) = figure.legends
+    assert 0 < legend.get_window_extent().width <= figure.bbox.width
 
 
 def test_attacks_beside_certificates_are_those_of_the_same_network() -> None:

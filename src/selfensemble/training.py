@@ -129,12 +129,7 @@ class Trainer:
             and self.accelerator.num_processes == 1
             and self.accelerator.scaler is None
         )
-        self._step_gradients = StepGradients(
-            self._gradients,
-            self.optimizer.zero_grad,
-            self._seed,
-            replays,
-        )
+        self._step_gradients = StepGradients(self._gradients, self.optimizer.zero_grad, self._seed, replays)
         if resume and (self.out / CHECKPOINT).exists():
             self._load_checkpoint()
 

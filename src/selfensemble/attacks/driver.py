@@ -72,8 +72,13 @@ def attacked(model: nn.Module) -> Iterator[tuple[Forward, Forward | None]]:
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
-        grads = torch.inference_mode(False), torch.enable_grad()
-        with eval_mode(original), eval_mode(model), grads[0], grads[1], exact_float32():
+        with (
+            eval_mode(original),
+            eval_mode(model),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            exact_float32(),
+        ):
             yield single_draw(original), None if model is original else single_draw(model)
     finally:
         for parameter in trainable:

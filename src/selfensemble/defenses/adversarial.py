@@ -70,9 +70,7 @@ def maximise(
 def _global_generator(device: torch.device) -> torch.Generator:
     """That of the device, where torch shows it."""
     if device.type == "cuda":
-        return torch.cuda.default_generators[
-            torch.cuda.current_device() if device.index is None else device.index
-        ]
+        return torch.cuda.default_generators[device.index]  # a tensor's device has one
     return torch.default_generator
 
 

@@ -169,8 +169,12 @@ def _answer(
                 images, draws=draws, seed=seed, max_batch=max_batch, sampling="per_image"
             )
     forward = single_draw(model)
-    noise = noise_draw(seed, sampling="per_image")
-    with eval_mode(model), _global_noise(seed, device), noise, exact_float32():
+    with (
+        eval_mode(model),
+        _global_noise(seed, device),
+        noise_draw(seed, sampling="per_image"),
+        exact_float32(),
+    ):
         parts = [
             _mean_probabilities(forward, part.to(device), draws or 1).to(images.device)
             for part in images.split(max_batch or max(1, len(images)))

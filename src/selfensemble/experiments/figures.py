@@ -51,9 +51,11 @@ def draw(panels: Sequence[Sequence[Panel]], *, share_x: bool = False) -> Figure:
             for line in panel.lines:
                 shown.setdefault(line.label, _draw_line(axes, line, 100 if panel.percent else 1))
             _draw_axes(axes, panel)
-    figure.legend(
-        list(shown.values()), list(shown), loc="outside lower center", ncols=min(4, len(shown) or 1)
-    )
+    for ncols in range(min(4, len(shown) or 1), 0, -1):  # the most columns that fit
+        legend = figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=ncols)
+        if ncols == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()
     return figure
 
 
