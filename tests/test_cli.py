@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import selfensemble as rse
+from selfensemble.__main__ import main
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 
@@ -29,10 +30,14 @@ def run(*arguments: str | float | Path, expect: int = 0) -> subprocess.Completed
 def error(*arguments: str | float | Path) -> str:
     """The one line of error that a wrong call prints, behind what it reported of its progress."""
     finished = run(*arguments, expect=2)
-    *_, line = finished.stderr.strip().splitlines()
-    assert "Traceback" not in finished.stderr
+    return only_line(finished.returncode, finished.stdout, finished.stderr)
+
+
+def only_line(status: object, output: str, errors: str) -> str:
+    *_, line = errors.strip().splitlines()
+    assert (status, output) == (2, "")
+    assert "Traceback" not in errors
     assert line.startswith("error: ")
-    assert finished.stdout == ""
     return line
 
 
@@ -143,7 +148,21 @@ def test_train_prints_and_stores_accuracy(model: Path) -> None:
     )
 
 
-def test_wrong_calls_are_one_line(model: Path, pictures: Path, tmp_path: Path) -> None:
+def test_wrong_calls_are_one_line(
+    model: Path,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In this process, which has loaded PyTorch already."""
+
+    def error(*arguments: str | float | Path) -> str:
+        monkeypatch.setattr(sys, "argv", ["selfensemble", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return only_line(stop.value.code, *capsys.readouterr())
+
     assert "digits-rse" in error("train", "nothing")
     assert "known here" in error("train", "digits-rse", "--set", "train.epoch=1")
     assert "digits, cifar10" in error("train", "digits-rse", "--data", "nowhere", "--out", tmp_path / "x")
