@@ -21,6 +21,8 @@ from selfensemble.building import make_scheduler
 from selfensemble.recipe import TrainSection, load_recipe, public_recipe
 from selfensemble.training import CHECKPOINT, RESULTS, Trainer
 
+from .command import call
+
 SMALL = [
     "data.flip=true", "data.crop_padding=1", "model.width=0.25", "train.epochs=15", "train.batch_size=128",
     "train.checkpoint_steps=3", "noise.draws=2",
@@ -28,25 +30,26 @@ SMALL = [
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def command(out: Path, *more: str, sets: list[str] | None = None) -> list[str]:
+def arguments(out: Path, *more: str, sets: list[str] | None = None) -> list[str]:
     overrides = [part for item in sets or SMALL for part in ("--set", item)]
-    return [
-        sys.executable,
-        "-m",
-        "selfensemble",
-        "train",
-        "digits-rse",
-        "--out",
-        str(out),
-        *overrides,
-        *more,
-    ]
+    return ["train", "digits-rse", "--out", str(out), *overrides, *more]
+
+
+def command(out: Path, *more: str, sets: list[str] | None = None) -> list[str]:
+    return [sys.executable, "-m", "selfensemble", *arguments(out, *more, sets=sets)]
 
 
 def train(out: Path, *more: str, sets: list[str] | None = None) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, whose weights are compared with those of others to the last bit."""
     return subprocess.run(
         command(out, *more, sets=sets), env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
+
+
+def refusal(out: Path, *more: str, sets: list[str] | None = None) -> str:
+    finished = call(*arguments(out, *more, sets=sets))
+    assert finished.returncode == 2, finished.stderr
+    return finished.stderr
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -137,7 +140,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(undisturbed: Path, tmp_pat
 
 
 def test_another_seed_gives_other_weights(undisturbed: Path, tmp_path: Path) -> None:
-    assert train(tmp_path / "run", sets=[*SMALL, "seed=1"]).returncode == 0
+    assert call(*arguments(tmp_path / "run", sets=[*SMALL, "seed=1"])).returncode == 0
     assert not same(weights(tmp_path / "run"), weights(undisturbed))
 
 
@@ -145,18 +148,14 @@ def test_a_finished_run_is_complete_and_protected(undisturbed: Path) -> None:
     kept = {path.name: path.read_bytes() for path in undisturbed.iterdir() if path.is_file()}
     assert {"model.safetensors", "config.json", RESULTS, CHECKPOINT} <= kept.keys()
     assert list((undisturbed / "tensorboard").glob("events*"))
-    again = train(undisturbed)
-    assert again.returncode == 2
-    assert "--resume" in again.stderr
-    other = train(undisturbed, "--resume", sets=[*SMALL, "train.lr=0.5"])
-    assert other.returncode == 2
-    assert "train.lr" in other.stderr
+    assert "--resume" in refusal(undisturbed)
+    assert "train.lr" in refusal(undisturbed, "--resume", sets=[*SMALL, "train.lr=0.5"])
     assert {path.name: path.read_bytes() for path in undisturbed.iterdir() if path.is_file()} == kept
 
 
 def test_resuming_a_finished_run_repeats_nothing(undisturbed: Path) -> None:
     before = weights(undisturbed)
-    finished = train(undisturbed, "--resume")
+    finished = call(*arguments(undisturbed, "--resume"))
     assert finished.returncode == 0, finished.stderr
     assert "epoch" not in finished.stderr
     assert same(weights(undisturbed), before)
@@ -167,9 +166,7 @@ def test_resuming_without_a_checkpoint_does_not_replace_an_ensemble(
 ) -> None:
     for name in ("config.json", "model.safetensors"):
         shutil.copy(undisturbed / name, tmp_path / name)
-    finished = train(tmp_path, "--resume")
-    assert finished.returncode == 2
-    assert "no checkpoint" in finished.stderr
+    assert "no checkpoint" in refusal(tmp_path, "--resume")
     assert same(weights(tmp_path), weights(undisturbed))
 
 
@@ -178,17 +175,16 @@ def test_keys_that_recipes_gained_since_do_not_stop_a_resumed_run(undisturbed: P
     recipe = state["recipe"]
     del recipe["resize_pad"], recipe["model"]["activation"], recipe["noise"]["learn"]
     torch.save(state, tmp_path / CHECKPOINT)
-    finished = train(tmp_path, "--resume")
+    finished = call(*arguments(tmp_path, "--resume"))
     assert finished.returncode == 0, finished.stderr
     assert same(weights(tmp_path), weights(undisturbed))
 
 
 def test_a_damaged_checkpoint_is_named(undisturbed: Path, tmp_path: Path) -> None:
     (tmp_path / CHECKPOINT).write_bytes((undisturbed / CHECKPOINT).read_bytes()[:1000])
-    finished = train(tmp_path, "--resume")
-    assert finished.returncode == 2
-    assert "--overwrite" in finished.stderr
-    assert finished.stderr.count("\n") <= 2
+    errors = refusal(tmp_path, "--resume")
+    assert "--overwrite" in errors
+    assert errors.count("\n") <= 2
 
 
 def test_no_room_to_save_keeps_earlier_files(undisturbed: Path, tmp_path: Path) -> None:
@@ -216,9 +212,12 @@ def test_two_processes_share_the_work(tmp_path: Path) -> None:
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517",
         "-m", "selfensemble",
     ]  # fmt: skip
-    arguments = command(tmp_path / "run", "--json")[3:]
     finished = subprocess.run(
-        [*launcher, *arguments], env=ENVIRONMENT, capture_output=True, text=True, check=False
+        [*launcher, *arguments(tmp_path / "run", "--json")],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert finished.returncode == 0, finished.stderr
     assert json.loads(finished.stdout)["metrics"]["test"]["images"] == 450
@@ -253,15 +252,13 @@ def test_data_given_on_the_command_line_are_remembered(tmp_path: Path) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(digits.images[i, 0].numpy()).save(folder / f"{i}.png")
     sets = ["train.epochs=1", "model.width=0.25"]
-    assert train(tmp_path / "run", "--data", str(tmp_path / "data"), sets=sets).returncode == 0
-    other = train(tmp_path / "run", "--resume", sets=sets)
-    assert other.returncode == 2
-    assert "data.source" in other.stderr
+    trained = call(*arguments(tmp_path / "run", "--data", str(tmp_path / "data"), sets=sets))
+    assert trained.returncode == 0, trained.stderr
+    assert "data.source" in refusal(tmp_path / "run", "--resume", sets=sets)
     (tmp_path / "quick.yaml").write_text("attacks: [{attack: fgsm}]\njudge: {queries: 1}")
-    evaluated = subprocess.run(
-        [sys.executable, "-m", "selfensemble", "evaluate", str(tmp_path / "run"), "--n", "400",
-         "--protocol", str(tmp_path / "quick.yaml"), "--out", str(tmp_path / "evaluation"), "--json"],
-        env=ENVIRONMENT, capture_output=True, text=True, check=True,
+    evaluated = call(
+        "evaluate", tmp_path / "run", "--n", 400, "--protocol", tmp_path / "quick.yaml",
+        "--out", tmp_path / "evaluation", "--json",
     )  # fmt: skip
     data = json.loads(evaluated.stdout)["data"]
     assert data["images"] == 300
@@ -269,9 +266,7 @@ def test_data_given_on_the_command_line_are_remembered(tmp_path: Path) -> None:
 
 
 def test_images_that_a_network_cannot_take(tmp_path: Path) -> None:
-    finished = train(tmp_path / "run", sets=["model.name=vgg16"])
-    assert finished.returncode == 2
-    assert "choose another model.name" in finished.stderr
+    assert "choose another model.name" in refusal(tmp_path / "run", sets=["model.name=vgg16"])
 
 
 def test_overwriting_removes_what_no_longer_belongs(undisturbed: Path, tmp_path: Path) -> None:
@@ -289,13 +284,9 @@ def test_overwriting_removes_what_no_longer_belongs(undisturbed: Path, tmp_path:
 
 
 def test_batches_too_small_for_batch_norm_are_refused(tmp_path: Path) -> None:
-    finished = train(tmp_path / "run", sets=["train.batch_size=1"])
-    assert finished.returncode == 2
-    assert "train.batch_size" in finished.stderr
+    assert "train.batch_size" in refusal(tmp_path / "run", sets=["train.batch_size=1"])
 
 
 def test_a_loss_that_explodes_is_an_error(tmp_path: Path) -> None:
-    finished = train(tmp_path / "run", sets=[*SMALL, "train.lr=1e30"])
-    assert finished.returncode == 2
-    assert "lower train.lr" in finished.stderr
+    assert "lower train.lr" in refusal(tmp_path / "run", sets=[*SMALL, "train.lr=1e30"])
     assert not (tmp_path / "run" / "model.safetensors").exists()
