@@ -286,3 +286,17 @@ def test_the_cache_can_be_deleted_while_in_use(
     loaded = load_data(str(write_parquet(tmp_path / "data", digits)), "train")
     shutil.rmtree(tmp_path / "cache")
     assert torch.equal(loaded.images, digits.images[:20])
+
+
+def test_a_sample_is_of_all_classes_and_of_its_seed(digits: ImageData) -> None:
+    few, again, other = (digits.sample(200, seed) for seed in (3, 3, 4))
+    assert torch.equal(few.images, again.images)
+    assert torch.equal(few.labels, again.labels)
+    assert not torch.equal(few.images, other.images)
+    assert (len(few), few.classes, few.labels.unique().tolist()) == (200, digits.classes, list(range(10)))
+    known = {
+        image.numpy().tobytes(): int(label) for image, label in zip(digits.images, digits.labels, strict=True)
+    }
+    for image, label in zip(few.images, few.labels, strict=True):
+        assert known[image.numpy().tobytes()] == label
+    assert digits.sample(len(digits), 0) is digits

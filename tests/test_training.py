@@ -265,6 +265,13 @@ def test_data_given_on_the_command_line_are_remembered(tmp_path: Path) -> None:
     assert data["source"] == str(tmp_path / "data")
 
 
+def test_a_part_of_the_images_to_try_things_out(tmp_path: Path) -> None:
+    sets = ["data.images=200", "train.epochs=1", "model.width=0.25"]
+    results = Trainer(load_recipe("digits-rse", sets), tmp_path / "run").run()
+    assert results["data"]["train"] == 180
+    assert [results["metrics"][part]["images"] for part in ("validation", "test")] == [20, 200]
+
+
 def test_images_that_a_network_cannot_take(tmp_path: Path) -> None:
     assert "choose another model.name" in refusal(tmp_path / "run", sets=["model.name=vgg16"])
 

@@ -51,6 +51,13 @@ class ImageData:
         """Images as float32 in [0, 1]."""
         return self.images[index].float() / 255
 
+    def sample(self, count: int, seed: int) -> "ImageData":
+        """At most `count` of the images, drawn by `seed`, in their order."""
+        if count >= len(self):
+            return self
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+        return replace(self, images=self.images[order], labels=self.labels[order])
+
     def with_classes(self, classes: tuple[str, ...]) -> "ImageData":
         """The same images, their labels numbered as in `classes` (a split may lack some of them).
 

@@ -20,10 +20,14 @@ from .schema import Count, NonNegative, Positive, Section
 
 
 class DataSection(Section):
-    """Images, and what is done to them. `source` and `size`: see `load_data`."""
+    """Images, and what is done to them. `source` and `size`: see `load_data`.
+
+    `images`: at most as many of each split, drawn by the seed, to try things out.
+    """
 
     source: str = "digits"
     size: Count | None = None
+    images: Count | None = None
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.1
     crop_padding: Annotated[int, Field(ge=0)] = 0
     flip: bool = False

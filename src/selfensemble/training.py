@@ -156,6 +156,10 @@ class Trainer:
             self.train_data = load_data(config.source, "train", size=config.size)
             test_data = load_data(config.source, "test", size=config.size)
         self.test_data = test_data.with_classes(self.train_data.classes)
+        if config.images is not None:
+            self.train_data, self.test_data = (
+                part.sample(config.images, self.recipe.seed) for part in (self.train_data, self.test_data)
+            )
         shapes = [tuple(part.images.shape[1:]) for part in (self.train_data, self.test_data)]
         if shapes[0] != shapes[1]:
             raise ValueError(
