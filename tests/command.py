@@ -31,3 +31,20 @@ def call(*arguments: str | float | Path) -> subprocess.CompletedProcess[str]:
     status = stop.value.code
     assert isinstance(status, int)
     return subprocess.CompletedProcess(command, status, output.getvalue(), errors.getvalue())
+
+
+def run(*arguments: str | float | Path, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    """The same of a call that has to end with this status."""
+    finished = call(*arguments)
+    assert finished.returncode == expect, finished.stdout + finished.stderr
+    return finished
+
+
+def error(*arguments: str | float | Path) -> str:
+    """The one line of error that a wrong call prints, behind what it reported of its progress."""
+    finished = run(*arguments, expect=2)
+    *_, line = finished.stderr.strip().splitlines()
+    assert "Traceback" not in finished.stderr
+    assert line.startswith("error: ")
+    assert finished.stdout == ""
+    return line

@@ -18,7 +18,7 @@ from selfensemble.attacks import pgd
 from selfensemble.certification import certify
 from selfensemble.evaluation.certified import Certification, Settings, read_certified
 
-from .command import call
+from .command import error, run
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 
@@ -27,17 +27,14 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("certified") / "model"
     sets = ["train.epochs=5", "model.width=0.5", "noise.init_std=0.3"]
-    finished = call("train", "digits-rse", "--out", out, *(p for item in sets for p in ("--set", item)))
-    assert finished.returncode == 0, finished.stderr
+    run("train", "digits-rse", "--out", out, *(p for item in sets for p in ("--set", item)))
     return out
 
 
 def test_a_run_by_the_command(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = ("certify", model, "--n-images", 60, "--n", 400, "--shard", 20, "--out", out)
-    finished = call(*arguments, "--json")
-    assert finished.returncode == 0, finished.stderr
-    results = json.loads(finished.stdout)
+    results = json.loads(run(*arguments, "--json").stdout)
     assert results == json.loads((out / "certified.json").read_text())
     assert results["std"] == pytest.approx(0.3)
     rows = list(csv.DictReader((out / "certificates.csv").read_text().splitlines()))
@@ -48,19 +45,15 @@ def test_a_run_by_the_command(model: Path, tmp_path: Path) -> None:
         assert at[radius] == pytest.approx(len(good) / 60)
     assert at[0.0] > 0.8
     assert 1 > at[0.1] >= at[0.3] > 0
-    assert "certified accuracy" in call(*arguments).stdout
-    other = call(*arguments, "--seed", 1)
-    assert other.returncode == 2
-    assert "untouched" in other.stderr
-    wrong = call("certify", model, "--method", "votes")
-    assert wrong.returncode == 2
-    assert "Traceback" not in wrong.stderr
+    assert "certified accuracy" in run(*arguments).stdout
+    assert "untouched" in error(*arguments, "--seed", 1)
+    assert "Traceback" not in run("certify", model, "--method", "votes", expect=2).stderr
 
 
 def test_killed_and_gone_on(model: Path, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     arguments = ("certify", model, "--n-images", 40, "--n", 3000, "--shard", 10, "--method", "vote")
-    assert call(*arguments, "--out", whole).returncode == 0
+    run(*arguments, "--out", whole)
     process = subprocess.Popen(
         [sys.executable, "-m", "selfensemble", *map(str, arguments), "--out", str(broken)],
         env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -73,7 +66,7 @@ def test_killed_and_gone_on(model: Path, tmp_path: Path) -> None:
     done = {path: path.stat().st_mtime_ns for path in broken.glob("shards/0*.json")}
     assert 1 <= len(done) < 4
     assert not (broken / "certified.json").exists()
-    assert call(*arguments, "--out", broken).returncode == 0
+    run(*arguments, "--out", broken)
     assert all(path.stat().st_mtime_ns == before for path, before in done.items())
     assert (broken / "certificates.csv").read_bytes() == (whole / "certificates.csv").read_bytes()
 
@@ -159,21 +152,19 @@ def test_calibrating_by_the_command(model: Path, tmp_path: Path) -> None:
     copy.mkdir()
     for file in model.glob("*.*"):
         (copy / file.name).write_bytes(file.read_bytes())
-    finished = call(
+    finished = run(
         "calibrate", copy, "--n-images", 400, "--epsilon", 0.2, "--most", 12, "--seed", 0, "--json"
     )
-    assert finished.returncode == 0, finished.stderr
     rule = json.loads(finished.stdout)
     assert json.loads((copy / "config.json").read_text())["stopping"] == rule
     data = rse.load_data("digits", "test")
     answer = rse.load(copy).predict(data.inputs(slice(50)), stop="calibrated")
     assert answer.draws.max() <= 12
     assert rule["precision"] == "bf16"
-    assert "in a copy of its folder" in call("calibrate", "digits-rse").stderr
-    assert "asks for" in call("calibrate", copy, "--n-images", 5000).stderr
+    assert "in a copy of its folder" in error("calibrate", "digits-rse")
+    assert "asks for" in error("calibrate", copy, "--n-images", 5000)
     Image.fromarray(data.images[0, 0].numpy()).save(tmp_path / "digit.png")
-    told = call("predict", "--model", copy, tmp_path / "digit.png", "--stop", "calibrated", "--json")
+    told = run("predict", "--model", copy, tmp_path / "digit.png", "--stop", "calibrated", "--json")
     assert 1 <= json.loads(told.stdout)["images"][0]["draws"] <= 12
-    refused = call("predict", "--model", model, tmp_path / "digit.png", "--stop", "calibrated")
-    assert refused.returncode == 2
-    assert "selfensemble calibrate" in refused.stderr
+    refused = error("predict", "--model", model, tmp_path / "digit.png", "--stop", "calibrated")
+    assert "selfensemble calibrate" in refused

@@ -14,25 +14,9 @@ from PIL import Image
 
 import selfensemble as rse
 
-from .command import call
+from .command import call, error, run
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-
-
-def run(*arguments: str | float | Path, expect: int = 0) -> subprocess.CompletedProcess[str]:
-    finished = call(*arguments)
-    assert finished.returncode == expect, finished.stdout + finished.stderr
-    return finished
-
-
-def error(*arguments: str | float | Path) -> str:
-    """The one line of error that a wrong call prints, behind what it reported of its progress."""
-    finished = run(*arguments, expect=2)
-    *_, line = finished.stderr.strip().splitlines()
-    assert "Traceback" not in finished.stderr
-    assert line.startswith("error: ")
-    assert finished.stdout == ""
-    return line
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,12 @@
 import json
 from pathlib import Path
 
+import torch
 from PIL import Image
 
+import selfensemble as rse
 from selfensemble.demo import PROTOCOLS, run_demo
+from selfensemble.evaluation import Evaluation, load_protocol
 from selfensemble.evaluation.results import read_results
 
 
@@ -44,3 +47,9 @@ def test_demo_writes_figures_pictures_and_a_report(tmp_path: Path) -> None:
             assert min(picture.size) > 400
             assert len(picture.convert("L").getcolors(maxcolors=256) or []) > 10
     assert not any(file.exists() and file.read_bytes() == b"of an earlier demo" for file in earlier)
+    # What was saved is what was measured; noise of a seed follows the layout that a network is trained in.
+    saved = rse.load(out / "rse").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    paper = load_protocol("demo-paper", short | {"seed": 0, "images": 40})
+    again = Evaluation(saved, rse.load_data("digits", "test"), paper, tmp_path / "again").run()
+    shown = read_results(out / "rse-paper")
+    assert (again.clean, again.attacks) == (shown.clean, shown.attacks)

@@ -21,7 +21,7 @@ from selfensemble.building import make_scheduler
 from selfensemble.recipe import TrainSection, load_recipe, public_recipe
 from selfensemble.training import CHECKPOINT, RESULTS, Trainer
 
-from .command import call
+from .command import error, run
 
 SMALL = [
     "data.flip=true", "data.crop_padding=1", "model.width=0.25", "train.epochs=15", "train.batch_size=128",
@@ -44,12 +44,6 @@ def train(out: Path, *more: str, sets: list[str] | None = None) -> subprocess.Co
     return subprocess.run(
         command(out, *more, sets=sets), env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
-
-
-def refusal(out: Path, *more: str, sets: list[str] | None = None) -> str:
-    finished = call(*arguments(out, *more, sets=sets))
-    assert finished.returncode == 2, finished.stderr
-    return finished.stderr
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -140,7 +134,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(undisturbed: Path, tmp_pat
 
 
 def test_another_seed_gives_other_weights(undisturbed: Path, tmp_path: Path) -> None:
-    assert call(*arguments(tmp_path / "run", sets=[*SMALL, "seed=1"])).returncode == 0
+    run(*arguments(tmp_path / "run", sets=[*SMALL, "seed=1"]))
     assert not same(weights(tmp_path / "run"), weights(undisturbed))
 
 
@@ -148,15 +142,14 @@ def test_a_finished_run_is_complete_and_protected(undisturbed: Path) -> None:
     kept = {path.name: path.read_bytes() for path in undisturbed.iterdir() if path.is_file()}
     assert {"model.safetensors", "config.json", RESULTS, CHECKPOINT} <= kept.keys()
     assert list((undisturbed / "tensorboard").glob("events*"))
-    assert "--resume" in refusal(undisturbed)
-    assert "train.lr" in refusal(undisturbed, "--resume", sets=[*SMALL, "train.lr=0.5"])
+    assert "--resume" in error(*arguments(undisturbed))
+    assert "train.lr" in error(*arguments(undisturbed, "--resume", sets=[*SMALL, "train.lr=0.5"]))
     assert {path.name: path.read_bytes() for path in undisturbed.iterdir() if path.is_file()} == kept
 
 
 def test_resuming_a_finished_run_repeats_nothing(undisturbed: Path) -> None:
     before = weights(undisturbed)
-    finished = call(*arguments(undisturbed, "--resume"))
-    assert finished.returncode == 0, finished.stderr
+    finished = run(*arguments(undisturbed, "--resume"))
     assert "epoch" not in finished.stderr
     assert same(weights(undisturbed), before)
 
@@ -166,7 +159,7 @@ def test_resuming_without_a_checkpoint_does_not_replace_an_ensemble(
 ) -> None:
     for name in ("config.json", "model.safetensors"):
         shutil.copy(undisturbed / name, tmp_path / name)
-    assert "no checkpoint" in refusal(tmp_path, "--resume")
+    assert "no checkpoint" in error(*arguments(tmp_path, "--resume"))
     assert same(weights(tmp_path), weights(undisturbed))
 
 
@@ -175,14 +168,13 @@ def test_keys_that_recipes_gained_since_do_not_stop_a_resumed_run(undisturbed: P
     recipe = state["recipe"]
     del recipe["resize_pad"], recipe["model"]["activation"], recipe["noise"]["learn"]
     torch.save(state, tmp_path / CHECKPOINT)
-    finished = call(*arguments(tmp_path, "--resume"))
-    assert finished.returncode == 0, finished.stderr
+    run(*arguments(tmp_path, "--resume"))
     assert same(weights(tmp_path), weights(undisturbed))
 
 
 def test_a_damaged_checkpoint_is_named(undisturbed: Path, tmp_path: Path) -> None:
     (tmp_path / CHECKPOINT).write_bytes((undisturbed / CHECKPOINT).read_bytes()[:1000])
-    errors = refusal(tmp_path, "--resume")
+    errors = run(*arguments(tmp_path, "--resume"), expect=2).stderr
     assert "--overwrite" in errors
     assert errors.count("\n") <= 2
 
@@ -252,11 +244,10 @@ def test_data_given_on_the_command_line_are_remembered(tmp_path: Path) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(digits.images[i, 0].numpy()).save(folder / f"{i}.png")
     sets = ["train.epochs=1", "model.width=0.25"]
-    trained = call(*arguments(tmp_path / "run", "--data", str(tmp_path / "data"), sets=sets))
-    assert trained.returncode == 0, trained.stderr
-    assert "data.source" in refusal(tmp_path / "run", "--resume", sets=sets)
+    run(*arguments(tmp_path / "run", "--data", str(tmp_path / "data"), sets=sets))
+    assert "data.source" in error(*arguments(tmp_path / "run", "--resume", sets=sets))
     (tmp_path / "quick.yaml").write_text("attacks: [{attack: fgsm}]\njudge: {queries: 1}")
-    evaluated = call(
+    evaluated = run(
         "evaluate", tmp_path / "run", "--n", 400, "--protocol", tmp_path / "quick.yaml",
         "--out", tmp_path / "evaluation", "--json",
     )  # fmt: skip
@@ -273,7 +264,7 @@ def test_a_part_of_the_images_to_try_things_out(tmp_path: Path) -> None:
 
 
 def test_images_that_a_network_cannot_take(tmp_path: Path) -> None:
-    assert "choose another model.name" in refusal(tmp_path / "run", sets=["model.name=vgg16"])
+    assert "choose another model.name" in error(*arguments(tmp_path / "run", sets=["model.name=vgg16"]))
 
 
 def test_overwriting_removes_what_no_longer_belongs(undisturbed: Path, tmp_path: Path) -> None:
@@ -291,9 +282,9 @@ def test_overwriting_removes_what_no_longer_belongs(undisturbed: Path, tmp_path:
 
 
 def test_batches_too_small_for_batch_norm_are_refused(tmp_path: Path) -> None:
-    assert "train.batch_size" in refusal(tmp_path / "run", sets=["train.batch_size=1"])
+    assert "train.batch_size" in error(*arguments(tmp_path / "run", sets=["train.batch_size=1"]))
 
 
 def test_a_loss_that_explodes_is_an_error(tmp_path: Path) -> None:
-    assert "lower train.lr" in refusal(tmp_path / "run", sets=[*SMALL, "train.lr=1e30"])
+    assert "lower train.lr" in error(*arguments(tmp_path / "run", sets=[*SMALL, "train.lr=1e30"]))
     assert not (tmp_path / "run" / "model.safetensors").exists()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import selfensemble as rse
 from selfensemble.tuning import levels_named
 
-from .test_cli import error, run
+from .command import error, run
 
 
 class Thresholds(nn.Module):

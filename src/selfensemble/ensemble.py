@@ -191,7 +191,8 @@ class SelfEnsemble(nn.Module):
                 copies needs no more memory than one plain pass over the whole; on a CPU at most 32
                 images of 32x32 or the same in pixels, on the fast path in bfloat16 128.
             seed: None for fresh noise (what a defense needs), an integer for noise that repeats: with
-                shared sampling, the same whatever the batch and `max_batch`.
+                shared sampling, the same whatever the batch and `max_batch`; in another memory format
+                (channels_last) a seed stands for other noise.
             sampling: overrides the ensemble's.
             stop: when an image stops drawing. None takes all draws. "exact" stops when the draws that are
                 left cannot change the label: it is that of all draws, while probabilities are means of
