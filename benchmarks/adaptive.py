@@ -20,14 +20,14 @@ from timing import arguments, in_turn, medians, parsed, ratio, report, settings
 from torch import Tensor
 
 import selfensemble as rse
+from selfensemble.artefacts.storage import read_config
+from selfensemble.artefacts.zoo import locate
 from selfensemble.attacks import cw_l2, pgd
-from selfensemble.drawing import Draws
-from selfensemble.hub import read_config
-from selfensemble.inference import precision_of
-from selfensemble.inject import make_static_
-from selfensemble.noise import GaussianNoise
-from selfensemble.stopping import Stop
-from selfensemble.zoo import locate
+from selfensemble.ensemble.draws import Draws
+from selfensemble.ensemble.stopping import Stop
+from selfensemble.fast.optimize import precision_of
+from selfensemble.noise.injection import make_static_
+from selfensemble.noise.layer import GaussianNoise
 
 REFERENCE = 200
 RULES = ("fixed", "fixed, antithetic", "exact", "calibrated")

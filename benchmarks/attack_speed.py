@@ -21,7 +21,7 @@ import selfensemble as rse
 from selfensemble import attacks
 from selfensemble.evaluation import judge
 from selfensemble.evaluation.adapters import art_attack, foolbox_attack, torchattacks_attack
-from selfensemble.inject import make_static_
+from selfensemble.noise.injection import make_static_
 
 Attack = Callable[[rse.SelfEnsemble, Tensor, Tensor], Tensor]
 

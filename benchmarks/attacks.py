@@ -27,8 +27,8 @@ from selfensemble import attacks
 from selfensemble.attacks.square import square
 from selfensemble.evaluation import judge
 from selfensemble.evaluation.adapters import LibraryAttack, art_attack, foolbox_attack, torchattacks_attack
-from selfensemble.files import write_json
-from selfensemble.provenance import accuracy_record, provenance
+from selfensemble.runtime.files import write_json
+from selfensemble.runtime.provenance import accuracy_record, provenance
 
 LIBRARIES = {"torchattacks": "torchattacks", "foolbox": "foolbox", "art": "adversarial-robustness-toolbox"}
 MAKE = {"torchattacks": torchattacks_attack, "foolbox": foolbox_attack, "art": art_attack}

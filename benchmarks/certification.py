@@ -14,7 +14,7 @@ from timing import Case, arguments, in_turn, medians, parsed, ratio, report, set
 from torch import Tensor, nn
 
 import selfensemble as rse
-from selfensemble.certification import certificates
+from selfensemble.certainty.certification import certificates
 
 STD = 0.25
 BATCH = 1000

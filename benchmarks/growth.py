@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import selfensemble as rse
 from selfensemble.attacks import pgd
-from selfensemble.experiments.figures import Line, Panel, draw, svg
-from selfensemble.files import atomic_write
+from selfensemble.report.figures import Line, Panel, draw, svg
+from selfensemble.runtime.files import atomic_write
 
 
 def made(width: float, size: int = 32) -> tuple[rse.SelfEnsemble, Tensor]:

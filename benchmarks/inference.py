@@ -14,7 +14,7 @@ from timing import arguments, in_turn, medians, parsed, ratio, report, settings
 from torch import Tensor, nn
 
 import selfensemble as rse
-from selfensemble.stopping import Calibrated
+from selfensemble.ensemble.stopping import Calibrated
 
 
 def operations(model: nn.Module, inputs: Tensor) -> int:

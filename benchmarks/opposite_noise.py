@@ -11,7 +11,7 @@ from timing import arguments, parsed, report
 from torch import Tensor, nn
 
 import selfensemble as rse
-from selfensemble import noise
+from selfensemble.noise import layer
 
 
 def trained(seed: int, steps: int) -> tuple[float, float]:
@@ -35,11 +35,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=150)
     options = parsed(parser)
-    half = noise._first_half
+    half = layer._first_half
     ways: dict[str, Callable[[Tensor], Tensor]] = {"opposite": half, "each its own": lambda inputs: inputs}
     rows, values = [], {}
     for name, of_batch in ways.items():
-        noise._first_half = of_batch  # type: ignore[assignment]  # all of the batch is then the first half
+        layer._first_half = of_batch  # type: ignore[assignment]  # all of the batch is then the first half
         found = [trained(seed, options.steps) for seed in range(options.seeds)]
         row = [name]
         for each in zip(*found, strict=True):
@@ -47,7 +47,7 @@ def main() -> None:
             row.append(f"{statistics.mean(each):.4f} ({error:.4f})")
         rows.append(row)
         values[name] = found
-    noise._first_half = half
+    layer._first_half = half
     title = f"Digits, small CNN, {options.steps} steps, {options.seeds} seeds: mean (standard error)"
     report("opposite_noise", title, ["noise", "accuracy", "log loss"], rows, values, options.out)
 

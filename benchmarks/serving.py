@@ -26,8 +26,8 @@ from PIL import Image
 from timing import arguments, parsed, report, settings
 
 import selfensemble as rse
-from selfensemble.hub import read_config
-from selfensemble.zoo import locate
+from selfensemble.artefacts.storage import read_config
+from selfensemble.artefacts.zoo import locate
 
 Request = dict[str, Any]
 
@@ -39,7 +39,7 @@ def plain(model: str, draws: int) -> None:
     import uvicorn
     from fastapi import FastAPI
 
-    from selfensemble.data import prepare_image
+    from selfensemble.data.images import prepare_image
 
     config = read_config(locate(model))
     assert config.architecture is not None

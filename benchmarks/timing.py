@@ -12,9 +12,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from selfensemble.files import write_json
-from selfensemble.memory import keep_freed_memory
-from selfensemble.provenance import provenance
+from selfensemble.runtime.files import write_json
+from selfensemble.runtime.memory import keep_freed_memory
+from selfensemble.runtime.provenance import provenance
 
 Case = Callable[[], object]
 

@@ -13,7 +13,7 @@ from timing import Case, arguments, in_turn, medians, parsed, ratio, report, set
 from torch import Tensor, nn
 
 import selfensemble as rse
-from selfensemble.small_maps import speed_up_small_maps_
+from selfensemble.fast.small_maps import speed_up_small_maps_
 
 
 def step(

@@ -19,8 +19,8 @@ from training import step
 
 import selfensemble as rse
 from selfensemble.attacks import cw_l2
-from selfensemble.half_noise import Bits
-from selfensemble.small_maps import speed_up_small_maps_
+from selfensemble.fast.small_maps import speed_up_small_maps_
+from selfensemble.noise.half_precision import Bits
 
 _BITS = "random bits"
 # The first that a name contains decides.

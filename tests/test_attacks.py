@@ -29,7 +29,7 @@ from selfensemble.attacks.expectation import OTHER_NOISE, Average, Estimate, Ora
 from selfensemble.attacks.losses import LOSSES, dlr
 from selfensemble.attacks.nearest import Nearest
 from selfensemble.attacks.norms import project, random_start, size
-from selfensemble.streams import stream_seed
+from selfensemble.noise.streams import stream_seed
 
 from .conftest import LinearClassifier
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch.nn import functional
 
-from selfensemble.augmentation import augmentation
-from selfensemble.recipe import DataSection
+from selfensemble.training.augmentation import augmentation
+from selfensemble.training.recipe import DataSection
 
 
 def crops(image: torch.Tensor, padding: int, flip: bool) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from scipy import optimize, stats
 from torch import Tensor
 
-from selfensemble.bounds import (
+from selfensemble.certainty.bounds import (
     MeanBound,
     clopper_pearson_lower,
     clopper_pearson_upper,

@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 import selfensemble as rse
-from selfensemble.certification import (
+from selfensemble.certainty.certification import (
     Method,
     Rivals,
     _certify,
@@ -20,8 +20,8 @@ from selfensemble.certification import (
     certificates,
     certify,
 )
-from selfensemble.decision import ABSTAINED
-from selfensemble.pixels import pixel_std
+from selfensemble.certainty.decision import ABSTAINED
+from selfensemble.certainty.pixels import pixel_std
 
 STD = 0.5
 RIVALS: tuple[Rivals, ...] = ("all", "runner_up")
@@ -339,7 +339,7 @@ def test_networks_without_answers_of_their_own(model: type[nn.Module], message: 
 
 
 def test_random_resizing_before_the_noise_is_refused_every_time() -> None:
-    from selfensemble.defenses.resize_pad import ResizePadConfig, ResizePadNetwork
+    from selfensemble.noise.resize_pad import ResizePadConfig, ResizePadNetwork
 
     network = rse.create_model("small-cnn", channels=1, width=0.25)
     padded = ResizePadNetwork(network, ResizePadConfig(smallest=7, largest=8))

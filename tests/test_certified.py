@@ -15,7 +15,7 @@ from PIL import Image
 
 import selfensemble as rse
 from selfensemble.attacks import pgd
-from selfensemble.certification import certify
+from selfensemble.certainty.certification import certify
 from selfensemble.evaluation.certified import Certification, Settings, read_certified
 
 from .command import error, run

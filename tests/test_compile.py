@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import selfensemble as rse
-from selfensemble.learned_noise import learn_noise_
+from selfensemble.noise.learned import learn_noise_
 
 # Deprecation warnings of torch's own compiler and exporter.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import selfensemble as rse
-from selfensemble.conformal import ConformalSets, conformal_sets
+from selfensemble.certainty.conformal import ConformalSets, conformal_sets
 
 
 class Linear(nn.Module):

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from selfensemble import data
-from selfensemble.data import ImageData, load_data, prepare_image, split_validation
+from selfensemble.data import images as data
+from selfensemble.data.images import ImageData, load_data, prepare_image, split_validation
 
 datasets = pytest.importorskip("datasets")
 

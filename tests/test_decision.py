@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import selfensemble as rse
-from selfensemble.decision import ABSTAINED, Gamblers, decide
+from selfensemble.certainty.decision import ABSTAINED, Gamblers, decide
 
 _REPETITIONS = 10_000
 

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import selfensemble as rse
-from selfensemble import defenses
 from selfensemble.attacks.norms import Norm, size
-from selfensemble.defenses.adversarial import maximise
-from selfensemble.recipe import load_recipe
-from selfensemble.training import RESULTS, TEACHER, Trainer
+from selfensemble.training import defenses
+from selfensemble.training.defenses.adversarial import maximise
+from selfensemble.training.recipe import load_recipe
+from selfensemble.training.trainer import RESULTS, TEACHER, Trainer
 
 from .conftest import LinearClassifier
 

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 import selfensemble as rse
-from selfensemble.demo import PROTOCOLS, run_demo
 from selfensemble.evaluation import Evaluation, load_protocol
 from selfensemble.evaluation.results import read_results
+from selfensemble.experiments.demo import PROTOCOLS, run_demo
 
 
 def test_demo_writes_figures_pictures_and_a_report(tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ import typer
 
 import selfensemble as rse
 import selfensemble.__main__
-from selfensemble.cli_base import app
+from selfensemble.cli.base import app
 from selfensemble.evaluation.protocol import load_protocol
 from selfensemble.experiments import EXPERIMENTS
-from selfensemble.recipe import load_recipe
+from selfensemble.training.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]

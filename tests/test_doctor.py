@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import selfensemble as rse
-from selfensemble.evaluation.honesty import CHECKS, doctor
+from selfensemble.evaluation.doctor.doctor import CHECKS, doctor
 from selfensemble.evaluation.results import CheckRecord
-from selfensemble.recipe import load_recipe
-from selfensemble.training import Trainer
+from selfensemble.training.recipe import load_recipe
+from selfensemble.training.trainer import Trainer
 
 Images = tuple[Tensor, Tensor]
 
@@ -128,10 +128,10 @@ class Halved(nn.Module):
 
 def only_symptoms(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the trial attacks, which take longer and have tests of their own."""
-    import selfensemble.evaluation.honesty as honesty
+    import selfensemble.evaluation.doctor.doctor as doctor_module
 
-    some = {name: check for name, check in CHECKS.items() if check.__module__.endswith("symptoms")}
-    monkeypatch.setattr(honesty, "CHECKS", some)
+    some = {name: check for name, check in CHECKS.items() if check.__module__.endswith("model_checks")}
+    monkeypatch.setattr(doctor_module, "CHECKS", some)
 
 
 @pytest.mark.parametrize("honest", [FunctionalDropout, Attention, Strict, Halved])
@@ -347,10 +347,10 @@ def test_trial_attacks_find_masked_gradients(trained: dict[str, rse.SelfEnsemble
 def test_models_in_training_mode_and_noise_switched_off(
     trained: dict[str, rse.SelfEnsemble], digits: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import selfensemble.evaluation.honesty as honesty
+    import selfensemble.evaluation.doctor.doctor as doctor_module
 
     few = {name: CHECKS[name] for name in ("eval mode", "randomness")}
-    monkeypatch.setattr(honesty, "CHECKS", few)
+    monkeypatch.setattr(doctor_module, "CHECKS", few)
     ensemble = trained["rse"]
     ensemble.train()
     try:
@@ -370,8 +370,8 @@ def test_models_in_training_mode_and_noise_switched_off(
 
 
 def test_where_noise_enters(trained: dict[str, rse.SelfEnsemble], digits: Images) -> None:
-    from selfensemble.evaluation.patient import Patient
-    from selfensemble.evaluation.symptoms import where_noise_enters
+    from selfensemble.evaluation.doctor.model_checks import where_noise_enters
+    from selfensemble.evaluation.doctor.subject import Patient
 
     def check(model: nn.Module) -> CheckRecord:
         return where_noise_enters(

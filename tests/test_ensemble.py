@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import selfensemble as rse
-from selfensemble.models import create_model
+from selfensemble.networks.models import create_model
 
 
 @pytest.fixture

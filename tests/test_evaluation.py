@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import selfensemble as rse
 from selfensemble.evaluation import judge
-from selfensemble.provenance import accuracy_record, binomial_interval, provenance
+from selfensemble.runtime.provenance import accuracy_record, binomial_interval, provenance
 
 from .conftest import LinearClassifier
 

@@ -12,23 +12,23 @@ import torch
 from torch import nn
 
 import selfensemble as rse
-from selfensemble import cli  # noqa: F401  (adds its commands to the app)
-from selfensemble.cli_base import app
+from selfensemble.artefacts.storage import read_config
+from selfensemble.cli import commands  # noqa: F401  (adds its commands to the app)
+from selfensemble.cli.base import app
 from selfensemble.experiments import EXPERIMENTS, Reproduction, networks, render_all
 from selfensemble.experiments.certainty import auroc, calibration_error
 from selfensemble.experiments.certificates import METHODS, empirical, reach
 from selfensemble.experiments.curvature import local_lipschitz, second_order_term
 from selfensemble.experiments.draws import COUNTS, right_groups
-from selfensemble.experiments.figures import Line, Panel, draw
-from selfensemble.experiments.intervals import mean, share
 from selfensemble.experiments.judged import accuracy, by_strength, rms
 from selfensemble.experiments.networks import family, recipe_of
 from selfensemble.experiments.published import published_curve
 from selfensemble.experiments.records import Record, read_record
 from selfensemble.experiments.scales import Scale, load_scale
 from selfensemble.experiments.targeted import targets_of
-from selfensemble.hub import read_config
-from selfensemble.packing import pack
+from selfensemble.report.figures import Line, Panel, draw
+from selfensemble.report.intervals import mean, share
+from selfensemble.report.packing import pack
 
 
 class Done:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import selfensemble as rse
+from selfensemble.artefacts.storage import Architecture, read_config
 from selfensemble.evaluation.identity import model_record
 from selfensemble.evaluation.results import ModelRecord
-from selfensemble.hub import Architecture, read_config
 
 from .conftest import Aliased, OutOfOrder
 

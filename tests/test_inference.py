@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import selfensemble as rse
-from selfensemble import inference
 from selfensemble.attacks import cw_l2, ddn, pgd, transfer
 from selfensemble.evaluation import judge
-from selfensemble.inference import faster_precision, optimize, original_of
+from selfensemble.fast import optimize as fast
+from selfensemble.fast.optimize import faster_precision, optimize, original_of
 
 
 def trained_statistics(name: str, channels: int = 3) -> rse.SelfEnsemble:
@@ -195,7 +195,7 @@ def test_without_a_precision_the_faster_one_is_measured(
     ensemble, inputs, _ = digits
     assert faster_precision(torch.device("cpu")) in ("float32", "bf16")
     for precision in ("float32", "bf16"):
-        monkeypatch.setattr(inference, "faster_precision", lambda device, chosen=precision: chosen)
+        monkeypatch.setattr(fast, "faster_precision", lambda device, chosen=precision: chosen)
         assert optimize(ensemble, inputs).precision == precision
 
 
@@ -208,7 +208,7 @@ class _Tells(nn.Module):
         self.convolution = nn.Conv2d(3, 2, 2)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        self.said += [getattr(backend, name) for backend, name, _ in inference._TF32]
+        self.said += [getattr(backend, name) for backend, name, _ in fast._TF32]
         logits: Tensor = self.convolution(inputs).flatten(1)
         return logits
 
@@ -216,10 +216,10 @@ class _Tells(nn.Module):
 @pytest.fixture
 def tf32() -> Iterator[list[object]]:
     """As somebody has it who allows TF32 wherever there is a switch for it."""
-    values: list[object] = [True if name == "allow_tf32" else "tf32" for _, name, _ in inference._TF32]
-    before = [getattr(backend, name) for backend, name, _ in inference._TF32]
+    values: list[object] = [True if name == "allow_tf32" else "tf32" for _, name, _ in fast._TF32]
+    before = [getattr(backend, name) for backend, name, _ in fast._TF32]
     for part in (values, before):
-        for (backend, name, _), value in zip(inference._TF32, part, strict=True):
+        for (backend, name, _), value in zip(fast._TF32, part, strict=True):
             setattr(backend, name, value)
         if part is values:
             yield values
@@ -232,23 +232,23 @@ def test_attacks_and_judge_decide_in_float32(wrapped: bool, tf32: list[object]) 
     images, labels = torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 0, 1])
     told.said.clear()
     judge(model, images, pgd(model, images, labels, eps=0.1, steps=2), labels)
-    exact = [value for _, _, value in inference._TF32]
+    exact = [value for _, _, value in fast._TF32]
     assert told.said == len(told.said) // len(exact) * exact
-    assert [getattr(backend, name) for backend, name, _ in inference._TF32] == tf32
+    assert [getattr(backend, name) for backend, name, _ in fast._TF32] == tf32
 
 
 def test_float32_stays_exact_until_the_last_leaves(tf32: list[object]) -> None:
     def now() -> list[object]:
-        return [getattr(backend, name) for backend, name, _ in inference._TF32]
+        return [getattr(backend, name) for backend, name, _ in fast._TF32]
 
-    exact = [value for _, _, value in inference._TF32]
-    first, second = inference.exact_float32(), inference.exact_float32()
+    exact = [value for _, _, value in fast._TF32]
+    first, second = fast.exact_float32(), fast.exact_float32()
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)  # as two threads may overlap
     assert now() == exact
     second.__exit__(None, None, None)
     assert now() == tf32
-    with pytest.raises(KeyError), inference.exact_float32():
+    with pytest.raises(KeyError), fast.exact_float32():
         raise KeyError
     assert now() == tf32

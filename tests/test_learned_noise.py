@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import selfensemble as rse
-from selfensemble.learned_noise import (
+from selfensemble.noise.learned import (
     Granularity,
     LearnedNoise,
     distance_from_start,
@@ -16,8 +16,8 @@ from selfensemble.learned_noise import (
     mean_levels,
     parameter_groups,
 )
-from selfensemble.recipe import Recipe, load_recipe
-from selfensemble.training import Trainer
+from selfensemble.training.recipe import Recipe, load_recipe
+from selfensemble.training.trainer import Trainer
 
 SHORT = [
     "model.width=0.25", "train.batch_size=128", "noise.init_std=0.4", "noise.inner_std=0.2", "noise.draws=2",

@@ -9,7 +9,7 @@ import pytest
 
 _PROBE = """
 import json, resource, torch
-from selfensemble.memory import keep_freed_memory
+from selfensemble.runtime.memory import keep_freed_memory
 done = keep_freed_memory()
 def use():
     parts = [torch.ones(2**20 * (1 + size)) for size in range(12)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from selfensemble.models import MODELS, create_model
+from selfensemble.networks.models import MODELS, create_model
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,10 @@ from scipy.stats import chisquare, kstest, norm
 from torch import Tensor, nn
 
 import selfensemble as rse
-from selfensemble.defenses.resize_pad import ResizePad, ResizePadConfig
-from selfensemble.half_noise import Bits
-from selfensemble.noise import Std
-from selfensemble.streams import Generators, Sampling, seed_streams_, stream_seed
+from selfensemble.noise.half_precision import Bits
+from selfensemble.noise.layer import Std
+from selfensemble.noise.resize_pad import ResizePad, ResizePadConfig
+from selfensemble.noise.streams import Generators, Sampling, seed_streams_, stream_seed
 
 N = 1_000_000
 

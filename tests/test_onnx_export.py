@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import selfensemble as rse
-from selfensemble.defenses.resize_pad import ResizePadConfig, ResizePadNetwork
-from selfensemble.learned_noise import learn_noise_
+from selfensemble.noise.learned import learn_noise_
+from selfensemble.noise.resize_pad import ResizePadConfig, ResizePadNetwork
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import selfensemble as rse
-from selfensemble.inference import optimize
-from selfensemble.inject import attach_noise_
-from selfensemble.prepacked import FEW, PrepackedConvolution, can_prepack
+from selfensemble.fast.optimize import optimize
+from selfensemble.fast.prepacked import FEW, PrepackedConvolution, can_prepack
+from selfensemble.noise.injection import attach_noise_
 
 pytestmark = pytest.mark.skipif(
     not can_prepack(nn.Conv2d(1, 1, 1)), reason="needs bfloat16 convolutions of oneDNN"

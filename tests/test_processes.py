@@ -17,8 +17,8 @@ import torch
 import selfensemble as rse
 from selfensemble.evaluation import read_results
 from selfensemble.evaluation.certified import CERTIFICATES
-from selfensemble.processes import check_restarts, this_process
-from selfensemble.training import CHECKPOINT
+from selfensemble.runtime.processes import check_restarts, this_process
+from selfensemble.training.trainer import CHECKPOINT
 
 PROTOCOL = """\
 description: enough for something to go wrong in the middle
@@ -30,7 +30,7 @@ attacks: [{attack: pgd, norm: l2, eps: [0.5], steps: 60, eot: 4}]
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
-    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # see selfensemble.processes.check_restarts
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # see selfensemble.runtime.processes.check_restarts
 }
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 

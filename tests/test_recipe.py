@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from selfensemble.recipe import Recipe, load_recipe, shipped_recipes
+from selfensemble.training.recipe import Recipe, load_recipe, shipped_recipes
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import selfensemble as rse
-from selfensemble.hub import Architecture, read_config
+from selfensemble.artefacts.storage import Architecture, read_config
 
 from .fake_hub import hub
 
@@ -39,7 +39,7 @@ def test_pushed_and_fetched(tmp_path: Path) -> None:
     with hub() as (address, server):
         pushed = python(
             "import selfensemble as rse\n"
-            "from selfensemble.remote import push\n"
+            "from selfensemble.artefacts.hub import push\n"
             "print(push('mine', 'me/pushed'))\n"
             "print(rse.load('mine').push_to_hub('me/method', licence='mit'))\n",
             address, tmp_path,

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from selfensemble.recipe import load_recipe
-from selfensemble.training import Trainer
+from selfensemble.training.recipe import load_recipe
+from selfensemble.training.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

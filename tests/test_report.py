@@ -17,17 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from selfensemble.evaluation.certified import CERTIFIED, Certified, Point
-from selfensemble.evaluation.results import (
-    RESULTS,
-    CheckRecord,
-    DataRecord,
-    Entry,
-    ModelRecord,
-    Results,
-)
-from selfensemble.files import write_json
-from selfensemble.provenance import binomial_interval
+from selfensemble.evaluation.results import RESULTS, CheckRecord, DataRecord, Entry, ModelRecord, Results
 from selfensemble.report.html import GALLERY, write_report
+from selfensemble.runtime.files import write_json
+from selfensemble.runtime.provenance import binomial_interval
 
 VOID = {"meta", "img", "br", "link", "hr", "input"}
 

@@ -13,19 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import selfensemble as rse
-from selfensemble.defenses.resize_pad import (
-    ResizePad,
-    ResizePadConfig,
-    ResizePadNetwork,
-    resize_and_place,
-)
-from selfensemble.evaluation.honesty import doctor
+from selfensemble.artefacts.storage import Architecture, read_config
+from selfensemble.evaluation.doctor.doctor import doctor
 from selfensemble.evaluation.identity import model_record
-from selfensemble.hub import Architecture, read_config
-from selfensemble.inject import make_static_
-from selfensemble.recipe import load_recipe
-from selfensemble.streams import Sampling
-from selfensemble.training import Trainer
+from selfensemble.noise.injection import make_static_
+from selfensemble.noise.resize_pad import ResizePad, ResizePadConfig, ResizePadNetwork, resize_and_place
+from selfensemble.noise.streams import Sampling
+from selfensemble.training.recipe import load_recipe
+from selfensemble.training.trainer import Trainer
 
 CONFIG = ResizePadConfig(smallest=8, largest=10)
 ARCHITECTURE = Architecture(name="small-cnn", classes=10, channels=1, width=0.25)

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import selfensemble as rse
-from selfensemble.data import ImageData
+from selfensemble.artefacts.storage import Architecture
+from selfensemble.data.images import ImageData
 from selfensemble.evaluation.protocol import Protocol, expand
 from selfensemble.evaluation.results import read_results
 from selfensemble.evaluation.runner import Evaluation, within
 from selfensemble.evaluation.shards import plans_of
-from selfensemble.hub import Architecture
 
 PROTOCOL = """
 name: short

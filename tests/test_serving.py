@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import selfensemble as rse
+from selfensemble.ensemble.stopping import Calibrated, Exact, Fixed, Rule
 from selfensemble.serving.batching import Answer, Batcher, BusyError, ClosedError
-from selfensemble.stopping import Calibrated, Exact, Fixed, Rule
 
 
 class Probe(nn.Module):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 import selfensemble as rse
-from selfensemble import small_maps
-from selfensemble.small_maps import (
+from selfensemble.fast import small_maps
+from selfensemble.fast.small_maps import (
     convolve_by_product,
     patches_of,
     speed_up_small_maps_,

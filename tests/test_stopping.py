@@ -13,10 +13,10 @@ from scipy import stats
 from torch import Tensor, nn
 
 import selfensemble as rse
-from selfensemble import hub
-from selfensemble.calibration import Paths, cheapest, choose
-from selfensemble.drawing import Draws, moments
-from selfensemble.stopping import Calibrated, Exact, Fixed, Rule, margin
+from selfensemble.artefacts import storage
+from selfensemble.certainty.calibration import Paths, cheapest, choose
+from selfensemble.ensemble.draws import Draws, moments
+from selfensemble.ensemble.stopping import Calibrated, Exact, Fixed, Rule, margin
 
 
 def replayed(outputs: Tensor, rule: Rule, *, fold: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -353,9 +353,9 @@ def test_a_calibrated_network(digits: tuple[rse.SelfEnsemble, Tensor], tmp_path:
     assert 1 < answer.draws.float().mean() < 10
     # It travels with the model, and with optimised copies.
     rse.save(ensemble, tmp_path / "model", architecture=None)
-    assert hub.read_config(tmp_path / "model").stopping == rule
+    assert storage.read_config(tmp_path / "model").stopping == rule
     assert rse.optimize(ensemble, images).stopping == rule
-    hub.save_stopping(tmp_path / "model", halving(4))
+    storage.save_stopping(tmp_path / "model", halving(4))
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["stopping"]["thresholds"] == [0.8, 0.4, 0.2, 0.0]
     fresh = rse.create_model("small-cnn", channels=1, width=0.25)

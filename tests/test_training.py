@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 
 import selfensemble as rse
-from selfensemble.building import make_scheduler
-from selfensemble.recipe import TrainSection, load_recipe, public_recipe
-from selfensemble.training import CHECKPOINT, RESULTS, Trainer
+from selfensemble.training.building import make_scheduler
+from selfensemble.training.recipe import TrainSection, load_recipe, public_recipe
+from selfensemble.training.trainer import CHECKPOINT, RESULTS, Trainer
 
 from .command import error, run
 

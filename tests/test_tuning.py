@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import selfensemble as rse
-from selfensemble.tuning import levels_named
+from selfensemble.experiments.tuning import levels_named
 
 from .command import error, run
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import selfensemble as rse
-from selfensemble.models import MODELS, create_model
+from selfensemble.networks.models import MODELS, create_model
 
 from .conftest import Aliased, Functional, OutOfOrder
 

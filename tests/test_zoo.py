@@ -11,10 +11,10 @@ import torch
 import yaml
 
 import selfensemble as rse
-from selfensemble.card import model_card
-from selfensemble.hub import read_config
-from selfensemble.packing import pack, write_card
-from selfensemble.zoo import locate, zoo
+from selfensemble.artefacts.storage import read_config
+from selfensemble.artefacts.zoo import locate, zoo
+from selfensemble.report.card import model_card
+from selfensemble.report.packing import pack, write_card
 
 NAMES = list(zoo())
 

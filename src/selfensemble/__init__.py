@@ -5,25 +5,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import attacks, evaluation
+    from .artefacts.onnx_export import export_onnx
+    from .artefacts.storage import load, save
     from .attacks import cw_l2, cw_l2_paper
-    from .calibration import calibrate
-    from .certification import Certificate, certify
-    from .conformal import ConformalSets, conformal_sets
-    from .data import ImageData, load_data
-    from .decision import Decision, decide
-    from .ensemble import Prediction, SelfEnsemble
+    from .certainty.calibration import calibrate
+    from .certainty.certification import Certificate, certify
+    from .certainty.conformal import ConformalSets, conformal_sets
+    from .certainty.decision import Decision, decide
+    from .data.images import ImageData, load_data
+    from .ensemble.ensemble import Prediction, SelfEnsemble
+    from .ensemble.validators import Issue, validate
     from .evaluation.judge import judge
-    from .hub import load, save
-    from .inference import optimize
-    from .inject import inject_noise_, noise_disabled, noise_layers, remove_noise_
-    from .models import create_model
-    from .noise import GaussianNoise, NoiseConfig
-    from .onnx_export import export_onnx
-    from .recipe import Recipe, load_recipe
-    from .streams import noise_draw
-    from .training import Trainer
-    from .tuning import Sweep, tune
-    from .validators import Issue, validate
+    from .experiments.tuning import Sweep, tune
+    from .fast.optimize import optimize
+    from .networks.models import create_model
+    from .noise.injection import inject_noise_, noise_disabled, noise_layers, remove_noise_
+    from .noise.layer import GaussianNoise, NoiseConfig
+    from .noise.streams import noise_draw
+    from .training.recipe import Recipe, load_recipe
+    from .training.trainer import Trainer
 
 __all__ = [
     # noise
@@ -70,25 +70,25 @@ __all__ = [
 ]
 
 _MODULES = {
+    "artefacts.onnx_export": ("export_onnx",),
+    "artefacts.storage": ("load", "save"),
     "attacks": ("cw_l2", "cw_l2_paper"),
-    "calibration": ("calibrate",),
-    "certification": ("Certificate", "certify"),
-    "conformal": ("ConformalSets", "conformal_sets"),
-    "data": ("ImageData", "load_data"),
-    "decision": ("Decision", "decide"),
-    "ensemble": ("Prediction", "SelfEnsemble"),
+    "certainty.calibration": ("calibrate",),
+    "certainty.certification": ("Certificate", "certify"),
+    "certainty.conformal": ("ConformalSets", "conformal_sets"),
+    "certainty.decision": ("Decision", "decide"),
+    "data.images": ("ImageData", "load_data"),
+    "ensemble.ensemble": ("Prediction", "SelfEnsemble"),
+    "ensemble.validators": ("Issue", "validate"),
     "evaluation": ("judge",),
-    "hub": ("load", "save"),
-    "inference": ("optimize",),
-    "inject": ("inject_noise_", "noise_disabled", "noise_layers", "remove_noise_"),
-    "models": ("create_model",),
-    "noise": ("GaussianNoise", "NoiseConfig"),
-    "onnx_export": ("export_onnx",),
-    "recipe": ("Recipe", "load_recipe"),
-    "streams": ("noise_draw",),
-    "training": ("Trainer",),
-    "tuning": ("Sweep", "tune"),
-    "validators": ("Issue", "validate"),
+    "experiments.tuning": ("Sweep", "tune"),
+    "fast.optimize": ("optimize",),
+    "networks.models": ("create_model",),
+    "noise.injection": ("inject_noise_", "noise_disabled", "noise_layers", "remove_noise_"),
+    "noise.layer": ("GaussianNoise", "NoiseConfig"),
+    "noise.streams": ("noise_draw",),
+    "training.recipe": ("Recipe", "load_recipe"),
+    "training.trainer": ("Trainer",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

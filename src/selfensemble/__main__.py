@@ -11,11 +11,11 @@ import warnings
 
 import typer
 
-from . import cli, cli_certainty, cli_models, cli_serving, terminal  # noqa: F401  (all but the last add commands)
-from .arguments import InputError
-from .cli_base import app
-from .interrupts import Interrupted
-from .memory import keep_freed_memory
+from .cli import certainty, commands, models, serving, terminal  # noqa: F401  (all but the last add commands)
+from .cli.arguments import InputError
+from .cli.base import app
+from .runtime.interrupts import Interrupted
+from .runtime.memory import keep_freed_memory
 
 _INTERRUPTED = 130
 

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 import selfensemble as rse
-from selfensemble.hub import read_config
+from selfensemble.artefacts.storage import read_config
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:

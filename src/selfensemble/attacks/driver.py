@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..drawing import Draws
-from ..ensemble import (
+from ..ensemble.draws import Draws
+from ..ensemble.ensemble import (
     SelfEnsemble,
     check_count,
     check_images,
@@ -15,9 +15,9 @@ from ..ensemble import (
     floating_dtype,
     logits_of,
 )
-from ..inference import exact_float32, original_of
-from ..inject import eval_mode
-from ..streams import fresh_seed, stream_seed
+from ..fast.optimize import exact_float32, original_of
+from ..noise.injection import eval_mode
+from ..noise.streams import fresh_seed, stream_seed
 from .expectation import Forward, Noise, Oracle
 
 

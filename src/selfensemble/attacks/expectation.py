@@ -11,8 +11,8 @@ from typing import Literal, TypedDict, get_args
 import torch
 from torch import Tensor
 
-from ..ensemble import check_count
-from ..streams import noise_draw, stream_seed
+from ..ensemble.ensemble import check_count
+from ..noise.streams import noise_draw, stream_seed
 from .budget import spend
 
 Forward = Callable[[Tensor], Tensor]

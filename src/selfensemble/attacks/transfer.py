@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..inference import original_of
-from ..inject import noise_disabled
+from ..fast.optimize import original_of
+from ..noise.injection import noise_disabled
 from .apgd import apgd
 
 

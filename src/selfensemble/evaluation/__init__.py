@@ -1,6 +1,6 @@
 """Measuring a defense: the judge, runs of protocols, honesty checks."""
 
-from .honesty import doctor
+from .doctor.doctor import doctor
 from .judge import Verdict, judge
 from .protocol import Protocol, load_protocol
 from .results import Results, read_results

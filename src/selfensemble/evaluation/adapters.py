@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..attacks.budget import spend
 from ..attacks.driver import run_attack, single_draw
 from ..attacks.expectation import Forward, Noise, Oracle
-from ..streams import noise_draw, stream_seed
+from ..noise.streams import noise_draw, stream_seed
 
 _TOLERANCE = 1e-4  # how far outside [0, 1] an attack may end: rounding, not a search without a box
 _WARNINGS = r"(torchattacks|foolbox|eagerpy|art)(\.|$)"  # modules whose warnings nobody here can mend

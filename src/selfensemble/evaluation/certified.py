@@ -16,17 +16,17 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from ..bounds import MeanBound
-from ..certification import Certificate, Method, Rivals, certify
-from ..data import ImageData
-from ..ensemble import SelfEnsemble
-from ..files import atomic_write, read_versioned, write_json
-from ..inference import original_of, precision_of
-from ..pixels import pixel_std
-from ..processes import wait_for_all
-from ..provenance import accuracy_record, provenance
-from ..schema import Count, Section
-from ..streams import stream_seed
+from ..certainty.bounds import MeanBound
+from ..certainty.certification import Certificate, Method, Rivals, certify
+from ..certainty.pixels import pixel_std
+from ..data.images import ImageData
+from ..ensemble.ensemble import SelfEnsemble
+from ..fast.optimize import original_of, precision_of
+from ..noise.streams import stream_seed
+from ..runtime.files import atomic_write, read_versioned, write_json
+from ..runtime.processes import wait_for_all
+from ..runtime.provenance import accuracy_record, provenance
+from ..runtime.schema import Count, Section
 from .identity import claim, data_record, duration, model_record
 from .results import DataRecord, ModelRecord, Record
 

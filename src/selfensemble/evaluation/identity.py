@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import ImageData
-from ..ensemble import SelfEnsemble
-from ..files import write_json
-from ..inject import noise_layers, random_layers
+from ..data.images import ImageData
+from ..ensemble.ensemble import SelfEnsemble
+from ..noise.injection import noise_layers, random_layers
+from ..runtime.files import write_json
 from .results import DataRecord, ModelRecord
 
 
@@ -34,7 +34,7 @@ def claim(path: Path, identity: dict[str, Any]) -> None:
         before = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}): restore it, or use another folder") from error
-    from ..recipe import differing_keys
+    from ..training.recipe import differing_keys
 
     if before != identity:
         names = ", ".join(differing_keys(before, identity)[:6]) if isinstance(before, dict) else "all"

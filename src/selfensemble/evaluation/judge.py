@@ -12,11 +12,11 @@ from ..attacks.budget import spend
 from ..attacks.driver import check_batch, device_of, single_draw
 from ..attacks.expectation import Forward
 from ..attacks.norms import size
-from ..ensemble import SelfEnsemble, check_count
-from ..inference import exact_float32
-from ..inject import eval_mode
-from ..provenance import binomial_interval
-from ..streams import fresh_seed, noise_draw, stream_seed
+from ..ensemble.ensemble import SelfEnsemble, check_count
+from ..fast.optimize import exact_float32
+from ..noise.injection import eval_mode
+from ..noise.streams import fresh_seed, noise_draw, stream_seed
+from ..runtime.provenance import binomial_interval
 
 
 @dataclass(frozen=True, slots=True)

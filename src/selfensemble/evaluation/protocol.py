@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..attacks import ATTACKS
 from ..attacks.expectation import NoiseOptions
-from ..inference import Precision
-from ..schema import Section
+from ..fast.optimize import Precision
+from ..runtime.schema import Section
 
 _FOLDER = "protocols"
 _OURS = {"model", "inputs", "labels", "targeted", "max_batch", "noise", "seed", "frozen"}
@@ -96,7 +96,7 @@ class Run:
 
 def shipped_protocols() -> list[str]:
     """Names of the protocols in the package."""
-    folder = resources.files("selfensemble") / _FOLDER
+    folder = resources.files(__package__) / _FOLDER
     return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
@@ -112,7 +112,7 @@ def load_protocol(source: str, overrides: dict[str, Any] | None = None) -> Proto
         ValueError: YAML, a key, an attack or a value is wrong; the message says which.
     """
     if source in shipped_protocols():
-        text = (resources.files("selfensemble") / _FOLDER / f"{source}.yaml").read_text()
+        text = (resources.files(__package__) / _FOLDER / f"{source}.yaml").read_text()
     elif Path(source).suffix in (".yaml", ".yml") and Path(source).is_file():
         text = Path(source).read_text()
     else:

@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from ..files import read_versioned
-from ..noise import Std
+from ..noise.layer import Std
+from ..runtime.files import read_versioned
 
 RESULTS = "results.json"
 FORMAT_VERSION = 1

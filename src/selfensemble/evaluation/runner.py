@@ -19,14 +19,14 @@ from torch import Tensor
 
 from ..attacks.budget import count_evaluations
 from ..attacks.norms import check_eps, per_image, size
-from ..data import ImageData
-from ..ensemble import SelfEnsemble
-from ..files import atomic_write, write_json
-from ..inference import optimize
-from ..inject import noise_disabled
-from ..processes import wait_for_all
-from ..provenance import provenance
-from ..streams import stream_seed
+from ..data.images import ImageData
+from ..ensemble.ensemble import SelfEnsemble
+from ..fast.optimize import optimize
+from ..noise.injection import noise_disabled
+from ..noise.streams import stream_seed
+from ..runtime.files import atomic_write, write_json
+from ..runtime.processes import wait_for_all
+from ..runtime.provenance import provenance
 from . import collect
 from .identity import claim, data_record, duration, model_record
 from .judge import judge
@@ -236,7 +236,7 @@ class Evaluation:
         write_json(self.out / RESULTS, results.model_dump(mode="json"))
 
     def _checks(self) -> tuple[CheckRecord, ...]:
-        from .honesty import doctor
+        from .doctor.doctor import doctor
 
         path = self.out / SHARDS / "checks.json"
         if not path.is_file():

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from ..data import ImageData
-from ..ensemble import SelfEnsemble
-from ..inference import optimize
+from ..data.images import ImageData
+from ..ensemble.ensemble import SelfEnsemble
+from ..fast.optimize import optimize
+from ..report.page import Page
 from .networks import Family, Network, Trained, family, network
-from .page import Page
 from .records import Record
 from .scales import Scale
 from .units import Units

@@ -10,15 +10,15 @@ from scipy.stats import rankdata
 from torch import Tensor
 from torch.nn import functional
 
-from ..conformal import conformal_sets
-from ..data import load_data
-from ..decision import decide
-from ..streams import stream_seed
+from ..certainty.conformal import conformal_sets
+from ..certainty.decision import decide
+from ..data.images import load_data
+from ..noise.streams import stream_seed
+from ..report.figures import Line, Panel, draw
+from ..report.intervals import Share, mean, share
+from ..report.page import Page, Picture, Table
 from .base import Experiment, Measured, Setting, inputs_of
 from .draws import softmax_draws
-from .figures import Line, Panel, draw
-from .intervals import Share, mean, share
-from .page import Page, Picture, Table
 from .records import Record, column
 from .scales import CertaintyScale
 

@@ -10,20 +10,20 @@ from torch import Tensor
 
 from ..attacks import apgd, cw_l2, pgd
 from ..attacks.transfer import transfer
-from ..certification import Method, certificates
-from ..ensemble import SelfEnsemble
+from ..certainty.certification import Method, certificates
+from ..certainty.pixels import pixel_std
+from ..ensemble.ensemble import SelfEnsemble
 from ..evaluation.runner import within
-from ..inference import precision_of
-from ..pixels import pixel_std
+from ..fast.optimize import precision_of
+from ..noise.streams import stream_seed
+from ..report.figures import Line, Panel, draw
+from ..report.intervals import mean, share
+from ..report.page import Page, Picture, Table
 from ..report.published import COHEN, is_theirs
-from ..streams import stream_seed
 from .base import Beside, Experiment, Measured, Setting, inputs_of
-from .figures import Line, Panel, draw
 from .honest import worst_lines
-from .intervals import mean, share
 from .networks import Network, network
 from .noise_levels import cell, is_cell, levels_of
-from .page import Page, Picture, Table
 from .records import Record, column
 from .scales import CertificateScale, Scale
 from .units import Units

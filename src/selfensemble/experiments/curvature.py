@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..ensemble import SelfEnsemble
-from ..inject import eval_mode, noise_disabled, noise_layers
-from ..noise import Std
-from ..streams import noise_draw
+from ..ensemble.ensemble import SelfEnsemble
+from ..noise.injection import eval_mode, noise_disabled, noise_layers
+from ..noise.layer import Std
+from ..noise.streams import noise_draw
 
 
 @contextmanager

@@ -9,11 +9,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..evaluation.protocol import AttackSpec, JudgeSection, Protocol
+from ..report.figures import Line, Panel, draw
+from ..report.page import Page, Picture, Table
 from .base import Experiment, Measured, Setting
 from .distances import RADII, distance_table, gain_table
-from .figures import Line, Panel, draw
 from .judged import accuracy, by_strength, evaluate, rms
-from .page import Page, Picture, Table
 from .published import Curve, citation, published_curve
 from .records import Record
 from .scales import Scale

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .figures import Line
-from .intervals import Share, mean
+from ..report.figures import Line
+from ..report.intervals import Share, mean
+from ..report.page import Table
 from .judged import accuracy, wrong
-from .page import Table
 from .records import Record
 
 RADII = (0.1, 0.25, 0.5, 0.75, 1.0)

@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..attacks import pgd
-from ..ensemble import SelfEnsemble
-from ..inject import eval_mode
-from ..streams import noise_draw, stream_seed
+from ..ensemble.ensemble import SelfEnsemble
+from ..noise.injection import eval_mode
+from ..noise.streams import noise_draw, stream_seed
+from ..report.figures import Line, Panel, draw
+from ..report.intervals import Share, mean
+from ..report.page import Page, Picture, Table
 from .base import Experiment, Measured, Setting, inputs_of
-from .figures import Line, Panel, draw
-from .intervals import Share, mean
-from .page import Page, Picture, Table
 from .records import Record, column
 
 COUNTS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)

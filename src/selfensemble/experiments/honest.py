@@ -7,11 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..evaluation.protocol import Protocol, load_protocol
+from ..report.figures import Line, Panel, draw
+from ..report.page import Page, Picture, Table
 from .base import Experiment, Measured, Setting
 from .distances import distance_lines, distance_table, gain_table
-from .figures import Line, Panel, draw
 from .judged import accuracy, all_seeds, evaluate, seed_range
-from .page import Page, Picture, Table
 from .records import Record
 from .scales import Scale
 

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from ..evaluation.protocol import Protocol
 from ..evaluation.runner import Evaluation
 from ..evaluation.shards import CLEAN
+from ..report.intervals import Share, share
 from .base import Measured, Setting
-from .intervals import Share, share
 from .records import Record, column, words
 
 

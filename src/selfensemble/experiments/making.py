@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..provenance import provenance
-from .intervals import Share
-from .page import Table
+from ..report.intervals import Share
+from ..report.page import Table
+from ..runtime.provenance import provenance
 from .records import Facts, Record
 
 

@@ -11,15 +11,15 @@ import yaml
 from pydantic import Field
 from torch import Tensor, nn
 
-from .. import hub
-from ..data import HUB_IDS
-from ..ensemble import SelfEnsemble
-from ..inject import set_levels_
-from ..noise import NoiseConfig
-from ..recipe import Recipe, load_recipe, public_recipe, shipped_recipes
-from ..schema import Section
-from ..training import CHECKPOINT, RESULTS, Progress, Trainer
-from ..zoo import zoo
+from ..artefacts import storage
+from ..artefacts.zoo import zoo
+from ..data.images import HUB_IDS
+from ..ensemble.ensemble import SelfEnsemble
+from ..noise.injection import set_levels_
+from ..noise.layer import NoiseConfig
+from ..runtime.schema import Section
+from ..training.recipe import Recipe, load_recipe, public_recipe, shipped_recipes
+from ..training.trainer import CHECKPOINT, RESULTS, Progress, Trainer
 from .scales import Scale
 
 
@@ -148,7 +148,7 @@ def trained(
         saved = folder / CHECKPOINT
         progress(0, 1, "going on with its training" if saved.is_file() else "training")
         Trainer(begun, folder, data=recipe.data.source, resume=True, progress=progress).run()
-    config = hub.read_config(folder)
+    config = storage.read_config(folder)
     if config.recipe is None:
         raise ValueError(f"{folder} holds a network without a recipe: pass another --models")
     differing = _differing(config.recipe, recipe)
@@ -160,21 +160,21 @@ def trained(
     results = folder / RESULTS
     training = json.loads(results.read_text()) if results.is_file() else {}
     own = Recipe.model_validate(config.recipe)
-    return Trained(changed(hub.load(folder), wanted), own, training, config.classes)
+    return Trained(changed(storage.load(folder), wanted), own, training, config.classes)
 
 
 def _place_of(folder: Path, recipe: Recipe) -> Path:
     """`folder`, or where it holds nothing the network of this name in the zoo, if its recipe is the same."""
     if not (_is_whole(folder) or (folder / CHECKPOINT).exists()):
         known = zoo().get(folder.name)
-        saved = None if known is None else hub.read_config(known).recipe
+        saved = None if known is None else storage.read_config(known).recipe
         if known is not None and saved is not None and not _differing(saved, recipe):
             return known
     return folder
 
 
 def _is_whole(folder: Path) -> bool:
-    return (folder / hub.CONFIG).is_file() and (folder / hub.WEIGHTS).is_file()
+    return (folder / storage.CONFIG).is_file() and (folder / storage.WEIGHTS).is_file()
 
 
 def _differing(saved: dict[str, Any], wanted: Recipe) -> list[str]:

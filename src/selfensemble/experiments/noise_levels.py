@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from ..evaluation.protocol import AttackSpec, JudgeSection, Protocol
+from ..report.figures import Line, Panel, draw
+from ..report.page import Page, Picture, Table
 from .base import Experiment, Measured, Setting
-from .figures import Line, Panel, draw
 from .judged import accuracy, evaluate
 from .networks import Network, network
-from .page import Page, Picture, Table
 from .records import Record
 from .scales import Scale
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from ..files import atomic_file, read_versioned, sync, to_json
+from ..runtime.files import atomic_file, read_versioned, sync, to_json
 
 FORMAT, FORMAT_VERSION = "selfensemble-experiment", 1
 

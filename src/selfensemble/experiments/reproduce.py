@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from ..data import ImageData, load_data
+from ..data.images import ImageData, load_data
 from ..evaluation.identity import model_record
-from ..recipe import differing_keys, public_recipe
+from ..report.page import Page
+from ..training.recipe import differing_keys, public_recipe
 from .base import Experiment, Report, Setting
 from .certainty import Certainty
 from .certificates import Certificates
@@ -19,7 +20,6 @@ from .honest import Honest
 from .making import commit, making_tables, measured_on
 from .networks import Network, Trained, local_name, recipe_of, trained
 from .noise_levels import NoiseLevels
-from .page import Page
 from .records import Facts, Record, read_record, write_record
 from .scales import Scale, load_scale
 from .targeted import Targeted

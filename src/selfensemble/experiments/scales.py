@@ -6,8 +6,8 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field
 
-from ..inference import Precision
-from ..schema import Count, NonNegative, Positive, Section
+from ..fast.optimize import Precision
+from ..runtime.schema import Count, NonNegative, Positive, Section
 
 
 class PaperAttack(Section):

@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..attacks import cw_l2, cw_l2_paper
-from ..ensemble import SelfEnsemble
-from ..inference import exact_float32
-from ..streams import stream_seed
+from ..ensemble.ensemble import SelfEnsemble
+from ..fast.optimize import exact_float32
+from ..noise.streams import stream_seed
+from ..report.figures import Line, Panel, draw
+from ..report.intervals import Share, share
+from ..report.page import Page, Picture, Table
 from .base import Experiment, Measured, Setting, inputs_of
-from .figures import Line, Panel, draw
-from .intervals import Share, share
-from .page import Page, Picture, Table
 from .records import Record, column, words
 
 RADII = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)

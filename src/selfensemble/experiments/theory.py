@@ -6,20 +6,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..inject import noise_layers
-from ..noise import NoiseConfig, Std
-from ..streams import stream_seed
+from ..noise.injection import noise_layers
+from ..noise.layer import NoiseConfig, Std
+from ..noise.streams import stream_seed
+from ..report.figures import Line, Panel, draw
+from ..report.intervals import Share, mean
+from ..report.page import Page, Picture, Table
 from .base import Experiment, Measured, Setting, inputs_of
-from .curvature import (
-    gradient_norm,
-    levels,
-    local_lipschitz,
-    log_softmax_draws,
-    second_order_term,
-)
-from .figures import Line, Panel, draw
-from .intervals import Share, mean
-from .page import Page, Picture, Table
+from .curvature import gradient_norm, levels, local_lipschitz, log_softmax_draws, second_order_term
 from .records import Record, column
 
 FACTORS = (0.125, 0.25, 0.5, 1.0)

@@ -9,8 +9,8 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from ..files import atomic_write, write_json
-from ..recipe import differing_keys
+from ..runtime.files import atomic_write, write_json
+from ..training.recipe import differing_keys
 
 _IDENTITY = "run.json"
 

@@ -20,8 +20,8 @@ from safetensors.numpy import load_file
 
 from ..evaluation.certified import CERTIFIED, Certified, read_certified
 from ..evaluation.results import Entry, ModelRecord, Results, read_results
-from ..files import atomic_write
-from ..noise import describe_std
+from ..noise.layer import describe_std
+from ..runtime.files import atomic_write
 from .shown import certified_plot, protocol_plots, row_title, threat_model
 from .svg import VIEW_BOX, Plot
 

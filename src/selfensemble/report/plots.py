@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..evaluation.results import Entry
-from ..files import atomic_write
+from ..runtime.files import atomic_write
 
 # Okabe & Ito's palette, distinguishable with any colour vision; markers tell the lines apart in grey.
 _STYLES = (("#D55E00", "o"), ("#0072B2", "s"), ("#009E73", "^"), ("#CC79A7", "D"))

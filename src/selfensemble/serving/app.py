@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.formparsers import MultiPartParser
 
-from ..ensemble import SelfEnsemble
+from ..ensemble.ensemble import SelfEnsemble
 from . import schemas
 from .gate import Gate
 from .page import add_page, samples

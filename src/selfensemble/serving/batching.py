@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..drawing import Draws
-from ..ensemble import SelfEnsemble, check_images
-from ..inject import eval_mode
-from ..stopping import Calibrated, Fixed, Rule, worth_taking
-from ..streams import fresh_seed, noise_draw
+from ..ensemble.draws import Draws
+from ..ensemble.ensemble import SelfEnsemble, check_images
+from ..ensemble.stopping import Calibrated, Fixed, Rule, worth_taking
+from ..noise.injection import eval_mode
+from ..noise.streams import fresh_seed, noise_draw
 
 
 class Answer(NamedTuple):

@@ -17,10 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from .. import attacks
-from ..ensemble import SelfEnsemble
-from ..inject import make_static_, noise_disabled
-from ..stopping import Fixed
-from ..streams import noise_draw
+from ..ensemble.ensemble import SelfEnsemble
+from ..ensemble.stopping import Fixed
+from ..noise.injection import make_static_, noise_disabled
+from ..noise.streams import noise_draw
 from . import schemas
 from .batching import Answer
 from .problems import REFUSALS
@@ -84,7 +84,7 @@ def samples(folder: Path | None, shape: tuple[int, int, int]) -> list[dict[str, 
                 found.append({"name": each.stem, "image": _png(image)})
         return found
     if shape == (1, 8, 8):
-        from ..data import load_data
+        from ..data.images import load_data
 
         test = load_data("digits", "test")
         return [

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import uvicorn
 
-from ..ensemble import SelfEnsemble
+from ..ensemble.ensemble import SelfEnsemble
 from .app import create_app
 from .settings import Settings
 

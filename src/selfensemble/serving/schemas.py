@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..certification import Method
-from ..stopping import Stop
+from ..certainty.certification import Method
+from ..ensemble.stopping import Stop
 
 _Risk = Annotated[float, Field(gt=0, lt=1)]
 

@@ -15,10 +15,10 @@ from fastapi import HTTPException
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from torch import Tensor
 
-from ..certification import certify
-from ..decision import decide
-from ..ensemble import SelfEnsemble
-from ..stopping import Rule, rule_for
+from ..certainty.certification import certify
+from ..certainty.decision import decide
+from ..ensemble.ensemble import SelfEnsemble
+from ..ensemble.stopping import Rule, rule_for
 from . import schemas
 from .batching import Answer, Batcher, BusyError, ClosedError
 from .images import ImageError, TooLargeError, decode_base64, open_image, scaled

@@ -5,8 +5,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from ..schema import Count, Positive, Section
-from ..stopping import Stop
+from ..ensemble.stopping import Stop
+from ..runtime.schema import Count, Positive, Section
 
 
 class Settings(Section):

@@ -1,0 +1,1 @@
+"""What is written and read: saved ensembles, the Hub, the zoo, ONNX."""

@@ -1,0 +1,166 @@
+"""ONNX files in which the noise stays random: every run draws anew.
+
+The noise layers become `RandomNormalLike`, which has no seed here. An ensemble repeats the batch, an image
+for each draw, so that one run of the graph gives the mean of all draws.
+"""
+
+import json
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..ensemble.ensemble import SelfEnsemble, check_count, explain_shape
+from ..fast.optimize import original_of
+from ..noise.injection import eval_mode, noise_layers, random_layers
+from ..noise.layer import GaussianNoise
+from ..runtime.files import atomic_file
+
+if TYPE_CHECKING:
+    import onnx
+
+_NOISE = "RandomNormalLike"
+_PREFIX = "selfensemble"  # prefix of our keys in the metadata of a file
+
+
+class _Exported(nn.Module):
+    """Images (B, ...) to the mean and the spread of the softmax over the draws, both (B, K)."""
+
+    def __init__(self, ensemble: SelfEnsemble, draws: int) -> None:
+        super().__init__()
+        self.ensemble, self.draws = ensemble, draws
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        if self.draws == 1:
+            return (self.ensemble.draw_logits(images).float().softmax(dim=-1),)
+        repeated = images.unsqueeze(0).expand(self.draws, *images.shape).flatten(0, 1)
+        each = self.ensemble.draw_logits(repeated).float().softmax(dim=-1)
+        each = each.unflatten(0, (self.draws, images.shape[0]))
+        return each.mean(dim=0), each.std(dim=0)
+
+
+def export_onnx(
+    ensemble: SelfEnsemble,
+    path: str | Path,
+    example_inputs: Tensor,
+    *,
+    draws: int | None = None,
+    classes: tuple[str, ...] | None = None,
+) -> Path:
+    """Write an ensemble as an ONNX file whose noise is drawn afresh at every run.
+
+    The graph takes `images`, (B, ...) float32 in the bounds of the ensemble, and gives `probabilities`,
+    (B, K), the mean softmax over the draws, and with more than one draw `spread`, (B, K), its standard
+    deviation over them. Every image and draw has noise of its own. The number of draws is part of the graph,
+    which needs the memory of `draws` times the images of a run.
+
+    What stays behind: seeds (the noise is the runtime's), rules that stop drawing, decisions and
+    certificates.
+
+    Args:
+        ensemble: whose noise layers are Gaussian; of an optimised copy, its original is exported.
+        path: of the file; it is replaced as a whole or not at all.
+        example_inputs: (B, ...) images of the right shape; the exported graph takes any B.
+        draws: of an ensemble; None for those of `ensemble`, 1 for a single noisy pass.
+        classes: names, for the metadata.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: there are random layers that ONNX cannot express, or the network cannot be exported.
+        ImportError: onnx or onnxscript is missing: `pip install 'selfensemble[onnx]'`.
+    """
+    try:
+        import onnx
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"ONNX files need more packages ({error.name} is missing): pip install 'selfensemble[onnx]'"
+        ) from error
+    original = cast(SelfEnsemble, original_of(ensemble))
+    draws = original.draws if draws is None else check_count("draws", draws)
+    strange = Counter(
+        type(layer).__name__
+        for layer in random_layers(original)
+        if layer.is_active and not isinstance(layer, GaussianNoise)
+    )
+    if strange:
+        raise ValueError(
+            f"ONNX has no operator for {', '.join(strange)}: only Gaussian noise can be exported; serve this "
+            "network with `selfensemble serve`, or save it and load it in Python"
+        )
+    with eval_mode(original), torch.no_grad(), explain_shape(original, example_inputs):
+        original.draw_logits(example_inputs[:2])
+        model = _translated(_Exported(original, draws).eval(), example_inputs, draws)
+    active = {name: layer.std for name, layer in noise_layers(original.model).items() if layer.is_active}
+    found = sum(node.op_type == _NOISE for node in model.graph.node)
+    if found < len(active):
+        raise ValueError(
+            f"the exported graph has {found} of {len(active)} noise layers: it would be no defense, and is "
+            "not written"
+        )
+    facts: dict[str, Any] = {"version": version("selfensemble"), "draws": draws, "noise": active}
+    facts |= {"bounds": original.bounds, "classes": classes}
+    for key, value in facts.items():
+        entry = model.metadata_props.add()
+        entry.key, entry.value = f"{_PREFIX}.{key}", json.dumps(value)
+    onnx.checker.check_model(model, full_check=True)
+    path = Path(path)
+    with atomic_file(path) as file:
+        file.write(model.SerializeToString())
+    return path
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch's exporter warns of about itself, and that torchvision is not there."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
+
+
+def _translated(module: nn.Module, example_inputs: Tensor, draws: int) -> "onnx.ModelProto":
+    from onnxscript import opset18 as op
+
+    def add_noise(inputs, std: float, layer: int, shared: bool, pairs: bool, call: int):  # type: ignore[no-untyped-def]
+        return op.Add(inputs, op.RandomNormalLike(inputs, mean=0.0, scale=std))
+
+    def unit_noise(inputs, layer: int, shared: bool, pairs: bool, call: int):  # type: ignore[no-untyped-def]
+        return op.RandomNormalLike(inputs, mean=0.0, scale=1.0)
+
+    ours = torch.ops.selfensemble
+    table: dict[Any, Any] = {ours.add_noise.default: add_noise, ours.unit_noise.default: unit_noise}
+    names = ["probabilities", "spread"][: 1 + (draws > 1)]
+    # An example of one image would make the batch size a constant.
+    example = example_inputs[:2] if len(example_inputs) > 1 else example_inputs.repeat_interleave(2, dim=0)
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                module, (example,), dynamo=True, verbose=False, input_names=["images"], output_names=names,
+                dynamic_shapes={"images": {0: torch.export.Dim("batch")}}, custom_translation_table=table,
+            )  # fmt: skip
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise ValueError(f"torch cannot export this network as ONNX: {error}") from error
+    assert program is not None
+    model = program.model_proto
+    ends = [*model.graph.input, *model.graph.output]
+    if not all(end.type.tensor_type.shape.dim[0].dim_param for end in ends):
+        raise ValueError(
+            "this network computes with its batch size as a constant, so that the file would take batches of "
+            f"{len(example)} images only: use shapes such as `x.flatten(1)`, which keep it open"
+        )
+    return model

@@ -1,0 +1,1 @@
+"""What is certain of an answer: bounds, decisions, certificates, calibration, conformal sets."""

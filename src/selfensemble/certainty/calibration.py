@@ -1,0 +1,204 @@
+"""Margins at which an image may stop drawing, with a guarantee for images like those they were set on.
+
+A rule is a threshold for each number of draws so far. For a price of a wrong answer, in draws, backward
+induction over recorded draws finds the thresholds of least cost on one half of the images. On the other half
+the rules are tested in order of their price, dearest first, each by the exact binomial test of "more than
+epsilon of such images are answered otherwise than by the ensemble of the reference draws", which stand for
+infinitely many. The last rule before the first
+test that fails is taken: fixed-sequence testing, which needs no correction for the number of rules.
+
+Source: Angelopoulos, Bates, Candes, Jordan, Lei, Learn then Test, 2021, arXiv 2110.01052, section 2.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from ..ensemble.draws import Draws, check_finite
+from ..ensemble.ensemble import SelfEnsemble, check_count, check_images
+from ..ensemble.stopping import Calibrated, margin
+from ..fast.optimize import precision_of
+from ..noise.injection import eval_mode
+
+Progress = Callable[[int, int], None]
+_PRICES = np.geomspace(2000, 2, 61)
+_NEVER = 2.0  # no margin is as large
+_LEAST = 100  # images in each half
+
+
+@dataclass(frozen=True)
+class Paths:
+    """What happens to N images as their draws are averaged, one after another.
+
+    Attributes:
+        margins: (n, N) of the mean after each draw.
+        wrong: (n, N) bool, whether its label is another than that of the infinite ensemble.
+    """
+
+    margins: np.ndarray
+    wrong: np.ndarray
+
+    def of(self, images: np.ndarray) -> "Paths":
+        """The same for some of the images."""
+        return Paths(self.margins[:, images], self.wrong[:, images])
+
+    def follow(self, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) draws, and (N,) whether the answer is wrong, when images stop at these thresholds."""
+        stops = self.margins >= thresholds[:, None]
+        stops[-1] = True
+        at = stops.argmax(axis=0)
+        return at + 1, self.wrong[at, np.arange(len(at))]
+
+
+def calibrate(
+    ensemble: SelfEnsemble,
+    inputs: Tensor,
+    *,
+    epsilon: float | None = None,
+    delta: float = 0.05,
+    most: int = 32,
+    reference_draws: int = 200,
+    antithetic: bool = True,
+    seed: int | None = None,
+    progress: Progress | None = None,
+) -> Calibrated:
+    """Thresholds for `predict(..., stop="calibrated")`; labels are not needed.
+
+    The guarantee is about images drawn as `inputs` were, so these should be none that the network was trained
+    on, and it says nothing of attacked ones. It is that of the ensemble in the precision it is given in.
+
+    Args:
+        ensemble: in the form that will predict, e.g. optimised.
+        inputs: (N, ...) images, 200 or more; half of them choose the rules, half test them.
+        epsilon: the share of answers that may differ from the reference's. By default the share that
+            `ensemble.draws` draws for every image get wrong, measured on the first half.
+        delta: the risk that the guarantee fails, over the choice of images and noise.
+        most: draws of an image at most.
+        reference_draws: draws that stand for infinitely many. Where they are themselves in doubt, so is
+            what they say of an answer.
+        antithetic: whether predictions are to draw in pairs of opposite noise, which takes fewer draws. The
+            default of epsilon is about draws that do not.
+        seed: of noise and halves; None for fresh entropy.
+        progress: called with passes done and all of them.
+
+    Returns:
+        The rule; set `ensemble.stopping` to it.
+
+    Raises:
+        ValueError: no noise, too few images, or no rule passes; the message says what to do.
+    """
+    if not ensemble.is_random:
+        raise ValueError("the ensemble has no noise: one draw is its answer, there is nothing to calibrate")
+    if len(inputs) < 2 * _LEAST:
+        raise ValueError(f"calibration needs {2 * _LEAST} images or more, got {len(inputs)}")
+    check_images(inputs, ensemble.bounds)
+    for name, share in (("epsilon", epsilon), ("delta", delta)):
+        if share is not None and not 0 < share < 1:
+            raise ValueError(f"{name} must lie between 0 and 1, got {share}")
+    most, reference_draws = check_count("most", most), check_count("reference_draws", reference_draws)
+    entropy = np.random.SeedSequence(seed)
+    seeds = [int(state) for state in entropy.generate_state(2)]
+    paths, fixed = _record(ensemble, inputs, most, reference_draws, antithetic, seeds, progress)
+    order = np.random.default_rng(entropy).permutation(len(inputs))
+    first, second = (paths.of(half) for half in np.array_split(order, 2))
+    if epsilon is None:
+        epsilon = float(fixed[order[: first.wrong.shape[1]]].mean())
+        if epsilon == 0:
+            raise ValueError(
+                f"{ensemble.draws} draws answer all {len(order) // 2} images as the infinite ensemble "
+                "does: set epsilon, or give more images"
+            )
+    rule = choose(first, second, epsilon, delta, reference_draws)
+    return rule.model_copy(update={"precision": precision_of(ensemble), "antithetic": antithetic})
+
+
+def choose(first: Paths, second: Paths, epsilon: float, delta: float, reference_draws: int) -> Calibrated:
+    """The cheapest rule that passes, of those found on `first`, tested on `second`; see `calibrate`."""
+    chosen = None
+    images = second.wrong.shape[1]
+    for price in _PRICES:
+        thresholds = cheapest(first, price)
+        draws, wrong = second.follow(thresholds)
+        if stats.binom.cdf(wrong.sum(), images, epsilon) > delta:
+            break
+        chosen = Calibrated(
+            thresholds=tuple(thresholds.tolist()),
+            epsilon=epsilon,
+            delta=delta,
+            mean_draws=float(draws.mean()),
+            disagreement=float(wrong.mean()),
+            images=images,
+            reference_draws=reference_draws,
+        )
+    if chosen is None:
+        raise ValueError(
+            f"no rule of up to {len(thresholds)} draws is shown to disagree with {reference_draws} draws on "
+            f"at most {epsilon:.3g} of the images (the most careful one: {wrong.mean():.3g} of {images}): "
+            "give more images, or raise most or epsilon"
+        )
+    return chosen
+
+
+def cheapest(paths: Paths, price: float) -> np.ndarray:
+    """(n,) thresholds of least mean cost on these images, found from the last draw back to the first.
+
+    A draw costs 1, a wrong answer `price`.
+    """
+    thresholds = np.zeros(len(paths.margins))
+    later = price * paths.wrong[-1]  # cost of what follows, image by image
+    for index in range(len(thresholds) - 2, -1, -1):
+        margins, stop, go = paths.margins[index], price * paths.wrong[index], 1 + later
+        order = np.argsort(-margins, kind="stable")
+        # Stopping the images of the i largest margins, for every i, against letting all go on.
+        gains = np.concatenate([[0.0], np.cumsum((stop - go)[order])])
+        # Equal margins stop together.
+        gains[1:-1][np.diff(margins[order]) == 0] = np.inf
+        count = int(gains.argmin())
+        thresholds[index] = margins[order[count - 1]] if count else _NEVER
+        later = np.where(margins >= thresholds[index], stop, go)
+    return thresholds
+
+
+def _record(
+    ensemble: SelfEnsemble,
+    inputs: Tensor,
+    most: int,
+    reference_draws: int,
+    antithetic: bool,
+    seeds: list[int],
+    progress: Progress | None,
+) -> tuple[Paths, np.ndarray]:
+    """Paths of up to `most` draws, and (N,) whether `ensemble.draws` independent draws are wrong.
+
+    Draws of each image's own: images that share noise would not be independent.
+    """
+    own = Draws(ensemble, inputs, None, seeds[0], "per_image", antithetic)
+    independent = Draws(ensemble, inputs, None, seeds[1], "per_image")
+    done, total = 0, reference_draws + most + ensemble.draws
+
+    def draw(source: Draws, index: int) -> Tensor:
+        nonlocal done
+        groups = enumerate(source.groups(inputs))
+        parts = [source.take(source.prepared(group), index, 1, number)[0].cpu() for number, group in groups]
+        done += 1
+        if progress is not None:
+            progress(done, total)
+        return check_finite(torch.cat(parts))
+
+    with eval_mode(ensemble):
+        label = sum((draw(own, index) for index in range(reference_draws)), torch.zeros(())).argmax(dim=1)
+        others = sum((draw(independent, index) for index in range(ensemble.draws)), torch.zeros(()))
+        total_so_far = torch.zeros(())
+        margins, wrong = [], []
+        first = reference_draws + reference_draws % 2  # the first of a pair
+        for index in range(most):
+            total_so_far = total_so_far + draw(own, first + index)
+            mean = total_so_far / (index + 1)
+            margins.append(margin(mean))
+            wrong.append(mean.argmax(dim=1) != label)
+    paths = Paths(torch.stack(margins).double().numpy(), torch.stack(wrong).numpy())
+    return paths, (others.argmax(dim=1) != label).numpy()

@@ -1,0 +1,152 @@
+"""What the first noise is worth in pixels, or why no radius can be certified."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..ensemble.draws import check_finite
+from ..ensemble.ensemble import SelfEnsemble
+from ..noise.injection import eval_mode, random_layers
+from ..noise.layer import GaussianNoise, RandomLayer
+from ..noise.streams import noise_draw
+
+_CURE = "put one GaussianNoise(init_std) in front of the whole network"
+
+
+def pixel_std(ensemble: SelfEnsemble, example_inputs: Tensor) -> float:
+    """Standard deviation of the first noise in units of the image: the smallest, where pixels differ in it.
+
+    The noise may stand behind an affine map of each pixel, such as a normalisation, whose scale is then
+    taken into account: noise of std s behind `a x + b` is noise of std `s / |a|` on the image.
+
+    Args:
+        ensemble: what is to be certified, in the form that predicts.
+        example_inputs: (B, ...) images of the kind to be certified; at most two are used.
+
+    Raises:
+        ValueError: there is no such noise, what lies before it is no affine map of each pixel, the image has
+            a way around it, or the answer to an image depends on what else is in the batch.
+    """
+    if not example_inputs.is_floating_point():
+        raise ValueError(f"radii are about floating-point images, got {example_inputs.dtype}")
+    device = next((parameter.device for parameter in ensemble.parameters()), example_inputs.device)
+    images = example_inputs[:2].to(device, ensemble.input_dtype or example_inputs.dtype)
+    with torch.no_grad(), eval_mode(ensemble):
+        first = _first_noise(ensemble, images)
+        std = _in_pixels(ensemble, first, images)
+        _check_no_way_around(ensemble, first, images)
+        _check_alone(ensemble, images)
+    return std
+
+
+def _first_noise(network: SelfEnsemble, images: Tensor) -> GaussianNoise:
+    """The noise that acts first in a pass, and only once."""
+    order: list[RandomLayer] = []
+    layers = random_layers(network.model)
+    handles = [layer.register_forward_pre_hook(lambda module, args: order.append(module)) for layer in layers]
+    try:
+        network.draw_logits(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    active = [layer for layer in order if layer.is_active]
+    if not active or not order[0].is_active:
+        raise ValueError(
+            "there is no noise on the image (init_std is 0, or noise was removed): radii come from it alone"
+        )
+    first = active[0]
+    if not isinstance(first, GaussianNoise):
+        raise ValueError(
+            f"{type(first).__name__} changes the image at random before the first noise, which is then not "
+            "noise on its pixels: " + _CURE
+        )
+    if active.count(first) > 1:
+        raise ValueError(
+            "the first noise acts several times in a pass, so that the image has a way around each of them: "
+            + _CURE
+        )
+    return first
+
+
+def _at_first(network: SelfEnsemble, first: GaussianNoise, images: Tensor) -> Tensor:
+    """What arrives at the first noise."""
+    seen: list[Tensor] = []
+    handle = first.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        network.draw_logits(images)
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def _in_pixels(network: SelfEnsemble, first: GaussianNoise, images: Tensor) -> float:
+    low, high = network.bounds or (0.0, 1.0)
+    black, white, mixed = _probes(images, low, high)
+    offset, end, arrived = (_at_first(network, first, each) for each in (black, white, mixed))
+    if offset.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"the first noise acts on {offset.dtype}, whose rounding moves the image: certify a float32 "
+            "network (an optimised copy keeps its first layer in float32)"
+        )
+    if arrived.shape == images.shape:
+        slope = ((end - offset) / (high - low)).double()
+        affine = slope * (mixed.double() - low) + offset
+        tolerance = 1e-5 * float((end - offset).abs().max())
+        if torch.allclose(arrived.double(), affine, rtol=1e-5, atol=tolerance) and bool((slope != 0).all()):
+            std = torch.as_tensor(np.asarray(first.std), dtype=torch.float64, device=slope.device)
+            std = std.view(-1, *[1] * (slope.dim() - 2)) if std.dim() else std
+            found = float((std / slope.abs()).min())
+            if found > 0 and math.isfinite(found):
+                return found
+            raise ValueError("some channels of the image have no noise on them: no radius can be certified")
+    raise ValueError(
+        "what lies before the first noise is no affine map of each pixel (resizing, cropping, a "
+        "nonlinearity): " + _CURE
+    )
+
+
+def _probes(images: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
+    chance = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)).to(images)
+    return torch.full_like(images, low), torch.full_like(images, high), low + (high - low) * chance
+
+
+def _check_no_way_around(network: SelfEnsemble, first: GaussianNoise, images: Tensor) -> None:
+    """With what leaves the first noise held fixed, other images must give the same answer."""
+    probes = (images, *_probes(images, *(network.bounds or (0.0, 1.0))))
+    for fixed in [_at_first(network, first, probe) for probe in probes]:
+        handle = first.register_forward_hook(lambda module, args, output, fixed=fixed: fixed)
+        try:
+            answers = [_seeded(network, each) for each in probes]
+        finally:
+            handle.remove()
+        if not all(torch.equal(answers[0], other) for other in answers[1:]):
+            raise ValueError(
+                "the image has a way around the first noise (a second branch that reads it, such as a "
+                "shortcut): " + _CURE
+            )
+
+
+def _check_alone(network: SelfEnsemble, images: Tensor) -> None:
+    """The answer to an image must not depend on the others of its batch.
+
+    Passes of the same size: those of different sizes differ by the rounding of their kernels.
+    """
+    image, (black, white, mixed) = images[:1], _probes(images[:1], *(network.bounds or (0.0, 1.0)))
+    alone, *among = (
+        _seeded(network, torch.cat([image, *others])).softmax(dim=1)[0].float()
+        for others in ([image, image], [black, white], [mixed, mixed])
+    )
+    if not all(torch.allclose(alone, each, rtol=0, atol=1e-3) for each in among):
+        raise ValueError(
+            "the answer to an image depends on the other images of its batch (batch norm without running "
+            "statistics does so): nothing can be certified for an image"
+        )
+
+
+def _seeded(network: SelfEnsemble, images: Tensor) -> Tensor:
+    """Logits of the same draw, whatever the images."""
+    with noise_draw(0, 0, "shared"), torch.random.fork_rng():
+        torch.manual_seed(0)
+        return check_finite(network.draw_logits(images))

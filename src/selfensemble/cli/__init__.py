@@ -1,0 +1,1 @@
+"""The command line: its commands, what their arguments stand for, what they print."""

@@ -1,0 +1,86 @@
+"""What command-line arguments stand for: devices, processes, test data, images."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..artefacts.storage import ArtefactConfig
+    from ..data.images import ImageData
+    from ..ensemble.ensemble import SelfEnsemble
+
+
+class InputError(Exception):
+    """Something the user can mend; the message says how."""
+
+
+def device_named(name: str) -> "torch.device":
+    """The device of that name; "auto" is an accelerator if there is one."""
+    import torch
+
+    if name == "auto":
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        (torch.ones(1, device=device) + 1).item()
+    except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
+        raise InputError(f"cannot use device {name!r}: {str(error)[:200]}") from error
+    return device
+
+
+def in_precision(ensemble: "SelfEnsemble", example: "torch.Tensor", precision: str) -> "SelfEnsemble":
+    """The ensemble for "float32", an optimised copy for "bf16"."""
+    from ..fast.optimize import optimize
+
+    if precision not in ("float32", "bf16"):
+        raise InputError(f"--precision must be float32 or bf16, got {precision!r}")
+    return optimize(ensemble, example, "bf16") if precision == "bf16" else ensemble
+
+
+def test_data_of(config: "ArtefactConfig", data: str | None) -> "ImageData":
+    """The test images a saved ensemble was trained for, or those of `data`."""
+    from ..data.images import load_data
+
+    trained_on = (config.recipe or {}).get("data", {})
+    source = data or trained_on.get("source")
+    if source is None:
+        raise InputError("the model does not say what it was trained on: pass --data")
+    test = load_data(source, "test", size=trained_on.get("size"))
+    if config.input_shape is not None and tuple(test.images.shape[1:]) != config.input_shape:
+        raise InputError(
+            f"{source} has images of shape {tuple(test.images.shape[1:])}, the model takes "
+            f"{config.input_shape}: pass the data it was trained on"
+        )
+    return test if config.classes is None else test.with_classes(config.classes)
+
+
+def image_files(paths: list[Path]) -> list[Path]:
+    """Files as they are named, and all images within folders."""
+    from ..data.images import IMAGE_SUFFIXES
+
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            if not inside:
+                raise InputError(f"no images in {path}")
+            files += inside
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise InputError(f"no file {path}")
+    return files
+
+
+def read_image(path: Path, shape: tuple[int, int, int]) -> "torch.Tensor":
+    """An image of that shape (channels, height, width), uint8."""
+    from PIL import Image
+
+    from ..data.images import prepare_image
+
+    try:
+        with Image.open(path) as image:
+            return prepare_image(image, shape[0], (shape[1], shape[2]))
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise InputError(f"cannot read {path} as an image: {error}") from error

@@ -1,0 +1,37 @@
+"""The app that commands are added to, the options that they share, and how a run of theirs is stopped.
+
+Everything heavy is imported by the command that needs it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..runtime.interrupts import Interrupted
+
+app = typer.Typer(
+    help="Random Self-Ensemble: defend a classifier by noise, and say honestly how well.",
+    epilog="--debug after any command shows the traceback of an error.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+MODEL_HELP = "Folder that `train` wrote, or a name of the zoo."
+Model = Annotated[Path, typer.Argument(help=MODEL_HELP)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, mps, ...; auto takes an accelerator if there is one.")]
+Data = Annotated[
+    str | None, typer.Option(help="digits, cifar10, ..., a hub id, or a folder; overrides the recipe's.")
+]
+
+
+@contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """Turn Ctrl-C into a line that says that the same command goes on with what is in `folder`."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped; {folder} holds what is finished: go on with the same command") from None

@@ -1,0 +1,149 @@
+"""Commands about saved networks: what they answer, and how they are given away."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import terminal
+from .arguments import InputError, device_named, image_files, in_precision, read_image, test_data_of
+from .base import MODEL_HELP, Data, Device, Json, app
+
+
+@app.command()
+def predict(
+    paths: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    model: Annotated[Path, typer.Option(help=MODEL_HELP)],
+    draws: Annotated[int | None, typer.Option(min=1, help="Noise draws a prediction.")] = None,
+    stop: Annotated[
+        str | None,
+        typer.Option(help="exact or calibrated: an image stops drawing when its answer is settled."),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 3,
+    seed: Annotated[int | None, typer.Option(help="Repeatable noise; fresh by default.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Label images, with mean probabilities and their spread over the noise draws."""
+    import torch
+
+    from ..artefacts import storage
+
+    config = storage.read_config(model)
+    if config.input_shape is None:
+        raise InputError(f"{model} does not say the shape of its inputs: use the Python interface")
+    files = image_files(paths)
+    images = torch.stack([read_image(path, config.input_shape) for path in files])
+    ensemble = storage.load(model).to(device_named(device))
+    inputs = images.float() / 255
+    if stop == "calibrated" and ensemble.stopping is not None:
+        ensemble = in_precision(ensemble, inputs, ensemble.stopping.precision)
+    answer = ensemble.predict(inputs, draws=draws, seed=seed, max_batch=256, stop=stop)  # type: ignore[arg-type]
+    classes = config.classes or tuple(str(label) for label in range(answer.probabilities.shape[1]))
+    records: list[dict[str, Any]] = []
+    columns = (files, answer.probabilities, answer.spread, answer.draws.tolist())
+    for path, mean, spread, used in zip(*columns, strict=True):
+        best = mean.topk(min(top, len(classes))).indices.tolist()
+        shown = [
+            {"label": classes[k], "probability": mean[k].item(), "spread": terminal.finite(spread[k].item())}
+            for k in best
+        ]
+        records.append({"file": str(path), "draws": used, "predictions": shown})
+    if as_json:
+        terminal.print_json({"images": records})
+        return
+    terminal.print_predictions(records, min(top, len(classes)))
+
+
+@app.command()
+def pack(
+    model: Annotated[Path, typer.Argument(help="Folder that `train` wrote.")],
+    out: Annotated[Path, typer.Argument(help="New folder; its name is the network's.")],
+    data: Data = None,
+    precision: Annotated[str, typer.Option(help="Of the stored weights: bf16 or float32.")] = "bf16",
+) -> None:
+    """Copy a saved ensemble with small weights and a model card; test accuracy is measured again."""
+    import torch
+
+    from ..artefacts import storage
+    from ..report.packing import pack as write
+
+    known = {"bf16": torch.bfloat16, "float32": None}
+    if precision not in known:
+        raise InputError(f"--precision must be one of {', '.join(known)}, got {precision!r}")
+    write(model, out, test_data_of(storage.read_config(model), data), dtype=known[precision])
+    terminal.out.print(f"Written to {out}: model.safetensors, config.json, README.md", soft_wrap=True)
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help=MODEL_HELP)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write, NAME.onnx.")],
+    draws: Annotated[
+        int | None, typer.Option(min=1, help="Noise draws of a run; by default those of the ensemble.")
+    ] = None,
+) -> None:
+    """Write a saved ensemble as ONNX, in which the noise stays random at run time."""
+    import torch
+
+    from ..artefacts import storage
+    from ..artefacts.onnx_export import export_onnx
+
+    config = storage.read_config(model)
+    if config.input_shape is None:
+        raise InputError(f"{model} does not say the shape of its inputs: use the Python interface")
+    example = torch.zeros(2, *config.input_shape)
+    written = export_onnx(storage.load(model), out, example, draws=draws, classes=config.classes)
+    terminal.out.print(f"Written to {written}", soft_wrap=True)
+
+
+@app.command()
+def card(
+    model: Annotated[Path, typer.Argument(help="Folder of a saved ensemble.")],
+    evaluation: Annotated[
+        list[Path] | None, typer.Option(help="Folder that `evaluate` wrote of it; repeat for more.")
+    ] = None,
+    certificate: Annotated[
+        list[Path] | None, typer.Option(help="Folder that `certify` wrote of it; repeat for more.")
+    ] = None,
+) -> None:
+    """Write the model card README.md of a saved ensemble from its evaluations and certifications."""
+    from ..evaluation.certified import read_certified
+    from ..evaluation.results import read_results
+    from ..report.packing import write_card
+
+    written = write_card(
+        model,
+        [read_results(folder) for folder in evaluation or ()],
+        certificates=[read_certified(folder) for folder in certificate or ()],
+    )
+    terminal.out.print(f"Written to {written}", soft_wrap=True)
+
+
+@app.command()
+def info(
+    model: Annotated[
+        Path | None, typer.Argument(help="Folder that `train` wrote, or a name of the zoo.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What a saved ensemble is, or what is installed here."""
+    if model is not None:
+        from ..artefacts import storage
+
+        described = storage.read_config(model).model_dump(mode="json")
+    else:
+        from ..artefacts.zoo import zoo
+        from ..evaluation.protocol import load_protocol, shipped_protocols
+        from ..networks.models import MODELS
+        from ..runtime.provenance import provenance
+        from ..training.recipe import load_recipe, shipped_recipes
+
+        recipes = {name: load_recipe(name).description for name in shipped_recipes()}
+        protocols = {name: load_protocol(name).description for name in shipped_protocols()}
+        described = provenance() | {"models": list(MODELS), "recipes": recipes, "protocols": protocols}
+        described |= {"zoo": list(zoo())}
+    if as_json:
+        terminal.print_json(described)
+        return
+    terminal.print_tree(described)

@@ -1,0 +1,190 @@
+"""What the command line prints: progress on stderr, results on stdout."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..evaluation.certified import Certified
+    from ..evaluation.results import CheckRecord, Results
+    from ..experiments import Page
+
+out, err = Console(), Console(stderr=True)
+
+
+@contextmanager
+def progress() -> Iterator[Any]:
+    """A bar on a terminal; elsewhere a line on stderr whenever the text changes. Main process only."""
+    if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        yield lambda text, done: None
+    elif err.is_terminal:
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            TaskProgressColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=err) as bar:
+            task = bar.add_task("", total=1.0)
+            yield lambda text, done: bar.update(task, description=text, completed=done)
+    else:
+        last = ""
+
+        def line(text: str, done: float) -> None:
+            nonlocal last
+            if text != last:
+                err.print(f"{done:4.0%} {text}", highlight=False, soft_wrap=True, markup=False)
+                last = text
+
+        yield line
+
+
+def print_results(results: "Results") -> None:
+    """An evaluation as a table."""
+    from rich.table import Table
+
+    title = f"{results.name}: {results.data.images} test images, protocol {results.protocol['name']}"
+    seeds = len(results.clean.seeds)
+    table = Table(title=title, caption="accuracy: first seed, 95 % interval; upper bounds of the robustness")
+    table.add_column("attack")
+    for column in ("accuracy", f"right under all {seeds} seeds", "RMS L2", "gradients\nan image"):
+        table.add_column(column, justify="right")
+    for entry in (results.clean, *results.attacks, *results.worst_case):
+        where = f", {entry.norm} {entry.eps:.4g}" if entry.eps is not None else ""
+        where += f", c = {entry.c:g}" if entry.c is not None else ""
+        cells = (
+            percent(entry.model_dump()), f"{100 * entry.all_seeds:.1f} %", f"{entry.rms_l2:.3f}",
+            f"{entry.gradients:.0f}",
+        )  # fmt: skip
+        table.add_row(entry.title + where, *cells, style="bold" if entry.attack == "worst case" else None)
+    out.print(table)
+    if results.checks is not None:
+        print_checks(results.checks)
+
+
+def print_checks(checks: "Sequence[CheckRecord]") -> None:
+    """Honesty checks as a table."""
+    from rich.table import Table
+
+    table = Table(title="Honesty checks")
+    for column in ("check", "", "figure", "what to do"):
+        table.add_column(column, overflow="fold")
+    for check in checks:
+        verdict = {True: "ok", False: "FAIL", None: "n/a"}[check.passed]
+        style = "red" if check.passed is False else None
+        table.add_row(check.name, verdict, check.figure, check.advice, style=style)
+    out.print(table)
+
+
+def print_page(page: "Page") -> None:
+    """The tables of an experiment."""
+    from rich.table import Table
+
+    for part in page.tables:
+        table = Table(title=part.title, caption=part.caption)
+        for number, name in enumerate(part.head):
+            table.add_column(name, overflow="fold", justify="right" if number else "left")
+        for row in part.rows:
+            table.add_row(*row)
+        out.print(table)
+
+
+def percent(record: dict[str, Any]) -> str:
+    """An accuracy record with its interval."""
+    return f"{100 * record['accuracy']:.1f} % ({100 * record['low']:.1f} to {100 * record['high']:.1f})"
+
+
+def finite(value: float) -> float | None:
+    """`value`, or None where JSON has no number for it."""
+    return value if math.isfinite(value) else None
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on stdout, and nothing else."""
+    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def print_tree(value: dict[str, Any], indent: int = 0) -> None:
+    """Nested keys and values, a line each."""
+    for key, item in value.items():
+        if isinstance(item, dict):
+            out.print(f"{' ' * indent}{key}:", highlight=False, markup=False)
+            print_tree(item, indent + 2)
+        else:
+            shown = ", ".join(str(part) for part in item) if isinstance(item, list) else item
+            out.print(f"{' ' * indent}{key}: {shown}", highlight=False, soft_wrap=True, markup=False)
+
+
+def print_demo(curves: list[list[dict[str, Any]]], title: str, unit: str, shown: float) -> None:
+    """Both networks of the demo against the strength of one attack."""
+    from rich.table import Table
+
+    images = curves[0][0]["images"]
+    table = Table(
+        title=f"Accuracy on {images} handwritten digits: {title}",
+        caption="in brackets: 95 % interval; distortion: RMS L2 of the change",
+    )
+    table.add_column(unit, justify="right")
+    for name in ("plain network", "self-ensemble"):
+        table.add_column(f"{name}\nanswers right", justify="right")
+        table.add_column("\ndistortion", justify="right")
+    for points in zip(*curves, strict=True):
+        cells = [f"{points[0][unit]:g}" if points[0][unit] else "no attack"]
+        for point in points:
+            interval = f"[{100 * point['low']:.0f}, {100 * point['high']:.0f}]"
+            cells += [f"{100 * point['accuracy']:.1f} % {interval:>9}", f"{point['rms_l2']:.2f}"]
+        table.add_row(*cells, style="bold" if unit == "c" and points[0]["c"] == shown else None)
+    out.print(table)
+
+
+def print_predictions(records: list[dict[str, Any]], top: int) -> None:
+    """A line a file: its likeliest classes with mean probability and spread."""
+    from rich.table import Table
+
+    table = Table(title="Mean over noise draws (+- spread of single draws)")
+    table.add_column("file", overflow="fold")
+    table.add_column("draws", justify="right")
+    for rank in range(top):
+        table.add_column("answer" if rank == 0 else f"{rank + 1}.")
+    for record in records:
+        cells = []
+        for guess in record["predictions"]:
+            spread = "" if guess["spread"] is None else f" +- {guess['spread']:.2f}"
+            cells.append(f"{guess['label']} {guess['probability']:.2f}{spread}")
+        table.add_row(record["file"], str(record["draws"]), *cells)
+    out.print(table)
+
+
+def print_certified(results: "Certified") -> None:
+    """Certified accuracy by radius, about ten rows of it."""
+    from rich.table import Table
+
+    settings = results.settings
+    table = Table(
+        title=f"{results.name}: {results.data.images} test images, {settings['method']}, alpha "
+        f"{settings['alpha']:g}, {settings['n']} draws",
+        caption=f"nothing certified: {results.abstained:.1%}; mean radius {results.mean_radius:.3f}; "
+        f"mean draws {results.draws:.0f}",
+    )
+    table.add_column("L2 radius", justify="right")
+    table.add_column("certified accuracy (95 % interval)", justify="right")
+    every = max(1, math.ceil(len(results.curve) / 12))
+    for point in results.curve[::every]:
+        table.add_row(f"{point.radius:.2f}", percent(point.model_dump()))
+    out.print(table)

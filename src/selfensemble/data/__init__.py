@@ -1,0 +1,1 @@
+"""Images and labels: folders, data sets of the hub, parquet files."""

@@ -1,0 +1,175 @@
+"""Noise draws of a batch, and their mean and spread; images leave as they are settled."""
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..noise.streams import Sampling, fresh_seed, noise_draw, stream_seed
+from .stopping import Rule, worth_taking
+
+if TYPE_CHECKING:
+    from .ensemble import SelfEnsemble
+
+_ON_ACCELERATORS = 64  # times the elements of a pass on a CPU
+_PASSES = 64  # of which the images are on the device at a time
+
+
+class Draws:
+    """Softmax outputs of single draws, a few images and several draws a pass.
+
+    Args:
+        ensemble: in eval mode.
+        example: a batch of the images to come.
+        max_batch: images a pass; None for what `SelfEnsemble.predict` says.
+        seed: None for fresh noise.
+        sampling: overrides the ensemble's.
+        antithetic: in pairs, see `noise_draw`.
+
+    Attributes:
+        size: images a pass, of one draw.
+        capacity: images a pass where it holds several draws of few images.
+    """
+
+    def __init__(
+        self,
+        ensemble: "SelfEnsemble",
+        example: Tensor,
+        max_batch: int | None = None,
+        seed: int | None = None,
+        sampling: Sampling | None = None,
+        antithetic: bool = False,
+    ) -> None:
+        from .ensemble import explain_shape  # which imports this module
+
+        self._portable = seed is not None
+        shared = (sampling or ensemble.sampling) == "shared"
+        # A pass of whole pairs needs no streams, which take time to start.
+        self._fresh_pairs = antithetic and seed is None and shared
+        if antithetic and seed is None:
+            seed = fresh_seed()
+        self.ensemble, self.seed, self.sampling, self._example = ensemble, seed, sampling, example
+        self._antithetic = antithetic
+        self._explained = partial(explain_shape, ensemble)
+        self.device = next((tensor.device for tensor in ensemble.parameters()), example.device)
+        wanted = ensemble.input_dtype if example.is_floating_point() else None
+        self._dtype = wanted or example.dtype
+        in_chunk = max(1, ensemble.chunk // max(1, example[:1].numel()))
+        if max_batch is not None:
+            self.size = self.capacity = max_batch
+        elif self.device.type != "cpu":
+            self.size, self.capacity = max(in_chunk, len(example) // 2), _ON_ACCELERATORS * in_chunk
+        elif ensemble.has_half_activations:
+            self.size = self.capacity = in_chunk
+        else:  # very small batches are not divided
+            self.size, self.capacity = max(1, in_chunk // 4, min(len(example) // 2, in_chunk)), in_chunk
+        # Per-image noise of a seed depends on the batch: images of two parts must not have the same, and
+        # several draws in one batch would not be those of their own.
+        self._by_part = seed is not None and not shared
+        if self._by_part:
+            self.capacity = 1
+        self._shared = shared
+
+    def groups(self, inputs: Tensor) -> list[Tensor]:
+        """`inputs` in parts that are taken to the device as a whole."""
+        return list(inputs.split(self.size * _PASSES))
+
+    def prepared(self, group: Tensor) -> Tensor:
+        """A group on the device of the ensemble, in its dtype."""
+        return group.to(self.device, self._dtype)
+
+    @torch.no_grad()
+    def folds(self) -> bool:
+        """Whether draws in one batch are those of their own: not if the network rearranges its batch.
+
+        The first draw of a batch must not notice which is the second. Found out once for each shape.
+        """
+        shape = tuple(self._example.shape[1:])
+        known = self.ensemble.folds
+        if len(self._example) and shape not in known:
+            few = self.prepared(self._example[:2])
+            answers = []
+            try:
+                for step in (1, 2):
+                    with noise_draw(0, 0, "shared", count=2, step=step):
+                        repeated = few.repeat(2, *[1] * (few.dim() - 1))
+                        answers.append(self.ensemble.draw_logits(repeated)[: len(few)])
+            except (RuntimeError, ValueError):  # a pass of one draw will say what is the matter, if anything
+                known[shape] = False
+            else:
+                known[shape] = torch.equal(*answers)
+        return known.get(shape, False)
+
+    def at_once(self, images: int, left: int) -> int:
+        """Draws that go into one pass, of those that are left: several where there are few images."""
+        count = min(left, max(1, self.capacity // max(1, images)))
+        return 1 if count > 1 and self._shared and not self.folds() else count
+
+    @torch.no_grad()
+    def take(self, images: Tensor, index: int, count: int, group: int = 0) -> Tensor:
+        """(count, B, K) softmax outputs of the draws from number `index` on.
+
+        Args:
+            images: (B, ...), prepared.
+            index, count: of the draws.
+            group: number of the group that these are images of.
+        """
+        passes = []
+        fresh = self._fresh_pairs and index % 2 == count % 2 == 0
+        for part, few in enumerate(images.split(self.size)):
+            own = None if fresh else self.seed
+            if own is not None and self._by_part:
+                own = stream_seed(own, group * _PASSES + part, 0)
+            repeated = few if count == 1 else few.repeat(count, *[1] * (few.dim() - 1))
+            drawn = noise_draw(
+                own, index, self.sampling, count=count, antithetic=self._antithetic, portable=self._portable
+            )
+            with drawn, self._explained(self._example):
+                outputs = self.ensemble.draw_logits(repeated).float().softmax(dim=-1)
+            passes.append(outputs.view(count, len(few), outputs.shape[-1]))
+        return torch.cat(passes, dim=1)
+
+
+def moments(draws: Draws, group: Tensor, rule: Rule, number: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and standard deviation over the draws, and how many draws each image took.
+
+    Args:
+        draws: of the ensemble. Where a pass holds several, what the rule does not want is thrown away.
+        group: (B, ...).
+        rule: when an image stops.
+        number: of the group.
+
+    Returns:
+        (B, K), (B, K) and (B,) int64, where the ensemble is.
+    """
+    group = draws.prepared(group)
+    active = torch.arange(len(group), device=group.device)
+    used = torch.zeros_like(active)
+    mean = squares = torch.empty(0)
+    index = 0
+    while index < rule.most:
+        count = draws.at_once(len(active), worth_taking(rule, index))
+        images = group if len(active) == len(group) else group[active]
+        outputs = draws.take(images, index, count, number)
+        if index == 0:
+            mean, squares = outputs.new_zeros((2, *outputs.shape[1:]))
+        for later in range(count):
+            index += 1
+            # Welford's recurrence.
+            step = outputs[later] - mean[active]
+            mean[active] += step / index
+            squares[active] += step * (outputs[later] - mean[active])
+            used[active] = index
+            if index < rule.most and (settled := rule.settled(mean[active], index)).any():
+                active, outputs = active[~settled], outputs[:, ~settled]
+        if len(active) == 0:
+            break
+    return mean, (squares / (used - 1).unsqueeze(1)).sqrt(), used
+
+
+def check_finite(outputs: Tensor) -> Tensor:
+    """Return `outputs`, or raise a ValueError where the model returned NaN: nothing can be certain of it."""
+    if torch.isfinite(outputs).all():
+        return outputs
+    raise ValueError("the model returns NaN: mend it before asking what is certain of its answers")

@@ -1,0 +1,337 @@
+"""The fast path: the same network with batch norm folded, laid out and computed as the device likes it."""
+
+import copy
+import functools
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from ..ensemble.ensemble import SelfEnsemble, logits_of
+from ..noise.injection import execution_order, is_convolution, random_layers
+from ..noise.layer import GaussianNoise, NoiseConfig, RandomLayer
+from ..noise.streams import noise_draw
+from .prepacked import FEW, PrepackedConvolution, can_prepack
+
+Precision = Literal["float32", "bf16"]
+_DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16}
+_RELUS = (torch.relu, torch.relu_, functional.relu, functional.relu_)
+# Layers whose weights autocast casts; others may do with theirs what it does not know.
+_HALVED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+class FastEnsemble(SelfEnsemble):
+    """What `optimize` returns: computes as `original` does, faster."""
+
+    def __init__(self, model: nn.Module, original: SelfEnsemble, precision: Precision) -> None:
+        # A network without noise stays without.
+        config = None if random_layers(model) else NoiseConfig(0, 0)
+        super().__init__(
+            model, config, draws=original.draws, sampling=original.sampling, bounds=original.bounds
+        )
+        self.stopping = original.stopping
+        self.precision = precision
+        if precision == "bf16":
+            self.chunk, self.has_half_activations = 4 * original.chunk, True
+        # In a tuple, so that it is no part of this module's state.
+        self._original = (original,)
+
+    @property
+    def original(self) -> SelfEnsemble:
+        """The ensemble this is a copy of."""
+        return self._original[0]
+
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        """That of the original: the first layer computes in it, whatever the others do."""
+        return self.original.input_dtype
+
+
+def original_of(model: nn.Module) -> nn.Module:
+    """The network that `model` is an optimised copy of, or `model` itself."""
+    return model.original if isinstance(model, FastEnsemble) else model
+
+
+def precision_of(ensemble: SelfEnsemble) -> Precision:
+    """That an ensemble computes in, as `optimize` names it."""
+    return ensemble.precision if isinstance(ensemble, FastEnsemble) else "float32"
+
+
+# Where torch keeps whether it may compute in TF32, and what keeps it from that.
+_TF32: list[tuple[Any, str, object]] = [
+    (torch.backends.cudnn, "allow_tf32", False),
+    (torch.backends.cuda.matmul, "allow_tf32", False),
+]
+if hasattr(torch.backends.cudnn, "conv"):  # since torch 2.9; who sets these may not read those above
+    _TF32 = [
+        (torch.backends.cudnn.conv, "fp32_precision", "ieee"),
+        (torch.backends.cuda.matmul, "fp32_precision", "ieee"),
+    ]
+
+
+class _Exact:
+    """How many contexts are entered, and what holds outside of them."""
+
+    def __init__(self) -> None:
+        self.lock, self.depth, self.before = threading.Lock(), 0, list[object]()
+
+
+_exact = _Exact()
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Within this context CUDA computes float32 in float32, not in TF32; in all threads.
+
+    TF32 has steps of 1/2048 near 1, which swallow what an attack changes in an image.
+    """
+    with _exact.lock:
+        if _exact.depth == 0:
+            _exact.before = [getattr(backend, name) for backend, name, _ in _TF32]
+            for backend, name, exact in _TF32:
+                setattr(backend, name, exact)
+        _exact.depth += 1
+    try:
+        yield
+    finally:
+        with _exact.lock:
+            _exact.depth -= 1
+            if _exact.depth == 0:
+                for (backend, name, _), value in zip(_TF32, _exact.before, strict=True):
+                    setattr(backend, name, value)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+@functools.cache
+def faster_precision(device: torch.device) -> Precision:
+    """The precision in which a convolution of 64 channels takes less time on this device; measured once."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(16, 64, 32, 32, generator=generator).to(device)
+    seconds: dict[Precision, float] = {}
+    for precision, dtype in _DTYPES.items():
+        convolution = nn.Conv2d(64, 64, 3, padding=1).to(device, dtype)
+        convolution.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        inputs = images.to(dtype, memory_format=torch.channels_last)
+        times = []
+        for _ in range(5):
+            _wait(device)
+            began = time.perf_counter()
+            with torch.no_grad():
+                convolution(inputs)
+            _wait(device)
+            times.append(time.perf_counter() - began)
+        seconds[precision] = min(times)
+    return min(seconds, key=lambda precision: seconds[precision])
+
+
+def optimize(
+    ensemble: SelfEnsemble, example_inputs: Tensor, precision: Precision | None = None
+) -> FastEnsemble:
+    """A copy of `ensemble` that computes the same, faster; the original is left as it is.
+
+    Batch norm is folded into the convolution before it where the network can be traced, images are laid
+    out with channels last, and with "bf16" everything behind the first convolution is computed in
+    bfloat16. The first convolution stays in float32: bfloat16 has steps of 1/256 near 1, as large as the
+    perturbations that attacks look for.
+
+    The copy is in eval mode and has no gradients of weights. Attacks on it follow its gradients, and ask
+    the original whether they succeed.
+
+    Args:
+        ensemble: what to speed up, on the device it is used on.
+        example_inputs: (B, ...) images, on any device; they tell which convolution is the first.
+        precision: "float32", or "bf16": labels then differ where two classes are nearly tied. By default
+            the one in which convolutions are faster on the device, which is measured.
+
+    Returns:
+        An ensemble with the same noise; seeded shared draws are the same.
+    """
+    network = copy.deepcopy(ensemble.model).eval().requires_grad_(False)
+    device = next((parameter.device for parameter in network.parameters()), example_inputs.device)
+    precision = precision or faster_precision(device)
+    example_inputs = example_inputs[:2].to(device)
+    network = _rewritten(network, _fold_, example_inputs, 1e-3)
+    convolutions = [fqn for fqn, module in network.named_modules() if is_convolution(module)]
+    order = execution_order(network, convolutions, example_inputs[:1]) if convolutions else []
+    first = network.get_submodule(order[0]) if order else None
+    if precision == "bf16":
+        # Of enough images for each way of computing a layer.
+        enough = example_inputs.repeat(FEW, *[1] * (example_inputs.dim() - 1))[:FEW]
+        prepack_ = partial(_prepack_, first=order[0] if order else "")
+        network = _rewritten(network, prepack_, enough, 0.05, half=True)
+        first = network.get_submodule(order[0]) if order else None
+        if isinstance(first, PrepackedConvolution):
+            first = None  # which sees to it itself
+        _halve_weights(network, first)
+    wrapped = _Fast(network, first, torch.bfloat16 if precision == "bf16" else None)
+    return FastEnsemble(wrapped, ensemble, precision).eval()
+
+
+class _Tracer(fx.Tracer):
+    """Keeps random layers as they are: what they draw must not become a constant of the graph."""
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        return isinstance(module, RandomLayer) or super().is_leaf_module(module, qualified_name)
+
+
+def _rewritten(
+    network: nn.Module,
+    rewrite_: Callable[[fx.GraphModule], None],
+    example_inputs: Tensor,
+    tolerance: float,
+    half: bool = False,
+) -> nn.Module:
+    """The network after `rewrite_`; as it is where tracing fails or answers change by more than rounding.
+
+    Args:
+        network: in eval mode.
+        rewrite_: changes a graph in place.
+        example_inputs: to compare the answers on.
+        tolerance: of outputs, against the largest of them.
+        half: whether the answers are to be compared under autocast.
+    """
+    try:
+        graph = fx.GraphModule(copied := copy.deepcopy(network), _Tracer().trace(copied))
+        rewrite_(graph)
+        graph.recompile()
+        graph.delete_all_unused_submodules()
+        with torch.autocast(example_inputs.device.type, torch.bfloat16, enabled=half):
+            kept = _same(network, graph, example_inputs, tolerance)
+    except Exception:  # of a stranger's code, which may do what no tracer can follow
+        kept = False
+    return graph if kept else network
+
+
+def _calls(graph: fx.GraphModule) -> Iterator[tuple[fx.Node, nn.Module]]:
+    """Calls of modules that are called once."""
+    nodes = [node for node in graph.graph.nodes if node.op == "call_module"]
+    times = Counter(node.target for node in nodes)
+    modules = dict(graph.named_modules())
+    for node in nodes:
+        if times[node.target] == 1:
+            yield node, modules[str(node.target)]
+
+
+def _fold_(graph: fx.GraphModule) -> None:
+    """Batch norm into the convolutions before it."""
+    once = dict(_calls(graph))
+    for norm, batch_norm in once.items():
+        before = norm.args[0] if norm.args else None
+        if not (isinstance(before, fx.Node) and before in once and len(before.users) == 1):
+            continue
+        convolution = once[before]
+        kinds = is_convolution(convolution) and isinstance(batch_norm, nn.modules.batchnorm._BatchNorm)
+        if not (kinds and batch_norm.track_running_stats):
+            continue
+        transposed = isinstance(convolution, nn.modules.conv._ConvTransposeNd)
+        fused = fuse_conv_bn_eval(convolution, batch_norm, transpose=transposed)  # type: ignore[type-var,arg-type]
+        graph.set_submodule(str(before.target), fused)
+        norm.replace_all_uses_with(before)
+        graph.graph.erase_node(norm)
+
+
+def _prepack_(graph: fx.GraphModule, first: str) -> None:
+    """Convolutions, and the ReLUs behind them, by those whose weights are laid out ahead.
+
+    Args:
+        graph: changed in place.
+        first: name of the convolution that sees pixels.
+    """
+    once = dict(_calls(graph))
+    uses = Counter(parameter for module in graph.modules() for parameter in module._parameters.values())
+    for node, convolution in once.items():
+        if not can_prepack(convolution) or any(uses[each] > 1 for each in convolution.parameters()):
+            continue
+        (after,) = node.users if len(node.users) == 1 else (node,)
+        relu = after is not node and (_is_relu(after) or isinstance(once.get(after), nn.ReLU))
+        name = str(node.target)
+        graph.set_submodule(name, PrepackedConvolution(convolution, relu, exact_inputs=name == first))
+        if relu:
+            after.replace_all_uses_with(node)
+            graph.graph.erase_node(after)
+    _overwrite_(graph)
+
+
+def _overwrite_(graph: fx.GraphModule) -> None:
+    """Noise in place, where it is all that becomes of what a layer returns: no memory has to be found."""
+    once = dict(_calls(graph))
+    for node, noise in once.items():
+        before = node.args[0]
+        if isinstance(noise, GaussianNoise) and isinstance(before, fx.Node) and len(before.users) == 1:
+            noise.overwrites = isinstance(once.get(before), (PrepackedConvolution, nn.MaxPool2d))
+
+
+def _is_relu(node: fx.Node) -> bool:
+    names = {"call_function": _RELUS, "call_method": ("relu", "relu_")}
+    return node.target in names.get(node.op, ())
+
+
+@torch.no_grad()
+def _same(network: nn.Module, other: nn.Module, inputs: Tensor, tolerance: float) -> bool:
+    """Whether both give the same logits with the same noise."""
+    outputs = []
+    for each in (network, other):
+        with noise_draw(0, sampling="shared"), torch.random.fork_rng():
+            torch.manual_seed(0)
+            outputs.append(logits_of(each(inputs)).float())
+    ours, theirs = outputs
+    return torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * float(ours.abs().max()))
+
+
+def _halve_weights(network: nn.Module, first: nn.Module | None) -> None:
+    """What autocast would do to weights at every call: those of all layers but the first in bfloat16."""
+    layers = [module for module in network.modules() if type(module) in _HALVED and module is not first]
+    uses = Counter(parameter for module in network.modules() for parameter in module._parameters.values())
+    for layer in layers:
+        if any(uses[parameter] > 1 for parameter in layer._parameters.values() if parameter is not None):
+            continue  # shared with a layer that may not be run under autocast
+        layer.to(torch.bfloat16)
+        if isinstance(layer, nn.Conv2d):
+            layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+class _Fast(nn.Module):
+    """Channels last and autocast around a network, without autocast in its first convolution."""
+
+    def __init__(self, network: nn.Module, first: nn.Module | None, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.network = network
+        self.dtype = dtype
+        if dtype is not None and first is not None:
+            first.register_forward_pre_hook(_leave_autocast)
+            first.register_forward_hook(_enter_autocast, always_call=True)
+            first.register_forward_hook(_halve)
+
+    def forward(self, inputs: Tensor) -> Any:
+        if inputs.dim() == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        if self.dtype is None:
+            return self.network(inputs)
+        with torch.autocast(inputs.device.type, self.dtype):
+            return self.network(inputs)
+
+
+def _leave_autocast(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    outside = torch.autocast(args[0].device.type, enabled=False)
+    outside.__enter__()
+    module.__dict__.setdefault("_outside", []).append(outside)
+
+
+def _enter_autocast(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    module.__dict__["_outside"].pop().__exit__(None, None, None)
+
+
+def _halve(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output.to(torch.bfloat16)  # as the next convolution does, and what lies between is done in half

@@ -1,0 +1,295 @@
+"""Where the numbers of the noise come from: how draws are sampled and seeded.
+
+A *draw* is one noisy forward pass. Outside `noise_draw` every call of every layer takes fresh
+entropy from a generator of this module, seeded by the operating system: the caller's global random
+state is neither read nor changed, so that `torch.manual_seed` cannot freeze the defense.
+"""
+
+import hashlib
+import operator
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .half_precision import KEPT, Bits, fill_half_
+
+Sampling = Literal["per_image", "shared"]
+
+# Streams a seed spans before it wraps: LAYERS layers of 2**32 / LAYERS (a million) draws.
+LAYERS = 4096
+DRAWS = 2**32 // LAYERS
+_MASK32 = 0xFFFF_FFFF
+_HALVES = (torch.bfloat16, torch.float16)
+# By number of the draw and of the layer, and by device.
+Generators = dict[tuple[int, int, torch.device], torch.Generator]
+
+
+def check_sampling(sampling: str) -> Sampling:
+    """Return `sampling` if it names a policy, or raise a ValueError that lists them."""
+    for known in get_args(Sampling):
+        if sampling == known:
+            return known  # type: ignore[no-any-return]
+    raise ValueError(f"sampling must be one of {get_args(Sampling)}, got {sampling!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Draw:
+    seed: int | None = None
+    index: int = 0
+    sampling: Sampling | None = None
+    count: int = 1
+    step: int = 1
+    antithetic: bool = False
+    portable: bool = True
+    generators: Generators = field(default_factory=dict)
+    bits: dict[tuple[int, int], Bits] = field(default_factory=dict)
+
+
+# Without a seed there are no streams to keep, so that sharing the default is safe.
+_current: ContextVar[_Draw] = ContextVar("selfensemble_draw", default=_Draw())  # noqa: B039
+
+
+@contextmanager
+def noise_draw(
+    seed: int | None = None,
+    index: int = 0,
+    sampling: Sampling | None = None,
+    *,
+    count: int = 1,
+    step: int = 1,
+    antithetic: bool = False,
+    portable: bool = True,
+    generators: Generators | None = None,
+) -> Iterator[None]:
+    """Within this context, noise is draw number `index` of `seed`, sampled by `sampling`.
+
+    With a seed, the first call of a layer takes the start of the stream (seed, index, layer), and
+    later calls go on where it stopped; the same context entered again gives the same noise. Shared
+    noise then depends on nothing else: not on the size or composition of the batch, the memory
+    format or (but for rounding) the dtype. Per-image noise depends on the first two of these as well.
+    CPU and CUDA have different streams. The context holds in the thread that enters it.
+
+    Args:
+        seed: any integer, or None for fresh entropy.
+        index: number of the draw, >= 0; up to a million draws of a seed do not overlap.
+        sampling: "per_image" or "shared" for every layer, or None to leave the choice to each layer.
+        count: draws within one batch, which holds the images of draw `index`, then as many of
+            `index + step`, and so on. Shared noise is shared by the images of one draw; per-image noise is
+            of the stream of the first one.
+        step: between the numbers of those draws.
+        antithetic: draws of odd number have the opposite Gaussian noise of those before them. The mean over
+            pairs has the same expectation and varies less, as far as the network is linear in its
+            noise; the draws of a pair are not independent, which no certificate may overlook. Needs a seed,
+            or whole pairs in the batch.
+        portable: whether shared noise of a seed is to be the same in every dtype. If not, half precision on a
+            CPU has numbers that cost less, as it has without a seed.
+        generators: where the generators of the streams are kept and looked for, of a draw with a seed.
+    """
+    if index < 0 or count < 1 or step < 1:
+        raise ValueError(f"index must be >= 0, count and step >= 1, got {index}, {count} and {step}")
+    if antithetic and seed is None and (index % 2 or count % 2 or step != 1):
+        raise ValueError(
+            "antithetic draws repeat each other's noise: give them a seed, e.g. a fresh one, or whole pairs"
+        )
+    policy = None if sampling is None else check_sampling(sampling)
+    chosen = None if seed is None else operator.index(seed)
+    kept: Generators = {} if generators is None else generators
+    token = _current.set(_Draw(chosen, index, policy, count, step, antithetic, portable, kept))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def stream_seed(seed: int, index: int, layer: int) -> int:
+    """64-bit seed of the stream (seed, draw index, layer).
+
+    torch's CPU generator uses the low 32 bits of a seed only. Within one seed those are an injective
+    function of (index, layer), so that no two streams coincide, then mixed (murmur3's finalizer, a
+    bijection), so that neighbours do not look alike.
+    """
+    digest = hashlib.blake2b(str(seed).encode(), digest_size=8).digest()
+    high, low = int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:], "big")
+    mixed = (low + index * LAYERS + layer) & _MASK32
+    mixed = ((mixed ^ (mixed >> 16)) * 0x85EB_CA6B) & _MASK32
+    mixed = ((mixed ^ (mixed >> 13)) * 0xC2B2_AE35) & _MASK32
+    return (high << 32) | (mixed ^ (mixed >> 16))
+
+
+def seed_streams_(generators: Generators, seed: int, index: int) -> None:
+    """Put each generator to the start of its layer's stream in draw number `index` of `seed`."""
+    for (_, layer, _), generator in generators.items():
+        generator.manual_seed(stream_seed(seed, index, layer))
+
+
+class _Entropy(threading.local):
+    """One generator a thread and device, seeded by the operating system, and one of bits."""
+
+    def __init__(self) -> None:
+        self.generators: dict[torch.device, torch.Generator] = {}
+        self.bits: Bits | None = None
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        if device not in self.generators:
+            seed = int.from_bytes(os.urandom(8), "big") >> 1
+            self.generators[device] = torch.Generator(device).manual_seed(seed)
+        return self.generators[device]
+
+    def fresh_bits(self) -> Bits:
+        if self.bits is None:
+            self.bits = Bits(np.random.SFC64(), kept=KEPT)
+        return self.bits
+
+    def forget(self) -> None:
+        self.generators, self.bits = {}, None
+
+
+_entropy = _Entropy()
+if hasattr(os, "register_at_fork"):  # a forked child must not repeat its parent's noise
+    os.register_at_fork(after_in_child=_entropy.forget)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a layer takes its random numbers from in one draw.
+
+    Attributes:
+        shared: whether a batch shares what is drawn.
+    """
+
+    draw: _Draw
+    layer: int
+    device: torch.device
+    shared: bool
+
+    @property
+    def count(self) -> int:
+        """Draws within the batch."""
+        return self.draw.count
+
+    def generator(self, number: int | None = None) -> torch.Generator:
+        """For torch's functions, on the device: of a draw, by default the first of the batch."""
+        draw = self.draw
+        if draw.seed is None:
+            return _entropy.generator(self.device)
+        key = (draw.index if number is None else number, self.layer, self.device)
+        if key not in draw.generators:
+            seed = stream_seed(draw.seed, key[0], self.layer)
+            draw.generators[key] = torch.Generator(self.device).manual_seed(seed)
+        return draw.generators[key]
+
+    def split(self, tensor: Tensor) -> Iterator[tuple[Tensor, torch.Generator]]:
+        """Parts of a tensor with an entry for each draw of the batch, and what fills each of them."""
+        if self.draw.seed is None:
+            yield tensor, self.generator()
+            return
+        for later in range(self.count):
+            number = self.draw.index + later * self.draw.step
+            yield tensor[later : later + 1], self.generator(number)
+
+    def draws_half(self, dtype: torch.dtype) -> bool:
+        """Whether shared noise for inputs of this dtype may be drawn in it."""
+        free = self.draw.seed is None or not self.draw.portable
+        return free and self.device.type == "cpu" and dtype in _HALVES
+
+    def fill_shared_(self, noise: Tensor, std: float) -> None:
+        """Gaussian noise, an entry for each draw of the batch."""
+        draw = self.draw
+        if draw.seed is None:
+            if draw.antithetic:
+                self._fill_pairs_(noise, std)
+            else:
+                self._fill_(noise, std, draw.index)
+            return
+        for later in range(draw.count):
+            number, one = draw.index + later * draw.step, noise[later : later + 1]
+            if not self._is_opposite(number):
+                self._fill_(one, std, number)
+            elif later and draw.step == 1:
+                torch.neg(noise[later - 1 : later], out=one)
+            else:
+                self._fill_(one, std, number - 1)
+                one.neg_()
+
+    def _fill_pairs_(self, noise: Tensor, std: float) -> None:
+        """Fresh noise of every other draw, and its opposite for the draws after them."""
+        first = noise.new_empty(noise.numel() // 2)
+        self._fill_(first, std, self.draw.index)
+        size = noise.numel() // len(noise)
+        pairs, rows = noise.as_strided((len(noise) // 2, 2, size), (2 * size, size, 1)), first.view(-1, size)
+        pairs[:, 0].copy_(rows)
+        torch.neg(rows, out=pairs[:, 1])
+
+    def fill_each_(self, noise: Tensor, std: float) -> None:
+        """Gaussian noise of each image's own, in the order of its memory."""
+        draw = self.draw
+        if draw.antithetic and draw.count > 1:
+            raise ValueError("antithetic draws with noise of each image's own go into batches of one draw")
+        opposite = self._is_opposite(draw.index)
+        self._fill_(noise, std, draw.index - opposite)
+        if opposite:
+            noise.neg_()
+
+    def _fill_(self, noise: Tensor, std: float, number: int) -> None:
+        """With the stream of a draw, in the order of the memory of `noise`."""
+        if noise.device.type == "cpu" and noise.dtype in _HALVES:
+            fill_half_(noise, std, self.bits(number))
+            return
+        # `normal_` on a permuted view is several times slower.
+        flat = noise.as_strided((noise.numel(),), (1,))
+        flat.normal_(0.0, std, generator=self.generator(number))
+
+    def _is_opposite(self, number: int) -> bool:
+        return self.draw.antithetic and number % 2 == 1
+
+    def check_batch(self, size: int) -> None:
+        """Raise a ValueError unless a batch of `size` images can hold the draws of this one."""
+        if size % self.count:
+            raise ValueError(
+                f"a batch of {size} cannot hold {self.count} draws of as many images each: repeat the images"
+            )
+
+    def bits(self, number: int | None = None) -> Bits:
+        """Random bits on the CPU, faster than those of torch; of a draw as above."""
+        draw = self.draw
+        if draw.seed is None:
+            return _entropy.fresh_bits()
+        key = (draw.index if number is None else number, self.layer)
+        if key not in draw.bits:
+            draw.bits[key] = Bits(np.random.SFC64(stream_seed(draw.seed, *key)))
+        return draw.bits[key]
+
+
+def fresh_seed() -> int:
+    """A seed in [0, 2^62): of fresh entropy, or within a seeded `noise_draw` the next of its seeds."""
+    source = Source(_current.get(), LAYERS - 1, torch.device("cpu"), shared=True)
+    return int(torch.randint(2**62, (), generator=source.generator()))
+
+
+def random_source(layer: int, shared: bool, device: torch.device) -> Source:
+    """Where a layer takes its random numbers from in the current draw.
+
+    Args:
+        layer: its number.
+        shared: the choice of the layer, which that of `noise_draw` overrides.
+        device: of the numbers.
+
+    Raises:
+        RuntimeError: called inside a backward pass.
+    """
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "a noisy layer was called inside a backward pass: activation checkpointing would compute it "
+            "again with other noise and give wrong gradients; switch checkpointing off"
+        )
+    draw = _current.get()
+    policy = shared if draw.sampling is None else draw.sampling == "shared"
+    return Source(draw, layer, device, policy)

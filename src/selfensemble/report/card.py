@@ -1,0 +1,148 @@
+"""The card of a trained network: what it is, what was measured on it, what it is not."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from ..artefacts.storage import ArtefactConfig
+from ..evaluation.certified import Certified
+from ..evaluation.results import Entry, Results
+from ..experiments import EXPERIMENTS
+from ..noise.layer import describe_std
+from ..training.recipe import public_recipe
+
+_NOISE = """\
+The noise has to stay on at test time, and fresh: whoever can ask many times, or predict the noise, meets a
+weaker defense. """
+_LIMITS = """\
+Robust accuracies are what the named attacks left over: upper bounds, not guarantees. {certificate}{noise}\
+Trained and measured on small images of few classes; nothing is known about
+others, about natural shifts of the data, or about changes that the attacks did not try (patches, rotations,
+colours)."""
+_CERTIFIED = """\
+A certificate holds for the infinite ensemble, in the named precision, and is wrong with the stated risk. """
+_UNCERTIFIED = "The network carries no certificate. "
+
+
+def model_card(
+    name: str,
+    config: ArtefactConfig,
+    results: Sequence[Results] = (),
+    licence: str | None = "apache-2.0",
+    certificates: Sequence[Certified] = (),
+) -> str:
+    """Markdown with the front matter of model hubs, filled from a saved ensemble and its evaluations.
+
+    Args:
+        name: of the network.
+        config: its `config.json`.
+        results: evaluations of it, see `read_results`.
+        licence: of the weights, an identifier that model hubs know; None says nothing of it.
+        certificates: certifications of it, see `read_certified`.
+    """
+    recipe = config.recipe or {}
+    front: dict[str, Any] = {} if licence is None else {"license": licence}
+    front |= {
+        "library_name": "selfensemble",
+        "pipeline_tag": "image-classification",
+        "tags": ["random-self-ensemble", "adversarial-robustness"],
+    }
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {name}",
+        str(recipe.get("description", "")),
+        f'```python\nimport selfensemble as rse\n\nensemble = rse.load("{name}")\n'
+        "ensemble.predict(images)  # images (B, C, H, W) in [0, 1], not standardised\n```",
+        _facts(config),
+        "## Measured\n\n" + _measured(config, results),
+        "\n\n".join(map(_certificate, certificates)),
+        "## Limits\n\n"
+        + _LIMITS.format(
+            certificate=_CERTIFIED if certificates else _UNCERTIFIED,
+            noise=_NOISE if config.is_random else "",
+        ),
+    ]
+    if recipe:
+        parts.append(f"## Recipe\n\n```yaml\n{yaml.safe_dump(public_recipe(recipe), sort_keys=False)}```")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _facts(config: ArtefactConfig) -> str:
+    lines = []
+    if config.architecture is not None:
+        lines.append(f"{config.architecture.name}, width {config.architecture.width:g}")
+    if config.transformers is not None:
+        lines.append(f"{config.transformers.name} of transformers")
+    if config.input_shape is not None:
+        lines.append(f"inputs {' x '.join(map(str, config.input_shape))}, pixels in [0, 1]")
+    if config.classes is not None:
+        lines.append(f"classes: {', '.join(config.classes)}")
+    levels = [describe_std(std) for std in config.noise.values()]
+    if config.is_random and levels:
+        lines.append(f"noise: std {levels[0]} on the image, {', '.join(dict.fromkeys(levels[1:]))} inside")
+    lines.append(f"a prediction averages {config.draws} noise draw{'s' * (config.draws != 1)}")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _measured(config: ArtefactConfig, results: Sequence[Results]) -> str:
+    lines = []
+    for split, record in config.metrics.items():
+        if isinstance(record, dict) and "accuracy" in record:
+            lines.append(f"{split.capitalize()} accuracy {_share(record)}, {record['images']} images.")
+    for result in results:
+        lines += [
+            f"\n`{_command(result)}`, seed {result.protocol['seed']}, {_machine(result.provenance)}; "
+            f"first {result.data.images} test images, 95 % Clopper-Pearson intervals:\n",
+            "| attack | budget | accuracy | RMS L2 |\n|---|---|---|---|",
+            *(_row(entry) for entry in (result.clean, *result.attacks, *result.worst_case)),
+        ]
+    if not results:
+        lines.append("\nNot evaluated under attack.")
+    return "\n".join(lines)
+
+
+def _certificate(found: Certified) -> str:
+    asked = found.settings
+    command = f"selfensemble certify {found.name} --method {asked['method']} --n {asked['n']}"
+    command += "" if found.precision == "float32" else f" --precision {found.precision}"
+    rows = [f"| {point.radius:.2f} | {_share(point.model_dump())} |" for point in found.curve]
+    return "\n".join(
+        [
+            f"`{command} --n-images {found.data.images}`, {_machine(found.provenance)}; share of the first "
+            f"{found.data.images} test images that are answered rightly with a certificate of at least that "
+            f"L2 radius, each wrong with probability {asked['alpha']:g} at most; nothing is certified of "
+            f"{100 * found.abstained:.1f} %:\n",
+            "| radius | certified accuracy |\n|---|---|",
+            *rows,
+        ]
+    )
+
+
+def _command(result: Results) -> str:
+    """What made an evaluation: `evaluate`, or an experiment, whose protocols are named EXPERIMENT-SCALE."""
+    protocol = result.protocol
+    experiment, _, scale = protocol["name"].rpartition("-")
+    if experiment in EXPERIMENTS:
+        return f"selfensemble reproduce {experiment} --scale {scale} --only {result.name}"
+    precision = protocol.get("precision", "float32")
+    options = "" if precision == "float32" else f" --precision {precision}"
+    name = protocol["name"]
+    return f"selfensemble evaluate {result.name} --protocol {name} --n {result.data.images}{options}"
+
+
+def _row(entry: Entry) -> str:
+    budget = f"{entry.norm} {entry.eps:.4g}" if entry.eps is not None else ""
+    if entry.c is not None:
+        budget = f"c = {entry.c:g}"
+    return f"| {entry.title} | {budget} | {_share(entry.model_dump())} | {entry.rms_l2:.3f} |"
+
+
+def _share(record: dict[str, Any]) -> str:
+    accuracy, low, high = (100 * record[key] for key in ("accuracy", "low", "high"))
+    return f"{accuracy:.1f} % ({low:.1f} to {high:.1f})"
+
+
+def _machine(about: dict[str, Any]) -> str:
+    hardware, versions = about["hardware"], about["versions"]
+    device = hardware["accelerator"] or f"{hardware['cpu']} ({hardware['cores']} cores)"
+    return f"{device}, torch {versions['torch']}, selfensemble {versions['selfensemble']}"

@@ -1,0 +1,1 @@
+"""What every run needs: files, checked configuration, provenance, interrupts, processes, memory."""

@@ -1,0 +1,156 @@
+"""Training on attacked images: Madry et al., SmoothAdv, and RSE with adversarial training.
+
+Which of them it is, the noise levels say: none is adversarial training (Madry et al., ICLR 2018), noise
+on the input alone is SmoothAdv (Salman et al., NeurIPS 2019, section 2.2), noise in front of every
+convolution is adversarial training of a Random Self-Ensemble. With noise the attack maximises the loss
+of the ensemble, `-log(mean softmax over eot draws)`; every step draws its noise anew, and so does the
+training pass (Salman et al. keep one set of draws for all of them).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn import functional
+
+from ...attacks import norms
+from ...attacks.norms import Norm, project, steepest
+from ...ensemble.ensemble import SelfEnsemble
+from ...noise.injection import eval_mode
+from ...runtime.schema import Count, NonNegative, Positive
+from .base import Defense, Networks, logits_in_train_mode
+
+
+def maximise(
+    ensemble: SelfEnsemble,
+    inputs: Tensor,
+    loss: Callable[[Tensor], Tensor],
+    *,
+    norm: Norm,
+    eps: float,
+    steps: int,
+    step_size: float,
+    eot: int = 1,
+    random_start: bool = True,
+) -> Tensor:
+    """Projected gradient ascent, with input gradients alone.
+
+    In eval mode, so that attacked images leave batch norm's statistics alone; its randomness is that of
+    torch's global generator and of the `noise_draw` it runs in.
+
+    Args:
+        ensemble: the network.
+        inputs: (B, C, H, W) in [0, 1].
+        loss: (B, K) log-probabilities, of the mean over draws, to a scalar.
+        norm, eps: the ball.
+        steps, step_size: of the ascent.
+        eot: noise draws of one step.
+        random_start: begin within the ball rather than at the images.
+
+    Returns:
+        (B, C, H, W), in the ball and in [0, 1].
+    """
+    change = torch.zeros_like(inputs)
+    if random_start:
+        change = norms.random_start(inputs, norm, eps, _global_generator(inputs.device))
+    draws = eot if ensemble.is_random else 1
+    with eval_mode(ensemble):
+        for _ in range(steps):
+            leaf = (inputs + change).requires_grad_()
+            each = [ensemble.draw_logits(leaf).float().log_softmax(dim=1) for _ in range(draws)]
+            over = torch.stack(each).logsumexp(dim=0) - math.log(draws)
+            (gradient,) = torch.autograd.grad(loss(over), leaf)
+            change = project(change + step_size * steepest(gradient.float(), norm), norm, eps, inputs)
+    return (inputs + change).detach()
+
+
+def _global_generator(device: torch.device) -> torch.Generator:
+    """That of the device, where torch shows it."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index]  # a tensor's device has one
+    return torch.default_generator
+
+
+class _Attack(Defense):
+    """The attack within the training step.
+
+    Attributes:
+        norm, eps: the ball.
+        steps: gradient steps.
+        step_size: by default `2.5 eps / steps`.
+        eot: noise draws of one gradient step.
+        random_start: begin within the ball rather than at the images. A single step in L2 does better
+            without: a random direction uses up the radius.
+        least: each image goes a share of the way to its attacked one, uniform between `least` and 1, so
+            that training meets distances up to eps rather than eps alone.
+    """
+
+    norm: Norm = "linf"
+    eps: Positive = 8 / 255
+    steps: Count = 7
+    step_size: Positive | None = None
+    eot: Count = 1
+    random_start: bool = True
+    least: Annotated[float, Field(ge=0, le=1)] = 1.0
+
+    def attack(self, ensemble: SelfEnsemble, inputs: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+        step_size = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
+        attacked = maximise(
+            ensemble, inputs, loss, norm=self.norm, eps=self.eps, steps=self.steps, step_size=step_size,
+            eot=self.eot, random_start=self.random_start,
+        )  # fmt: skip
+        if self.least == 1:
+            return attacked
+        share = inputs.new_empty(len(inputs), *[1] * (inputs.dim() - 1)).uniform_(self.least, 1)
+        return inputs.lerp(attacked, share)
+
+
+class Adversarial(_Attack):
+    """Cross-entropy of attacked images.
+
+    Attributes:
+        label_smoothing: share of the label that is spread over all classes.
+    """
+
+    name: Literal["adversarial"] = "adversarial"
+    label_smoothing: NonNegative = 0.0
+
+    def loss(self, networks: Networks, inputs: Tensor, labels: Tensor) -> Tensor:
+        attacked = self.attack(networks.ensemble, inputs, lambda over: functional.nll_loss(over, labels))
+        logits = logits_in_train_mode(networks, attacked)
+        return functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+
+
+class Trades(_Attack):
+    """Cross-entropy of the images, and how far the answer moves under attack (Zhang et al., ICML 2019).
+
+    Attributes:
+        beta: weight of the divergence; the paper's 1 / lambda.
+    """
+
+    name: Literal["trades"] = "trades"
+    steps: Count = 10
+    beta: Positive = 6.0
+
+    @model_validator(mode="after")
+    def _starts_elsewhere(self) -> Self:
+        if not self.random_start:
+            raise ValueError("trades needs random_start: at the image the divergence has no gradient")
+        return self
+
+    def loss(self, networks: Networks, inputs: Tensor, labels: Tensor) -> Tensor:
+        with torch.no_grad(), eval_mode(networks.ensemble):
+            answer = networks.ensemble.draw_logits(inputs).float().log_softmax(dim=1)
+
+        def divergence(over: Tensor) -> Tensor:
+            return functional.kl_div(over, answer, reduction="batchmean", log_target=True)
+
+        attacked = self.attack(networks.ensemble, inputs, divergence)
+        natural, moved = logits_in_train_mode(networks, torch.cat([inputs, attacked])).chunk(2)
+        moved_far = functional.kl_div(
+            moved.log_softmax(dim=1), natural.log_softmax(dim=1), reduction="batchmean", log_target=True
+        )
+        return functional.cross_entropy(natural, labels) + self.beta * moved_far

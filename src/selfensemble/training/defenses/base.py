@@ -1,0 +1,54 @@
+"""What a defense by training is: a section of a recipe that knows its loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ...ensemble.ensemble import SelfEnsemble
+from ...runtime.schema import Section
+
+if TYPE_CHECKING:
+    from ..recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Networks:
+    """What a loss may use.
+
+    Attributes:
+        model: the network in training, in train mode, one noise draw a forward pass; its gradients are
+            wanted. A distributed run needs it to be called just once a step.
+        ensemble: the same network without the wrapper of a distributed run.
+        teacher: the network that `Defense.teacher` asked for, in eval mode.
+    """
+
+    model: nn.Module
+    ensemble: SelfEnsemble
+    teacher: SelfEnsemble | None = None
+
+
+class Defense(Section):
+    """The section `defense` of a recipe. Subclasses set `name`, their settings, and the loss."""
+
+    def loss(self, networks: Networks, inputs: Tensor, labels: Tensor) -> Tensor:
+        """The loss of one step, a scalar.
+
+        Args:
+            networks: see there.
+            inputs: (B, C, H, W) in [0, 1], augmented.
+            labels: (B,) int64.
+        """
+        raise NotImplementedError
+
+    def teacher(self, recipe: Recipe) -> Recipe | None:  # noqa: ARG002
+        """The recipe of a network that has to be trained first, if there is one."""
+        return None
+
+
+def logits_in_train_mode(networks: Networks, inputs: Tensor) -> Tensor:
+    """(B, K) float32, of one noise draw."""
+    logits: Any = networks.model(inputs)
+    return logits.float()  # type: ignore[no-any-return]

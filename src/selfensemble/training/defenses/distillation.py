@@ -1,0 +1,55 @@
+"""Defensive distillation: a network taught by another one at a high temperature.
+
+Source: Papernot et al., Distillation as a Defense to Adversarial Perturbations against Deep Neural
+Networks, IEEE S&P 2016. Carlini & Wagner (IEEE S&P 2017) broke it.
+
+The losses are multiplied by the temperature, which undoes the factor that it puts on the gradient of the
+logits: else the learning rate of plain training would be a hundred times too small at T = 100.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ...runtime.schema import Positive
+from .base import Defense, Networks, logits_in_train_mode
+
+if TYPE_CHECKING:
+    from ..recipe import Recipe
+
+
+class Temperature(Defense):
+    """Cross-entropy of `softmax(logits / temperature)`; the teacher of `Distillation`."""
+
+    name: Literal["temperature"] = "temperature"
+    temperature: Positive = 100.0
+
+    def loss(self, networks: Networks, inputs: Tensor, labels: Tensor) -> Tensor:
+        logits = logits_in_train_mode(networks, inputs)
+        return self.temperature * functional.cross_entropy(logits / self.temperature, labels)
+
+
+class Distillation(Defense):
+    """Cross-entropy at a temperature against the teacher's answers; the network answers at temperature 1.
+
+    The teacher is the same network, trained by the same recipe at the same temperature.
+    """
+
+    name: Literal["distillation"] = "distillation"
+    temperature: Positive = 100.0
+
+    def teacher(self, recipe: Recipe) -> Recipe:
+        defense = Temperature(temperature=self.temperature)
+        return recipe.model_copy(update={"name": f"{recipe.name}-teacher", "defense": defense})
+
+    def loss(self, networks: Networks, inputs: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG002
+        if networks.teacher is None:
+            raise ValueError("distillation needs the teacher that `Distillation.teacher` describes")
+        with torch.no_grad():
+            answers = (networks.teacher.draw_logits(inputs).float() / self.temperature).softmax(dim=1)
+        logits = logits_in_train_mode(networks, inputs)
+        return self.temperature * functional.cross_entropy(logits / self.temperature, answers)

@@ -1,0 +1,39 @@
+"""Adversarial retraining as the method's paper compares with it: FGSM on half of each batch.
+
+Source: Liu et al., ECCV 2018, section 4.1, after Kurakin et al., Adversarial Machine Learning at Scale,
+ICLR 2017.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ...attacks.norms import project
+from ...noise.injection import eval_mode
+from ...runtime.schema import Positive
+from .base import Defense, Networks, logits_in_train_mode
+
+
+class FgsmRetraining(Defense):
+    """Cross-entropy of a batch, half of which is attacked in one step of a random length.
+
+    Attributes:
+        smallest_eps, largest_eps: L-inf length of the step, uniform in between, each image its own.
+    """
+
+    name: Literal["fgsm-retraining"] = "fgsm-retraining"
+    smallest_eps: Positive = 0.1
+    largest_eps: Positive = 0.3
+
+    def loss(self, networks: Networks, inputs: Tensor, labels: Tensor) -> Tensor:
+        half = len(inputs) // 2
+        leaf = inputs[:half].clone().requires_grad_()
+        with eval_mode(networks.ensemble):
+            found = functional.cross_entropy(networks.ensemble.draw_logits(leaf).float(), labels[:half])
+            (gradient,) = torch.autograd.grad(found, leaf)
+        eps = inputs.new_empty(half, 1, 1, 1).uniform_(self.smallest_eps, self.largest_eps)
+        change = project(eps * gradient.sign(), "linf", self.largest_eps, inputs[:half])
+        mixed = torch.cat([inputs[:half] + change, inputs[half:]])
+        return functional.cross_entropy(logits_in_train_mode(networks, mixed), labels)

@@ -1,0 +1,234 @@
+"""Recipes: what to train on what, as validated YAML.
+
+A recipe is a file, or the name of one shipped in `training/recipes/`.
+"""
+
+from contextlib import suppress
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from ..networks.models import MODELS, Activation
+from ..noise.layer import NoiseConfig
+from ..noise.learned import Granularity
+from ..noise.resize_pad import ResizePadConfig
+from ..runtime.schema import Count, NonNegative, Positive, Section
+from .defenses import AnyDefense, CrossEntropy
+
+
+class DataSection(Section):
+    """Images, and what is done to them. `source` and `size`: see `load_data`.
+
+    `images`: at most as many of each split, drawn by the seed, to try things out.
+    """
+
+    source: str = "digits"
+    size: Count | None = None
+    images: Count | None = None
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    crop_padding: Annotated[int, Field(ge=0)] = 0
+    flip: bool = False
+
+
+class ModelSection(Section):
+    """Network: a key of `MODELS`, the factor on its channels, and what stands behind its convolutions.
+
+    `weights`: a trained network to begin with, a folder that `train` wrote or a name of the zoo; it has to be
+    of the same architecture. Noise levels are the recipe's, not those it was trained with.
+    """
+
+    name: str = "small-cnn"
+    width: Positive = 1.0
+    activation: Activation = "relu"
+    weights: str | None = None
+
+
+class NoiseSection(Section):
+    """Noise levels and draws a prediction; both levels 0 is the plain network.
+
+    `learn`: levels are learned from there, one a layer or one a channel; `hold`: the weight of what keeps
+    them up, see `selfensemble.noise.learned`.
+    """
+
+    init_std: NonNegative = NoiseConfig().init_std
+    inner_std: NonNegative = NoiseConfig().inner_std
+    learn: Granularity | None = None
+    hold: NonNegative = 0.1
+    draws: Count = 10
+
+    @model_validator(mode="after")
+    def _has_noise_to_learn(self) -> Self:
+        if self.learn and not (self.init_std or self.inner_std):
+            raise ValueError("there is no noise to learn: set init_std or inner_std above 0")
+        return self
+
+    def config(self) -> NoiseConfig:
+        return NoiseConfig(self.init_std, self.inner_std)
+
+
+class TrainSection(Section):
+    """SGD and its schedule.
+
+    `stages`: lengths of the stages between which the learning rate falls by 10, relative to each other:
+    they are stretched to `epochs`. `average`: what is kept of the averaged weights at each step, e.g.
+    0.999; with it the average is validated and saved (Polyak averaging); 0 saves the last weights.
+    `checkpoint_steps`: None for once an epoch.
+    """
+
+    epochs: Count = 30
+    batch_size: Count = 128
+    lr: Positive = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = False
+    weight_decay: NonNegative = 5e-4
+    schedule: Literal["stages", "cosine", "one_cycle"] = "cosine"
+    stages: tuple[Positive, ...] = (80, 60, 40, 20)
+    # YAML reads a bare `no` as false.
+    precision: Annotated[
+        Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)
+    ] = "no"
+    channels_last: bool = True
+    average: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    checkpoint_steps: Count | None = None
+
+
+class Recipe(Section):
+    """Everything a training run depends on, but for the machine.
+
+    `resize_pad`: random resize-and-pad in front of the network, in training and at test time.
+    """
+
+    name: str
+    description: str = ""
+    seed: Annotated[int, Field(ge=0)] = 0
+    data: DataSection = DataSection()
+    model: ModelSection = ModelSection()
+    resize_pad: ResizePadConfig | None = None
+    noise: NoiseSection = NoiseSection()
+    defense: AnyDefense = CrossEntropy()
+    train: TrainSection = TrainSection()
+
+    def differs_from(self, saved: dict[str, Any]) -> list[str]:
+        """Dotted names of the keys in which a saved recipe is another one: words do not count.
+
+        A key that has come since it was saved has its default.
+        """
+        with suppress(ValidationError):  # what is no recipe is compared as it is
+            saved = Recipe.model_validate(saved).model_dump(mode="json")
+        keys = differing_keys(saved, self.model_dump(mode="json"))
+        return [key for key in keys if key != "description"]
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes in the package."""
+    folder = resources.files(__package__) / "recipes"
+    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
+    """Read and validate a recipe.
+
+    Args:
+        source: a shipped name, or the path of a YAML file.
+        overrides: "section.key=value" each; values are YAML.
+
+    Raises:
+        FileNotFoundError: no such recipe; the message lists the shipped ones.
+        ValueError: YAML or a key or a value is wrong; the message says which.
+    """
+    text = _read(source)
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {source} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"recipe {source} must hold keys and values, e.g. `train: {{epochs: 5}}`")
+    values.setdefault("name", Path(source).stem)
+    for override in overrides or []:
+        _override(values, override)
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"recipe {source}: {_explain(error)}") from error
+    if recipe.model.name not in MODELS:
+        raise ValueError(
+            f"recipe {source}: unknown model.name {recipe.model.name!r}; choose one of {', '.join(MODELS)}"
+        )
+    return recipe
+
+
+def differing_keys(left: dict[str, Any], right: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the keys in which two recipes differ."""
+    names: list[str] = []
+    for key in sorted(left.keys() | right.keys()):
+        one, other = left.get(key), right.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            names += differing_keys(one, other, f"{prefix}{key}.")
+        elif one != other:
+            names.append(f"{prefix}{key}")
+    return names
+
+
+def public_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without the folders that images and first weights lay in on somebody's machine."""
+    shown = dict(recipe)
+    for section, key in (("data", "source"), ("model", "weights")):
+        value = recipe.get(section, {}).get(key)
+        if isinstance(value, str) and ("/" in value or "\\" in value):
+            shown[section] = recipe[section] | {key: value.replace("\\", "/").rstrip("/").rpartition("/")[2]}
+    return shown
+
+
+def _read(source: str) -> str:
+    if source in shipped_recipes():
+        return (resources.files(__package__) / "recipes" / f"{source}.yaml").read_text()
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return path.read_text()
+    raise FileNotFoundError(
+        f"no recipe {source!r}: pass a .yaml file or one of {', '.join(shipped_recipes())}"
+    )
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    path, found, text = override.partition("=")
+    *sections, key = path.strip().split(".")
+    if not found or not key:
+        raise ValueError(f"cannot read override {override!r}: write section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"cannot read the value in {override!r}: write it as YAML") from error
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"cannot set {path!r}: {section!r} is not a section")
+    values[key] = value
+
+
+def _explain(error: ValidationError) -> str:
+    parts = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            parts.append(f"unknown key {where}; known here: {', '.join(_known_keys(problem['loc'][:-1]))}")
+        else:
+            parts.append(f"{where}: {problem['msg']}, got {problem['input']!r}")
+    return "; ".join(parts)
+
+
+def _known_keys(place: tuple[int | str, ...]) -> list[str]:
+    """Keys of the section at a place; where a section has several kinds, its name follows."""
+    section: Any = Recipe
+    kinds: list[Any] = []
+    for part in place:
+        if kinds and part not in section.model_fields:
+            section = next(kind for kind in kinds if kind.model_fields["name"].default == part)
+            continue
+        annotation = section.model_fields[part].annotation
+        kinds = [kind for kind in get_args(annotation) or (annotation,) if hasattr(kind, "model_fields")]
+        section = kinds[0]
+    return list(section.model_fields)
