@@ -28,16 +28,18 @@ import torch
 from PIL import Image
 
 import selfensemble as rse
-from selfensemble.cli.arguments import InputError, read_image
+from selfensemble.cli.arguments import read_image
 from selfensemble.evaluation import Evaluation, load_protocol, read_results
 from selfensemble.evaluation.certified import Certification, Settings, read_certified
 from selfensemble.experiments.records import read_record
 from selfensemble.experiments.tuning import levels_named
+from selfensemble.runtime.errors import InputError
 from selfensemble.serving.images import decode_base64, open_image
 from selfensemble.training.recipe import load_recipe
 from selfensemble.training.trainer import CHECKPOINT, Trainer
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "selfensemble"
 REFUSALS = (InputError, ValueError, OSError)  # what `selfensemble` turns into a line and exit status 2
 _TOKENS = (
     b"", b"\0", b"-1", b"0", b"1e999", b"NaN", b"null", b"true", b"[]", b"{}", b'"', b"'", b"\n", b"\xff\xfe",
@@ -165,10 +167,10 @@ def targets(place: Path) -> list[Target]:
         Target("parquet", [_parquet(pictures[:1] * 3)], in_folder("test-0.parquet", None, parquet), 0.3),
         artefact("config.json"),
         artefact("model.safetensors"),
-        Target("recipe", [path.read_bytes() for path in (ROOT / "src/selfensemble/training/recipes").glob("*.yaml")],
+        Target("recipe", [path.read_bytes() for path in (PACKAGE / "training/recipes").glob("*.yaml")],
                in_folder("r.yaml", None, lambda folder: load_recipe(str(folder / "r.yaml")))),
         Target("protocol",
-               [path.read_bytes() for path in (ROOT / "src/selfensemble/evaluation/protocols").glob("*.yaml")],
+               [path.read_bytes() for path in (PACKAGE / "evaluation/protocols").glob("*.yaml")],
                in_folder("p.yaml", None, lambda folder: load_protocol(str(folder / "p.yaml")))),
         Target("results", [(place / "evaluation" / "results.json").read_bytes()],
                in_folder("results.json", None, read_results)),

@@ -218,7 +218,7 @@ def test_the_teacher_of_another_recipe_is_refused_or_replaced(tmp_path: Path) ->
     """Left behind by a run that ended before the student's first checkpoint."""
     sets = ["defense={name: distillation}", "train.epochs=1", "model.width=0.25", "noise.draws=1"]
     recipe = load_recipe("digits-plain", sets)
-    teacher = recipe.defense.teacher(recipe)
+    teacher = recipe.teacher()
     assert teacher is not None
     Trainer(teacher, tmp_path / TEACHER).run()
     other = load_recipe("digits-plain", [*sets, "train.lr=0.01", "description=words"])

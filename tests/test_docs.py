@@ -21,6 +21,7 @@ import selfensemble.__main__
 from selfensemble.cli.base import app
 from selfensemble.evaluation.protocol import load_protocol
 from selfensemble.experiments import EXPERIMENTS
+from selfensemble.report import card
 from selfensemble.training.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -127,6 +128,7 @@ def test_what_there_is_stands_in_the_lists() -> None:
     program: Any = typer.main.get_command(app)
     (help_,) = [each.help for each in program.commands["reproduce"].params if each.name == "names"]
     assert set(re.findall(r"[a-z0-9-]+", help_)) - {"or", "all"} == set(EXPERIMENTS)
+    assert tuple(EXPERIMENTS) == card.EXPERIMENTS  # by which cards tell what made a figure
     changes = (ROOT / "CHANGELOG.md").read_text()
     for name in program.commands:
         assert re.search(rf"[|`] ?(selfensemble )?{name}\b", changes), name

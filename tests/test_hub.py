@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import selfensemble as rse
-from selfensemble.artefacts.storage import Architecture, read_config
+from selfensemble.artefacts.config import Architecture
+from selfensemble.artefacts.storage import read_config
 from selfensemble.evaluation.identity import model_record
 from selfensemble.evaluation.results import ModelRecord
 

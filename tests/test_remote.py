@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import selfensemble as rse
-from selfensemble.artefacts.storage import Architecture, read_config
+from selfensemble.artefacts.config import Architecture
+from selfensemble.artefacts.storage import read_config
 
 from .fake_hub import hub
 
@@ -39,7 +40,7 @@ def test_pushed_and_fetched(tmp_path: Path) -> None:
     with hub() as (address, server):
         pushed = python(
             "import selfensemble as rse\n"
-            "from selfensemble.artefacts.hub import push\n"
+            "from selfensemble.artefacts.upload import push\n"
             "print(push('mine', 'me/pushed'))\n"
             "print(rse.load('mine').push_to_hub('me/method', licence='mit'))\n",
             address, tmp_path,

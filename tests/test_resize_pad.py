@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import selfensemble as rse
-from selfensemble.artefacts.storage import Architecture, read_config
+from selfensemble.artefacts.config import Architecture
+from selfensemble.artefacts.storage import read_config
 from selfensemble.evaluation.doctor.doctor import doctor
 from selfensemble.evaluation.identity import model_record
 from selfensemble.noise.injection import make_static_

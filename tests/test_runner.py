@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import selfensemble as rse
-from selfensemble.artefacts.storage import Architecture
+from selfensemble.artefacts.config import Architecture
 from selfensemble.data.images import ImageData
 from selfensemble.evaluation.protocol import Protocol, expand
 from selfensemble.evaluation.results import read_results

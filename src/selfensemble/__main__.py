@@ -12,8 +12,8 @@ import warnings
 import typer
 
 from .cli import certainty, commands, models, serving, terminal  # noqa: F401  (all but the last add commands)
-from .cli.arguments import InputError
 from .cli.base import app
+from .runtime.errors import InputError
 from .runtime.interrupts import Interrupted
 from .runtime.memory import keep_freed_memory
 

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 import selfensemble as rse
-from selfensemble.artefacts.storage import FORMAT_VERSION, Architecture
+from selfensemble.artefacts.config import FORMAT_VERSION, Architecture
 
 if __name__ == "__main__":
     torch.manual_seed(0)

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..ensemble.ensemble import SelfEnsemble, check_count, explain_shape
+from ..ensemble.checks import check_count, explain_shape
+from ..ensemble.ensemble import SelfEnsemble
 from ..fast.optimize import original_of
 from ..noise.injection import eval_mode, noise_layers, random_layers
 from ..noise.layer import GaussianNoise

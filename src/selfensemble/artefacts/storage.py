@@ -3,115 +3,25 @@
 Nothing is pickled, so loading a file from a stranger runs none of its code.
 """
 
-import json
-import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.stopping import Calibrated
-from ..networks.models import Activation, create_model
+from ..networks.models import create_model
 from ..noise.injection import attach_noise_, noise_layers
 from ..noise.layer import NoiseConfig, RandomLayer
-from ..noise.resize_pad import ResizePadConfig, ResizePadNetwork
-from ..noise.streams import Sampling
+from ..noise.resize_pad import ResizePadNetwork
 from ..runtime.files import atomic_file, read_versioned, sync, to_json
+from .config import FORMAT_VERSION, Architecture, ArtefactConfig, TransformersNetwork
 from .zoo import locate
 
-FORMAT_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-_Level = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-class Architecture(BaseModel):
-    """Arguments of `create_model`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    name: str
-    classes: int
-    channels: int
-    width: float = 1.0
-    activation: Activation = "relu"
-
-
-class TransformersNetwork(BaseModel):
-    """A network of the package transformers: the name of its class there, and its configuration."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    name: Annotated[str, Field(pattern=r"^\w+$")]
-    config: dict[str, Any]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Self | None:
-        """Of a network, if it is one of theirs."""
-        theirs = sys.modules.get("transformers")  # imported, if it made the network
-        name = type(model).__name__
-        if theirs is None or not isinstance(model, theirs.PreTrainedModel) or not hasattr(theirs, name):
-            return None
-        return cls(name=name, config=json.loads(model.config.to_json_string(use_diff=False)))
-
-    def build(self) -> nn.Module:
-        """The network with fresh weights; no code but that of the installed package runs."""
-        try:
-            import transformers
-        except ImportError as error:
-            raise ImportError("this network needs transformers: pip install transformers") from error
-        kind = getattr(transformers, self.name, None)
-        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-            raise ValueError(f"the installed transformers has no network {self.name}: upgrade it")
-        configuration: Any = getattr(kind, "config_class", None)
-        try:
-            network: nn.Module = kind(configuration.from_dict(self.config))
-        except Exception as error:  # of a configuration that may be a stranger's
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{self.name} cannot be built from the configuration saved: {reason}") from error
-        return network.eval()
-
-
-class ArtefactConfig(BaseModel):
-    """What stands in `config.json`.
-
-    Attributes:
-        architecture: how to build the network; None for one of transformers, or of the user's own.
-        transformers: how to build a network of transformers.
-        noise: standard deviation by fully qualified module name, in the order of the layers; a list
-            holds one for each channel.
-        resize_pad: random resize-and-pad in front of the network, if any.
-        classes: names of the classes, where known.
-        input_shape: (C, H, W) of one input, where known.
-        metrics: figures measured when it was saved, with what they were measured on.
-        recipe: the recipe it was trained by, if any.
-        stopping: margins at which images stop drawing, if it was calibrated.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    format: Literal["selfensemble"] = "selfensemble"
-    format_version: int = FORMAT_VERSION
-    architecture: Architecture | None = None
-    transformers: TransformersNetwork | None = None
-    noise: dict[str, _Level | Annotated[tuple[_Level, ...], Field(min_length=1)]]
-    resize_pad: ResizePadConfig | None = None
-    draws: Annotated[int, Field(ge=1)]
-    sampling: Sampling = "shared"
-    bounds: tuple[float, float] | None = (0.0, 1.0)
-    classes: tuple[str, ...] | None = None
-    input_shape: tuple[int, int, int] | None = None
-    metrics: dict[str, Any] = {}
-    recipe: dict[str, Any] | None = None
-    stopping: Calibrated | None = None
-
-    @property
-    def is_random(self) -> bool:
-        """Whether two answers of the network can differ."""
-        levels = [np.max(level) for level in self.noise.values()]
-        return self.resize_pad is not None or any(level > 0 for level in levels)
 
 
 def save(

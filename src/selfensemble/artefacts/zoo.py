@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .hub import PREFIX, fetch
+from .download import PREFIX, fetch
 
 _FOLDERS = (
     Path(__file__).parents[1] / "zoo",  # in an installed package

@@ -6,15 +6,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..ensemble.checks import check_count, check_images, explain_shape, floating_dtype, logits_of
 from ..ensemble.draws import Draws
-from ..ensemble.ensemble import (
-    SelfEnsemble,
-    check_count,
-    check_images,
-    explain_shape,
-    floating_dtype,
-    logits_of,
-)
+from ..ensemble.ensemble import SelfEnsemble
 from ..fast.optimize import exact_float32, original_of
 from ..noise.injection import eval_mode
 from ..noise.streams import fresh_seed, stream_seed

@@ -11,7 +11,7 @@ from typing import Literal, TypedDict, get_args
 import torch
 from torch import Tensor
 
-from ..ensemble.ensemble import check_count
+from ..ensemble.checks import check_count
 from ..noise.streams import noise_draw, stream_seed
 from .budget import spend
 

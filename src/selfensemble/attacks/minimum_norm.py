@@ -11,7 +11,7 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from ..ensemble.ensemble import check_count
+from ..ensemble.checks import check_count
 from .driver import run_attack
 from .expectation import Noise, NoiseOptions, Oracle, fooled
 from .losses import cross_entropy, margin, of_labels

@@ -10,7 +10,7 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from ..ensemble.ensemble import check_count
+from ..ensemble.checks import check_count
 from .driver import run_attack
 from .expectation import Estimate, Noise, NoiseOptions, Oracle
 from .keeper import Keeper

@@ -18,8 +18,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from ..ensemble.checks import check_count, check_images
 from ..ensemble.draws import Draws, check_finite
-from ..ensemble.ensemble import SelfEnsemble, check_count, check_images
+from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.stopping import Calibrated, margin
 from ..fast.optimize import precision_of
 from ..noise.injection import eval_mode

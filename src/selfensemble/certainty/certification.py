@@ -20,8 +20,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from ..ensemble.checks import check_count, check_images
 from ..ensemble.draws import Draws, check_finite
-from ..ensemble.ensemble import SelfEnsemble, check_count, check_images
+from ..ensemble.ensemble import SelfEnsemble
 from ..noise.injection import eval_mode
 from ..noise.streams import DRAWS, LAYERS, fresh_seed, stream_seed
 from .bounds import MeanBound, clopper_pearson_lower, clopper_pearson_upper, mean_lower, narrower

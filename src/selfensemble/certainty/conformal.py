@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..ensemble.checks import check_count, check_images
 from ..ensemble.draws import Draws, check_finite
-from ..ensemble.ensemble import SelfEnsemble, check_count, check_images
+from ..ensemble.ensemble import SelfEnsemble
 from ..noise.injection import eval_mode
 from .bounds import mean_lower
 from .decision import check_alpha

@@ -1,32 +1,16 @@
-"""What command-line arguments stand for: devices, processes, test data, images."""
+"""What command-line arguments stand for: precisions, test data, images."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..runtime.errors import InputError
+
 if TYPE_CHECKING:
     import torch
 
-    from ..artefacts.storage import ArtefactConfig
+    from ..artefacts.config import ArtefactConfig
     from ..data.images import ImageData
     from ..ensemble.ensemble import SelfEnsemble
-
-
-class InputError(Exception):
-    """Something the user can mend; the message says how."""
-
-
-def device_named(name: str) -> "torch.device":
-    """The device of that name; "auto" is an accelerator if there is one."""
-    import torch
-
-    if name == "auto":
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        (torch.ones(1, device=device) + 1).item()
-    except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
-        raise InputError(f"cannot use device {name!r}: {str(error)[:200]}") from error
-    return device
 
 
 def in_precision(ensemble: "SelfEnsemble", example: "torch.Tensor", precision: str) -> "SelfEnsemble":

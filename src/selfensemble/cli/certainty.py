@@ -5,9 +5,11 @@ from typing import Annotated
 
 import typer
 
+from ..runtime.devices import device_named
+from ..runtime.errors import InputError
 from ..runtime.processes import this_process
 from . import terminal
-from .arguments import InputError, device_named, in_precision, test_data_of
+from .arguments import in_precision, test_data_of
 from .base import Data, Device, Json, Model, app, resumable
 
 _PRECISION = "float32, or bf16: an optimised copy, which is then what the result is about."

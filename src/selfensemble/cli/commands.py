@@ -9,10 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
+from ..runtime.devices import device_named
+from ..runtime.errors import InputError
 from ..runtime.interrupts import Interrupted
 from ..runtime.processes import this_process
 from . import terminal
-from .arguments import InputError, device_named, test_data_of
+from .arguments import test_data_of
 from .base import Data, Device, Json, Model, app, resumable
 
 _UNSOUND = 3

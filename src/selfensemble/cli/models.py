@@ -5,8 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
+from ..runtime.devices import device_named
+from ..runtime.errors import InputError
 from . import terminal
-from .arguments import InputError, device_named, image_files, in_precision, read_image, test_data_of
+from .arguments import image_files, in_precision, read_image, test_data_of
 from .base import MODEL_HELP, Data, Device, Json, app
 
 

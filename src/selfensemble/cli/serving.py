@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-from .arguments import InputError, device_named, in_precision
+from ..runtime.devices import device_named
+from ..runtime.errors import InputError
+from .arguments import in_precision
 from .base import Device, Model, app
 
 

@@ -1,16 +1,14 @@
 """Noise draws of a batch, and their mean and spread; images leave as they are settled."""
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..noise.streams import Sampling, fresh_seed, noise_draw, stream_seed
+from .checks import explain_shape
+from .classifier import RandomClassifier
 from .stopping import Rule, worth_taking
-
-if TYPE_CHECKING:
-    from .ensemble import SelfEnsemble
 
 _ON_ACCELERATORS = 64  # times the elements of a pass on a CPU
 _PASSES = 64  # of which the images are on the device at a time
@@ -34,15 +32,13 @@ class Draws:
 
     def __init__(
         self,
-        ensemble: "SelfEnsemble",
+        ensemble: RandomClassifier,
         example: Tensor,
         max_batch: int | None = None,
         seed: int | None = None,
         sampling: Sampling | None = None,
         antithetic: bool = False,
     ) -> None:
-        from .ensemble import explain_shape  # which imports this module
-
         self._portable = seed is not None
         shared = (sampling or ensemble.sampling) == "shared"
         # A pass of whole pairs needs no streams, which take time to start.

@@ -1,10 +1,7 @@
 """The ensemble: one set of weights, as many models as there are noise draws."""
 
 import math
-import numbers
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..noise.injection import FilterFn, eval_mode, inject_noise_, is_convolution, noise_layers, random_layers
+from ..noise.injection import FilterFn, eval_mode, inject_noise_, is_convolution, random_layers
 from ..noise.layer import NoiseConfig
-from ..noise.streams import Sampling, check_sampling
+from ..noise.streams import Sampling
+from .checks import check_count, check_images
+from .classifier import RandomClassifier
 from .draws import Draws, moments
 from .stopping import Calibrated, Fixed, Stop, rule_for
 
@@ -36,67 +35,7 @@ class Prediction:
     draws: Tensor
 
 
-class OutputError(ValueError):
-    """The model returns something that is not a batch of logits."""
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits in a model's output: a tensor, or an object with `.logits` (transformers)."""
-    logits = getattr(output, "logits", output)
-    if isinstance(logits, Tensor) and logits.dim() == 2:
-        return logits
-    what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-    raise OutputError(
-        f"the model must return logits of shape (batch, classes), got {what}; wrap it in a module "
-        "whose forward returns them"
-    )
-
-
-def floating_dtype(model: nn.Module) -> torch.dtype | None:
-    """That of a model's first floating-point parameter; None where it has none."""
-    return next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), None)
-
-
-def check_images(inputs: Tensor, bounds: tuple[float, float] | None = (0.0, 1.0)) -> None:
-    """Raise a ValueError (TypeError for a wrong dtype) unless `inputs` is a finite batch in bounds."""
-    if not isinstance(inputs, Tensor):
-        raise TypeError(f"inputs must be a torch.Tensor, got {type(inputs).__name__}")
-    tokens = bounds is None and inputs.dtype in (torch.int64, torch.int32)  # for networks that look them up
-    if not (inputs.is_floating_point() or tokens):
-        raise TypeError(f"inputs must be floating point, got {inputs.dtype}; for uint8: x.float() / 255")
-    if inputs.dim() < 2:
-        raise ValueError(f"inputs must be a batch (B, ...), got shape {tuple(inputs.shape)}")
-    if inputs.numel() == 0 or tokens:
-        return
-    low, high = (bound.item() for bound in inputs.aminmax())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError("inputs hold NaN or infinite values")
-    if bounds is not None and (low < bounds[0] - 1e-6 or high > bounds[1] + 1e-6):
-        raise ValueError(
-            f"inputs must lie in [{bounds[0]:g}, {bounds[1]:g}], got [{low:g}, {high:g}]; scale images "
-            "by 1/255 and put mean and std into the model, or set SelfEnsemble(..., bounds=None)"
-        )
-
-
-@contextmanager
-def explain_shape(model: nn.Module, inputs: Tensor) -> Iterator[None]:
-    """Turn torch's error about inputs of a wrong shape into one that names what was expected."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, OutputError):
-        raise
-    except (RuntimeError, ValueError) as error:
-        expected = ""
-        if (fqn := next(iter(noise_layers(model)), None)) is not None:
-            layer = model.get_submodule(fqn)
-            expected = f"; its first layer is {type(layer).__name__}({layer.extra_repr()})"
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"the model cannot take inputs of shape {tuple(inputs.shape)} ({reason}){expected}"
-        ) from error
-
-
-class SelfEnsemble(nn.Module):
+class SelfEnsemble(RandomClassifier):
     """A classifier with noise in front of every convolution, averaged over noise draws.
 
     `train()`: `forward` returns the logits of one draw, so that any loop that minimises the
@@ -114,15 +53,9 @@ class SelfEnsemble(nn.Module):
 
     Attributes:
         stopping: margins at which images stop drawing, see `calibrate`; None where there are none.
-        folds: by shape of an image, whether one pass can hold several draws; found out when it is wanted.
 
     Source: Liu et al. 2018, algorithm 1.
     """
-
-    # Input elements of a forward pass on a CPU: 32 images of 32x32.
-    chunk = 32 * 3 * 32 * 32
-    # Whether noisy copies of activations fit where a plain pass has its activations in float32.
-    has_half_activations = False
 
     def __init__(
         self,
@@ -135,32 +68,13 @@ class SelfEnsemble(nn.Module):
         example_inputs: Any = None,
         bounds: tuple[float, float] | None = (0.0, 1.0),
     ) -> None:
-        super().__init__()
         if config is not None or not random_layers(model):
             inject_noise_(model, config, filter_fn=filter_fn, example_inputs=example_inputs)
-        self.model = model
+        super().__init__(model, sampling)
         self.draws = check_count("draws", draws)
-        self.sampling: Sampling = check_sampling(sampling)
         self.bounds = bounds
         self.stopping: Calibrated | None = None
-        self.folds: dict[tuple[int, ...], bool] = {}
-        for layer in random_layers(model):
-            layer.sampling = self.sampling
         self.train(model.training)
-
-    @property
-    def is_random(self) -> bool:
-        """Whether two forward passes can differ: any random layer is on, with a level above 0."""
-        return any(layer.is_active for layer in random_layers(self.model))
-
-    @property
-    def input_dtype(self) -> torch.dtype | None:
-        """What inputs are converted to."""
-        return floating_dtype(self)
-
-    def draw_logits(self, inputs: Tensor) -> Tensor:
-        """Logits (B, K) of one noise draw."""
-        return logits_of(self.model(inputs))
 
     def forward(self, inputs: Tensor) -> Tensor:
         if self.training:
@@ -279,7 +193,7 @@ class SelfEnsemble(nn.Module):
         Raises:
             FileNotFoundError, ValueError: nothing there, or nothing that can be read.
         """
-        from ..artefacts.hub import fetch
+        from ..artefacts.download import fetch
         from ..artefacts.storage import load
         from ..artefacts.zoo import zoo
 
@@ -291,18 +205,11 @@ class SelfEnsemble(nn.Module):
     ) -> str:
         """Upload weights, noise levels and a model card as "owner/name"; the address of the commit.
 
-        A card with measured accuracies needs the evaluation of a saved ensemble: see `remote.push`.
+        A card with measured accuracies needs the evaluation of a saved ensemble: see `upload.push`.
         """
-        from ..artefacts.hub import push
+        from ..artefacts.upload import push
 
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place) / name.rpartition("/")[2]
             self.save_pretrained(folder, **about)
             return push(folder, name, private=private, token=token)
-
-
-def check_count(name: str, value: object) -> int:
-    """Return `value` as an int, or raise a ValueError unless it is an integer >= 1."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-    return int(value)

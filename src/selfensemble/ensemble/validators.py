@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..noise.injection import CHILD, FilterFn, call, eval_mode, is_convolution, noise_layers
 from ..noise.layer import GaussianNoise
-from .ensemble import check_images, logits_of
+from .checks import check_images, logits_of
 
 _COPIES = {torch.ops.aten.clone, torch.ops.aten._to_copy, torch.ops.aten.contiguous}
 

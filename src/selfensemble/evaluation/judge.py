@@ -12,7 +12,8 @@ from ..attacks.budget import spend
 from ..attacks.driver import check_batch, device_of, single_draw
 from ..attacks.expectation import Forward
 from ..attacks.norms import size
-from ..ensemble.ensemble import SelfEnsemble, check_count
+from ..ensemble.checks import check_count
+from ..ensemble.ensemble import SelfEnsemble
 from ..fast.optimize import exact_float32
 from ..noise.injection import eval_mode
 from ..noise.streams import fresh_seed, noise_draw, stream_seed

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..artefacts.storage import load
 from ..attacks import pgd
 from ..attacks.norms import Norm
-from ..ensemble.ensemble import SelfEnsemble, check_images
+from ..ensemble.checks import check_images
+from ..ensemble.ensemble import SelfEnsemble
 from ..evaluation.judge import judge
 from ..fast.optimize import optimize
 from ..noise.injection import noise_layers, set_levels_

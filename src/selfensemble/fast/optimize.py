@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..ensemble.ensemble import SelfEnsemble, logits_of
+from ..ensemble.checks import logits_of
+from ..ensemble.ensemble import SelfEnsemble
 from ..noise.injection import execution_order, is_convolution, random_layers
 from ..noise.layer import GaussianNoise, NoiseConfig, RandomLayer
 from ..noise.streams import noise_draw

@@ -4,6 +4,8 @@ import datetime
 import os
 from typing import TYPE_CHECKING
 
+from .devices import device_named
+
 if TYPE_CHECKING:
     import torch
 
@@ -14,8 +16,6 @@ def this_process(name: str) -> tuple[int, int, "torch.device"]:
     Args:
         name: the device wanted, or "auto".
     """
-    from ..cli.arguments import device_named
-
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1, device_named(name)
     check_restarts()

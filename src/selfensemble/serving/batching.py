@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..ensemble.checks import check_images
 from ..ensemble.draws import Draws
-from ..ensemble.ensemble import SelfEnsemble, check_images
+from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.stopping import Calibrated, Fixed, Rule, worth_taking
 from ..noise.injection import eval_mode
 from ..noise.streams import fresh_seed, noise_draw

@@ -3,7 +3,8 @@
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, OneCycleLR
 
-from ..artefacts import storage
+from ..artefacts.config import Architecture
+from ..artefacts.storage import copy_weights_
 from ..data.images import ImageData
 from ..ensemble.ensemble import SelfEnsemble
 from ..networks.models import create_model
@@ -21,15 +22,15 @@ def build_ensemble(recipe: Recipe, data: ImageData) -> SelfEnsemble:
         model, recipe.noise.config(), draws=recipe.noise.draws, example_inputs=data.inputs(slice(2))
     )
     if recipe.model.weights is not None:
-        storage.copy_weights_(recipe.model.weights, ensemble)
+        copy_weights_(recipe.model.weights, ensemble)
     if recipe.noise.learn is not None:
         learn_noise_(model, recipe.noise.learn)
     return ensemble
 
 
-def architecture(recipe: Recipe, data: ImageData) -> storage.Architecture:
+def architecture(recipe: Recipe, data: ImageData) -> Architecture:
     """The network of a recipe, for these images."""
-    return storage.Architecture(
+    return Architecture(
         name=recipe.model.name,
         width=recipe.model.width,
         activation=recipe.model.activation,

@@ -111,6 +111,13 @@ class Recipe(Section):
     defense: AnyDefense = CrossEntropy()
     train: TrainSection = TrainSection()
 
+    def teacher(self) -> "Recipe | None":
+        """The recipe of a network that has to be trained first, if the defense wants one."""
+        defense = self.defense.teacher()
+        if defense is None:
+            return None
+        return self.model_copy(update={"name": f"{self.name}-teacher", "defense": defense})
+
     def differs_from(self, saved: dict[str, Any]) -> list[str]:
         """Dotted names of the keys in which a saved recipe is another one: words do not count.
 

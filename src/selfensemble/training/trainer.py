@@ -225,7 +225,7 @@ class Trainer:
 
     def _train_teacher(self) -> None:
         """Train, or load, the network that the defense needs before its own."""
-        recipe = self.recipe.defense.teacher(self.recipe)
+        recipe = self.recipe.teacher()
         if recipe is None:
             return
         folder = self.out / TEACHER

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...attacks.driver import attacked, check_batch, device_of, looks_like_probabilities, single_draw
 from ...attacks.pgd import pgd
-from ...ensemble.ensemble import SelfEnsemble, floating_dtype
+from ...ensemble.checks import floating_dtype
+from ...ensemble.ensemble import SelfEnsemble
 from ...fast.optimize import original_of
 from ...noise.injection import eval_mode, random_layers
 from ...noise.layer import GaussianNoise, RandomLayer

@@ -1,17 +1,12 @@
 """What a defense by training is: a section of a recipe that knows its loss."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from ...ensemble.ensemble import SelfEnsemble
 from ...runtime.schema import Section
-
-if TYPE_CHECKING:
-    from ..recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +38,8 @@ class Defense(Section):
         """
         raise NotImplementedError
 
-    def teacher(self, recipe: Recipe) -> Recipe | None:  # noqa: ARG002
-        """The recipe of a network that has to be trained first, if there is one."""
+    def teacher(self) -> "Defense | None":
+        """The objective of a network to learn from, trained first by the same recipe, if there is one."""
         return None
 
 

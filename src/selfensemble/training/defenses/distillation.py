@@ -7,9 +7,7 @@ The losses are multiplied by the temperature, which undoes the factor that it pu
 logits: else the learning rate of plain training would be a hundred times too small at T = 100.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,9 +15,6 @@ from torch.nn import functional
 
 from ...runtime.schema import Positive
 from .base import Defense, Networks, logits_in_train_mode
-
-if TYPE_CHECKING:
-    from ..recipe import Recipe
 
 
 class Temperature(Defense):
@@ -42,9 +37,8 @@ class Distillation(Defense):
     name: Literal["distillation"] = "distillation"
     temperature: Positive = 100.0
 
-    def teacher(self, recipe: Recipe) -> Recipe:
-        defense = Temperature(temperature=self.temperature)
-        return recipe.model_copy(update={"name": f"{recipe.name}-teacher", "defense": defense})
+    def teacher(self) -> Temperature:
+        return Temperature(temperature=self.temperature)
 
     def loss(self, networks: Networks, inputs: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG002
         if networks.teacher is None:

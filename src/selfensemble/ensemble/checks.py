@@ -1,0 +1,79 @@
+"""Checks of what goes into a classifier and of what comes out of it."""
+
+import math
+import numbers
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..noise.injection import noise_layers
+
+
+class OutputError(ValueError):
+    """The model returns something that is not a batch of logits."""
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in a model's output: a tensor, or an object with `.logits` (transformers)."""
+    logits = getattr(output, "logits", output)
+    if isinstance(logits, Tensor) and logits.dim() == 2:
+        return logits
+    what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+    raise OutputError(
+        f"the model must return logits of shape (batch, classes), got {what}; wrap it in a module "
+        "whose forward returns them"
+    )
+
+
+def floating_dtype(model: nn.Module) -> torch.dtype | None:
+    """That of a model's first floating-point parameter; None where it has none."""
+    return next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), None)
+
+
+def check_images(inputs: Tensor, bounds: tuple[float, float] | None = (0.0, 1.0)) -> None:
+    """Raise a ValueError (TypeError for a wrong dtype) unless `inputs` is a finite batch in bounds."""
+    if not isinstance(inputs, Tensor):
+        raise TypeError(f"inputs must be a torch.Tensor, got {type(inputs).__name__}")
+    tokens = bounds is None and inputs.dtype in (torch.int64, torch.int32)  # for networks that look them up
+    if not (inputs.is_floating_point() or tokens):
+        raise TypeError(f"inputs must be floating point, got {inputs.dtype}; for uint8: x.float() / 255")
+    if inputs.dim() < 2:
+        raise ValueError(f"inputs must be a batch (B, ...), got shape {tuple(inputs.shape)}")
+    if inputs.numel() == 0 or tokens:
+        return
+    low, high = (bound.item() for bound in inputs.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("inputs hold NaN or infinite values")
+    if bounds is not None and (low < bounds[0] - 1e-6 or high > bounds[1] + 1e-6):
+        raise ValueError(
+            f"inputs must lie in [{bounds[0]:g}, {bounds[1]:g}], got [{low:g}, {high:g}]; scale images "
+            "by 1/255 and put mean and std into the model, or set SelfEnsemble(..., bounds=None)"
+        )
+
+
+@contextmanager
+def explain_shape(model: nn.Module, inputs: Tensor) -> Iterator[None]:
+    """Turn torch's error about inputs of a wrong shape into one that names what was expected."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, OutputError):
+        raise
+    except (RuntimeError, ValueError) as error:
+        expected = ""
+        if (fqn := next(iter(noise_layers(model)), None)) is not None:
+            layer = model.get_submodule(fqn)
+            expected = f"; its first layer is {type(layer).__name__}({layer.extra_repr()})"
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"the model cannot take inputs of shape {tuple(inputs.shape)} ({reason}){expected}"
+        ) from error
+
+
+def check_count(name: str, value: object) -> int:
+    """Return `value` as an int, or raise a ValueError unless it is an integer >= 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+    return int(value)

@@ -1,0 +1,26 @@
+"""Devices by their names."""
+
+from typing import TYPE_CHECKING
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def device_named(name: str) -> "torch.device":
+    """The device of that name; "auto" is an accelerator if there is one.
+
+    Raises:
+        InputError: the device cannot be used here.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        (torch.ones(1, device=device) + 1).item()
+    except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
+        raise InputError(f"cannot use device {name!r}: {str(error)[:200]}") from error
+    return device
