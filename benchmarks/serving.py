@@ -39,7 +39,7 @@ def plain(model: str, draws: int) -> None:
     import uvicorn
     from fastapi import FastAPI
 
-    from selfensemble.data.images import prepare_image
+    from selfensemble.data.decoding import prepare_image
 
     config = read_config(locate(model))
     assert config.architecture is not None

@@ -11,8 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from selfensemble.data import images as data
-from selfensemble.data.images import ImageData, load_data, prepare_image, split_validation
+from selfensemble.data import caching
+from selfensemble.data.decoding import prepare_image
+from selfensemble.data.images import ImageData, split_validation
+from selfensemble.data.sources import load_data
 
 datasets = pytest.importorskip("datasets")
 
@@ -86,13 +88,13 @@ def test_decoded_once_and_again_when_files_change(
 ) -> None:
     folder = write_parquet(tmp_path / "data", digits)
     decoded: list[str] = []
-    original = data._decode
+    original = caching._decode
 
     def counting(*args: Any) -> None:
         decoded.append("x")
         original(*args)
 
-    monkeypatch.setattr(data, "_decode", counting)
+    monkeypatch.setattr(caching, "_decode", counting)
     first, second = load_data(str(folder), "train"), load_data(str(folder), "train")
     assert len(decoded) == 1
     assert torch.equal(first.images, second.images)

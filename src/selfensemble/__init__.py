@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from .certainty.certification import Certificate, certify
     from .certainty.conformal import ConformalSets, conformal_sets
     from .certainty.decision import Decision, decide
-    from .data.images import ImageData, load_data
+    from .data.images import ImageData
+    from .data.sources import load_data
     from .ensemble.ensemble import Prediction, SelfEnsemble
     from .ensemble.validators import Issue, validate
     from .evaluation.judge import judge
@@ -77,7 +78,8 @@ _MODULES = {
     "certainty.certification": ("Certificate", "certify"),
     "certainty.conformal": ("ConformalSets", "conformal_sets"),
     "certainty.decision": ("Decision", "decide"),
-    "data.images": ("ImageData", "load_data"),
+    "data.images": ("ImageData",),
+    "data.sources": ("load_data",),
     "ensemble.ensemble": ("Prediction", "SelfEnsemble"),
     "ensemble.validators": ("Issue", "validate"),
     "evaluation": ("judge",),

@@ -24,7 +24,7 @@ def in_precision(ensemble: "SelfEnsemble", example: "torch.Tensor", precision: s
 
 def test_data_of(config: "ArtefactConfig", data: str | None) -> "ImageData":
     """The test images a saved ensemble was trained for, or those of `data`."""
-    from ..data.images import load_data
+    from ..data.sources import load_data
 
     trained_on = (config.recipe or {}).get("data", {})
     source = data or trained_on.get("source")
@@ -41,7 +41,7 @@ def test_data_of(config: "ArtefactConfig", data: str | None) -> "ImageData":
 
 def image_files(paths: list[Path]) -> list[Path]:
     """Files as they are named, and all images within folders."""
-    from ..data.images import IMAGE_SUFFIXES
+    from ..data.decoding import IMAGE_SUFFIXES
 
     files: list[Path] = []
     for path in paths:
@@ -61,7 +61,7 @@ def read_image(path: Path, shape: tuple[int, int, int]) -> "torch.Tensor":
     """An image of that shape (channels, height, width), uint8."""
     from PIL import Image
 
-    from ..data.images import prepare_image
+    from ..data.decoding import prepare_image
 
     try:
         with Image.open(path) as image:

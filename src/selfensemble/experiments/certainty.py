@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from ..certainty.conformal import conformal_sets
 from ..certainty.decision import decide
-from ..data.images import load_data
+from ..data.sources import load_data
 from ..noise.streams import stream_seed
 from ..report.figures import Line, Panel, draw
 from ..report.intervals import Share, mean, share

@@ -7,7 +7,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from ..data.images import load_data
+from ..data.sources import load_data
 from ..evaluation.protocol import load_protocol
 from ..evaluation.results import Entry, Results
 from ..evaluation.runner import GALLERY, Evaluation

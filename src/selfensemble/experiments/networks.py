@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..artefacts import storage
 from ..artefacts.zoo import zoo
-from ..data.images import HUB_IDS
+from ..data.tables import HUB_IDS
 from ..ensemble.ensemble import SelfEnsemble
 from ..noise.injection import set_levels_
 from ..noise.layer import NoiseConfig

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from ..data.images import ImageData, load_data
+from ..data.images import ImageData
+from ..data.sources import load_data
 from ..evaluation.identity import model_record
 from ..report.page import Page
 from ..training.recipe import differing_keys, public_recipe

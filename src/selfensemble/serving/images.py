@@ -9,7 +9,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from ..data.images import prepare_image
+from ..data.decoding import prepare_image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 

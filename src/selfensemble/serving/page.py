@@ -84,7 +84,7 @@ def samples(folder: Path | None, shape: tuple[int, int, int]) -> list[dict[str, 
                 found.append({"name": each.stem, "image": _png(image)})
         return found
     if shape == (1, 8, 8):
-        from ..data.images import load_data
+        from ..data.sources import load_data
 
         test = load_data("digits", "test")
         return [

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..artefacts import storage
-from ..data.images import ImageData, load_data, split_validation
+from ..data.images import ImageData, split_validation
+from ..data.sources import load_data
 from ..ensemble.ensemble import SelfEnsemble
 from ..fast.replay import StepGradients
 from ..fast.small_maps import speed_up_small_maps_
