@@ -17,14 +17,15 @@ from ...attacks.norms import largest_eps
 from ...noise.injection import noise_disabled
 from ...noise.streams import noise_draw, stream_seed
 from ..results import CheckRecord
-from .subject import Patient, failed, not_applicable, passed
+from .findings import failed, not_applicable, passed
+from .subject import Subject
 
 MARGIN = 0.05
 _LARGE = {"linf": 0.5, "l2": 0.25, "l1": 0.25}  # large eps: a share of the box's diameter
 
 
-def _large_eps(patient: Patient) -> float:
-    return _LARGE[patient.norm] * largest_eps(patient.norm, patient.all_inputs[:1].numel())
+def _large_eps(subject: Subject) -> float:
+    return _LARGE[subject.norm] * largest_eps(subject.norm, subject.all_inputs[:1].numel())
 
 
 def _difference(one: Tensor, other: Tensor) -> tuple[float, float]:
@@ -38,11 +39,11 @@ def _share(values: Tensor) -> str:
     return f"{100 * float(values.mean()):.1f} %"
 
 
-def grows_with_eps(patient: Patient) -> CheckRecord:
+def grows_with_eps(subject: Subject) -> CheckRecord:
     """Accuracy falls as eps grows, and to nothing at a large eps."""
-    large = _large_eps(patient)
-    radii = [patient.eps / 2, patient.eps, 2 * patient.eps, large]
-    found = [patient.base_line if eps == patient.eps else patient.white_box(eps=eps) for eps in radii]
+    large = _large_eps(subject)
+    radii = [subject.eps / 2, subject.eps, 2 * subject.eps, large]
+    found = [subject.base_line if eps == subject.eps else subject.white_box(eps=eps) for eps in radii]
     figure = ", ".join(f"{_share(value)} at {eps:.3g}" for eps, value in zip(radii, found, strict=True))
     for before, after in itertools.pairwise(found):
         rise, allowed = _difference(after, before)
@@ -57,25 +58,25 @@ def grows_with_eps(patient: Patient) -> CheckRecord:
     return passed(figure)
 
 
-def frozen_noise_falls(patient: Patient) -> CheckRecord:
+def frozen_noise_falls(subject: Subject) -> CheckRecord:
     """With its noise frozen the model is deterministic, and plain PGD must break it at a large eps."""
-    if not patient.is_random:
+    if not subject.is_random:
         return not_applicable("the model has no randomness to freeze")
-    inputs, labels = patient.clean
-    large = _large_eps(patient)
-    seed = patient.seed
+    inputs, labels = subject.clean
+    large = _large_eps(subject)
+    seed = subject.seed
     images = pgd(
-        patient.model, inputs, labels, norm=patient.norm, eps=large, steps=patient.steps, restarts=2,  # type: ignore[arg-type]
-        seed=seed, frozen=True, max_batch=patient.max_batch, loss="margin",
+        subject.model, inputs, labels, norm=subject.norm, eps=large, steps=subject.steps, restarts=2,  # type: ignore[arg-type]
+        seed=seed, frozen=True, max_batch=subject.max_batch, loss="margin",
     )  # fmt: skip
     answers: list[Tensor] = []
     again: list[Tensor] = []
     with torch.no_grad():
-        for part in images.split(patient.max_batch):
+        for part in images.split(subject.max_batch):
             for store in (answers, again):
                 with noise_draw(seed, 0, "shared"), torch.random.fork_rng():
                     torch.manual_seed(stream_seed(seed, 0, OTHER_NOISE))
-                    store.append(patient.once(part).argmax(dim=1).cpu())
+                    store.append(subject.once(part).argmax(dim=1).cpu())
     if not torch.equal(torch.cat(answers), torch.cat(again)):
         return not_applicable("the noise comes from a source that a seed does not freeze")
     right = (torch.cat(answers) == labels.cpu()).double()
@@ -85,63 +86,63 @@ def frozen_noise_falls(patient: Patient) -> CheckRecord:
     return passed(figure)
 
 
-def _twice(patient: Patient, what: str, **settings: int) -> CheckRecord:
-    more = patient.white_box(**settings)
-    gain, allowed = _difference(patient.base_line, more)
-    figure = f"{_share(patient.base_line)}, then {_share(more)}; allowed: {100 * allowed:.1f} points less"
+def _twice(subject: Subject, what: str, **settings: int) -> CheckRecord:
+    more = subject.white_box(**settings)
+    gain, allowed = _difference(subject.base_line, more)
+    figure = f"{_share(subject.base_line)}, then {_share(more)}; allowed: {100 * allowed:.1f} points less"
     if gain > allowed:
         return failed(figure, f"the attack still gains: evaluate with more {what}")
     return passed(figure)
 
 
-def twice_the_steps(patient: Patient) -> CheckRecord:
+def twice_the_steps(subject: Subject) -> CheckRecord:
     """Twice the steps do not help the attack."""
-    return _twice(patient, "steps", steps=2 * patient.steps)
+    return _twice(subject, "steps", steps=2 * subject.steps)
 
 
-def twice_the_restarts(patient: Patient) -> CheckRecord:
+def twice_the_restarts(subject: Subject) -> CheckRecord:
     """Twice the restarts do not help the attack."""
-    return _twice(patient, "restarts", restarts=4)
+    return _twice(subject, "restarts", restarts=4)
 
 
-def twice_the_draws(patient: Patient) -> CheckRecord:
+def twice_the_draws(subject: Subject) -> CheckRecord:
     """Twice the noise draws a step do not help the attack."""
-    if not patient.is_random:
+    if not subject.is_random:
         return not_applicable("the model is deterministic: one draw is all")
-    return _twice(patient, "draws a step (eot)", eot=2 * patient.draws)
+    return _twice(subject, "draws a step (eot)", eot=2 * subject.draws)
 
 
-def _weaker(patient: Patient, other: Tensor, name: str, advice: str) -> CheckRecord:
-    gain, allowed = _difference(patient.base_line, other)
-    figure = f"white box {_share(patient.base_line)}, {name} {_share(other)}"
+def _weaker(subject: Subject, other: Tensor, name: str, advice: str) -> CheckRecord:
+    gain, allowed = _difference(subject.base_line, other)
+    figure = f"white box {_share(subject.base_line)}, {name} {_share(other)}"
     figure += f"; allowed: {100 * allowed:.1f} points less"
     return failed(figure, advice) if gain > allowed else passed(figure)
 
 
-def random_noise_is_weaker(patient: Patient) -> CheckRecord:
+def random_noise_is_weaker(subject: Subject) -> CheckRecord:
     """Random images of the ball do no more than the white-box attack."""
-    eot = 2 if patient.is_random else 1
-    found = patient.attack(random_noise, tries=20, eot=eot, early_stop=True)
-    return _weaker(patient, found, "random noise", "the gradients mislead: random noise does better")
+    eot = 2 if subject.is_random else 1
+    found = subject.attack(random_noise, tries=20, eot=eot, early_stop=True)
+    return _weaker(subject, found, "random noise", "the gradients mislead: random noise does better")
 
 
-def transfer_is_weaker(patient: Patient) -> CheckRecord:
+def transfer_is_weaker(subject: Subject) -> CheckRecord:
     """Images made on the same network without noise do no more than those made on it with noise."""
-    if not patient.is_random or not any(layer.varies for layer in patient.random_layers):
+    if not subject.is_random or not any(layer.varies for layer in subject.random_layers):
         return not_applicable("there are no random layers whose absence makes a static base")
-    with noise_disabled(patient.model):
-        inputs, labels = patient.clean
+    with noise_disabled(subject.model):
+        inputs, labels = subject.clean
         images = apgd(
-            patient.model, inputs, labels, norm=patient.norm, eps=patient.eps, loss="dlr",  # type: ignore[arg-type]
-            steps=2 * patient.steps, seed=patient.seed, max_batch=patient.max_batch,
+            subject.model, inputs, labels, norm=subject.norm, eps=subject.eps, loss="dlr",  # type: ignore[arg-type]
+            steps=2 * subject.steps, seed=subject.seed, max_batch=subject.max_batch,
         )  # fmt: skip
-    found = patient.accuracy(images, 7)
+    found = subject.accuracy(images, 7)
     advice = "the noise hides the gradient: raise eot, or attack the static base and transfer"
-    return _weaker(patient, found, "transfer", advice)
+    return _weaker(subject, found, "transfer", advice)
 
 
-def black_box_is_weaker(patient: Patient) -> CheckRecord:
+def black_box_is_weaker(subject: Subject) -> CheckRecord:
     """The Square Attack, which sees no gradients, does no more than the white-box attack."""
-    found = patient.attack(square, queries=300, eot=3 if patient.is_random else 1)
+    found = subject.attack(square, queries=300, eot=3 if subject.is_random else 1)
     advice = "gradients are masked: an attack without them does better, so a white-box figure means nothing"
-    return _weaker(patient, found, "Square", advice)
+    return _weaker(subject, found, "Square", advice)

@@ -1,6 +1,6 @@
 """Honesty checks: signs that an evaluation of a model, or the model itself, is not what it seems.
 
-Each check is a function of a `Patient`; its name is what the report shows. Sources: Carlini et al., On
+Each check is a function of a `Subject`; its name is what the report shows. Sources: Carlini et al., On
 Evaluating Adversarial Robustness, 2019, section 3; Athalye et al., Obfuscated Gradients Give a False
 Sense of Security, ICML 2018, section 3.1.
 """
@@ -14,20 +14,20 @@ from torch import Tensor, nn
 from ...attacks.norms import check_eps, check_norm
 from ...noise.streams import noise_draw, stream_seed
 from ..results import CheckRecord
-from . import attack_checks, model_checks
-from .subject import Patient
+from . import attack_checks, noise_checks, output_checks
+from .subject import Subject
 
 Progress = Callable[[str, float], None]
 
-CHECKS: dict[str, Callable[[Patient], CheckRecord]] = {
-    "eval mode": model_checks.eval_mode_on,
-    "batch independence": model_checks.batch_independence,
-    "input range": model_checks.input_range,
-    "logits": model_checks.logits,
-    "randomness": model_checks.randomness,
-    "nothing hidden": model_checks.nothing_hidden,
-    "where noise enters": model_checks.where_noise_enters,
-    "gradients": model_checks.gradients,
+CHECKS: dict[str, Callable[[Subject], CheckRecord]] = {
+    "eval mode": output_checks.eval_mode_on,
+    "batch independence": output_checks.batch_independence,
+    "input range": output_checks.input_range,
+    "logits": output_checks.logits,
+    "randomness": noise_checks.randomness,
+    "nothing hidden": noise_checks.nothing_hidden,
+    "where noise enters": noise_checks.where_noise_enters,
+    "gradients": output_checks.gradients,
     "success grows with eps": attack_checks.grows_with_eps,
     "frozen noise falls": attack_checks.frozen_noise_falls,
     "twice the steps": attack_checks.twice_the_steps,
@@ -77,11 +77,11 @@ def doctor(
     """
     check_norm(norm)
     check_eps(eps, norm, inputs)
-    patient = Patient(
+    subject = Subject(
         model, inputs, labels, norm=norm, eps=eps, steps=steps, eot=eot, images=images,
         expect_random=expect_random, max_batch=max_batch, seed=seed,
     )  # fmt: skip
-    if int(labels.max()) >= (classes := _classes(patient)):
+    if int(labels.max()) >= (classes := _classes(subject)):
         raise ValueError(f"labels must be below {classes}, the number of classes; got {int(labels.max())}")
     records = []
     with _left_as_it_was(model):
@@ -91,26 +91,26 @@ def doctor(
             own = stream_seed(seed, place, 5)
             with noise_draw(own), torch.random.fork_rng():
                 torch.manual_seed(own)
-                record = _examine(check, patient)
+                record = _examine(check, subject)
             records.append(record.model_copy(update={"name": name}))
     progress("done", 1.0)
     return records
 
 
-def _classes(patient: Patient) -> float:
+def _classes(subject: Subject) -> float:
     """Number of classes; infinite where the model fails, which the checks will say."""
     try:
-        with _left_as_it_was(patient.model):
-            return patient.once(patient.few[:1]).shape[1]
+        with _left_as_it_was(subject.model):
+            return subject.once(subject.few[:1]).shape[1]
     except torch.OutOfMemoryError:
         raise
     except Exception:  # the model is a stranger's, and may fail in any way
         return float("inf")
 
 
-def _examine(check: Callable[[Patient], CheckRecord], patient: Patient) -> CheckRecord:
+def _examine(check: Callable[[Subject], CheckRecord], subject: Subject) -> CheckRecord:
     try:
-        return check(patient)
+        return check(subject)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # the model is a stranger's, and may fail in any way

@@ -17,24 +17,8 @@ from ...noise.injection import eval_mode, random_layers
 from ...noise.layer import GaussianNoise, RandomLayer
 from ...noise.streams import stream_seed
 from ..judge import judge
-from ..results import CheckRecord
 
 _JUDGE_QUERIES = 3
-
-
-def passed(figure: str) -> CheckRecord:
-    """A check that found nothing."""
-    return CheckRecord(name="", passed=True, figure=figure, advice="")
-
-
-def failed(figure: str, advice: str) -> CheckRecord:
-    """A check that found a fault."""
-    return CheckRecord(name="", passed=False, figure=figure, advice=advice)
-
-
-def not_applicable(reason: str) -> CheckRecord:
-    """A check that has no meaning for this model."""
-    return CheckRecord(name="", passed=None, figure="", advice=reason)
 
 
 # Operators that may draw random numbers, and do not in eval mode.
@@ -58,7 +42,7 @@ class RandomOps(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Patient:
+class Subject:
     """The model as it was handed over, the images of the trials, and cached findings."""
 
     def __init__(

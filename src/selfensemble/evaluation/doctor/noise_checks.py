@@ -1,0 +1,203 @@
+"""Honesty checks of the noise: is it there and fresh, do attacks meet it, where does it enter?"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from ...noise.layer import GaussianNoise, describe_std
+from ..results import CheckRecord
+from .findings import PASSES, ROUNDING, differ, failed, not_applicable, passed
+from .subject import RandomOps, Subject
+
+_NOISE = {"normal", "randn", "randn_like", "normal_functional", "rand", "rand_like", "uniform", "add_noise"}
+_NOISE |= {"unit_noise", "placement"}
+_OF_TORCH = set(vars(nn.Module()))
+
+
+def randomness(subject: Subject) -> CheckRecord:
+    """A model that ought to be random is, with fresh noise at every call; others are deterministic."""
+    outputs = subject.outputs
+    distinct = sum(
+        all(not torch.equal(one, other) for other in outputs[:index]) for index, one in enumerate(outputs)
+    )
+    figure = f"{distinct} distinct outputs in {len(outputs)} passes"
+    # Layers of level 0 are a network without noise; layers that are off had some.
+    noisy = [layer for layer in subject.random_layers if layer.varies]
+    off = sum(not layer.enabled for layer in noisy)
+    if off:
+        advice = "random layers are switched off at test time: leave noise_disabled"
+        return failed(f"{off} of {len(noisy)} random layers off", advice)
+    if subject.is_random:
+        # Places of an image are few, and meet again by chance.
+        few = bool(noisy) and not any(layer.is_continuous for layer in noisy)
+        if distinct < len(outputs) and not few:
+            return failed(figure, "noise repeats: draw it afresh at every call, with no fixed seed")
+        if subject.expect_random is False:
+            return failed(figure, "the model is random, although it should not be: find the source")
+        return passed(figure)
+    if subject.random_ops or noisy:
+        return failed(
+            figure,
+            "random numbers are drawn, yet all outputs are equal: the seed never changes, and an attacker "
+            "meets always the same noise; draw from fresh entropy",
+        )
+    if _random_in_training(subject):
+        return failed(figure, "the model is random in training mode only: its noise is off at test time")
+    if subject.expect_random:
+        return failed(figure, "the model should be random, and is not: its noise is off, or frozen")
+    return passed(f"{figure}: deterministic")
+
+
+def _random_in_training(subject: Subject) -> bool:
+    """Whether noise other than dropout's (which draws bits) makes the model random in training mode."""
+    modules = list(subject.model.modules())
+    before = [module.training for module in modules]
+    try:
+        for module in modules:
+            usual = isinstance(module, _DropoutNd | _BatchNorm) or "drop" in type(module).__name__.lower()
+            module.training = not usual
+        with torch.no_grad(), RandomOps() as mode:
+            subject.model(subject.few.to(subject.device, subject.dtype))
+    finally:
+        for module, training in zip(modules, before, strict=True):
+            module.training = training
+    return bool(mode.names & _NOISE)
+
+
+def nothing_hidden(subject: Subject) -> CheckRecord:
+    """Attacks see what the judge sees: the same randomness with gradients as without, no hidden weights."""
+    stray, strangers = _stray_parameters(subject), _hidden_modules(subject.model)
+    if stray or strangers:
+        return failed(
+            f"{stray} parameters and {strangers} modules outside the module tree",
+            "register the network as a submodule: eval(), noise layers and devices of what is hidden are "
+            "out of reach",
+        )
+    images = subject.few
+    seen = torch.stack(subject.outputs[:PASSES]).float()
+    attack = torch.stack([subject.with_gradient(images)[0].detach() for _ in range(PASSES)]).float()
+    spread = (seen.std(dim=0), attack.std(dim=0))
+    random = [bool((value > 0).any()) for value in spread]
+    figure = (
+        f"std of outputs {float(spread[0].mean()):.3g} without gradients, {float(spread[1].mean()):.3g} with"
+    )
+    advice = "attacks meet another model than the judge: it must not ask whether gradients are wanted"
+    if random[0] != random[1]:
+        return failed(f"{figure}: random in only one of the two", advice)
+    ratio = float((spread[1] / spread[0].clamp(min=1e-12)).median()) if all(random) else 1.0
+    if differ(seen, attack) or not 0.5 < ratio < 2:
+        return failed(figure, advice)
+    return passed(figure)
+
+
+def _hidden_modules(model: nn.Module) -> int:
+    """Modules kept as plain attributes, in lists, tuples, sets or dicts, and nowhere in the tree."""
+    known, hidden = set(model.modules()), set()
+
+    def search(value: Any, depth: int) -> None:
+        if isinstance(value, nn.Module):
+            if value not in known:
+                hidden.add(value)
+        elif depth and isinstance(value, list | tuple | set | frozenset):
+            for item in value:
+                search(item, depth - 1)
+        elif depth and isinstance(value, dict):
+            search(list(value.values()), depth - 1)
+
+    for module in known:
+        for name, value in vars(module).items():
+            # What torch itself keeps there: submodules, hooks and tensors.
+            if not (name.startswith("_") and name in _OF_TORCH):
+                search(value, 3)
+    return len(hidden)
+
+
+def _stray_parameters(subject: Subject) -> int:
+    """Leaves of the outputs' graph that are neither the images nor the model's parameters."""
+    known = {id(parameter) for parameter in subject.model.parameters()}
+    with _trainable(subject.model), torch.enable_grad():
+        training = [module for module in subject.model.modules() if module.training]
+        subject.model.eval()
+        try:
+            leaf = subject.few.detach().to(subject.device, subject.dtype, copy=True).requires_grad_()
+            outputs = subject.model(leaf)
+        finally:
+            for module in training:
+                module.training = True
+    outputs = getattr(outputs, "logits", outputs)
+    todo, seen, stray = [outputs.grad_fn], set(), 0
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        stray += variable is not None and variable is not leaf and id(variable) not in known
+        todo += [following for following, _ in node.next_functions]
+    return stray
+
+
+@contextmanager
+def _trainable(model: nn.Module) -> Iterator[None]:
+    """All parameters without gradients, so that only foreign leaves remain in the graph."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for parameter, _ in before:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
+
+
+def where_noise_enters(subject: Subject) -> CheckRecord:
+    """The first noise layer acts on the pixels, or on a known affine map of them."""
+    layers = [layer for layer in subject.noise_layers if layer.is_active]
+    if not layers:
+        return not_applicable("there are no noise layers")
+    order: list[tuple[GaussianNoise, Tensor]] = []
+    handles = [
+        layer.register_forward_pre_hook(
+            lambda module, args, layer=layer: order.append((layer, args[0].detach()))
+        )
+        for layer in layers
+    ]
+    try:
+        subject.once(subject.few)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not order:
+        return failed("no noise layer is called", "the forward pass goes around the noise")
+    layer, met = order[0]
+    images = subject.few.to(met.device)
+    if met.shape != images.shape:
+        return failed(
+            f"the first noise meets a tensor of shape {tuple(met.shape)}",
+            "no noise acts on the pixels: the defense is weaker there, and nothing can be certified",
+        )
+    dims = [0, *range(2, images.dim())]
+    x, z = images.double(), met.double()
+    centred = x - x.mean(dims, keepdim=True)
+    slope = (centred * (z - z.mean(dims, keepdim=True))).sum(dims) / centred.square().sum(dims).clamp(
+        min=1e-12
+    )
+    shape = [1, -1, *[1] * (x.dim() - 2)]
+    rest = z - z.mean(dims, keepdim=True) - slope.view(shape) * centred
+    if float(rest.abs().max()) > 10 * ROUNDING * float(z.abs().max()):
+        return failed(
+            "the first noise acts on a nonlinear map of the pixels",
+            "noise enters after a preprocessor: its std is not in pixel units; put it on the pixels",
+        )
+    known = [abs(float(value)) for value in slope]
+    stds = [layer.std] * len(known) if isinstance(layer.std, float) else layer.std
+    levels = ", ".join(
+        f"{std / value:.3g}" if value > 0 else "unknown" for std, value in zip(stds, known, strict=True)
+    )
+    title = f"std {describe_std(layer.std)} at the first noise layer"
+    return passed(f"{title}, in [0, 1] pixels by channel: {levels}")
