@@ -26,15 +26,15 @@ def steps(folder: Path, overrides: list[str], *, replays: bool, skipped: int = 0
     """Loss and gradients of each step; `skipped`: how far the number of the sixth is ahead."""
     recipe = load_recipe("digits-rse", ["data.crop_padding=1", "train.lr=0.001", *overrides])
     trainer = Trainer(recipe, folder, data="digits")
-    gradients = trainer._step_gradients
+    gradients = trainer.training_step.gradients
     assert gradients._replays
     gradients._replays = replays
     found, graphs = list[Step](), set[object]()
     for number in range(8):
-        batch = trainer.train_indices[number * trainer.batch_size : (number + 1) * trainer.batch_size]
+        batch = trainer.batches.numbers(trainer.batches.train_indices, number)
         if number == 5:
             trainer.step += skipped
-        loss = float(trainer._train_step(batch))
+        loss = float(trainer.training_step(batch, trainer.step))
         grads = [parameter.grad for parameter in trainer.network.parameters()]
         found.append((loss, torch.cat([grad.flatten() for grad in grads if grad is not None])))
         trainer.step += 1

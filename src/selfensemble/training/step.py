@@ -1,0 +1,141 @@
+"""One step of training: the gradients of a defense's loss, the optimiser, the schedule, the averaged weights.
+
+Everything random in step s of rank r is a function of (seed, s, r): augmentation, dropout and the noise.
+"""
+
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ..ensemble.ensemble import SelfEnsemble
+from ..fast.replay import StepGradients
+from ..fast.small_maps import speed_up_small_maps_
+from ..noise.learned import distance_from_start, parameter_groups
+from ..noise.streams import stream_seed
+from .batches import Batches
+from .building import build_ensemble, make_scheduler
+from .defenses import Networks
+from .recipe import Recipe
+
+
+class TrainingStep:
+    """The network of a recipe, and what a step does to it.
+
+    Args:
+        recipe: of the run.
+        batches: of the run.
+        accelerator: of the run.
+        seed: of everything random in the steps of this process.
+        steps: of the whole run.
+
+    Attributes:
+        teacher: the network that the defense learns from, if it does.
+    """
+
+    def __init__(
+        self, recipe: Recipe, batches: Batches, accelerator: Accelerator, seed: int, steps: int
+    ) -> None:
+        self._recipe, self._batches, self._accelerator, self._seed = recipe, batches, accelerator, seed
+        self.teacher: SelfEnsemble | None = None
+        ensemble = _first_ensemble(recipe, batches)
+        optimizer = torch.optim.SGD(
+            parameter_groups(ensemble),
+            lr=recipe.train.lr,
+            momentum=recipe.train.momentum,
+            weight_decay=recipe.train.weight_decay,
+            nesterov=recipe.train.nesterov,
+        )
+        self._model, self._optimizer = accelerator.prepare(ensemble, optimizer)
+        self._scheduler = make_scheduler(optimizer, recipe.train, steps)
+        self._averaged: AveragedModel | None = None
+        if recipe.train.average:
+            average = get_ema_multi_avg_fn(recipe.train.average)
+            self._averaged = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
+        speed_up_small_maps_(self.network)
+        replays = (
+            batches.device.type == accelerator.device.type == "cuda"
+            and accelerator.num_processes == 1
+            and accelerator.scaler is None
+        )
+        self.gradients = StepGradients(self._loss, self._optimizer.zero_grad, seed, replays)
+
+    @property
+    def network(self) -> SelfEnsemble:
+        """The network in training, without the wrapper of a distributed run."""
+        unwrapped: SelfEnsemble = self._accelerator.unwrap_model(self._model)
+        return unwrapped
+
+    @property
+    def ensemble(self) -> SelfEnsemble:
+        """What is validated and saved: the averaged weights, or those in training."""
+        if self._averaged is None:
+            return self.network
+        return cast(SelfEnsemble, self._averaged.module)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return float(self._scheduler.get_last_lr()[0])
+
+    def __call__(self, index: Tensor, step: int) -> Tensor:
+        """Step number `step`, with the images of these numbers; returns the loss."""
+        # Of augmentation and dropout; a master seed of its own keeps it apart from the noise's streams.
+        torch.manual_seed(stream_seed(stream_seed(self._seed, 0, 1), step, 0))
+        self._model.train()
+        loss = self.gradients(index, step)
+        self._optimizer.step()
+        self._scheduler.step()
+        if self._averaged is not None:
+            self._averaged.update_parameters(self.network)
+        return loss
+
+    def _loss(self, index: Tensor) -> Tensor:
+        """The loss of the images of these numbers with the surroundings' noise; adds to the gradients."""
+        inputs, labels = self._batches.batch(index)
+        with self._accelerator.autocast():
+            networks = Networks(self._model, self.network, self.teacher)
+            loss = self._recipe.defense.loss(networks, inputs, labels)
+            if self._recipe.noise.learn is not None:
+                loss = loss + self._recipe.noise.hold * distance_from_start(self.network)
+        self._accelerator.backward(loss)
+        return loss.detach()
+
+    def state(self) -> dict[str, Any]:
+        """All that the steps to come depend on, for a checkpoint."""
+        scaler = self._accelerator.scaler
+        return {
+            "model": self.network.state_dict(),
+            "averaged": None if self._averaged is None else self._averaged.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "scheduler": self._scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up what `state` gave."""
+        self.network.load_state_dict(state["model"])
+        if self._averaged is not None:
+            self._averaged.load_state_dict(state["averaged"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scheduler.load_state_dict(state["scheduler"])
+        if self._accelerator.scaler is not None:
+            self._accelerator.scaler.load_state_dict(state["scaler"])
+
+
+def _first_ensemble(recipe: Recipe, batches: Batches) -> SelfEnsemble:
+    """The network to begin with, laid out as the images are."""
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        try:
+            ensemble = build_ensemble(recipe, batches.train)
+        except RuntimeError as error:
+            shape = tuple(batches.train.images.shape[1:])
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"{recipe.model.name} cannot take images of shape {shape} "
+                f"({reason}): choose another model.name or data.size"
+            ) from error
+    return ensemble.to(memory_format=batches.format)  # type: ignore[call-overload, no-any-return]
