@@ -11,17 +11,10 @@ from scipy import stats
 from torch import Tensor, nn
 
 import selfensemble as rse
-from selfensemble.certainty.certification import (
-    Method,
-    Rivals,
-    _certify,
-    _Means,
-    _Votes,
-    certificates,
-    certify,
-)
+from selfensemble.certainty.certification import Method, _certify, certificates, certify
 from selfensemble.certainty.decision import ABSTAINED
 from selfensemble.certainty.pixels import pixel_std
+from selfensemble.certainty.statistics import Means, Rivals, Votes
 
 STD = 0.5
 RIVALS: tuple[Rivals, ...] = ("all", "runner_up")
@@ -83,9 +76,9 @@ def test_soft_outputs_have_a_closed_form_too() -> None:
         assert truth - 0.02 < lower <= truth
 
 
-def counted(counts: list[int], rivals: Rivals) -> _Votes:
+def counted(counts: list[int], rivals: Rivals) -> Votes:
     """Votes on one image, of which the first class is the answer."""
-    votes = _Votes(torch.eye(len(counts))[:1, None], rivals, 0.001, sum(counts))
+    votes = Votes(torch.eye(len(counts))[:1, None], rivals, 0.001, sum(counts))
     votes.counts = torch.tensor([counts])
     return votes
 
@@ -117,10 +110,10 @@ def test_the_runner_up_helps_where_there_are_many_classes() -> None:
 @pytest.mark.parametrize(
     "measure",
     [
-        partial(_Votes, rivals="all"),
-        partial(_Votes, rivals="runner_up"),
-        partial(_Means, rivals="all", bound=None),
-        partial(_Means, rivals="runner_up", bound=None),
+        partial(Votes, rivals="all"),
+        partial(Votes, rivals="runner_up"),
+        partial(Means, rivals="all", bound=None),
+        partial(Means, rivals="runner_up", bound=None),
     ],
     ids=["vote", "vote, runner-up", "mean", "mean, runner-up"],
 )
@@ -142,7 +135,7 @@ def test_overstated_certificates_are_as_rare_as_promised(
     alpha, images, looks = 0.05, 10_000, [60] if wanted is None else [15, 30, 60]
     best = int(np.argmax(mean))
     truth = STD / 2 * float(stats.norm.ppf(mean[best]) - stats.norm.ppf(sorted(mean)[-2]))
-    for hard in (True, False) if measure.func is _Means else (True,):
+    for hard in (True, False) if measure.func is Means else (True,):
         generator = np.random.default_rng(int(1000 * mean[0]) + hard)
 
         def passes(group: Tensor, index: int, count: int, hard: bool = hard, law: Any = generator) -> Any:

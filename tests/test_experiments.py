@@ -13,11 +13,12 @@ from torch import nn
 
 import selfensemble as rse
 from selfensemble.artefacts.storage import read_config
-from selfensemble.cli import commands  # noqa: F401  (adds its commands to the app)
+from selfensemble.certainty.certification import METHODS
+from selfensemble.cli import training  # noqa: F401  (adds its commands to the app)
 from selfensemble.cli.base import app
 from selfensemble.experiments import EXPERIMENTS, Reproduction, networks, render_all
 from selfensemble.experiments.certainty import auroc, calibration_error
-from selfensemble.experiments.certificates import METHODS, empirical, reach
+from selfensemble.experiments.certificates import empirical, reach
 from selfensemble.experiments.curvature import local_lipschitz, second_order_term
 from selfensemble.experiments.draws import COUNTS, right_groups
 from selfensemble.experiments.judged import accuracy, by_strength, rms

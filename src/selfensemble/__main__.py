@@ -11,11 +11,14 @@ import warnings
 
 import typer
 
-from .cli import certainty, commands, models, serving, terminal  # noqa: F401  (all but the last add commands)
+# isort: off  (the help lists commands in this order)
+from .cli import certainty, evaluation, experiments, models, serving, terminal, training  # noqa: F401
 from .cli.base import app
 from .runtime.errors import InputError
 from .runtime.interrupts import Interrupted
 from .runtime.memory import keep_freed_memory
+
+# isort: on
 
 _INTERRUPTED = 130
 

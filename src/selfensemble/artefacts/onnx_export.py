@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -79,25 +80,10 @@ def export_onnx(
         ValueError: there are random layers that ONNX cannot express, or the network cannot be exported.
         ImportError: onnx or onnxscript is missing: `pip install 'selfensemble[onnx]'`.
     """
-    try:
-        import onnx
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"ONNX files need more packages ({error.name} is missing): pip install 'selfensemble[onnx]'"
-        ) from error
+    onnx = _onnx()
     original = cast(SelfEnsemble, original_of(ensemble))
     draws = original.draws if draws is None else check_count("draws", draws)
-    strange = Counter(
-        type(layer).__name__
-        for layer in random_layers(original)
-        if layer.is_active and not isinstance(layer, GaussianNoise)
-    )
-    if strange:
-        raise ValueError(
-            f"ONNX has no operator for {', '.join(strange)}: only Gaussian noise can be exported; serve this "
-            "network with `selfensemble serve`, or save it and load it in Python"
-        )
+    _check_layers(original)
     with eval_mode(original), torch.no_grad(), explain_shape(original, example_inputs):
         original.draw_logits(example_inputs[:2])
         model = _translated(_Exported(original, draws).eval(), example_inputs, draws)
@@ -118,6 +104,31 @@ def export_onnx(
     with atomic_file(path) as file:
         file.write(model.SerializeToString())
     return path
+
+
+def _onnx() -> ModuleType:
+    """The package onnx, with what torch's exporter needs."""
+    try:
+        import onnx
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"ONNX files need more packages ({error.name} is missing): pip install 'selfensemble[onnx]'"
+        ) from error
+    return onnx
+
+
+def _check_layers(ensemble: SelfEnsemble) -> None:
+    strange = Counter(
+        type(layer).__name__
+        for layer in random_layers(ensemble)
+        if layer.is_active and not isinstance(layer, GaussianNoise)
+    )
+    if strange:
+        raise ValueError(
+            f"ONNX has no operator for {', '.join(strange)}: only Gaussian noise can be exported; serve this "
+            "network with `selfensemble serve`, or save it and load it in Python"
+        )
 
 
 @contextmanager

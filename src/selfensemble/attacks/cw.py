@@ -176,22 +176,26 @@ def cw_l2(
                 active = active[((high - low) > 0.01 * low)[active]]
             if len(active) == 0:
                 break
-            found = torch.zeros(len(active), dtype=torch.bool, device=x.device)
-
-            def visit(
-                image: Tensor, estimate: Estimate, active: Tensor = active, found: Tensor = found
-            ) -> None:
-                # A success counts for the search over c even where an earlier c came nearer.
-                found |= nearest.visit(active, image, estimate, asked=~found)
-
             strength = c[active]
-            _descend(
-                oracle, x[active], y[active], c=strength, targeted=targeted, kappa=kappa, steps=steps,
-                lr=rate, decay=True, visit=visit,
-            )  # fmt: skip
+            found = _try(nearest, active, strength, kappa=kappa, steps=steps, lr=rate)
             high[active] = torch.where(found, torch.minimum(high[active], strength), high[active])
             low[active] = torch.where(found, low[active], torch.maximum(low[active], strength))
             c = torch.where(high.isinf(), c * 10, (low + high) / 2)
         return nearest.refined()
 
     return run_attack(model, inputs, labels, run, Noise(**noise), max_batch)
+
+
+def _try(nearest: Nearest, active: Tensor, c: Tensor, *, kappa: float, steps: int, lr: float) -> Tensor:
+    """One value of c for each of the images `active`; (len(active),) whether there was a success."""
+    found = torch.zeros(len(active), dtype=torch.bool, device=active.device)
+
+    def visit(image: Tensor, estimate: Estimate) -> None:
+        # A success counts for the search over c even where an earlier c came nearer.
+        found.logical_or_(nearest.visit(active, image, estimate, asked=~found))
+
+    _descend(
+        nearest.oracle, nearest.x[active], nearest.y[active], c=c, targeted=nearest.targeted, kappa=kappa,
+        steps=steps, lr=lr, decay=True, visit=visit,
+    )  # fmt: skip
+    return found

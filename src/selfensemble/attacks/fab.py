@@ -72,30 +72,39 @@ def fab(
     Raises:
         ValueError, TypeError: inputs, labels or settings that cannot be attacked.
     """
-    check_norm(norm)
-    if eps is not None:
-        check_eps(eps, norm, inputs)
+    _check_runs(steps, restarts, targets, targeted)
+    _check_numbers(inputs, norm, eps, alpha_max, eta, beta)
+
+    def run(oracle: Oracle, x: Tensor, y: Tensor) -> Tensor:
+        keep = _Near(oracle, x, y, targeted, norm, eps)
+        for boundary in _boundaries(oracle, x, y, targeted, targets, norm):
+            for restart in range(restarts):
+                _walk(keep, boundary, keep.start() if restart else x, steps, alpha_max, eta, beta)
+        return keep.refined()
+
+    return run_attack(model, inputs, labels, run, Noise(**noise), max_batch)
+
+
+def _check_runs(steps: int, restarts: int, targets: int | None, targeted: bool) -> None:
     check_count("steps", steps)
     check_count("restarts", restarts)
     if targets is not None:
         check_count("targets", targets)
         if targeted:
             raise ValueError("targets is the number of wrong classes tried; with targeted=True there is one")
+
+
+def _check_numbers(
+    inputs: Tensor, norm: str, eps: float | None, alpha_max: float, eta: float, beta: float
+) -> None:
+    check_norm(norm)
+    if eps is not None:
+        check_eps(eps, norm, inputs)
     for name, number, low, high in (
         ("alpha_max", alpha_max, 0.0, 1.0), ("eta", eta, 1.0, 2.0), ("beta", beta, 0.0, 1.0)
     ):  # fmt: skip
         if not low <= number <= high:
             raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {number}")
-
-    def run(oracle: Oracle, x: Tensor, y: Tensor) -> Tensor:
-        keep = _Near(oracle, x, y, targeted, norm, eps)
-        for boundary in _boundaries(oracle, x, y, targeted, targets, norm):
-            for restart in range(restarts):
-                images = keep.start() if restart > 0 else x
-                _walk(keep, boundary, images, steps, alpha_max, eta, beta)
-        return keep.refined()
-
-    return run_attack(model, inputs, labels, run, Noise(**noise), max_batch)
 
 
 class _Near(Nearest):

@@ -121,11 +121,8 @@ def fmn(
             smallest = torch.where(success, torch.minimum(smallest, now), smallest)
             # Until the boundary was crossed once: a little farther than a linear model would need.
             ahead = now + estimate.loss.abs() / dual_size(estimate.gradient, norm).clamp(min=1e-12)
-            radius = torch.where(
-                success,
-                torch.minimum(radius * (1 - shrink), smallest),
-                torch.where(found, radius, ahead) * (1 + shrink),
-            ).clamp(max=largest)
+            inside, outside = radius * (1 - shrink), torch.where(found, radius, ahead) * (1 + shrink)
+            radius = torch.where(success, torch.minimum(inside, smallest), outside).clamp(max=largest)
             change = change + _half_cosine(length, length / 100, step, steps) * unit_l2(estimate.gradient)
             change = project(change, norm, radius, images)
         return nearest.refined()

@@ -14,7 +14,7 @@ from ..ensemble.checks import check_count
 from .driver import run_attack
 from .expectation import Noise, NoiseOptions, Oracle
 from .keeper import Keeper
-from .losses import LossName, check_loss, of_labels
+from .losses import Loss, LossName, check_loss, of_labels
 from .norms import Norm, check_eps, check_norm, project, random_start, steepest
 
 
@@ -86,32 +86,50 @@ def pgd(
     check_norm(norm)
     check_eps(eps, norm, inputs)
     objective = check_loss(loss)
-    check_count("steps", steps)
     check_count("restarts", restarts)
-    if step_size is not None and not (step_size > 0 and math.isfinite(step_size)):
-        raise ValueError(f"step_size must be finite and > 0, got {step_size}")
-    travel = 20.0 if norm == "l2" else 12.0  # in eps; on the sphere steps also have to turn
-
-    def length(step: int) -> float:
-        falling = min(1.0, travel / steps) * eps * (1 - step / steps)
-        return falling if step_size is None else step_size
+    lengths = _lengths(norm, eps, check_count("steps", steps), step_size)
 
     def run(oracle: Oracle, x: Tensor, y: Tensor) -> Tensor:
         keep = Keeper(oracle, x, y, targeted)
         for restart in range(restarts):
-            active = keep.candidates(early_stop)
-            change = torch.zeros_like(x[active])
-            if random_starts or restart > 0:
-                change = random_start(x[active], norm, eps, oracle.generator)
-            for step in range(steps):
-                if len(active) == 0:
-                    break
-                images = x[active]
-                estimate = oracle.gradient(images + change, of_labels(objective, y[active], targeted))
-                stay = keep.visit(active, images + change, estimate, stop=early_stop, step=step)
-                change = project(change + length(step) * steepest(estimate.gradient, norm), norm, eps, images)
-                active, change = active[stay], change[stay]
-            keep.finish(active, x[active] + change, of_labels(objective, y[active], targeted))
+            begin_anywhere = random_starts or restart > 0
+            _ascend(keep, objective, norm, eps, lengths, begin_anywhere, early_stop)
         return keep.best
 
     return run_attack(model, inputs, labels, run, Noise(**noise), max_batch)
+
+
+def _lengths(norm: Norm, eps: float, steps: int, step_size: float | None) -> list[float]:
+    """Lengths of the steps, see `pgd`."""
+    if step_size is not None:
+        if not (step_size > 0 and math.isfinite(step_size)):
+            raise ValueError(f"step_size must be finite and > 0, got {step_size}")
+        return [step_size] * steps
+    travel = 20.0 if norm == "l2" else 12.0  # in eps; on the sphere steps also have to turn
+    return [min(1.0, travel / steps) * eps * (1 - step / steps) for step in range(steps)]
+
+
+def _ascend(
+    keep: Keeper,
+    objective: Loss,
+    norm: Norm,
+    eps: float,
+    lengths: list[float],
+    begin_anywhere: bool,
+    early_stop: bool,
+) -> None:
+    """One run, a step for each of `lengths`; `keep` takes what it finds."""
+    active = keep.candidates(early_stop)
+    change = torch.zeros_like(keep.x[active])
+    if begin_anywhere:
+        change = random_start(keep.x[active], norm, eps, keep.oracle.generator)
+    for step, length in enumerate(lengths):
+        if len(active) == 0:
+            break
+        images = keep.x[active]
+        climbed = of_labels(objective, keep.y[active], keep.targeted)
+        estimate = keep.oracle.gradient(images + change, climbed)
+        stay = keep.visit(active, images + change, estimate, stop=early_stop, step=step)
+        change = project(change + length * steepest(estimate.gradient, norm), norm, eps, images)
+        active, change = active[stay], change[stay]
+    keep.finish(active, keep.x[active] + change, of_labels(objective, keep.y[active], keep.targeted))

@@ -5,6 +5,7 @@ search, ECCV 2020, algorithms 1 to 3; for L1, Croce & Hein, Mind the box, ICML 2
 """
 
 from bisect import bisect_left
+from collections.abc import Callable
 from typing import Unpack
 
 import torch
@@ -14,7 +15,7 @@ from ..ensemble.checks import check_count
 from .driver import run_attack
 from .expectation import Estimate, Noise, NoiseOptions, Oracle
 from .keeper import Keeper
-from .losses import LossName, check_loss
+from .losses import Loss, LossName, check_loss, of_labels
 from .norms import Norm, check_eps, check_norm, per_image, project, size
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10000 candidates, where p is halved
@@ -75,48 +76,73 @@ def square(
 
     def run(oracle: Oracle, x: Tensor, y: Tensor) -> Tensor:
         keep = Keeper(oracle, x, y, targeted)
-        active = keep.candidates(early_stop)
-        if len(active) == 0:
-            return keep.best
         proposals = _Proposals(norm, eps, oracle.generator)
-        images = proposals.start(x[active])
-        value = images.new_zeros(len(images))
-        count = queries // 2 if oracle.is_random else queries - 1
-
-        def look(chosen: Tensor, copies: int = 1) -> Estimate:
-            own = y[active].repeat(copies)
-            return oracle.evaluate(chosen, lambda z: objective(z, own, targeted))
-
-        if not oracle.is_random:
-            estimate = look(images)
-            value = estimate.loss
-            stay = keep.visit(active, images, estimate, stop=early_stop, step=0)
-            active, images, value = active[stay], images[stay], value[stay]
-        for step in range(count):
-            if len(active) == 0:
-                break
-            share = p_init / 2 ** bisect_left(_HALVINGS, int(step / count * 10000))
-            candidate = proposals.next(x[active], images, share)
-            if oracle.is_random:
-                pair = look(torch.cat([images, candidate]), 2)
-                better = pair.loss[len(active) :] > pair.loss[: len(active)]
-                images = torch.where(per_image(better, images), candidate, images)
-                rows = torch.arange(len(active), device=x.device) + len(active) * better
-                estimate = Estimate(pair.loss[rows], pair.draws[:, rows], pair.gradient)
-                stay = keep.visit(active, images, estimate, stop=early_stop, step=step)
-            else:
-                estimate = look(candidate)
-                better = estimate.loss > value
-                images = torch.where(per_image(better, images), candidate, images)
-                value = torch.where(better, estimate.loss, value)
-                stay = keep.visit(active, candidate, estimate, stop=early_stop, step=step)
-            if not stay.all():
-                active, images, value = active[stay], images[stay], value[stay]
-        if oracle.is_random:
-            keep.finish(active, images, lambda z: objective(z, y[active], targeted))
+        _Search(keep, objective, proposals, early_stop).run(queries, p_init)
         return keep.best
 
     return run_attack(model, inputs, labels, run, Noise(**noise), max_batch)
+
+
+class _Search:
+    """Random search from the first proposals on; `keep` takes what it finds."""
+
+    def __init__(self, keep: Keeper, objective: Loss, proposals: "_Proposals", early_stop: bool) -> None:
+        self.keep, self.oracle, self.objective = keep, keep.oracle, objective
+        self.proposals, self.early_stop = proposals, early_stop
+        self.active = keep.candidates(early_stop)
+        self.images = self.value = torch.empty(0)
+
+    def run(self, queries: int, p_init: float) -> None:
+        """At most so many queries an image, squares of at first `p_init` of its pixels."""
+        if len(self.active) == 0:
+            return
+        self.images = self.proposals.start(self.keep.x[self.active])
+        self.value = self.images.new_zeros(len(self.images))
+        count = queries // 2 if self.oracle.is_random else queries - 1
+        if not self.oracle.is_random:
+            estimate = self._look(self.images)
+            self.value = estimate.loss
+            self._visit(self.images, estimate, 0)
+        for step in range(count):
+            if len(self.active) == 0:
+                break
+            share = p_init / 2 ** bisect_left(_HALVINGS, int(step / count * 10000))
+            candidate = self.proposals.next(self.keep.x[self.active], self.images, share)
+            if self.oracle.is_random:
+                self._compare(candidate, step)
+            else:
+                self._improve(candidate, step)
+        if self.oracle.is_random:
+            self.keep.finish(self.active, self.images, self._loss(self.keep.y[self.active]))
+
+    def _loss(self, labels: Tensor) -> Callable[[Tensor], Tensor]:
+        return of_labels(self.objective, labels, self.keep.targeted)
+
+    def _look(self, images: Tensor, copies: int = 1) -> Estimate:
+        return self.oracle.evaluate(images, self._loss(self.keep.y[self.active].repeat(copies)))
+
+    def _compare(self, candidate: Tensor, step: int) -> None:
+        """The candidate and the best image so far, on the same fresh draws."""
+        size = len(self.active)
+        pair = self._look(torch.cat([self.images, candidate]), 2)
+        better = pair.loss[size:] > pair.loss[:size]
+        self.images = torch.where(per_image(better, self.images), candidate, self.images)
+        rows = torch.arange(size, device=better.device) + size * better
+        self._visit(self.images, Estimate(pair.loss[rows], pair.draws[:, rows], pair.gradient), step)
+
+    def _improve(self, candidate: Tensor, step: int) -> None:
+        """The candidate against the best loss so far, which without randomness is exact."""
+        estimate = self._look(candidate)
+        better = estimate.loss > self.value
+        self.images = torch.where(per_image(better, self.images), candidate, self.images)
+        self.value = torch.where(better, estimate.loss, self.value)
+        self._visit(candidate, estimate, step)
+
+    def _visit(self, seen: Tensor, estimate: Estimate, step: int) -> None:
+        """Go on with the images that have no success."""
+        stay = self.keep.visit(self.active, seen, estimate, stop=self.early_stop, step=step)
+        if not stay.all():
+            self.active, self.images, self.value = self.active[stay], self.images[stay], self.value[stay]
 
 
 class _Proposals:

@@ -24,15 +24,15 @@ from ..ensemble.checks import check_count, check_images
 from ..ensemble.draws import Draws, check_finite
 from ..ensemble.ensemble import SelfEnsemble
 from ..noise.injection import eval_mode
-from ..noise.streams import DRAWS, LAYERS, fresh_seed, stream_seed
-from .bounds import MeanBound, clopper_pearson_lower, clopper_pearson_upper, mean_lower, narrower
+from ..noise.streams import DRAWS
+from .bounds import MeanBound
 from .decision import ABSTAINED, check_alpha
 from .pixels import pixel_std
+from .statistics import APART, Means, Rivals, Votes
 
 Method = Literal["vote", "mean"]
-Rivals = Literal["all", "runner_up"]
+METHODS: tuple[Method, ...] = get_args(Method)
 Progress = Callable[[int, int], None]
-_APART = 8  # rivals with a bound each; the others share one
 _ROOM = 2**25  # probabilities that are remembered at a time
 _LOOKS = (1 / 64, 1 / 16, 1 / 4, 1)  # shares of the draws after which a wanted radius is looked for
 
@@ -126,34 +126,23 @@ def certificates(
     """Certificates by several methods from the same draws, see `certify`; `alpha` is the risk of each."""
     check_images(inputs, ensemble.bounds)
     check_alpha(alpha)
-    settings = [("method", method, Method) for method in methods]
-    for name, value, known in (*settings, ("rivals", rivals, Rivals), ("bound", bound, MeanBound)):
-        if value is not None and value not in get_args(known):
-            raise ValueError(f"{name} must be one of {get_args(known)}, got {value!r}")
-    check_count("n0", n0)
-    if check_count("n", n) < 2:
-        raise ValueError("n must be 2 or more")
-    if seed is not None and n0 + n > DRAWS:
-        raise ValueError(f"a seed has {DRAWS:,} draws: n0 and n ask for {n0 + n:,}, leave seed out")
-    if "mean" not in methods and bound is not None:
-        raise ValueError('votes are bounded exactly: leave bound out, or take method="mean"')
-    if radius is not None and not radius > 0:
-        raise ValueError(f"radius must be > 0, got {radius}")
+    _check_names(methods, rivals, bound)
+    _check_draws(n0, n, seed)
+    looks = _looks(n, radius)
     size = None if max_batch is None else check_count("max_batch", max_batch)
     if len(inputs) == 0:
         none, zero = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64)
         return dict.fromkeys(methods, Certificate(none, zero, zero, zero, none))
     std = pixel_std(ensemble, inputs)
-    looks = [n] if radius is None else sorted({max(2, round(share * n)) for share in _LOOKS})
-    measures: dict[Method, Callable[..., _Votes | _Means]] = {
-        "vote": _Votes,
-        "mean": partial(_Means, bound=bound, seed=seed),
+    measures: dict[Method, Callable[..., Votes | Means]] = {
+        "vote": Votes,
+        "mean": partial(Means, bound=bound, seed=seed),
     }
     done, total = 0, len(inputs) * (n0 + n)
     found: list[list[tuple[Tensor, ...]]] = []
     with eval_mode(ensemble):
         draws = Draws(ensemble, inputs, size, seed, "shared")
-        room = max(1, _ROOM // (n * (_APART + 2))) if "mean" in methods else 64 * draws.size
+        room = max(1, _ROOM // (n * (APART + 2))) if "mean" in methods else 64 * draws.size
         for few in inputs.split(room):
             group = draws.prepared(few)
 
@@ -180,13 +169,39 @@ def certificates(
     }
 
 
+def _looks(n: int, radius: float | None) -> list[int]:
+    """Numbers of draws after which it is looked at whether images have the wanted radius."""
+    if radius is None:
+        return [n]
+    if not radius > 0:
+        raise ValueError(f"radius must be > 0, got {radius}")
+    return sorted({max(2, round(share * n)) for share in _LOOKS})
+
+
+def _check_names(methods: Sequence[Method], rivals: Rivals, bound: MeanBound | None) -> None:
+    settings = [("method", method, Method) for method in methods]
+    for name, value, known in (*settings, ("rivals", rivals, Rivals), ("bound", bound, MeanBound)):
+        if value is not None and value not in get_args(known):
+            raise ValueError(f"{name} must be one of {get_args(known)}, got {value!r}")
+    if "mean" not in methods and bound is not None:
+        raise ValueError('votes are bounded exactly: leave bound out, or take method="mean"')
+
+
+def _check_draws(n0: int, n: int, seed: int | None) -> None:
+    check_count("n0", n0)
+    if check_count("n", n) < 2:
+        raise ValueError("n must be 2 or more")
+    if seed is not None and n0 + n > DRAWS:
+        raise ValueError(f"a seed has {DRAWS:,} draws: n0 and n ask for {n0 + n:,}, leave seed out")
+
+
 Passes = Callable[[Tensor, int, int], Iterator[Tensor]]  # of images, first draw and how many, to (c, A, K)
 
 
 def _certify(
     group: Tensor,
     passes: Passes,
-    methods: Sequence["_Votes | _Means"],
+    methods: Sequence[Votes | Means],
     std: float,
     alpha: float,
     n0: int,
@@ -222,123 +237,3 @@ def _certify(
         (torch.where(figures[0] > 0, answer, ABSTAINED), *figures, draws)
         for answer, figures, draws in zip(answers, found, used, strict=True)
     ]
-
-
-class _Votes:
-    """Counts of the classes that single draws choose.
-
-    Args:
-        selection: (n0, A, K) outputs that say which class is the answer and which are its rivals.
-        rivals: see `certify`.
-
-    Attributes:
-        order: (A, K) classes, the answer first, then its likely rivals.
-    """
-
-    def __init__(self, selection: Tensor, rivals: Rivals, alpha: float, n: int) -> None:  # noqa: ARG002
-        self.order = self._votes(selection).argsort(dim=1, descending=True, stable=True)
-        self.counts = torch.zeros_like(self.order)
-        self._rivals = rivals
-
-    @staticmethod
-    def _votes(outputs: Tensor) -> Tensor:
-        return torch.nn.functional.one_hot(outputs.argmax(dim=2), outputs.shape[2]).sum(dim=0)
-
-    def add(self, outputs: Tensor) -> None:
-        """More draws, (c, A, K)."""
-        self.counts += self._votes(outputs)
-
-    def keep(self, stay: Tensor) -> None:
-        """Go on with some of the images."""
-        self.order, self.counts = self.order[stay], self.counts[stay]
-
-    def bounds(self, alpha: float) -> tuple[np.ndarray, np.ndarray]:
-        """(A,) lower bounds of the answer and upper bounds of its rivals, wrong with `alpha` together."""
-        answer, classes = self.order[:, :1], self.counts.shape[1]
-        trials = self.counts.sum(dim=1).cpu().numpy()
-        mine = self.counts.gather(1, answer)[:, 0].cpu().numpy()
-        if self._rivals == "all":
-            low = clopper_pearson_lower(mine, trials, alpha)
-            return low, 1 - low
-        # A larger count has a larger bound: the runner-up's is that of all.
-        others = self.counts.scatter(1, answer, 0).amax(dim=1).cpu().numpy()
-        low = clopper_pearson_lower(mine, trials, alpha / 2)
-        high = clopper_pearson_upper(others, trials, alpha / 2 / max(1, classes - 1))
-        return low, np.minimum(high, 1 - low)
-
-
-class _Means:
-    """Softmax outputs of the answer, of its first rivals one by one, and of the others together.
-
-    Args:
-        selection: (n0, A, K) outputs that say which class is the answer and which are its rivals.
-        rivals, alpha, n, bound: see `certify`.
-        seed: of coins, see `mean_lower`.
-
-    Attributes:
-        order: (A, K) classes, the answer first, then its likely rivals.
-    """
-
-    def __init__(
-        self,
-        selection: Tensor,
-        rivals: Rivals,
-        alpha: float,
-        n: int,
-        bound: MeanBound | None,
-        seed: int | None = None,
-    ) -> None:
-        self.order = selection.mean(dim=0).argsort(dim=1, descending=True, stable=True)
-        self._rivals, self._bound = rivals, bound
-        self._samples: list[Tensor] = []
-        coins = fresh_seed() if seed is None else stream_seed(seed, 0, LAYERS - 1)
-        self._generator = torch.Generator(selection.device).manual_seed(coins)
-        pilot = self._columns(selection).double()
-        variance = pilot.var(dim=0) if len(pilot) > 1 else torch.zeros_like(pilot[0])
-        self._binomial = narrower(pilot.mean(dim=0), variance, alpha / 2, n)
-
-    def _columns(self, outputs: Tensor) -> Tensor:
-        """(c, A, C), the answer's first."""
-        ordered = outputs.gather(2, self.order.expand_as(outputs))
-        if self._rivals == "all":
-            return ordered[:, :, :1]
-        if ordered.shape[2] <= _APART + 1:
-            return ordered
-        together = ordered[:, :, _APART + 1 :].sum(dim=2, keepdim=True)
-        return torch.cat([ordered[:, :, : _APART + 1], together], dim=2).clamp(0, 1)
-
-    def add(self, outputs: Tensor) -> None:
-        """More draws, (c, A, K)."""
-        self._samples.append(self._columns(outputs))
-
-    def keep(self, stay: Tensor) -> None:
-        """Go on with some of the images."""
-        self.order, self._binomial = self.order[stay], self._binomial[stay]
-        self._samples = [each[:, stay] for each in self._samples]
-
-    def bounds(self, alpha: float) -> tuple[np.ndarray, np.ndarray]:
-        """(A,) lower bounds of the answer and upper bounds of its rivals, wrong with `alpha` together."""
-        samples = torch.cat(self._samples)
-        rivals = samples.shape[2] - 1
-        if rivals == 0:
-            low = self._lower(samples, 0, alpha)
-            return low.cpu().numpy(), 1 - low.cpu().numpy()
-        low = self._lower(samples, 0, alpha / 2)
-        # The likely runner-up has a share of its own; the bounds of the others are far lower in any case.
-        shares = [alpha / 4, *[alpha / 4 / (rivals - 1)] * (rivals - 1)] if rivals > 1 else [alpha / 2]
-        highs = [1 - self._lower(1 - samples, 1 + k, share) for k, share in enumerate(shares)]
-        high = torch.minimum(torch.stack(highs).amax(dim=0), 1 - low)
-        return low.cpu().numpy(), high.cpu().numpy()
-
-    def _lower(self, samples: Tensor, column: int, alpha: float) -> Tensor:
-        """(A,) lower bounds of the means of a column."""
-        values = samples[:, :, column]
-        if self._bound is not None:
-            return mean_lower(values, alpha, self._bound, generator=self._generator)
-        coins = self._binomial[:, column]
-        low = torch.zeros(len(coins), dtype=torch.float64, device=values.device)
-        for chosen, method in ((coins, "binomial"), (~coins, "betting")):
-            if chosen.any():
-                few = values[:, chosen]
-                low[chosen] = mean_lower(few, alpha, method, generator=self._generator)  # type: ignore[arg-type]
-        return low

@@ -1,7 +1,7 @@
 """The command that puts a saved ensemble behind HTTP."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,6 +9,9 @@ from ..runtime.devices import device_named
 from ..runtime.errors import InputError
 from .arguments import in_precision
 from .base import Device, Model, app
+
+if TYPE_CHECKING:
+    from ..ensemble.ensemble import SelfEnsemble
 
 
 @app.command()
@@ -50,11 +53,6 @@ def serve(
     device: Device = "auto",
 ) -> None:
     """Answer images over HTTP: POST /v1/predict; see /openapi.json."""
-    import torch
-
-    from ..artefacts import storage
-    from ..fast.optimize import faster_precision
-
     try:
         from ..serving.run import run
         from ..serving.settings import Settings
@@ -73,6 +71,19 @@ def serve(
          "max_waiting": max_waiting, "timeout": timeout, "page": page, "samples": samples,
          "attacks": page and (is_local if attacks is None else attacks)}
     )  # fmt: skip
+    ensemble, classes, shape = _loaded(model, device, stop, precision)
+    run(ensemble, classes, shape, settings, host, port)
+
+
+def _loaded(
+    model: Path, device: str, stop: str | None, precision: str | None
+) -> tuple["SelfEnsemble", tuple[str, ...], tuple[int, int, int]]:
+    """The ensemble as it will answer, the names of its classes and the shape of its images."""
+    import torch
+
+    from ..artefacts import storage
+    from ..fast.optimize import faster_precision
+
     config = storage.read_config(model)
     if config.input_shape is None:
         raise InputError(f"{model} does not say the shape of its inputs, so that nothing can be sent to it")
@@ -85,4 +96,4 @@ def serve(
     classes = config.classes or tuple(
         map(str, range(ensemble.eval().predict(example).probabilities.shape[1]))
     )
-    run(ensemble, classes, config.input_shape, settings, host, port)
+    return ensemble, classes, config.input_shape

@@ -17,8 +17,9 @@ import numpy as np
 from pydantic import Field
 
 from ..certainty.bounds import MeanBound
-from ..certainty.certification import Certificate, Method, Rivals, certify
+from ..certainty.certification import Certificate, Method, certify
 from ..certainty.pixels import pixel_std
+from ..certainty.statistics import Rivals
 from ..data.images import ImageData
 from ..ensemble.ensemble import SelfEnsemble
 from ..fast.optimize import original_of, precision_of

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..attacks.budget import spend
 from ..attacks.driver import check_batch, device_of, single_draw
 from ..attacks.expectation import Forward
+from ..attacks.losses import margin
 from ..attacks.norms import size
 from ..ensemble.checks import check_count
 from ..ensemble.ensemble import SelfEnsemble
@@ -139,17 +140,9 @@ def judge(
     for query in range(1 if fixed else queries):
         own = None if seed is None else stream_seed(seed, query, 0)
         probabilities = _answer(model, adversarial, draws, own, max_batch)
-        if not torch.isfinite(probabilities).all():
-            raise ValueError("the model returns NaN or infinite logits: its answers cannot be judged")
-        if int(labels.max()) >= probabilities.shape[1]:
-            raise ValueError(
-                f"labels must be below {probabilities.shape[1]}, the number of classes; "
-                f"got {int(labels.max())}"
-            )
+        _check_answer(probabilities, labels)
         answers.append(probabilities.argmax(dim=1))
-        own_class = probabilities.gather(1, labels[:, None]).squeeze(1)
-        rival = probabilities.scatter(1, labels[:, None], -torch.inf).amax(dim=1)
-        leads.append(rival - own_class)
+        leads.append(margin(probabilities, labels, False))
     return Verdict(
         torch.stack(answers, dim=1).expand(-1, queries),
         labels,
@@ -157,6 +150,14 @@ def judge(
         size(change, "l2"),
         size(change, "linf"),
     )
+
+
+def _check_answer(probabilities: Tensor, labels: Tensor) -> None:
+    if not torch.isfinite(probabilities).all():
+        raise ValueError("the model returns NaN or infinite logits: its answers cannot be judged")
+    classes, largest = probabilities.shape[1], int(labels.max())
+    if largest >= classes:
+        raise ValueError(f"labels must be below {classes}, the number of classes; got {largest}")
 
 
 def _answer(

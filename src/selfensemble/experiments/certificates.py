@@ -1,6 +1,6 @@
 """Certified accuracy by radius: votes against means, and what noise inside a network does to it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -8,12 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..attacks import apgd, cw_l2, pgd
-from ..attacks.transfer import transfer
-from ..certainty.certification import Method, certificates
+from ..certainty.certification import METHODS, Method, certificates
 from ..certainty.pixels import pixel_std
-from ..ensemble.ensemble import SelfEnsemble
-from ..evaluation.runner import within
 from ..fast.optimize import precision_of
 from ..noise.streams import stream_seed
 from ..report.figures import Line, Panel, draw
@@ -26,27 +22,8 @@ from .networks import Network, network
 from .noise_levels import cell, is_cell, levels_of
 from .records import Record, column
 from .scales import CertificateScale, Scale
-from .units import Units
+from .within_radius import attacked, withstood
 
-Attack = Callable[[SelfEnsemble, Tensor, Tensor, float, int], Tensor]
-# Of the honest protocol: ensemble, images, labels, L2 radius and seed.
-ATTACKS: dict[str, Attack] = {
-    "PGD EOT 8": lambda model, x, y, eps, seed: pgd(
-        model, x, y, norm="l2", eps=eps, steps=20, eot=8, average="probabilities", seed=seed
-    ),
-    "PGD margin EOT 1": lambda model, x, y, eps, seed: pgd(
-        model, x, y, norm="l2", eps=eps, steps=100, loss="margin", seed=seed
-    ),
-    "transfer": lambda model, x, y, eps, seed: transfer(
-        model, x, y, attack=apgd, norm="l2", eps=eps, steps=25, loss="dlr", seed=seed
-    ),
-    "C&W EOT 4": lambda model, x, y, eps, seed: cw_l2(
-        model, x, y, steps=50, binary_search_steps=5, eot=4, seed=seed
-    ),
-}
-_LEAST, _INSIDE, _TOGETHER = 0.01, 0.999, 25
-_AFTER = 1000  # draws after an attack
-METHODS: tuple[Method, ...] = ("vote", "mean")
 RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 _STEPS = 40  # of a curve
 _STD = 0.25  # of the noise on the image, where ways of training are compared, if the grid has it
@@ -96,7 +73,7 @@ class Certificates(Experiment):
         found = {name: torch.cat([part[name] for part in parts]) for name in sorted(parts[0])}
         columns |= {name: column(values.numpy()) for name, values in found.items()}
         if settings.attacked:
-            columns |= _attacked(setting, settings, units, inputs, found)
+            columns |= attacked(setting, settings, units, inputs, found)
         return Measured(settings.model_dump(), {"certificate": own}, columns)
 
     def page(self, records: Sequence[Record]) -> Page:
@@ -129,7 +106,7 @@ class Certificates(Experiment):
         if not self.names:
             parts += _compared(records)
         if settings["attacked"]:
-            parts.append(_withstood(records))
+            parts.append(withstood(records))
         lines = {
             method: [
                 Line(record.facts.title, look, _grid(records), _curve(record, method, _grid(records)))
@@ -137,7 +114,7 @@ class Certificates(Experiment):
             ]
             for method in METHODS
         }
-        attacked = empirical(records, others.get("honest", ()))
+        under_attack = empirical(records, others.get("honest", ()))
         theirs = COHEN if is_theirs(records[0].facts.source) else {}
         lines["vote"] += [
             Line(
@@ -148,7 +125,9 @@ class Certificates(Experiment):
             )
             for place, (std, known) in enumerate(theirs.items())
         ]
-        panels = [Panel(method, "L2 radius", "accuracy, %", lines[method] + attacked) for method in METHODS]
+        panels = [
+            Panel(method, "L2 radius", "accuracy, %", lines[method] + under_attack) for method in METHODS
+        ]
         parts.append(Picture("certified", _CURVES, draw([panels])))
         return Page(self._title, _ABOUT.format(**settings), parts)
 
@@ -193,70 +172,6 @@ def _certified(
                 found[f"{method}.draws"] = certificate.draws
                 found[f"{method}.reached"] = (certificate.radius >= wanted).long()
     return found
-
-
-def _attacked(
-    setting: Setting, settings: CertificateScale, units: Units, inputs: Tensor, found: dict[str, Tensor]
-) -> dict[str, list[str]]:
-    """Attacks within the radius by means, and what is certified of the attacked images.
-
-    Images of like radii are attacked together, with the least of them. `attack.NAME.METHOD` is the answer
-    that is certified of the attacked image, -1 where none is, -2 where the image was not attacked.
-    """
-    radius, answer = found["mean.radius"], found["mean.answer"]
-    eligible = torch.nonzero(radius > _LEAST)[:, 0][: settings.attacked]
-    order = eligible[radius[eligible].argsort()]
-    eps = torch.zeros_like(radius)
-    columns = {
-        f"attack.{name}.{method}": torch.full_like(answer, -2) for name in ATTACKS for method in METHODS
-    }
-    groups = order.split(_TOGETHER)
-    for number, group in enumerate(groups):
-        eps[group] = _INSIDE * radius[group].min()
-        for place, name in enumerate(ATTACKS):
-            setting.progress(f"attacks within the radius, {name}", number / len(groups))
-            seed = stream_seed(setting.seed, number, 60 + place)
-            x, y, within = inputs[group], answer[group], float(eps[group[0]])
-            work = partial(_after_attack, setting, settings, name, x, y, within, seed)
-            for method, label in units.compute(f"attack-{number:03d}-{name}", work).items():
-                columns[f"attack.{name}.{method}"][group] = label
-    return {"attack.eps": column(eps.numpy())} | {
-        name: column(values.numpy()) for name, values in columns.items()
-    }
-
-
-def _after_attack(
-    setting: Setting, settings: CertificateScale, name: str, x: Tensor, y: Tensor, eps: float, seed: int
-) -> dict[str, Tensor]:
-    """By method, the answers that are certified of the attacked images."""
-    x, y = x.to(setting.device), y.to(setting.device)
-    found = within(ATTACKS[name](setting.attacked, x, y, eps, seed), x, "l2", eps, name.startswith("C&W"))
-    after = certificates(
-        setting.attacked, found, METHODS, alpha=settings.alpha, n0=settings.n0, n=min(settings.n, _AFTER),
-        seed=stream_seed(seed, 0, 1),
-    )  # fmt: skip
-    return {method: certificate.label for method, certificate in after.items()}
-
-
-def _withstood(records: Sequence[Record]) -> Table:
-    rows = []
-    for record in records:
-        eps = record.numbers("attack.eps")
-        for method in METHODS:
-            answer, radius = record.numbers(f"{method}.answer"), record.numbers(f"{method}.radius")
-            inside = (eps > 0) & (radius >= eps)
-            cells = []
-            for name in ATTACKS:
-                after = record.numbers(f"attack.{name}.{method}")[inside]
-                changed = (after >= 0) & (after != answer[inside])
-                cells.append(f"{int(changed.sum())} ({int((after < 0).sum())})")
-            rows.append([f"{record.facts.title}, {method}", str(int(inside.sum())), *cells])
-    caption = (
-        "Images whose certified answer an attack within the certified radius changed into another that is "
-        f"certified, with {_AFTER:,} draws at most; in brackets those of which nothing is certified then. "
-        f"Images of like radii are attacked together, with {_INSIDE:g} of the least radius."
-    )
-    return Table("Attacks within the certified radius", caption, ["network", "images", *ATTACKS], rows)
 
 
 def reach(record: Record, method: Method) -> NDArray[np.float64]:

@@ -1,6 +1,7 @@
 """The demo: a plain network and its Random Self-Ensemble on real images, attacked by both protocols."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..runtime.provenance import provenance
 from ..training.recipe import load_recipe
 from ..training.trainer import Trainer
 
+Progress = Callable[[str, float], None]
 CAVEAT = (
     "The paper's attack follows one noisy gradient at a fixed c, which is weak against a randomised "
     "defense. The report shows what attacks make of it that average over the noise."
@@ -32,7 +34,7 @@ def run_demo(
     seed: int = 0,
     images: int | None = None,
     overrides: dict[str, Any] | None = None,
-    progress: Callable[[str, float], None] = lambda text, done: None,
+    progress: Progress = lambda text, done: None,
 ) -> dict[str, Any]:
     """Train both networks on digits, evaluate them by both protocols, write everything to `out`.
 
@@ -53,6 +55,7 @@ def run_demo(
     done = 0.0
     record: dict[str, dict[str, Any]] = {}
     runs: dict[tuple[str, str], tuple[Path, Results]] = {}
+    chosen = {"seed": seed} | ({} if images is None else {"images": images}) | (overrides or {})
     for kind, name in _NAMES.items():
         progress(f"training the {name}", done)
         trainer = Trainer(load_recipe(f"digits-{kind}", [f"seed={seed}"]), out / kind, overwrite=True)
@@ -60,26 +63,12 @@ def run_demo(
         done += _WORK["train"]
         for protocol in PROTOCOLS:
             folder, share = out / f"{kind}-{protocol.removeprefix('demo-')}", _WORK[protocol]
-
-            def inner(text: str, part: float, start: float = done, share: float = share) -> None:
-                progress(f"the {name}: {text}", start + share * part)  # noqa: B023 (called at once)
-
-            chosen = {"seed": seed} | ({} if images is None else {"images": images}) | (overrides or {})
-            evaluation = Evaluation(
-                trainer.ensemble.cpu().eval(),
-                test,
-                load_protocol(protocol, chosen),
-                _emptied(folder),
-                name=name,
-                progress=inner,
-            )
+            inner = partial(_report, progress, name, done, share)
+            ensemble, plan = trainer.ensemble.cpu().eval(), load_protocol(protocol, chosen)
+            evaluation = Evaluation(ensemble, test, plan, _emptied(folder), name=name, progress=inner)
             runs[kind, protocol] = (folder, evaluation.run())
             done += share
-    for kind in _NAMES:
-        paper, honest = (runs[kind, protocol][1] for protocol in PROTOCOLS)
-        record[kind]["curve"] = [_point(entry) for entry in (paper.clean, *_by_strength(paper))]
-        record[kind]["worst_case"] = [_point(entry) for entry in (honest.clean, *honest.worst_case)]
-        record[kind]["checks"] = [check.model_dump(mode="json") for check in honest.checks or ()]
+        record[kind] |= _figures(*(runs[kind, protocol][1] for protocol in PROTOCOLS))
     shown = _shown(runs["plain", PROTOCOLS[0]][1])
     results = {
         "settings": {"data": "digits", "seed": seed, "draws": runs["rse", PROTOCOLS[0]][1].model.draws},
@@ -95,6 +84,19 @@ def run_demo(
     write_json(out / "results.json", results)
     progress("done", 1.0)
     return results
+
+
+def _report(progress: Progress, name: str, start: float, share: float, text: str, part: float) -> None:
+    progress(f"the {name}: {text}", start + share * part)
+
+
+def _figures(paper: Results, honest: Results) -> dict[str, Any]:
+    """The figures of a network that are shown."""
+    return {
+        "curve": [_point(entry) for entry in (paper.clean, *_by_strength(paper))],
+        "worst_case": [_point(entry) for entry in (honest.clean, *honest.worst_case)],
+        "checks": [check.model_dump(mode="json") for check in honest.checks or ()],
+    }
 
 
 def _emptied(folder: Path) -> Path:

@@ -51,6 +51,17 @@ def create_app(
         redoc_url=None, description="A random self-ensemble: labels, certainty, certified radii.",
     )  # fmt: skip
     app.add_middleware(Gate, settings=settings, service=service)
+    _add_problems(app)
+    _add_answers(app, service)
+    _add_health(app, service)
+    if settings.page:
+        service.samples = samples(settings.samples, shape)
+        add_page(app, service)
+    return app
+
+
+def _add_problems(app: FastAPI) -> None:
+    """Errors as JSON."""
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -63,6 +74,10 @@ def create_app(
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> JSONResponse:
         return problem(500, f"the server failed ({type(error).__name__}): see its log")
+
+
+def _add_answers(app: FastAPI, service: Service) -> None:
+    """What answers images, and what tells of the network."""
 
     @app.post("/v1/predict", responses=REFUSALS)
     async def predict(request: schemas.Request) -> schemas.Response:
@@ -89,6 +104,10 @@ def create_app(
         """What answers: classes, shape of images, draws, what it can certify."""
         return service.about()
 
+
+def _add_health(app: FastAPI, service: Service) -> None:
+    """For those who watch over the server."""
+
     @app.get("/health")
     async def health() -> dict[str, str]:
         """The process lives."""
@@ -105,8 +124,3 @@ def create_app(
     async def metrics() -> PlainTextResponse:
         """For Prometheus."""
         return PlainTextResponse(generate_latest(service.registry), media_type="text/plain; version=0.0.4")
-
-    if settings.page:
-        service.samples = samples(settings.samples, shape)
-        add_page(app, service)
-    return app

@@ -1,0 +1,133 @@
+"""What draws say of the answer and of its rivals: votes, and means of the softmax, with their bounds."""
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..noise.streams import LAYERS, fresh_seed, stream_seed
+from .bounds import MeanBound, clopper_pearson_lower, clopper_pearson_upper, mean_lower, narrower
+
+Rivals = Literal["all", "runner_up"]
+APART = 8  # rivals with a bound each; the others share one
+
+
+class Votes:
+    """Counts of the classes that single draws choose.
+
+    Args:
+        selection: (n0, A, K) outputs that say which class is the answer and which are its rivals.
+        rivals: see `certify`.
+
+    Attributes:
+        order: (A, K) classes, the answer first, then its likely rivals.
+    """
+
+    def __init__(self, selection: Tensor, rivals: Rivals, alpha: float, n: int) -> None:  # noqa: ARG002
+        self.order = self._votes(selection).argsort(dim=1, descending=True, stable=True)
+        self.counts = torch.zeros_like(self.order)
+        self._rivals = rivals
+
+    @staticmethod
+    def _votes(outputs: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot(outputs.argmax(dim=2), outputs.shape[2]).sum(dim=0)
+
+    def add(self, outputs: Tensor) -> None:
+        """More draws, (c, A, K)."""
+        self.counts += self._votes(outputs)
+
+    def keep(self, stay: Tensor) -> None:
+        """Go on with some of the images."""
+        self.order, self.counts = self.order[stay], self.counts[stay]
+
+    def bounds(self, alpha: float) -> tuple[np.ndarray, np.ndarray]:
+        """(A,) lower bounds of the answer and upper bounds of its rivals, wrong with `alpha` together."""
+        answer, classes = self.order[:, :1], self.counts.shape[1]
+        trials = self.counts.sum(dim=1).cpu().numpy()
+        mine = self.counts.gather(1, answer)[:, 0].cpu().numpy()
+        if self._rivals == "all":
+            low = clopper_pearson_lower(mine, trials, alpha)
+            return low, 1 - low
+        # A larger count has a larger bound: the runner-up's is that of all.
+        others = self.counts.scatter(1, answer, 0).amax(dim=1).cpu().numpy()
+        low = clopper_pearson_lower(mine, trials, alpha / 2)
+        high = clopper_pearson_upper(others, trials, alpha / 2 / max(1, classes - 1))
+        return low, np.minimum(high, 1 - low)
+
+
+class Means:
+    """Softmax outputs of the answer, of its first rivals one by one, and of the others together.
+
+    Args:
+        selection: (n0, A, K) outputs that say which class is the answer and which are its rivals.
+        rivals, alpha, n, bound: see `certify`.
+        seed: of coins, see `mean_lower`.
+
+    Attributes:
+        order: (A, K) classes, the answer first, then its likely rivals.
+    """
+
+    def __init__(
+        self,
+        selection: Tensor,
+        rivals: Rivals,
+        alpha: float,
+        n: int,
+        bound: MeanBound | None,
+        seed: int | None = None,
+    ) -> None:
+        self.order = selection.mean(dim=0).argsort(dim=1, descending=True, stable=True)
+        self._rivals, self._bound = rivals, bound
+        self._samples: list[Tensor] = []
+        coins = fresh_seed() if seed is None else stream_seed(seed, 0, LAYERS - 1)
+        self._generator = torch.Generator(selection.device).manual_seed(coins)
+        pilot = self._columns(selection).double()
+        variance = pilot.var(dim=0) if len(pilot) > 1 else torch.zeros_like(pilot[0])
+        self._binomial = narrower(pilot.mean(dim=0), variance, alpha / 2, n)
+
+    def _columns(self, outputs: Tensor) -> Tensor:
+        """(c, A, C), the answer's first."""
+        ordered = outputs.gather(2, self.order.expand_as(outputs))
+        if self._rivals == "all":
+            return ordered[:, :, :1]
+        if ordered.shape[2] <= APART + 1:
+            return ordered
+        together = ordered[:, :, APART + 1 :].sum(dim=2, keepdim=True)
+        return torch.cat([ordered[:, :, : APART + 1], together], dim=2).clamp(0, 1)
+
+    def add(self, outputs: Tensor) -> None:
+        """More draws, (c, A, K)."""
+        self._samples.append(self._columns(outputs))
+
+    def keep(self, stay: Tensor) -> None:
+        """Go on with some of the images."""
+        self.order, self._binomial = self.order[stay], self._binomial[stay]
+        self._samples = [each[:, stay] for each in self._samples]
+
+    def bounds(self, alpha: float) -> tuple[np.ndarray, np.ndarray]:
+        """(A,) lower bounds of the answer and upper bounds of its rivals, wrong with `alpha` together."""
+        samples = torch.cat(self._samples)
+        rivals = samples.shape[2] - 1
+        if rivals == 0:
+            low = self._lower(samples, 0, alpha)
+            return low.cpu().numpy(), 1 - low.cpu().numpy()
+        low = self._lower(samples, 0, alpha / 2)
+        # The likely runner-up has a share of its own; the bounds of the others are far lower in any case.
+        shares = [alpha / 4, *[alpha / 4 / (rivals - 1)] * (rivals - 1)] if rivals > 1 else [alpha / 2]
+        highs = [1 - self._lower(1 - samples, 1 + k, share) for k, share in enumerate(shares)]
+        high = torch.minimum(torch.stack(highs).amax(dim=0), 1 - low)
+        return low.cpu().numpy(), high.cpu().numpy()
+
+    def _lower(self, samples: Tensor, column: int, alpha: float) -> Tensor:
+        """(A,) lower bounds of the means of a column."""
+        values = samples[:, :, column]
+        if self._bound is not None:
+            return mean_lower(values, alpha, self._bound, generator=self._generator)
+        coins = self._binomial[:, column]
+        low = torch.zeros(len(coins), dtype=torch.float64, device=values.device)
+        for chosen, method in ((coins, "binomial"), (~coins, "betting")):
+            if chosen.any():
+                few = values[:, chosen]
+                low[chosen] = mean_lower(few, alpha, method, generator=self._generator)  # type: ignore[arg-type]
+        return low

@@ -1,0 +1,149 @@
+"""Commands that attack a network, ask whether the attacks can be trusted, and compare."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..runtime.devices import device_named
+from ..runtime.errors import InputError
+from ..runtime.processes import this_process
+from . import terminal
+from .arguments import test_data_of
+from .base import Data, Device, Json, Model, app, resumable
+
+if TYPE_CHECKING:
+    from ..evaluation.protocol import Protocol
+
+
+_UNSOUND = 3
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    protocol: Annotated[str, typer.Option(help="A shipped protocol (see `info`) or a YAML file.")] = "paper",
+    data: Data = None,
+    n: Annotated[int | None, typer.Option(min=1, help="Test images: the first n.")] = None,
+    c: Annotated[
+        list[float] | None, typer.Option(help="Strengths of the paper's attack, instead of the protocol's.")
+    ] = None,
+    draws: Annotated[int | None, typer.Option(min=1, help="Noise draws of the defender's answer.")] = None,
+    static: Annotated[bool, typer.Option("--static", help="The network with its noise taken out.")] = False,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of attacks and judge.")] = None,
+    shard: Annotated[int | None, typer.Option(min=1, help="Images a unit of work.")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Images a forward pass.")] = 200,
+    precision: Annotated[
+        str | None, typer.Option(help="Of the gradients that attacks follow: float32 or bf16 (faster).")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; runs/MODEL-PROTOCOL by default.")
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Attack a model by a protocol, judge it on fresh noise; started again, it goes on where it stopped."""
+    from ..artefacts import storage
+    from ..evaluation.runner import Evaluation
+    from ..noise.injection import make_static_
+
+    overrides: dict[str, Any] = {"images": n, "seed": seed, "shard": shard, "precision": precision}
+    plan = _protocol(protocol, c, {key: value for key, value in overrides.items() if value is not None})
+    config = storage.read_config(model)
+    rank, world, target = this_process(device)
+    ensemble = storage.load(model).to(target)
+    ensemble.draws = draws or ensemble.draws
+    test = test_data_of(config, data)
+    name = model.resolve().name
+    if static:
+        make_static_(ensemble.model)
+        name += "-static"
+    folder = out or Path("runs") / f"{name}-{plan.name}"
+    with resumable(folder), terminal.progress() as update:
+        update("preparing", 0.0)
+        evaluation = Evaluation(
+            ensemble, test, plan, folder, name=name, max_batch=max_batch,
+            architecture=config.architecture.model_dump() if config.architecture else None,
+            progress=update, rank=rank, world=world,
+        )  # fmt: skip
+        results = evaluation.run()
+    if rank != 0:
+        return
+    if as_json:
+        terminal.print_json(results.model_dump(mode="json"))
+        return
+    terminal.print_results(results)
+    terminal.out.print(
+        f"Written to {folder}: results.json, images.csv; for people: selfensemble report {folder}",
+        soft_wrap=True,
+    )
+
+
+def _protocol(name: str, c: list[float] | None, overrides: dict[str, Any]) -> "Protocol":
+    """The protocol of that name, with strengths `c` of the paper's attack."""
+    from ..evaluation.protocol import load_protocol
+
+    if c is not None:
+        overrides["attacks"] = [{"attack": "cw-paper", "title": "C&W paper", "c": c}]
+    protocol = load_protocol(name, overrides)
+    if c is not None and protocol.name != "paper":
+        raise InputError("--c sets the strengths of --protocol paper; write a YAML file for others")
+    return protocol
+
+
+@app.command()
+def doctor(
+    model: Model,
+    data: Data = None,
+    n: Annotated[int, typer.Option(min=5, help="Test images for the trial attacks.")] = 50,
+    norm: Annotated[str, typer.Option(help="linf, l2 or l1.")] = "linf",
+    eps: Annotated[str, typer.Option(help="Radius of the trial attacks, e.g. 8/255.")] = "8/255",
+    steps: Annotated[int, typer.Option(min=1, help="Gradient steps of the trial attacks.")] = 20,
+    eot: Annotated[int, typer.Option(min=1, help="Noise draws of each step.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Of the trial attacks.")] = 0,
+    max_batch: Annotated[int, typer.Option(min=1, help="Images a forward pass.")] = 200,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Check whether an evaluation of a model can be trusted; exit status 3 if a check fails."""
+    from ..artefacts import storage
+    from ..evaluation.doctor.doctor import doctor as examine
+    from ..evaluation.protocol import check_radius, number
+
+    config = storage.read_config(model)
+    ensemble = storage.load(model).to(device_named(device))
+    test = test_data_of(config, data)
+    images = slice(4 * n)
+    with terminal.progress() as update:
+        checks = examine(
+            ensemble,
+            test.inputs(images),
+            test.labels[images],
+            norm=norm,
+            eps=check_radius(number(eps), "--eps"),
+            steps=steps,
+            eot=eot,
+            images=n,
+            expect_random=config.is_random,
+            max_batch=max_batch,
+            seed=seed,
+            progress=update,
+        )
+    if as_json:
+        terminal.print_json([check.model_dump(mode="json") for check in checks])
+    else:
+        terminal.print_checks(checks)
+    if any(check.passed is False for check in checks):
+        raise typer.Exit(_UNSOUND)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders that `evaluate` and `certify` wrote.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file.")] = Path("report.html"),
+) -> None:
+    """Compare evaluation runs in one HTML file that needs no network."""
+    from ..report.html import write_report
+
+    write_report(runs, out)
+    terminal.out.print(f"Written to {out}", soft_wrap=True)

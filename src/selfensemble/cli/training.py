@@ -1,0 +1,108 @@
+"""Commands that train a network, and look for the level of its noise."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..runtime.devices import device_named
+from ..runtime.errors import InputError
+from ..runtime.interrupts import Interrupted
+from . import terminal
+from .arguments import test_data_of
+from .base import Data, Device, Json, Model, app, resumable
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe (see `info`) or a YAML file.")],
+    data: Data = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key, e.g. --set train.epochs=5.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/RECIPE by default.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start afresh in a used folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a network by a recipe; evaluate it, save it."""
+    from ..training.recipe import load_recipe
+    from ..training.trainer import Trainer
+
+    config = load_recipe(recipe, overrides)
+    folder = out or Path("runs") / config.name
+    with terminal.progress() as update:
+        update("preparing", 0.0)
+        trainer = Trainer(
+            config,
+            folder,
+            data=data,
+            resume=resume,
+            overwrite=overwrite,
+            progress=lambda step, steps, text: update(text, step / steps),
+        )
+        try:
+            results = trainer.run()
+        except Interrupted as stop:
+            raise Interrupted(f"{stop}; go on with the same command and --resume") from None
+    if not trainer.accelerator.is_main_process:
+        return
+    if as_json:
+        terminal.print_json(results)
+        return
+    for split, record in results["metrics"].items():
+        title = f"{split} accuracy, {results['draws']} draw(s)"
+        terminal.out.print(f"{title}: {terminal.percent(record)}, {record['images']} images")
+    terminal.out.print(f"Written to {folder}: model.safetensors, config.json, results.json", soft_wrap=True)
+
+
+@app.command()
+def tune(
+    model: Model,
+    data: Data = None,
+    n_images: Annotated[
+        int, typer.Option(min=1, help="Test images: the last so many, so that the first stay unseen.")
+    ] = 200,
+    levels: Annotated[
+        str | None, typer.Option(help="init:inner,init:inner,...; by default 0:0 to 0.4:0.2.")
+    ] = None,
+    epochs: Annotated[
+        int,
+        typer.Option(min=0, help="Of training at each level; 0 asks how much noise the network bears now."),
+    ] = 0,
+    eps: Annotated[float, typer.Option(help="L2 radius of the attack, images in [0, 1].")] = 0.5,
+    give_up: Annotated[float, typer.Option(help="Clean accuracy that the recommendation may cost.")] = 0.05,
+    seed: Annotated[int, typer.Option(min=0, help="Of attack and judge.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder; runs/MODEL-tuned by default.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Sweep the level of the noise: clean and attacked accuracy, a plot, and which to take."""
+    from ..artefacts import storage
+    from ..experiments.tuning import LEVELS, levels_named, training
+    from ..experiments.tuning import tune as sweep
+    from ..runtime.files import write_json
+
+    wanted = LEVELS if levels is None else levels_named(levels)
+    config = storage.read_config(model)
+    test = test_data_of(config, data)
+    if len(test) < n_images:
+        raise InputError(f"there are {len(test)} test images: --n-images asks for {n_images}")
+    chosen = slice(len(test) - n_images, len(test))
+    ensemble = storage.load(model).to(device_named(device))
+    folder = out or Path("runs") / f"{model.resolve().name}-tuned"
+    with resumable(folder), terminal.progress() as update:
+        found = sweep(
+            ensemble, test.inputs(chosen), test.labels[chosen], wanted, eps=eps, give_up=give_up, seed=seed,
+            fine_tune=training(config.recipe, str(model), epochs, folder, data) if epochs else None,
+            progress=update,
+        )  # fmt: skip
+    values, page = found.values() | {"model": model.resolve().name, "epochs": epochs}, found.page()
+    page.write(folder)
+    write_json(folder / "tune.json", values)
+    if as_json:
+        terminal.print_json(values)
+        return
+    terminal.print_page(page)
+    terminal.out.print(f"Recommended: {found.recommended.name}")
+    terminal.out.print(f"Written to {folder}: index.md, levels.svg, tune.json", soft_wrap=True)
