@@ -16,7 +16,7 @@ test: .venv/.dev
 
 # The server's page, the report and the site in Chromium, which has to be on the PATH.
 browser-test: .venv/.browser
-	$(TEST_ENV) $(BIN)/python -m pytest tests/test_page.py tests/test_site.py tests/test_report.py
+	$(TEST_ENV) $(BIN)/python -m pytest tests/serving/test_page.py tests/test_site.py tests/report/test_report.py
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

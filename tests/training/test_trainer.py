@@ -21,7 +21,7 @@ from selfensemble.training.building import make_scheduler
 from selfensemble.training.recipe import TrainSection, load_recipe, public_recipe
 from selfensemble.training.trainer import CHECKPOINT, RESULTS, Trainer
 
-from .command import error, run
+from ..command import error, run
 
 SMALL = [
     "data.flip=true", "data.crop_padding=1", "model.width=0.25", "train.epochs=15", "train.batch_size=128",

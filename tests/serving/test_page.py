@@ -21,7 +21,7 @@ from fastapi.testclient import TestClient
 from selfensemble.serving.app import create_app
 from selfensemble.serving.settings import Settings
 
-from .conftest import serious_faults
+from ..conftest import serious_faults
 from .test_server import CLASSES, Server, encoded, png
 
 

@@ -14,7 +14,7 @@ import selfensemble as rse
 from selfensemble.artefacts.config import Architecture
 from selfensemble.artefacts.storage import read_config
 
-from .fake_hub import hub
+from ..fake_hub import hub
 
 
 def python(code: str, address: str, folder: Path) -> subprocess.CompletedProcess[str]:

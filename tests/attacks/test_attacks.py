@@ -31,7 +31,7 @@ from selfensemble.attacks.nearest import Nearest
 from selfensemble.attacks.norms import project, random_start, size
 from selfensemble.noise.streams import stream_seed
 
-from .conftest import LinearClassifier
+from ..conftest import LinearClassifier
 
 SHAPE = (1, 4, 4)
 EPS = {"linf": 0.02, "l2": 0.1, "l1": 0.3}

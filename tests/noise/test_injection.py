@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import selfensemble as rse
 from selfensemble.networks.models import MODELS, create_model
 
-from .conftest import Aliased, OutOfOrder, RootConv
+from ..conftest import Aliased, OutOfOrder, RootConv
 
 
 def _transformer(name: str) -> nn.Module:

@@ -14,7 +14,7 @@ from selfensemble.training.defenses.adversarial import maximise
 from selfensemble.training.recipe import load_recipe
 from selfensemble.training.trainer import RESULTS, TEACHER, Trainer
 
-from .conftest import LinearClassifier
+from ..conftest import LinearClassifier
 
 
 class Recorded(nn.Module):

@@ -13,7 +13,7 @@ from selfensemble.attacks.budget import count_evaluations
 from selfensemble.attacks.fab import fab, to_hyperplane
 from selfensemble.attacks.norms import Norm, dual_size, size
 
-from .conftest import LinearClassifier
+from ..conftest import LinearClassifier
 
 SHAPE = (1, 4, 4)
 

@@ -310,7 +310,7 @@ def test_no_legend_is_wider_than_its_figure(columns: int) -> None:
 
 def test_attacks_beside_certificates_are_those_of_the_same_network() -> None:
     """The stored results have two networks named smoothadv, of half and of a quarter of the width."""
-    stored = Path(__file__).parents[1] / "docs" / "results"
+    stored = Path(__file__).parents[2] / "docs" / "results"
     for experiment, name, same in (
         ("certificates", "gaussian", True),
         ("certified-noise", "smoothadv", False),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import selfensemble as rse
 from selfensemble.experiments.tuning import levels_named
 
-from .command import error, run
+from ..command import error, run
 
 
 class Thresholds(nn.Module):

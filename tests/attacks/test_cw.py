@@ -7,7 +7,7 @@ from torch import Tensor, nn
 import selfensemble as rse
 from selfensemble.attacks import cw_l2, cw_l2_paper
 
-from .conftest import LinearClassifier
+from ..conftest import LinearClassifier
 
 SHAPE = (1, 4, 4)
 

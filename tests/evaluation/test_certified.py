@@ -18,7 +18,7 @@ from selfensemble.attacks import pgd
 from selfensemble.certainty.certification import certify
 from selfensemble.evaluation.certified import Certification, Settings, read_certified
 
-from .command import error, run
+from ..command import error, run
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import selfensemble as rse
 from selfensemble.networks.models import MODELS, create_model
 
-from .conftest import Aliased, Functional, OutOfOrder
+from ..conftest import Aliased, Functional, OutOfOrder
 
 
 def rules(model: nn.Module, inputs: Tensor, **kwargs: Any) -> dict[str, str]:

@@ -15,7 +15,7 @@ import selfensemble as rse
 from selfensemble.attacks.budget import count_evaluations
 from selfensemble.evaluation.adapters import LibraryAttack, art_attack, foolbox_attack, torchattacks_attack
 
-from .conftest import LinearClassifier
+from ..conftest import LinearClassifier
 
 EPS = 0.05
 PIXELS = 3 * 4 * 4

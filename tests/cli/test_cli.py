@@ -14,7 +14,7 @@ from PIL import Image
 
 import selfensemble as rse
 
-from .command import call, error, run
+from ..command import call, error, run
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 

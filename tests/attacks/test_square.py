@@ -11,7 +11,7 @@ from selfensemble.attacks.budget import count_evaluations
 from selfensemble.attacks.norms import Norm, size
 from selfensemble.attacks.square import square
 
-from .conftest import LinearClassifier
+from ..conftest import LinearClassifier
 
 SHAPE = (1, 4, 4)
 RADIUS: dict[Norm, float] = {"linf": 0.1, "l2": 0.5, "l1": 2.0}

@@ -10,7 +10,7 @@ import selfensemble as rse
 from selfensemble.evaluation import judge
 from selfensemble.runtime.provenance import accuracy_record, binomial_interval, provenance
 
-from .conftest import LinearClassifier
+from ..conftest import LinearClassifier
 
 
 def test_distances_and_answers() -> None:

@@ -14,7 +14,7 @@ from selfensemble.artefacts.storage import read_config
 from selfensemble.evaluation.identity import model_record
 from selfensemble.evaluation.results import ModelRecord
 
-from .conftest import Aliased, OutOfOrder
+from ..conftest import Aliased, OutOfOrder
 
 
 @pytest.mark.parametrize("version", [1])
