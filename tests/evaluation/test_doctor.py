@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import selfensemble as rse
-from selfensemble.evaluation.doctor.doctor import CHECKS, doctor
+from selfensemble.evaluation.doctor.examination import CHECKS, doctor
 from selfensemble.evaluation.results import CheckRecord
 from selfensemble.training.recipe import load_recipe
 from selfensemble.training.trainer import Trainer
@@ -128,10 +128,10 @@ class Halved(nn.Module):
 
 def without_attacks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the trial attacks, which take longer and have tests of their own."""
-    import selfensemble.evaluation.doctor.doctor as doctor_module
+    from selfensemble.evaluation.doctor import examination
 
     some = {name: check for name, check in CHECKS.items() if not check.__module__.endswith("attack_checks")}
-    monkeypatch.setattr(doctor_module, "CHECKS", some)
+    monkeypatch.setattr(examination, "CHECKS", some)
 
 
 @pytest.mark.parametrize("honest", [FunctionalDropout, Attention, Strict, Halved])
@@ -347,10 +347,10 @@ def test_trial_attacks_find_masked_gradients(trained: dict[str, rse.SelfEnsemble
 def test_models_in_training_mode_and_noise_switched_off(
     trained: dict[str, rse.SelfEnsemble], digits: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import selfensemble.evaluation.doctor.doctor as doctor_module
+    from selfensemble.evaluation.doctor import examination
 
     few = {name: CHECKS[name] for name in ("eval mode", "randomness")}
-    monkeypatch.setattr(doctor_module, "CHECKS", few)
+    monkeypatch.setattr(examination, "CHECKS", few)
     ensemble = trained["rse"]
     ensemble.train()
     try:

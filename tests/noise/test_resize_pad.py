@@ -15,7 +15,7 @@ from torch.nn import functional
 import selfensemble as rse
 from selfensemble.artefacts.config import Architecture
 from selfensemble.artefacts.storage import read_config
-from selfensemble.evaluation.doctor.doctor import doctor
+from selfensemble.evaluation.doctor.examination import doctor
 from selfensemble.evaluation.identity import model_record
 from selfensemble.noise.injection import make_static_
 from selfensemble.noise.resize_pad import ResizePad, ResizePadConfig, ResizePadNetwork, resize_and_place

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import selfensemble as rse
+from selfensemble.artefacts import storage
 from selfensemble.attacks.norms import Norm, size
 from selfensemble.training import defenses
 from selfensemble.training.defenses.adversarial import maximise
@@ -207,7 +208,7 @@ def test_a_teacher_is_trained_first_and_once(tmp_path: Path) -> None:
     written = (tmp_path / TEACHER / RESULTS).stat().st_mtime_ns
     Trainer(recipe, tmp_path, resume=True).run()
     assert (tmp_path / TEACHER / RESULTS).stat().st_mtime_ns == written
-    saved = rse.hub.read_config(tmp_path / TEACHER).recipe
+    saved = storage.read_config(tmp_path / TEACHER).recipe
     assert saved is not None
     assert saved["defense"]["name"] == "temperature"
     Trainer(recipe, tmp_path, overwrite=True).run()
@@ -225,7 +226,7 @@ def test_the_teacher_of_another_recipe_is_refused_or_replaced(tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"teacher of another recipe \(different: train\.lr\)"):
         Trainer(other, tmp_path).run()
     Trainer(other, tmp_path, overwrite=True).run()
-    saved = rse.hub.read_config(tmp_path / TEACHER).recipe
+    saved = storage.read_config(tmp_path / TEACHER).recipe
     assert saved is not None
     assert saved["train"]["lr"] == 0.01
 

@@ -107,7 +107,7 @@ def doctor(
 ) -> None:
     """Check whether an evaluation of a model can be trusted; exit status 3 if a check fails."""
     from ..artefacts import storage
-    from ..evaluation.doctor.doctor import doctor as examine
+    from ..evaluation.doctor.examination import doctor as examine
     from ..evaluation.protocol import check_radius, number
 
     config = storage.read_config(model)

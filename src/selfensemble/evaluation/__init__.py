@@ -1,6 +1,6 @@
 """Measuring a defense: the judge, runs of protocols, honesty checks."""
 
-from .doctor.doctor import doctor
+from .doctor.examination import doctor
 from .judge import Verdict, judge
 from .protocol import Protocol, load_protocol
 from .results import Results, read_results

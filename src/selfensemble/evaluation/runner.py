@@ -236,7 +236,7 @@ class Evaluation:
         write_json(self.out / RESULTS, results.model_dump(mode="json"))
 
     def _checks(self) -> tuple[CheckRecord, ...]:
-        from .doctor.doctor import doctor
+        from .doctor.examination import doctor
 
         path = self.out / SHARDS / "checks.json"
         if not path.is_file():
