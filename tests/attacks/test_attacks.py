@@ -25,10 +25,11 @@ from selfensemble.attacks import (
     transfer,
 )
 from selfensemble.attacks.driver import attacked
-from selfensemble.attacks.expectation import OTHER_NOISE, Average, Estimate, Oracle
+from selfensemble.attacks.expectation import Average, Estimate, Oracle
 from selfensemble.attacks.losses import LOSSES, dlr
 from selfensemble.attacks.nearest import Nearest
 from selfensemble.attacks.norms import project, random_start, size
+from selfensemble.ensemble.randomness import OTHER_NOISE
 from selfensemble.noise.streams import stream_seed
 
 from ..conftest import LinearClassifier

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from ..ensemble.checks import check_count, check_images, explain_shape, floating_dtype, logits_of
 from ..ensemble.draws import Draws
 from ..ensemble.ensemble import SelfEnsemble
+from ..ensemble.randomness import PASSES, answers_differ
 from ..fast.optimize import exact_float32, original_of
-from ..noise.injection import eval_mode
-from ..noise.streams import fresh_seed, stream_seed
+from ..noise.calls import OwnHooks, without_weight_gradients
+from ..noise.injection import eval_mode, random_layers
+from ..noise.streams import Sampling, fresh_seed, stream_seed
 from .expectation import Forward, Noise, Oracle
 
 
@@ -37,7 +39,8 @@ def run_attack(
     with attacked(model) as (forward, follow):
         with explain_shape(model, inputs):
             first = inputs[:size].detach().to(device, torch.float32, copy=True)
-            classes, is_random, reseed = _probe(model, forward, first)
+            classes, is_random, reseed = _probe(original_of(model), forward, first)
+            sampling = _sampling_of(original_of(model), forward, first)
         if int(labels.max()) >= classes:
             raise ValueError(
                 f"labels must be below {classes}, the number of classes; got {int(labels.max())}"
@@ -47,7 +50,7 @@ def run_attack(
             own = seed if number == 0 or noise.frozen else stream_seed(seed, number, 1)
             oracle = Oracle(
                 forward, noise, seed=own, is_random=is_random, classes=classes, device=device, reseed=reseed,
-                follow=follow, room=(rooms[0], rooms[1]),
+                follow=follow, room=(rooms[0], rooms[1]), sampling=sampling,
             )  # fmt: skip
             # In float32, whatever the model computes in: smaller types cannot hold small changes.
             part = run(oracle, x.detach().to(device, torch.float32, copy=True), y.to(device, copy=True))
@@ -62,21 +65,15 @@ def attacked(model: nn.Module) -> Iterator[tuple[Forward, Forward | None]]:
     Of an optimised copy it is that of its original, and second the copy's own, to follow its gradients.
     """
     original = original_of(model)
-    trainable = [parameter for parameter in original.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        with (
-            eval_mode(original),
-            eval_mode(model),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            exact_float32(),
-        ):
-            yield single_draw(original), None if model is original else single_draw(model)
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+    with (
+        without_weight_gradients(original),
+        eval_mode(original),
+        eval_mode(model),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        exact_float32(),
+    ):
+        yield single_draw(original), None if model is original else single_draw(model)
 
 
 def single_draw(model: nn.Module) -> Forward:
@@ -122,15 +119,32 @@ def _probe(model: nn.Module, forward: Forward, inputs: Tensor) -> tuple[int, boo
         )
     reseed = any(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
     _restore(before, inputs.device)
-    if isinstance(model, SelfEnsemble) and not model.is_random and not reseed:
-        return first.shape[1], False, False
-    return first.shape[1], reseed or not torch.equal(first, forward(inputs)), reseed
+    noise = any(layer.is_active for layer in random_layers(model))
+    return first.shape[1], reseed or noise or answers_differ(forward, inputs, PASSES), reseed
+
+
+@torch.no_grad()
+def _sampling_of(model: nn.Module, forward: Forward, inputs: Tensor) -> Sampling:
+    """An ensemble's own way; of others "per_image" where parts of an image stand in the batch."""
+    if isinstance(model, SelfEnsemble):
+        return model.sampling
+    layers = random_layers(model)
+    if not layers:
+        return "shared"
+    few, rows = inputs[:2], list[int]()
+    with OwnHooks() as hooks:
+        for layer in random_layers(model):
+            hooks.add(layer.register_forward_pre_hook, lambda module, args: rows.append(len(args[0])))
+        before = _global_states(inputs.device)
+        forward(few)
+        _restore(before, inputs.device)
+    return "per_image" if any(count != len(few) for count in rows) else "shared"
 
 
 def _room(model: nn.Module, example: Tensor, max_batch: int | None) -> int:
     """Images that a pass of several noise draws may hold; of a pair of draws, the noise is drawn once."""
     too_few = max_batch is not None and max_batch < 4  # to find out whether the network allows it
-    if too_few or not (isinstance(model, SelfEnsemble) and model.is_random):
+    if too_few or not (isinstance(model, SelfEnsemble) and model.is_random and model.sampling == "shared"):
         return 0
     draws = Draws(model, example, sampling="shared")
     if not draws.folds():

@@ -5,6 +5,7 @@ Source: Athalye et al., Synthesizing Robust Adversarial Examples, ICML 2018 (EOT
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, TypedDict, get_args
 
@@ -12,14 +13,14 @@ import torch
 from torch import Tensor
 
 from ..ensemble.checks import check_count
-from ..noise.streams import noise_draw, stream_seed
+from ..ensemble.randomness import global_noise, other_seed
+from ..noise.streams import Sampling, noise_draw, stream_seed
 from .budget import spend
 
 Forward = Callable[[Tensor], Tensor]
 Average = Literal["losses", "probabilities"]
 
 _CONFIRM_DRAWS = 10
-OTHER_NOISE = 4094  # number of a layer that no network has: noise from torch's global generator
 
 
 class NoiseOptions(TypedDict, total=False):
@@ -98,6 +99,7 @@ class Oracle:
         reseed: draw noise of torch's global generators from the seed as well (dropout at test time).
         follow: a faster forward whose gradients stand for those of `forward`, which decides about success.
         room: images that a pass of several draws may hold, of `forward` and of `follow`.
+        sampling: "shared", or "per_image" where parts of an image stand in the batch.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class Oracle:
         reseed: bool = False,
         follow: Forward | None = None,
         room: tuple[int, int] = (0, 0),
+        sampling: Sampling = "shared",
     ) -> None:
         self.noise, self.seed = noise, seed
         self.classes = classes
@@ -119,8 +122,9 @@ class Oracle:
         # Who asks for confirmation by several draws knows of a randomness that two passes do not show.
         is_random = is_random or (noise.confirm_draws or 1) > 1
         self.is_random = is_random and not noise.frozen
-        # Frozen noise of torch's global generators is that of a fixed batch.
-        self.may_shrink = not (noise.frozen and reseed)
+        # Frozen noise of torch's global generators is that of a fixed batch, and so is each image's own.
+        self.may_shrink = not (noise.frozen and (reseed or sampling == "per_image"))
+        self._sampling: Sampling = sampling
         self.eot = noise.eot if is_random else 1
         self.follows = follow is not None
         self._forward, self._follow = forward, follow or forward
@@ -132,6 +136,7 @@ class Oracle:
         self._devices = [device] if device is not None and device.type != "cpu" else []
         self._reseed = reseed
         self._room = room
+        # Pairs of each image's own noise go into batches of one draw, which an odd draw would begin.
         self._pairs = self.eot % 2 == 0 and not noise.frozen
 
     @property
@@ -148,15 +153,17 @@ class Oracle:
         antithetic = self._pairs and not confirm
         repeated = inputs if count == 1 else inputs.repeat(count, *[1] * (inputs.dim() - 1))
         with noise_draw(
-            seed, draws.start, "shared", count=count, antithetic=antithetic, portable=self.noise.frozen
+            seed,
+            draws.start,
+            self._sampling,
+            count=count,
+            antithetic=antithetic,
+            portable=self.noise.frozen,
         ):
-            if not self._reseed:
+            device = self._devices[0] if self._devices else torch.device("cpu")
+            others = global_noise(other_seed(seed, draws.start), device) if self._reseed else nullcontext()
+            with others:
                 logits = forward(repeated)
-            else:
-                kind = self._devices[0].type if self._devices else "cuda"
-                with torch.random.fork_rng(self._devices, device_type=kind):
-                    torch.manual_seed(stream_seed(seed, draws.start, OTHER_NOISE))
-                    logits = forward(repeated)
         return logits.float().view(count, len(inputs), -1)
 
     def _passes(self, images: int, draws: range, follow: bool) -> list[range]:

@@ -141,16 +141,16 @@ def certificates(
     done, total = 0, len(inputs) * (n0 + n)
     found: list[list[tuple[Tensor, ...]]] = []
     with eval_mode(ensemble):
-        draws = Draws(ensemble, inputs, size, seed, "shared")
+        draws = Draws(ensemble, inputs, size, seed)
         room = max(1, _ROOM // (n * (APART + 2))) if "mean" in methods else 64 * draws.size
-        for few in inputs.split(room):
+        for number, few in enumerate(inputs.split(room)):
             group = draws.prepared(few)
 
-            def passes(images: Tensor, index: int, count: int) -> Iterator[Tensor]:
+            def passes(images: Tensor, index: int, count: int, number: int = number) -> Iterator[Tensor]:
                 nonlocal done
                 end, some = index + count, draws.at_once(len(images), count)
                 for start in range(index, end, some):
-                    outputs = check_finite(draws.take(images, start, min(some, end - start)))
+                    outputs = check_finite(draws.take(images, start, min(some, end - start), number))
                     yield outputs
                     done += len(images) * len(outputs)
                     if progress is not None:

@@ -135,26 +135,30 @@ def decide(
     check_count("max_draws", max_draws)
     size = None if max_batch is None else check_count("max_batch", max_batch)
     with noise_disabled(ensemble):
-        guess = ensemble.predict(inputs, max_batch=max_batch)
-    if not ensemble.is_random or guess.probabilities.shape[1] == 1:
+        guess = ensemble.predict(inputs, draws=1, max_batch=max_batch)
+    with eval_mode(ensemble):
+        draws = Draws(ensemble, inputs, size, seed)
+        varies = len(inputs) > 0 and draws.varies()
+    if not varies or guess.probabilities.shape[1] == 1:
         certain = ensemble.predict(inputs, draws=1, max_batch=max_batch)
         value = certain.probabilities.amax(dim=1).double()
         return Decision(certain.label, certain.draws, certain.label, value, value)
     with eval_mode(ensemble):
-        draws = Draws(ensemble, inputs, size, seed, "shared")
         room = max(1, _HISTORY // (max_draws * guess.probabilities.shape[1]))
         parts = [
-            _decide(draws, group, labels.to(draws.device), guess.probabilities.shape[1], alpha, max_draws)
-            for group, labels in zip(inputs.split(room), guess.label.split(room), strict=True)
+            _decide(draws, number, group, labels, guess.probabilities.shape[1], alpha, max_draws)
+            for number, (group, labels) in enumerate(
+                zip(inputs.split(room), guess.label.to(draws.device).split(room), strict=True)
+            )
         ]
     columns = zip(*parts, strict=True)
     return Decision(*(torch.cat(column).to(inputs.device) for column in columns))
 
 
 def _decide(
-    draws: Draws, group: Tensor, guess: Tensor, classes: int, alpha: float, most: int
+    draws: Draws, number: int, group: Tensor, guess: Tensor, classes: int, alpha: float, most: int
 ) -> tuple[Tensor, ...]:
-    """The fields of a `Decision`."""
+    """The fields of a `Decision`, of group `number` of the images."""
     group = draws.prepared(group)
     gamblers = Gamblers(guess, classes, alpha)
     active = torch.arange(len(group), device=group.device)
@@ -165,7 +169,7 @@ def _decide(
     index = 0
     while index < most and len(active):
         count = draws.at_once(len(active), min(most - index, block))
-        outputs = check_finite(draws.take(group[active], index, count))
+        outputs = check_finite(draws.take(group[active], index, count, number))
         for later in range(count):
             history[index, active] = outputs[later]
             index += 1

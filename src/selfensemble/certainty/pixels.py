@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..ensemble.draws import check_finite
 from ..ensemble.ensemble import SelfEnsemble
+from ..noise.calls import OwnHooks
 from ..noise.injection import eval_mode, random_layers
 from ..noise.layer import GaussianNoise, RandomLayer
 from ..noise.streams import noise_draw
@@ -45,12 +46,10 @@ def _first_noise(network: SelfEnsemble, images: Tensor) -> GaussianNoise:
     """The noise that acts first in a pass, and only once."""
     order: list[RandomLayer] = []
     layers = random_layers(network.model)
-    handles = [layer.register_forward_pre_hook(lambda module, args: order.append(module)) for layer in layers]
-    try:
+    with OwnHooks() as hooks:
+        for layer in layers:
+            hooks.add(layer.register_forward_pre_hook, lambda module, args: order.append(module))
         network.draw_logits(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     active = [layer for layer in order if layer.is_active]
     if not active or not order[0].is_active:
         raise ValueError(
@@ -73,11 +72,9 @@ def _first_noise(network: SelfEnsemble, images: Tensor) -> GaussianNoise:
 def _at_first(network: SelfEnsemble, first: GaussianNoise, images: Tensor) -> Tensor:
     """What arrives at the first noise."""
     seen: list[Tensor] = []
-    handle = first.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    try:
+    with OwnHooks() as hooks:
+        hooks.add(first.register_forward_pre_hook, lambda module, args: seen.append(args[0]))
         network.draw_logits(images)
-    finally:
-        handle.remove()
     return seen[0]
 
 
@@ -116,11 +113,9 @@ def _check_no_way_around(network: SelfEnsemble, first: GaussianNoise, images: Te
     """With what leaves the first noise held fixed, other images must give the same answer."""
     probes = (images, *_probes(images, *(network.bounds or (0.0, 1.0))))
     for fixed in [_at_first(network, first, probe) for probe in probes]:
-        handle = first.register_forward_hook(lambda module, args, output, fixed=fixed: fixed)
-        try:
+        with OwnHooks() as hooks:
+            hooks.add(first.register_forward_hook, lambda module, args, output, fixed=fixed: fixed)
             answers = [_seeded(network, each) for each in probes]
-        finally:
-            handle.remove()
         if not all(torch.equal(answers[0], other) for other in answers[1:]):
             raise ValueError(
                 "the image has a way around the first noise (a second branch that reads it, such as a "

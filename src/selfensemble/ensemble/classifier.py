@@ -1,11 +1,14 @@
 """A classifier whose passes may differ, one noise draw at a time."""
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
-from ..noise.injection import random_layers
-from ..noise.streams import Sampling, check_sampling
+from ..noise.injection import noise_disabled, random_layers
+from ..noise.streams import Sampling, check_sampling, noise_draw
 from .checks import floating_dtype, logits_of
+from .randomness import PASSES, answers_differ, draws_numbers
 
 
 class RandomClassifier(nn.Module):
@@ -27,14 +30,31 @@ class RandomClassifier(nn.Module):
     def __init__(self, model: nn.Module, sampling: Sampling) -> None:
         super().__init__()
         self.model = model
-        self.sampling: Sampling = check_sampling(sampling)
         self.folds: dict[tuple[int, ...], bool] = {}
-        for layer in random_layers(model):
-            layer.sampling = self.sampling
+        self._others: dict[tuple[int, ...], bool] = {}
+        self.sampling = sampling
+
+    @property
+    def sampling(self) -> Sampling:
+        """How draws are sampled in eval mode; of all its random layers."""
+        return self._sampling
+
+    @sampling.setter
+    def sampling(self, sampling: Sampling) -> None:
+        self._sampling: Sampling = check_sampling(sampling)
+        for layer in random_layers(self.model):
+            layer.sampling = self._sampling
 
     @property
     def is_random(self) -> bool:
-        """Whether two forward passes can differ: any random layer is on, with a level above 0."""
+        """Whether two passes can differ, as far as is known without asking the network.
+
+        Any random layer is on, with a level above 0, or `varies` found other randomness.
+        """
+        return self._has_noise or any(self._others.values())
+
+    @property
+    def _has_noise(self) -> bool:
         return any(layer.is_active for layer in random_layers(self.model))
 
     @property
@@ -45,3 +65,39 @@ class RandomClassifier(nn.Module):
     def draw_logits(self, inputs: Tensor) -> Tensor:
         """Logits (B, K) of one noise draw."""
         return logits_of(self.model(inputs))
+
+    def train(self, mode: bool = True) -> Self:
+        self._others = {}
+        return super().train(mode)
+
+    def varies(self, inputs: Tensor) -> bool:
+        """Whether two passes over images like these differ, by noise of any kind, whoever draws it.
+
+        Args:
+            inputs: (B, ...), prepared, in the mode that is asked about.
+        """
+        return self._has_noise or self.has_other_noise(inputs)
+
+    def has_other_noise(self, inputs: Tensor) -> bool:
+        """Whether they differ by anything but the random layers of this package.
+
+        Dropout at test time, Bayesian layers, random transforms, noise of numpy. Passes are compared: some at
+        first, two ever after where they were equal, for what is off may be switched on.
+        """
+        if len(inputs) == 0:
+            return any(self._others.values())
+        shape = tuple(inputs.shape[1:])
+        if not self._others.get(shape, False):
+            passes = 2 if shape in self._others else PASSES
+            with noise_draw(0, 0), torch.no_grad():
+                found = answers_differ(self._held, inputs, passes)
+            if not found and passes == PASSES:
+                with noise_disabled(self):
+                    found = bool(draws_numbers(self.draw_logits, inputs))
+            self._others[shape] = found
+        return self._others[shape]
+
+    def _held(self, inputs: Tensor) -> Tensor:
+        """A pass whose random layers draw what they drew before."""
+        with noise_draw(0, 0):
+            return self.draw_logits(inputs)

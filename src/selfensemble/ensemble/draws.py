@@ -1,13 +1,15 @@
 """Noise draws of a batch, and their mean and spread; images leave as they are settled."""
 
+from contextlib import ExitStack
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..noise.streams import Sampling, fresh_seed, noise_draw, stream_seed
+from ..noise.streams import Sampling, derived_seed, fresh_seed, noise_draw
 from .checks import explain_shape
 from .classifier import RandomClassifier
+from .randomness import global_noise, other_seed
 from .stopping import Rule, worth_taking
 
 _ON_ACCELERATORS = 64  # times the elements of a pass on a CPU
@@ -39,7 +41,7 @@ class Draws:
         sampling: Sampling | None = None,
         antithetic: bool = False,
     ) -> None:
-        self._portable = seed is not None
+        self._portable = self._repeats = seed is not None
         shared = (sampling or ensemble.sampling) == "shared"
         # A pass of whole pairs needs no streams, which take time to start.
         self._fresh_pairs = antithetic and seed is None and shared
@@ -66,6 +68,7 @@ class Draws:
         if self._by_part:
             self.capacity = 1
         self._shared = shared
+        self._reseeds: bool | None = None
 
     def groups(self, inputs: Tensor) -> list[Tensor]:
         """`inputs` in parts that are taken to the device as a whole."""
@@ -74,6 +77,18 @@ class Draws:
     def prepared(self, group: Tensor) -> Tensor:
         """A group on the device of the ensemble, in its dtype."""
         return group.to(self.device, self._dtype)
+
+    def varies(self) -> bool:
+        """Whether draws differ at all; one stands for all of them otherwise."""
+        with self._explained(self._example):
+            return self.ensemble.varies(self.prepared(self._example[:2]))
+
+    def reseeds(self) -> bool:
+        """Whether a seed has to hold for torch's global generators as well."""
+        if self._reseeds is None:
+            few = self.prepared(self._example[:2])
+            self._reseeds = self._repeats and self.ensemble.has_other_noise(few)
+        return self._reseeds
 
     @torch.no_grad()
     def folds(self) -> bool:
@@ -116,12 +131,17 @@ class Draws:
         for part, few in enumerate(images.split(self.size)):
             own = None if fresh else self.seed
             if own is not None and self._by_part:
-                own = stream_seed(own, group * _PASSES + part, 0)
+                own = derived_seed(own, group * _PASSES + part, 0)
             repeated = few if count == 1 else few.repeat(count, *[1] * (few.dim() - 1))
             drawn = noise_draw(
                 own, index, self.sampling, count=count, antithetic=self._antithetic, portable=self._portable
             )
-            with drawn, self._explained(self._example):
+            with ExitStack() as stack:
+                stack.enter_context(drawn)
+                stack.enter_context(self._explained(self._example))
+                if self.seed is not None and self.reseeds():
+                    own_seed = other_seed(derived_seed(self.seed, group * _PASSES + part, 1), index)
+                    stack.enter_context(global_noise(own_seed, self.device))
                 outputs = self.ensemble.draw_logits(repeated).float().softmax(dim=-1)
             passes.append(outputs.view(count, len(few), outputs.shape[-1]))
         return torch.cat(passes, dim=1)

@@ -68,7 +68,10 @@ class SelfEnsemble(RandomClassifier):
         example_inputs: Any = None,
         bounds: tuple[float, float] | None = (0.0, 1.0),
     ) -> None:
-        if config is not None or not random_layers(model):
+        quiet = config is not None and config.init_std == config.inner_std == 0
+        if quiet and not any(filter_fn(module, fqn) for fqn, module in model.named_modules()):
+            pass  # no place for noise that is not wanted
+        elif config is not None or not random_layers(model):
             inject_noise_(model, config, filter_fn=filter_fn, example_inputs=example_inputs)
         super().__init__(model, sampling)
         self.draws = check_count("draws", draws)
@@ -79,9 +82,18 @@ class SelfEnsemble(RandomClassifier):
     def forward(self, inputs: Tensor) -> Tensor:
         if self.training:
             return self.draw_logits(inputs)
-        draws = self.draws if self.is_random else 1
+        draws = self.draws if self.is_random or self._asks(inputs) else 1
         each = [self.draw_logits(inputs).float().log_softmax(dim=-1) for _ in range(draws)]
         return torch.stack(each).logsumexp(dim=0) - math.log(draws)
+
+    def _asks(self, inputs: Tensor) -> bool:
+        """Whether the network proves random when it is asked, where it can be: not while it is traced."""
+        traced = (
+            torch.compiler.is_compiling()
+            or torch._C._get_tracing_state() is not None
+            or torch._C._functorch.peek_interpreter_stack() is not None
+        )
+        return not traced and self.has_other_noise(inputs.detach())
 
     def predict_proba(
         self,
@@ -100,7 +112,7 @@ class SelfEnsemble(RandomClassifier):
 
         Args:
             inputs: (B, ...), floating point, within `bounds`; chunks go to the model's device and dtype.
-            draws: by default `self.draws`; 1 where there is no noise.
+            draws: by default `self.draws`; 1 where two passes do not differ.
             max_batch: images a forward pass; by default half of the batch, which together with its noisy
                 copies needs no more memory than one plain pass over the whole; on a CPU at most 32
                 images of 32x32 or the same in pixels, on the fast path in bfloat16 128.
@@ -142,8 +154,6 @@ class SelfEnsemble(RandomClassifier):
         check_images(inputs, self.bounds)
         most = self.draws if draws is None else check_count("draws", draws)
         rule = rule_for(stop, most, draws is not None, self.stopping)
-        if not self.is_random:
-            rule = Fixed(1)
         size = None if max_batch is None else check_count("max_batch", max_batch)
         if antithetic is None:
             antithetic = isinstance(rule, Calibrated) and rule.antithetic
@@ -154,9 +164,11 @@ class SelfEnsemble(RandomClassifier):
             )
         with eval_mode(self):
             drawn = Draws(self, inputs, size, seed, sampling, antithetic)
+            if not (varies := drawn.varies()):
+                rule = Fixed(1)
             found = [moments(drawn, group, rule, k) for k, group in enumerate(drawn.groups(inputs))]
         mean, spread, used = (torch.cat(each).to(inputs.device) for each in zip(*found, strict=True))
-        if not self.is_random:
+        if not varies:
             spread = torch.zeros_like(mean)
         return Prediction(mean.argmax(dim=-1), mean, spread, used)
 

@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..noise.calls import OwnHooks
 from ..noise.injection import CHILD, FilterFn, call, eval_mode, is_convolution, noise_layers
 from ..noise.layer import GaussianNoise
 from .checks import check_images, logits_of
@@ -134,13 +135,14 @@ def _observe(model: nn.Module, example_inputs: Any, matched: set[str]) -> _Trace
     trace = _Trace()
     observer = _Observer(trace, matched, example_inputs)
     with ExitStack() as stack:
+        hooks = stack.enter_context(OwnHooks())
         for fqn, module in model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 continue
-            enter = module.register_forward_pre_hook(lambda m, args, fqn=fqn: observer.enter(fqn, m, args))
-            leave = module.register_forward_hook(lambda m, args, output: observer.leave(), always_call=True)
-            stack.callback(enter.remove)
-            stack.callback(leave.remove)
+            hooks.add(module.register_forward_pre_hook, lambda m, args, fqn=fqn: observer.enter(fqn, m, args))
+            hooks.add(
+                module.register_forward_hook, lambda m, args, output: observer.leave(), always_call=True
+            )
         stack.enter_context(torch.random.fork_rng())
         stack.enter_context(torch.no_grad())
         stack.enter_context(eval_mode(model))

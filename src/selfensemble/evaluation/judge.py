@@ -14,7 +14,9 @@ from ..attacks.expectation import Forward
 from ..attacks.losses import margin
 from ..attacks.norms import size
 from ..ensemble.checks import check_count
+from ..ensemble.draws import Draws
 from ..ensemble.ensemble import SelfEnsemble
+from ..ensemble.randomness import global_noise
 from ..fast.optimize import exact_float32
 from ..noise.injection import eval_mode
 from ..noise.streams import fresh_seed, noise_draw, stream_seed
@@ -135,7 +137,7 @@ def judge(
             f"an adversarial image is {farthest:g} from its original ({norm}), beyond eps = {eps:g}: "
             "the attack broke its budget"
         )
-    fixed = isinstance(model, SelfEnsemble) and not model.is_random
+    fixed = isinstance(model, SelfEnsemble) and not _varies(model, inputs)
     answers, leads = [], []
     for query in range(1 if fixed else queries):
         own = None if seed is None else stream_seed(seed, query, 0)
@@ -150,6 +152,11 @@ def judge(
         size(change, "l2"),
         size(change, "linf"),
     )
+
+
+def _varies(model: SelfEnsemble, inputs: Tensor) -> bool:
+    with eval_mode(model):
+        return Draws(model, inputs).varies()
 
 
 def _check_answer(probabilities: Tensor, labels: Tensor) -> None:
@@ -190,9 +197,7 @@ def _global_noise(seed: int | None, device: torch.device) -> Iterator[None]:
     if seed is None:
         with noise_draw(None):  # a seed in the surroundings is none of the judge's
             seed = fresh_seed()
-    devices = [device] if device.type != "cpu" else []
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-        torch.manual_seed(seed)
+    with global_noise(seed, device):
         yield
 
 

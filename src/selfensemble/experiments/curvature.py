@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..ensemble.ensemble import SelfEnsemble
+from ..noise.calls import OwnHooks
 from ..noise.injection import eval_mode, noise_disabled, noise_layers
 from ..noise.layer import Std
 from ..noise.streams import noise_draw
@@ -36,12 +37,10 @@ def shifted_activations(model: nn.Module) -> Iterator[list[tuple[int, Tensor]]]:
         shifts.append((int(layer.layer), shift))  # type: ignore[arg-type]
         return output + shift
 
-    handles = [layer.register_forward_hook(hook) for layer in noise_layers(model).values()]
-    try:
+    with OwnHooks() as hooks:
+        for layer in noise_layers(model).values():
+            hooks.add(layer.register_forward_hook, hook)
         yield shifts
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def second_order_term(

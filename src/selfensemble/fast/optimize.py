@@ -17,6 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..ensemble.checks import logits_of
 from ..ensemble.ensemble import SelfEnsemble
+from ..noise.calls import copied
 from ..noise.injection import execution_order, is_convolution, random_layers
 from ..noise.layer import GaussianNoise, NoiseConfig, RandomLayer
 from ..noise.streams import noise_draw
@@ -159,7 +160,7 @@ def optimize(
     Returns:
         An ensemble with the same noise; seeded shared draws are the same.
     """
-    network = copy.deepcopy(ensemble.model).eval().requires_grad_(False)
+    network = copied(ensemble.model).eval().requires_grad_(False)
     device = next((parameter.device for parameter in network.parameters()), example_inputs.device)
     precision = precision or faster_precision(device)
     example_inputs = example_inputs[:2].to(device)
@@ -324,14 +325,23 @@ class _Fast(nn.Module):
             return self.network(inputs)
 
 
+class _Outside(threading.local):
+    """Contexts without autocast that first convolutions are in, of each thread."""
+
+    def __init__(self) -> None:
+        self.contexts: list[torch.autocast] = []
+
+
+_outside = _Outside()
+
+
 def _leave_autocast(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    outside = torch.autocast(args[0].device.type, enabled=False)
-    outside.__enter__()
-    module.__dict__.setdefault("_outside", []).append(outside)
+    _outside.contexts.append(torch.autocast(args[0].device.type, enabled=False))
+    _outside.contexts[-1].__enter__()
 
 
 def _enter_autocast(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-    module.__dict__["_outside"].pop().__exit__(None, None, None)
+    _outside.contexts.pop().__exit__(None, None, None)
 
 
 def _halve(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

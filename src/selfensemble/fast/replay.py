@@ -26,11 +26,18 @@ class StepGradients:
         zero_grad: sets the gradients to None.
         seed: of the noise; its draws are the numbers of the steps.
         replays: whether steps are to be recorded; then all batches have one size.
+        opposite: see `noise_draw`.
     """
 
     def __init__(
-        self, work: Callable[[Tensor], Tensor], zero_grad: Callable[[], None], seed: int, replays: bool
+        self,
+        work: Callable[[Tensor], Tensor],
+        zero_grad: Callable[[], None],
+        seed: int,
+        replays: bool,
+        opposite: bool = False,
     ) -> None:
+        self._opposite = opposite
         self._work, self._zero_grad, self._seed, self._replays = work, zero_grad, seed, replays
         self._generators: Generators = {}
         self._eager = 0
@@ -47,7 +54,7 @@ class StepGradients:
         self._eager += 1
         self._zero_grad()
         self._generators = {}
-        with noise_draw(self._seed, step, generators=self._generators):
+        with noise_draw(self._seed, step, opposite=self._opposite, generators=self._generators):
             return self._work(index)
 
     def _record(self, index: Tensor) -> None:
@@ -60,7 +67,8 @@ class StepGradients:
         try:
             for generator in self._generators.values():
                 graph.register_generator_state(generator)
-            with torch.cuda.graph(graph), noise_draw(self._seed, 0, generators=self._generators):
+            drawn = noise_draw(self._seed, 0, opposite=self._opposite, generators=self._generators)
+            with torch.cuda.graph(graph), drawn:
                 self._loss = self._work(self._index)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]

@@ -33,6 +33,15 @@ def _table(std: float, dtype: torch.dtype) -> Tensor:
     return (_quantiles() * std).to(dtype)
 
 
+@functools.lru_cache(maxsize=256)
+def _table_of_twos(std: float, dtype: torch.dtype) -> Tensor:
+    """(65536,) int32, each two quantiles: the points of a Hammersley set, which fill the plane evenly."""
+    first = torch.arange(_LEVELS, device="cpu")
+    second = sum((((first >> bit) & 1) << (15 - bit) for bit in range(16)), torch.zeros_like(first))
+    table = _table(std, dtype)
+    return torch.stack([table[first], table[second]], dim=1).view(torch.int32).flatten()
+
+
 class Bits:
     """Random numbers of 16 bits.
 
@@ -72,4 +81,22 @@ def fill_half_(tensor: Tensor, std: float, bits: Bits) -> None:
     table = _table(std, tensor.dtype)
     flat = tensor.as_strided((tensor.numel(),), (1,))
     for part in flat.split(_PART) if len(flat) > _PART else (flat,):
+        torch.index_select(table, 0, bits.take(len(part)), out=part)
+
+
+def fill_half_in_twos_(tensor: Tensor, std: float, bits: Bits) -> None:
+    """The same at twice the speed: 16 random bits choose two numbers that lie side by side.
+
+    Each is distributed as those of `fill_half_`, and the two are uncorrelated; their common distribution
+    function differs from that of independent ones by at most 2^-12. For training, where that is no matter.
+    """
+    flat = tensor.as_strided((tensor.numel(),), (1,))
+    even = len(flat) - len(flat) % 2
+    if flat.storage_offset() % 2 or even == 0:
+        fill_half_(tensor, std, bits)
+        return
+    if even < len(flat):
+        fill_half_(flat[even:], std, bits)
+    table, twos = _table_of_twos(std, tensor.dtype), flat[:even].view(torch.int32)
+    for part in twos.split(_PART) if len(twos) > _PART else (twos,):
         torch.index_select(table, 0, bits.take(len(part)), out=part)

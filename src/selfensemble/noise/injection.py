@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from .calls import OwnHooks, in_eval_mode, switched_off
 from .layer import GaussianNoise, NoiseConfig, RandomLayer, Std
 
 CHILD = "gaussian_noise"
@@ -40,28 +41,22 @@ def random_layers(model: nn.Module) -> list[RandomLayer]:
 
 @contextmanager
 def noise_disabled(model: nn.Module) -> Iterator[None]:
-    """Within this context `model` is not random: noise layers are the identity, others do what is fixed."""
-    layers = random_layers(model)
-    before = [layer.enabled for layer in layers]
-    for layer in layers:
-        layer.enabled = False
-    try:
+    """Within this context `model` is not random: noise layers are the identity, others do what is fixed.
+
+    The context holds in the thread that enters it: passes of other threads keep their noise.
+    """
+    with switched_off([layer.identity for layer in random_layers(model)]):
         yield
-    finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.enabled = enabled
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Within this context `model` is in eval mode; each module's own mode comes back after it."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    """Within this context `model` is in eval mode; each module's own mode comes back after it.
+
+    Where several threads want it, after the last of them.
+    """
+    with in_eval_mode(model):
         yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
@@ -84,13 +79,11 @@ def execution_order(model: nn.Module, fqns: list[str], example_inputs: Any) -> l
 
         return hook
 
-    handles = [model.get_submodule(fqn).register_forward_pre_hook(note(fqn)) for fqn in fqns]
-    try:
+    with OwnHooks() as hooks:
+        for fqn in fqns:
+            hooks.add(model.get_submodule(fqn).register_forward_pre_hook, note(fqn))
         with torch.no_grad(), torch.random.fork_rng(), eval_mode(model), noise_disabled(model):
             call(model, example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     return order
 
 

@@ -1,6 +1,5 @@
 """Gaussian noise: its levels and its layer."""
 
-import itertools
 import math
 import numbers
 from collections.abc import Sequence
@@ -11,7 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .streams import Sampling, Source, check_sampling, random_source
+from .calls import is_off, new_identity
+from .operators import (
+    AddOwn,
+    AddToPairs,
+    add_noise,
+    added,
+    call_number,
+    first_half,
+    noise_like,
+    scalable_noise,
+    unit_noise,
+)
+from .streams import Sampling, check_sampling, random_source
 
 Std = float | tuple[float, ...]  # of a layer: one level, or one a channel
 
@@ -61,136 +72,6 @@ class NoiseConfig:
         object.__setattr__(self, "inner_std", check_std("inner_std", self.inner_std))
 
 
-def _noise_like(inputs: Tensor, std: float, source: Source) -> Tensor:
-    """Noise of the shape of `inputs`, or with a first dimension of draws where their images share it."""
-    if inputs.device.type == "meta":
-        return torch.empty_like(inputs)
-    if not source.shared:
-        noise = torch.empty_like(inputs, requires_grad=False)
-        source.fill_each_(noise, std)
-        return noise
-    source.check_batch(len(inputs))
-    ordered = inputs.dim() == 4 and inputs.is_contiguous(memory_format=torch.channels_last)
-    if source.draws_half(inputs.dtype):
-        layout = torch.channels_last if ordered else torch.contiguous_format
-        shape = (source.count, *inputs.shape[1:])
-        noise = torch.empty(shape, dtype=inputs.dtype, device=inputs.device, memory_format=layout)
-        source.fill_shared_(noise, std)
-        return noise
-    # In float32 and logical order, so that neither dtype nor memory format changes the draw.
-    dtype = torch.promote_types(inputs.dtype, torch.float32)
-    noise = torch.empty((source.count, *inputs.shape[1:]), dtype=dtype, device=inputs.device)
-    source.fill_shared_(noise, std)
-    if ordered:
-        noise = noise.contiguous(memory_format=torch.channels_last)
-    return noise.to(inputs.dtype)
-
-
-def _added(inputs: Tensor, noise: Tensor, overwrite: bool = False) -> Tensor:
-    """`inputs + noise`, where noise that images share belongs to as many of them, one after another."""
-    if len(noise) in (1, len(inputs)):
-        return inputs.add_(noise) if overwrite else inputs + noise
-    each, own = inputs.unflatten(0, (len(noise), -1)), noise.unsqueeze(1)
-    added: Tensor = each.add_(own) if overwrite else each + own
-    return added.flatten(0, 1)
-
-
-def _first_half(inputs: Tensor) -> Tensor:
-    return inputs[: -(-len(inputs) // 2)]
-
-
-def _added_to_pairs(inputs: Tensor, noise: Tensor) -> Tensor:
-    """Noise added to the first half of the images, and its opposite to the second; outside of any graph."""
-    output = torch.empty_like(inputs, requires_grad=False)
-    first = len(noise)
-    torch.add(inputs[:first], noise, out=output[:first])
-    torch.sub(inputs[first:], noise[: len(inputs) - first], out=output[first:])
-    return output
-
-
-def _of_pairs(noise: Tensor, size: int) -> Tensor:
-    """Noise of a first half, and its opposite for the second, of `size` images in all."""
-    return torch.cat([noise, -noise[: size - len(noise)]])
-
-
-class _AddToPairs(torch.autograd.Function):
-    """The same within a graph."""
-
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG004
-        return _added_to_pairs(inputs, noise)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
-        return gradient, None
-
-
-# Under torch.compile and torch.export the layer is one opaque operator: the graph stays whole, seeds
-# are read when it runs rather than baked in, and a CPU keeps its vectorised generator.
-@torch.library.custom_op(
-    "selfensemble::add_noise", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
-)
-def _add_noise(inputs: Tensor, std: float, layer: int, shared: bool, pairs: bool, call: int) -> Tensor:
-    source = random_source(layer, shared, inputs.device)
-    if pairs and not source.shared:
-        return _added_to_pairs(inputs, _noise_like(_first_half(inputs), std, source))
-    noise = _noise_like(inputs, std, source)
-    output = torch.empty_like(inputs)  # laid out as the compiler was told
-    if len(noise) in (1, len(inputs)):
-        return torch.add(inputs, noise, out=output)
-    return output.copy_(_added(inputs, noise))
-
-
-@_add_noise.register_fake
-def _(inputs: Tensor, std: float, layer: int, shared: bool, pairs: bool, call: int) -> Tensor:
-    return torch.empty_like(inputs)
-
-
-def _identity_backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-    return gradient, None, None, None, None, None
-
-
-_add_noise.register_autograd(_identity_backward)
-
-
-# Levels that differ by channel, or are learned, scale this noise in the graph itself.
-@torch.library.custom_op(
-    "selfensemble::unit_noise", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
-)
-def _unit_noise(inputs: Tensor, layer: int, shared: bool, pairs: bool, call: int) -> Tensor:
-    noise = _scalable_noise(inputs, random_source(layer, shared, inputs.device), pairs)
-    each = noise if len(noise) in (1, len(inputs)) else _added(torch.zeros_like(inputs), noise)
-    return torch.empty_like(inputs).copy_(each)
-
-
-def _scalable_noise(inputs: Tensor, source: Source, pairs: bool) -> Tensor:
-    """Noise of level 1, of the shape of `inputs` or shared."""
-    if pairs and not source.shared:
-        return _of_pairs(_noise_like(_first_half(inputs), 1.0, source), len(inputs))
-    return _noise_like(inputs, 1.0, source)
-
-
-@_unit_noise.register_fake
-def _(inputs: Tensor, layer: int, shared: bool, pairs: bool, call: int) -> Tensor:
-    return torch.empty_like(inputs)
-
-
-_calls = itertools.count()
-
-
-def call_number() -> int:
-    """A number that no other call in a traced graph has.
-
-    The compiler's common-subexpression elimination merges calls of custom operators with equal
-    arguments, tagged as random or not; the draws of an ensemble would share their first noise.
-    """
-    return next(_calls)
-
-
-# What torch.compiler.assume_constant_result does; calling that imports the whole compiler.
-call_number._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 class RandomLayer(nn.Module):
     """A layer that draws random numbers at every call, in training and at test time.
 
@@ -201,7 +82,8 @@ class RandomLayer(nn.Module):
         sampling: "per_image" gives every image of a batch its own randomness. "shared" gives all images
             of a batch the same in eval mode, which costs 1 / batch of the random numbers and leaves the
             distribution of each image's output as it is. Training is always per image.
-        enabled: what `noise_disabled` sets to False.
+        enabled: False switches it off for everybody; `noise_disabled` switches it off for a call.
+        identity: a number that no other layer of the process has, copies included.
         is_continuous: whether no two draws are ever equal.
     """
 
@@ -212,6 +94,19 @@ class RandomLayer(nn.Module):
         self.layer = layer
         self.sampling: Sampling = check_sampling(sampling)
         self.enabled = True
+        self.identity = new_identity()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.identity = new_identity()
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the layer is enabled, and not switched off in the current context.
+
+        In a compiled graph the operators ask for the latter when they run.
+        """
+        return self.enabled and (torch.compiler.is_compiling() or not is_off(self.identity))
 
     @property
     def varies(self) -> bool:
@@ -221,7 +116,7 @@ class RandomLayer(nn.Module):
     @property
     def is_active(self) -> bool:
         """Whether two calls differ now."""
-        return self.enabled and self.varies
+        return self.is_on and self.varies
 
     def fix_(self) -> None:
         """Take the randomness out for good."""
@@ -231,8 +126,8 @@ class RandomLayer(nn.Module):
 class GaussianNoise(RandomLayer):
     """Adds `N(0, std^2)` noise to its input, at training and at test time, fresh at every call.
 
-    In train mode the second half of a batch has the opposites of the numbers of the first half, half as many
-    to draw; the noise of each image is distributed as it was (docs/decisions/0021).
+    The noise of each image of a batch is independent of all others where sampling is per image, as it always
+    is in train mode; `noise_draw(opposite=True)` is for loops that know better (docs/decisions/0021).
 
     The layer adds nothing to a state dict.
 
@@ -287,7 +182,7 @@ class GaussianNoise(RandomLayer):
         return self._levels
 
     def forward(self, inputs: Tensor) -> Tensor:
-        if not (self.enabled and self._varies):
+        if not (self._varies and self.is_on):
             return inputs
         if not inputs.is_floating_point():
             raise TypeError(
@@ -299,15 +194,20 @@ class GaussianNoise(RandomLayer):
             return self._scaled(inputs, self.levels(), shared)
         noisy: Tensor
         if torch.compiler.is_compiling():
-            noisy = _add_noise(inputs, self._number, self.layer, shared, self.training, call_number())
+            call = call_number(self.identity)
+            noisy = add_noise(inputs, self._number, self.layer, shared, self.training, call)
             return noisy
         source = random_source(self.layer, shared, inputs.device)
+        if self.training and source.pairs:
+            noise = noise_like(first_half(inputs.detach()), self._number, source)
+            noisy = AddToPairs.apply(inputs, noise)  # type: ignore[no-untyped-call]
+            return noisy
         if self.training and not source.shared:
-            noise = _noise_like(_first_half(inputs.detach()), self._number, source)
-            noisy = _AddToPairs.apply(inputs, noise)  # type: ignore[no-untyped-call]
+            noise = noise_like(inputs.detach(), self._number, source)
+            noisy = AddOwn.apply(inputs, noise)  # type: ignore[no-untyped-call]
             return noisy
         overwrite = self.overwrites and not inputs.requires_grad
-        return _added(inputs, _noise_like(inputs.detach(), self._number, source), overwrite)
+        return added(inputs, noise_like(inputs.detach(), self._number, source), overwrite)
 
     def _scaled(self, inputs: Tensor, levels: Tensor, shared: bool) -> Tensor:
         """Noise times levels that are a tensor, along the channels and differentiable in the levels."""
@@ -318,14 +218,15 @@ class GaussianNoise(RandomLayer):
             )
         noise: Tensor
         if torch.compiler.is_compiling():
-            noise = _unit_noise(inputs.detach(), self.layer, shared, self.training, call_number())
+            call = call_number(self.identity)
+            noise = unit_noise(inputs.detach(), self.layer, shared, self.training, call)
         else:
             source = random_source(self.layer, shared, inputs.device)
-            noise = _scalable_noise(inputs.detach(), source, self.training)
+            noise = scalable_noise(inputs.detach(), source, self.training)
         shape = (-1, *[1] * (inputs.dim() - 2)) if levels.dim() else ()
         scale = levels.to(inputs.dtype).reshape(shape)
         if noise.shape[0] < inputs.shape[0]:  # of one draw for the batch; scaled before it meets the batch
-            return _added(inputs, noise * scale)
+            return added(inputs, noise * scale)
         return torch.addcmul(inputs, noise, scale)
 
     def extra_repr(self) -> str:

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .layer import RandomLayer, call_number
+from .layer import RandomLayer
+from .operators import call_number, called_off
 from .streams import LAYERS, Sampling, random_source
 
 # Away from the numbers of noise layers and of `fresh_seed`.
@@ -80,10 +81,9 @@ class ResizePad(RandomLayer):
             after = largest - side - before
             return functional.pad(inputs, (before, after, before, after))
         shared = self.sampling == "shared" and not self.training
-        draw = _placement if torch.compiler.is_compiling() else _draw_placement
-        placement: Tensor = draw(
-            inputs.detach(), self.config.smallest, largest, self.layer, shared, call_number()
-        )
+        compiling = torch.compiler.is_compiling()
+        draw, call = (_placement, call_number(self.identity)) if compiling else (_draw_placement, -1)
+        placement: Tensor = draw(inputs.detach(), self.config.smallest, largest, self.layer, shared, call)
         return resize_and_place(inputs, placement, largest)
 
     def extra_repr(self) -> str:
@@ -122,6 +122,10 @@ def _draw_placement(
     """(B, 3) float32, see `resize_and_place`."""
     if inputs.device.type == "meta":
         return inputs.new_empty((len(inputs), 3), dtype=torch.float32)
+    if called_off(call):
+        own = inputs.shape[-1]
+        middle = [float(own), float((largest - own) // 2), float((largest - own) // 2)]
+        return torch.tensor(middle, device=inputs.device).repeat(len(inputs), 1)
     source = random_source(layer, shared, inputs.device)
     if source.shared:
         source.check_batch(len(inputs))

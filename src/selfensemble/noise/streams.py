@@ -7,8 +7,6 @@ state is neither read nor changed, so that `torch.manual_seed` cannot freeze the
 
 import hashlib
 import operator
-import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .half_precision import KEPT, Bits, fill_half_
+from .entropy import WideSeed, entropy, stream_of
+from .half_precision import Bits, fill_half_, fill_half_in_twos_
 
 Sampling = Literal["per_image", "shared"]
 
@@ -49,6 +48,7 @@ class _Draw:
     step: int = 1
     antithetic: bool = False
     portable: bool = True
+    opposite: bool = False
     generators: Generators = field(default_factory=dict)
     bits: dict[tuple[int, int], Bits] = field(default_factory=dict)
 
@@ -67,6 +67,7 @@ def noise_draw(
     step: int = 1,
     antithetic: bool = False,
     portable: bool = True,
+    opposite: bool = False,
     generators: Generators | None = None,
 ) -> Iterator[None]:
     """Within this context, noise is draw number `index` of `seed`, sampled by `sampling`.
@@ -91,6 +92,9 @@ def noise_draw(
             or whole pairs in the batch.
         portable: whether shared noise of a seed is to be the same in every dtype. If not, half precision on a
             CPU has numbers that cost less, as it has without a seed.
+        opposite: in train mode the second half of a batch has the opposites of the numbers of the first half,
+            half as many to draw. Only for batches in which no image stands twice: an image and its copy could
+            meet noise that cancels out. By default the noise of each image is independent of all others.
         generators: where the generators of the streams are kept and looked for, of a draw with a seed.
     """
     if index < 0 or count < 1 or step < 1:
@@ -100,9 +104,9 @@ def noise_draw(
             "antithetic draws repeat each other's noise: give them a seed, e.g. a fresh one, or whole pairs"
         )
     policy = None if sampling is None else check_sampling(sampling)
-    chosen = None if seed is None else operator.index(seed)
+    chosen = seed if seed is None or isinstance(seed, WideSeed) else operator.index(seed)
     kept: Generators = {} if generators is None else generators
-    token = _current.set(_Draw(chosen, index, policy, count, step, antithetic, portable, kept))
+    token = _current.set(_Draw(chosen, index, policy, count, step, antithetic, portable, opposite, kept))
     try:
         yield
     finally:
@@ -130,33 +134,6 @@ def seed_streams_(generators: Generators, seed: int, index: int) -> None:
         generator.manual_seed(stream_seed(seed, index, layer))
 
 
-class _Entropy(threading.local):
-    """One generator a thread and device, seeded by the operating system, and one of bits."""
-
-    def __init__(self) -> None:
-        self.generators: dict[torch.device, torch.Generator] = {}
-        self.bits: Bits | None = None
-
-    def generator(self, device: torch.device) -> torch.Generator:
-        if device not in self.generators:
-            seed = int.from_bytes(os.urandom(8), "big") >> 1
-            self.generators[device] = torch.Generator(device).manual_seed(seed)
-        return self.generators[device]
-
-    def fresh_bits(self) -> Bits:
-        if self.bits is None:
-            self.bits = Bits(np.random.SFC64(), kept=KEPT)
-        return self.bits
-
-    def forget(self) -> None:
-        self.generators, self.bits = {}, None
-
-
-_entropy = _Entropy()
-if hasattr(os, "register_at_fork"):  # a forked child must not repeat its parent's noise
-    os.register_at_fork(after_in_child=_entropy.forget)
-
-
 @dataclass(frozen=True, slots=True)
 class Source:
     """Where a layer takes its random numbers from in one draw.
@@ -175,15 +152,23 @@ class Source:
         """Draws within the batch."""
         return self.draw.count
 
+    @property
+    def pairs(self) -> bool:
+        """Whether half of a batch in train mode has the opposite noise of the other half."""
+        return self.draw.opposite and not self.shared
+
     def generator(self, number: int | None = None) -> torch.Generator:
         """For torch's functions, on the device: of a draw, by default the first of the batch."""
         draw = self.draw
         if draw.seed is None:
-            return _entropy.generator(self.device)
+            return entropy.generator(self.device)
         key = (draw.index if number is None else number, self.layer, self.device)
         if key not in draw.generators:
-            seed = stream_seed(draw.seed, key[0], self.layer)
-            draw.generators[key] = torch.Generator(self.device).manual_seed(seed)
+            if isinstance(draw.seed, WideSeed):
+                draw.generators[key] = stream_of(draw.seed, key[0], self.layer, self.device)
+            else:
+                seed = stream_seed(draw.seed, key[0], self.layer)
+                draw.generators[key] = torch.Generator(self.device).manual_seed(seed)
         return draw.generators[key]
 
     def split(self, tensor: Tensor) -> Iterator[tuple[Tensor, torch.Generator]]:
@@ -233,6 +218,9 @@ class Source:
         draw = self.draw
         if draw.antithetic and draw.count > 1:
             raise ValueError("antithetic draws with noise of each image's own go into batches of one draw")
+        if draw.seed is None and noise.device.type == "cpu" and noise.dtype in _HALVES:
+            fill_half_in_twos_(noise, std, self.bits())
+            return
         opposite = self._is_opposite(draw.index)
         self._fill_(noise, std, draw.index - opposite)
         if opposite:
@@ -261,7 +249,7 @@ class Source:
         """Random bits on the CPU, faster than those of torch; of a draw as above."""
         draw = self.draw
         if draw.seed is None:
-            return _entropy.fresh_bits()
+            return entropy.fresh_bits()
         key = (draw.index if number is None else number, self.layer)
         if key not in draw.bits:
             draw.bits[key] = Bits(np.random.SFC64(stream_seed(draw.seed, *key)))
@@ -271,7 +259,14 @@ class Source:
 def fresh_seed() -> int:
     """A seed in [0, 2^62): of fresh entropy, or within a seeded `noise_draw` the next of its seeds."""
     source = Source(_current.get(), LAYERS - 1, torch.device("cpu"), shared=True)
-    return int(torch.randint(2**62, (), generator=source.generator()))
+    number = int(torch.randint(2**62, (), generator=source.generator(), device="cpu"))
+    return WideSeed(number) if source.draw.seed is None else number
+
+
+def derived_seed(seed: int, index: int, layer: int) -> int:
+    """`stream_seed` as a seed of its own, of the same kind."""
+    own = stream_seed(seed, index, layer)
+    return WideSeed(own) if isinstance(seed, WideSeed) else own
 
 
 def random_source(layer: int, shared: bool, device: torch.device) -> Source:

@@ -64,7 +64,10 @@ class Batcher:
         self._shape = tuple(example.shape[1:])
         self._floating = example.is_floating_point()
         self._room = self._draws.capacity
-        self._folds = self._draws.at_once(1, 2) > 1
+        self._shared = ensemble.sampling == "shared"
+        self._folds = self._shared and self._draws.at_once(1, 2) > 1
+        with eval_mode(ensemble):
+            self._draws.varies()  # asked once: what is found out is kept
         self._queue: deque[_Waiting] = deque()
         self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._changed = threading.Condition()
@@ -162,17 +165,16 @@ class Batcher:
         count = max(1, min(active.block, self._room // len(active)))
         if pairs:
             count = max(2, count - count % 2)
-        seed = fresh_seed() if pairs else None
         images = active.images
         if self._folds or count == 1:
-            with noise_draw(seed, 0, "shared", count=count, antithetic=pairs, portable=False):
+            with noise_draw(None, 0, self.ensemble.sampling, count=count, antithetic=pairs):
                 repeated = images if count == 1 else images.repeat(count, *[1] * (images.dim() - 1))
                 outputs = self.ensemble.draw_logits(repeated).float().softmax(dim=-1)
             outputs = outputs.view(count, len(images), -1)
         else:
-            each = []
+            each, seed = [], fresh_seed() if pairs else None
             for index in range(count):
-                with noise_draw(seed, index, "shared", antithetic=pairs, portable=False):
+                with noise_draw(seed, index, self.ensemble.sampling, antithetic=pairs, portable=False):
                     each.append(self.ensemble.draw_logits(images).float().softmax(dim=-1))
             outputs = torch.stack(each)
         self.passes += 1

@@ -138,7 +138,7 @@ class _Page:
 
     @torch.no_grad()
     def _seeded(self, inputs: Tensor, seed: int, number: int) -> Tensor:
-        with noise_draw(seed, number, "shared"):
+        with noise_draw(seed, number, self.service.ensemble.sampling):
             return self.service.ensemble.draw_logits(inputs).float().softmax(dim=1)[0].cpu()
 
     def _without_noise(self, inputs: Tensor) -> Answer:

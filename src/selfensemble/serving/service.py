@@ -19,6 +19,7 @@ from ..certainty.certification import certify
 from ..certainty.decision import decide
 from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.stopping import Rule, rule_for
+from ..noise.entropy import WideSeed
 from . import schemas
 from .batching import Answer, Batcher, BusyError, ClosedError
 from .images import ImageError, TooLargeError, decode_base64, open_image, scaled
@@ -262,4 +263,4 @@ class Service:
 def keyed_seed(secret: str, image: Tensor) -> int:
     """A seed that only who knows the secret can tell from the image."""
     code = hmac.new(secret.encode(), image.contiguous().numpy().tobytes(), hashlib.sha256)
-    return int.from_bytes(code.digest()[:8], "big") >> 2
+    return WideSeed(int.from_bytes(code.digest()[:8], "big") >> 2)

@@ -60,7 +60,9 @@ class TrainingStep:
             and accelerator.num_processes == 1
             and accelerator.scaler is None
         )
-        self.gradients = StepGradients(self._loss, self._optimizer.zero_grad, seed, replays)
+        self.gradients = StepGradients(
+            self._loss, self._optimizer.zero_grad, seed, replays, opposite=recipe.defense.shows_images_once
+        )
 
     @property
     def network(self) -> SelfEnsemble:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ...attacks import apgd, pgd, random_noise, square
-from ...attacks.expectation import OTHER_NOISE
 from ...attacks.norms import largest_eps
+from ...ensemble.randomness import global_noise, other_seed
 from ...noise.injection import noise_disabled
-from ...noise.streams import noise_draw, stream_seed
+from ...noise.streams import noise_draw
 from ..results import CheckRecord
 from .findings import failed, not_applicable, passed
 from .subject import Subject
@@ -74,8 +74,7 @@ def frozen_noise_falls(subject: Subject) -> CheckRecord:
     with torch.no_grad():
         for part in images.split(subject.max_batch):
             for store in (answers, again):
-                with noise_draw(seed, 0, "shared"), torch.random.fork_rng():
-                    torch.manual_seed(stream_seed(seed, 0, OTHER_NOISE))
+                with noise_draw(seed, 0, subject.sampling), global_noise(other_seed(seed, 0), subject.device):
                     store.append(subject.once(part).argmax(dim=1).cpu())
     if not torch.equal(torch.cat(answers), torch.cat(again)):
         return not_applicable("the noise comes from a source that a seed does not freeze")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...attacks.norms import check_eps, check_norm
+from ...noise.calls import own_modes, set_modes
 from ...noise.streams import noise_draw, stream_seed
 from ..results import CheckRecord
 from . import attack_checks, noise_checks, output_checks
@@ -124,13 +125,12 @@ def _examine(check: Callable[[Subject], CheckRecord], subject: Subject) -> Check
 @contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Buffers and modes come back, also those of a model that ignores eval() and updates its statistics."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = own_modes(model)
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        set_modes(modes)
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)

@@ -1,7 +1,6 @@
 """Honesty checks of the noise: is it there and fresh, do attacks meet it, where does it enter?"""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,10 +8,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from ...ensemble.randomness import RandomOps
+from ...noise.calls import OwnHooks, copied, without_weight_gradients
+from ...noise.injection import eval_mode
 from ...noise.layer import GaussianNoise, describe_std
 from ..results import CheckRecord
 from .findings import PASSES, ROUNDING, differ, failed, not_applicable, passed
-from .subject import RandomOps, Subject
+from .subject import Subject
 
 _NOISE = {"normal", "randn", "randn_like", "normal_functional", "rand", "rand_like", "uniform", "add_noise"}
 _NOISE |= {"unit_noise", "placement"}
@@ -28,7 +30,7 @@ def randomness(subject: Subject) -> CheckRecord:
     figure = f"{distinct} distinct outputs in {len(outputs)} passes"
     # Layers of level 0 are a network without noise; layers that are off had some.
     noisy = [layer for layer in subject.random_layers if layer.varies]
-    off = sum(not layer.enabled for layer in noisy)
+    off = sum(not layer.is_on for layer in noisy)
     if off:
         advice = "random layers are switched off at test time: leave noise_disabled"
         return failed(f"{off} of {len(noisy)} random layers off", advice)
@@ -55,17 +57,12 @@ def randomness(subject: Subject) -> CheckRecord:
 
 def _random_in_training(subject: Subject) -> bool:
     """Whether noise other than dropout's (which draws bits) makes the model random in training mode."""
-    modules = list(subject.model.modules())
-    before = [module.training for module in modules]
-    try:
-        for module in modules:
-            usual = isinstance(module, _DropoutNd | _BatchNorm) or "drop" in type(module).__name__.lower()
-            module.training = not usual
-        with torch.no_grad(), RandomOps() as mode:
-            subject.model(subject.few.to(subject.device, subject.dtype))
-    finally:
-        for module, training in zip(modules, before, strict=True):
-            module.training = training
+    model = copied(subject.model)  # whose modes are nobody else's
+    for module in model.modules():
+        usual = isinstance(module, _DropoutNd | _BatchNorm) or "drop" in type(module).__name__.lower()
+        module.training = not usual
+    with torch.no_grad(), RandomOps() as mode:
+        model(subject.few.to(subject.device, subject.dtype))
     return bool(mode.names & _NOISE)
 
 
@@ -120,15 +117,9 @@ def _hidden_modules(model: nn.Module) -> int:
 def _stray_parameters(subject: Subject) -> int:
     """Leaves of the outputs' graph that are neither the images nor the model's parameters."""
     known = {id(parameter) for parameter in subject.model.parameters()}
-    with _trainable(subject.model), torch.enable_grad():
-        training = [module for module in subject.model.modules() if module.training]
-        subject.model.eval()
-        try:
-            leaf = subject.few.detach().to(subject.device, subject.dtype, copy=True).requires_grad_()
-            outputs = subject.model(leaf)
-        finally:
-            for module in training:
-                module.training = True
+    with without_weight_gradients(subject.model), eval_mode(subject.model), torch.enable_grad():
+        leaf = subject.few.detach().to(subject.device, subject.dtype, copy=True).requires_grad_()
+        outputs = subject.model(leaf)
     outputs = getattr(outputs, "logits", outputs)
     todo, seen, stray = [outputs.grad_fn], set(), 0
     while todo:
@@ -142,17 +133,8 @@ def _stray_parameters(subject: Subject) -> int:
     return stray
 
 
-@contextmanager
-def _trainable(model: nn.Module) -> Iterator[None]:
-    """All parameters without gradients, so that only foreign leaves remain in the graph."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for parameter, _ in before:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, requires_grad in before:
-            parameter.requires_grad_(requires_grad)
+def _note(order: list[tuple[GaussianNoise, Tensor]], layer: GaussianNoise, args: tuple[Tensor, ...]) -> None:
+    order.append((layer, args[0].detach()))
 
 
 def where_noise_enters(subject: Subject) -> CheckRecord:
@@ -161,17 +143,11 @@ def where_noise_enters(subject: Subject) -> CheckRecord:
     if not layers:
         return not_applicable("there are no noise layers")
     order: list[tuple[GaussianNoise, Tensor]] = []
-    handles = [
-        layer.register_forward_pre_hook(
-            lambda module, args, layer=layer: order.append((layer, args[0].detach()))
-        )
-        for layer in layers
-    ]
-    try:
+    with OwnHooks() as hooks:
+        for layer in layers:
+            note = partial(_note, order)
+            hooks.add(layer.register_forward_pre_hook, note)
         subject.once(subject.few)
-    finally:
-        for handle in handles:
-            handle.remove()
     if not order:
         return failed("no noise layer is called", "the forward pass goes around the noise")
     layer, met = order[0]

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...attacks.losses import cross_entropy, margin
+from ...noise.calls import own_modes
 from ...noise.streams import noise_draw
 from ..results import CheckRecord
 from .findings import PASSES, ROUNDING, differ, failed, not_applicable, passed
@@ -16,11 +17,12 @@ _UNDERFLOW = 88.0  # a margin beyond which float32 softmax has no gradient left
 
 def eval_mode_on(subject: Subject) -> CheckRecord:
     """The model and its batch-norm layers are in eval mode."""
-    norms = [module for module in subject.model.modules() if isinstance(module, _BatchNorm)]
-    training = sum(module.training for module in norms)
-    figure = f"model in {'training' if subject.model.training else 'eval'} mode"
+    modes = own_modes(subject.model)
+    norms = [mode for module, mode in modes if isinstance(module, _BatchNorm)]
+    whole, training = modes[0][1], sum(norms)
+    figure = f"model in {'training' if whole else 'eval'} mode"
     figure += f", {training} of {len(norms)} batch-norm layers in training mode"
-    if subject.model.training or training:
+    if whole or training:
         return failed(figure, "call model.eval(): in training mode answers depend on the batch, and change")
     return passed(figure)
 

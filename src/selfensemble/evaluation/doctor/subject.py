@@ -6,40 +6,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...attacks.driver import attacked, check_batch, device_of, looks_like_probabilities, single_draw
 from ...attacks.pgd import pgd
 from ...ensemble.checks import floating_dtype
 from ...ensemble.ensemble import SelfEnsemble
+from ...ensemble.randomness import draws_numbers
 from ...fast.optimize import original_of
 from ...noise.injection import eval_mode, random_layers
 from ...noise.layer import GaussianNoise, RandomLayer
-from ...noise.streams import stream_seed
+from ...noise.streams import Sampling, stream_seed
 from ..judge import judge
 
 _JUDGE_QUERIES = 3
-
-
-# Operators that may draw random numbers, and do not in eval mode.
-_USUAL = {"rrelu", "rrelu_with_noise", "scaled_dot_product_attention"}
-
-
-class RandomOps(TorchDispatchMode):
-    """Notes the operators that can draw random numbers, by their names."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            name = str(func.overloadpacket).rpartition(".")[2].strip("_")
-            attention = name.startswith("scaled_dot_product")
-            self.names.add("scaled_dot_product_attention" if attention else name)
-        return func(*args, **(kwargs or {}))
 
 
 class Subject:
@@ -96,10 +75,7 @@ class Subject:
     @cached_property
     def random_ops(self) -> set[str]:
         """Operators of one pass in eval mode that draw random numbers."""
-        with RandomOps() as mode:
-            self.once(self.few)
-        names: set[str] = mode.names - _USUAL
-        return names
+        return draws_numbers(self.once, self.few)
 
     @cached_property
     def noise_layers(self) -> list[GaussianNoise]:
@@ -125,6 +101,12 @@ class Subject:
                 "need 5: pass images of its task, in its range, with its labels"
             )
         return self.all_inputs[right], self.all_labels[right]
+
+    @property
+    def sampling(self) -> Sampling:
+        """How an ensemble samples its draws; shared by the images of a batch where nothing is said."""
+        original = original_of(self.model)
+        return original.sampling if isinstance(original, SelfEnsemble) else "shared"
 
     @property
     def judge_draws(self) -> int | None:

@@ -118,6 +118,10 @@ class Adversarial(_Attack):
     name: Literal["adversarial"] = "adversarial"
     label_smoothing: NonNegative = 0.0
 
+    @property
+    def shows_images_once(self) -> bool:
+        return True
+
     def loss(self, networks: Networks, inputs: Tensor, labels: Tensor) -> Tensor:
         attacked = self.attack(networks.ensemble, inputs, lambda over: functional.nll_loss(over, labels))
         logits = logits_in_train_mode(networks, attacked)

@@ -38,6 +38,11 @@ class Defense(Section):
         """
         raise NotImplementedError
 
+    @property
+    def shows_images_once(self) -> bool:
+        """Whether no pass in train mode holds an image twice, so that two may have opposite noise."""
+        return False
+
     def teacher(self) -> "Defense | None":
         """The objective of a network to learn from, trained first by the same recipe, if there is one."""
         return None

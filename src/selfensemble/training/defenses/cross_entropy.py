@@ -41,6 +41,10 @@ class CrossEntropy(Defense):
             raise ValueError("consistency compares draws: set draws to 2 or more")
         return self
 
+    @property
+    def shows_images_once(self) -> bool:
+        return self.draws == 1
+
     def loss(self, networks: Networks, inputs: Tensor, labels: Tensor) -> Tensor:
         if self.input_std:
             noise = torch.randn(inputs.shape, dtype=inputs.dtype, device=inputs.device)

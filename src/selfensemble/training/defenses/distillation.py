@@ -23,6 +23,10 @@ class Temperature(Defense):
     name: Literal["temperature"] = "temperature"
     temperature: Positive = 100.0
 
+    @property
+    def shows_images_once(self) -> bool:
+        return True
+
     def loss(self, networks: Networks, inputs: Tensor, labels: Tensor) -> Tensor:
         logits = logits_in_train_mode(networks, inputs)
         return self.temperature * functional.cross_entropy(logits / self.temperature, labels)
@@ -39,6 +43,10 @@ class Distillation(Defense):
 
     def teacher(self) -> Temperature:
         return Temperature(temperature=self.temperature)
+
+    @property
+    def shows_images_once(self) -> bool:
+        return True
 
     def loss(self, networks: Networks, inputs: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG002
         if networks.teacher is None:

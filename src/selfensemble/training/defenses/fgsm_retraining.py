@@ -27,6 +27,10 @@ class FgsmRetraining(Defense):
     smallest_eps: Positive = 0.1
     largest_eps: Positive = 0.3
 
+    @property
+    def shows_images_once(self) -> bool:
+        return True
+
     def loss(self, networks: Networks, inputs: Tensor, labels: Tensor) -> Tensor:
         half = len(inputs) // 2
         leaf = inputs[:half].clone().requires_grad_()
