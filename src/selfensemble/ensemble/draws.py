@@ -9,7 +9,7 @@ from torch import Tensor
 from ..noise.streams import Sampling, derived_seed, fresh_seed, noise_draw
 from .checks import explain_shape
 from .classifier import RandomClassifier
-from .randomness import global_noise, other_seed
+from .randomness import global_noise, numbers_put_back, other_seed
 from .stopping import Rule, worth_taking
 
 _ON_ACCELERATORS = 64  # times the elements of a pass on a CPU
@@ -101,9 +101,12 @@ class Draws:
         if len(self._example) and shape not in known:
             few = self.prepared(self._example[:2])
             answers = []
+            if self.ensemble.has_other_noise(few):  # which a pass may draw once for all that is in it
+                known[shape] = False
+                return False
             try:
                 for step in (1, 2):
-                    with noise_draw(0, 0, "shared", count=2, step=step):
+                    with numbers_put_back(self.device), noise_draw(0, 0, "shared", count=2, step=step):
                         repeated = few.repeat(2, *[1] * (few.dim() - 1))
                         answers.append(self.ensemble.draw_logits(repeated)[: len(few)])
             except (RuntimeError, ValueError):  # a pass of one draw will say what is the matter, if anything

@@ -45,10 +45,9 @@ def answers_differ(forward: Callable[[Tensor], Tensor], inputs: Tensor, passes: 
         passes: at most.
     """
     few = inputs[:2]
-    devices = [few.device] if few.device.type != "cpu" else []
-    with torch.random.fork_rng(devices, device_type=few.device.type if devices else "cuda"):
+    with numbers_put_back(few.device):
         first = forward(few)
-        tolerance = 1e-5 * float(first.abs().max()) if devices else 0.0
+        tolerance = 0.0 if few.device.type == "cpu" else 1e-5 * float(first.abs().max())
         return any(not _same(first, forward(few), tolerance) for _ in range(passes - 1))
 
 
@@ -61,19 +60,24 @@ def _same(one: Tensor, other: Tensor, tolerance: float) -> bool:
 @torch.no_grad()
 def draws_numbers(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> set[str]:
     """Operators of a pass that draw random numbers of torch, whatever becomes of them."""
-    devices = [inputs.device] if inputs.device.type != "cpu" else []
-    kind = inputs.device.type if devices else "cuda"
-    with torch.random.fork_rng(devices, device_type=kind), RandomOps() as seen:
+    with numbers_put_back(inputs.device), RandomOps() as seen:
         forward(inputs[:2])
     names: set[str] = seen.names - USUAL
     return names
 
 
 @contextmanager
-def global_noise(seed: int, device: torch.device) -> Iterator[None]:
-    """Numbers of torch's global generators (dropout at test time) from `seed`; the caller's state stays."""
+def numbers_put_back(device: torch.device) -> Iterator[None]:
+    """After this context torch's global generators go on as if nothing had been drawn in it."""
     devices = [device] if device.type != "cpu" else []
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        yield
+
+
+@contextmanager
+def global_noise(seed: int, device: torch.device) -> Iterator[None]:
+    """Numbers of torch's global generators (dropout at test time) from `seed`; the caller's state stays."""
+    with numbers_put_back(device):
         torch.manual_seed(seed)
         yield
 

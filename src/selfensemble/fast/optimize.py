@@ -181,8 +181,31 @@ def optimize(
     return FastEnsemble(wrapped, ensemble, precision).eval()
 
 
+# torch.fx puts its own functions into nn.Module while it traces, for all threads.
+_tracing = threading.Lock()
+
+
 class _Tracer(fx.Tracer):
-    """Keeps random layers as they are: what they draw must not become a constant of the graph."""
+    """Keeps random layers as they are: what they draw must not become a constant of the graph.
+
+    Passes of other threads go on as if nothing was traced.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return isinstance(module, RandomLayer) or super().is_leaf_module(module, qualified_name)
@@ -205,7 +228,8 @@ def _rewritten(
         half: whether the answers are to be compared under autocast.
     """
     try:
-        graph = fx.GraphModule(copied := copy.deepcopy(network), _Tracer().trace(copied))
+        with _tracing:
+            graph = fx.GraphModule(apart := copy.deepcopy(network), _Tracer().trace(apart))
         rewrite_(graph)
         graph.recompile()
         graph.delete_all_unused_submodules()

@@ -64,7 +64,7 @@ def _of_pairs(noise: Tensor, size: int) -> Tensor:
 
 
 class AddOwn(torch.autograd.Function):
-    """Inputs added to noise of each image's own, which becomes the output: no memory has to be found for it."""
+    """Inputs added to noise of each image's own, which becomes the output."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG004

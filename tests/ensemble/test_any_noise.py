@@ -1,0 +1,243 @@
+"""Networks that are random by other means than our layers; networks with parts of images in the batch."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import selfensemble as rse
+from selfensemble import attacks
+from selfensemble.ensemble.stopping import Fixed
+from selfensemble.serving.batching import Batcher
+
+
+class Dropped(nn.Module):
+    """Dropout at test time, called as a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
+
+    def noisy(self, hidden: Tensor) -> Tensor:
+        return functional.dropout(hidden, 0.3, training=True)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        out: Tensor = self.net[3](self.noisy(self.net[:3](inputs)))
+        return out
+
+
+class Bayesian(Dropped):
+    """A weight that is drawn at every pass."""
+
+    def noisy(self, hidden: Tensor) -> Tensor:
+        return hidden * (1 + 0.3 * torch.randn(hidden.shape[1]))
+
+
+class OfNumpy(Dropped):
+    numbers = np.random.default_rng(0)
+
+    def noisy(self, hidden: Tensor) -> Tensor:
+        return hidden + 0.1 * torch.from_numpy(self.numbers.standard_normal(hidden.shape)).float()
+
+
+class Flipped(Dropped):
+    """A transform that seldom shows: every third pass, by Python's own numbers."""
+
+    def noisy(self, hidden: Tensor) -> Tensor:
+        return hidden if random.random() < 0.67 else 0.5 * hidden
+
+
+class Linear(nn.Module):
+    """No convolution that noise could be put in front of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(64, 10)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        out: Tensor = self.net(functional.dropout(inputs.flatten(1), 0.3, training=True))
+        return out
+
+
+def images() -> tuple[Tensor, Tensor]:
+    data = rse.load_data("digits", "test")
+    return data.inputs(slice(60)), data.labels[:60]
+
+
+def trained(kind: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    random.seed(0)
+    net, data = kind(), rse.load_data("digits", "train")
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    for step in range(60):
+        part = slice(step * 16, step * 16 + 64)
+        optimizer.zero_grad()
+        functional.cross_entropy(net(data.inputs(part)), data.labels[part]).backward()
+        optimizer.step()
+    return net.eval()
+
+
+KINDS = [Dropped, Bayesian, OfNumpy, Flipped, Linear]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_stochastic_network_is_an_ensemble(kind: Callable[[], nn.Module]) -> None:
+    net, (x, y) = trained(kind), images()
+    ensemble = rse.SelfEnsemble(net, rse.NoiseConfig(0, 0), draws=50)
+    state = torch.get_rng_state()
+    answer = ensemble.predict(x)
+    assert answer.spread.max() > 0.01
+    assert answer.draws.unique().tolist() == [50]
+    assert ensemble.is_random
+    assert (answer.label == y).float().mean() > 0.7
+    if kind is Flipped:
+        assert torch.equal(torch.get_rng_state(), state)
+    forward = ensemble(x[:8]).exp()  # the mean of 50 draws, too: five standard errors of a difference
+    truth = ensemble.predict(x[:8], draws=1000)
+    error = 5 * (1 / 50 + 1 / 1000) ** 0.5 * truth.spread + 5e-3
+    assert ((forward - truth.probabilities).abs() < error).all()
+    one, other = (rse.judge(ensemble, x[:20], x[:20], y[:20], draws=1, queries=20).lead for _ in range(2))
+    assert not torch.equal(one, other)
+    decision = rse.decide(ensemble, x[:6], max_draws=60)
+    assert (decision.draws > 1).all()
+    known = decision.label >= 0
+    assert (decision.label[known] == ensemble.predict(x[:6], draws=300).label[known]).all()
+    sets = rse.conformal_sets(ensemble, x[:40], y[:40], alpha=0.2)
+    assert sets.predict(x[40:]).shape == (20, 10)
+    with Batcher(ensemble, x[:1]) as batcher:
+        (served,) = batcher.submit(x[:1], Fixed(20))
+        assert served.result(timeout=60).draws == 20
+        assert served.result().spread.max() > 0
+    with pytest.raises(ValueError, match="no noise on the image"):
+        rse.certify(ensemble, x[:2], n=100)
+
+
+@pytest.mark.parametrize("kind", [Dropped, Bayesian, Linear])
+def test_a_seed_holds_for_what_torch_draws_as_well(kind: Callable[[], nn.Module]) -> None:
+    ensemble, (x, _) = rse.SelfEnsemble(trained(kind), rse.NoiseConfig(0, 0), draws=3), images()
+    state = torch.get_rng_state()
+    one, same, other = (ensemble.predict(x, seed=seed).probabilities for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_randomness_that_is_switched_on_later_is_found() -> None:
+    class Switched(Dropped):
+        on = False
+
+        def noisy(self, hidden: Tensor) -> Tensor:
+            return functional.dropout(hidden, 0.3, training=True) if self.on else hidden
+
+    net, (x, _) = trained(Switched), images()
+    ensemble = rse.SelfEnsemble(net, rse.NoiseConfig(0, 0))
+    answer = ensemble.predict(x)
+    assert answer.draws.unique().tolist() == [1]
+    assert not answer.spread.any()
+    net.on = True  # type: ignore[assignment]
+    assert ensemble.predict(x).spread.max() > 0
+
+
+def test_a_network_that_returns_nan_is_not_random_for_that() -> None:
+    class Broken(Dropped):
+        def noisy(self, hidden: Tensor) -> Tensor:
+            return hidden * float("nan")
+
+    ensemble = rse.SelfEnsemble(Broken().eval(), rse.NoiseConfig(0, 0), draws=7)
+    assert ensemble.predict(images()[0]).draws.unique().tolist() == [1]
+
+
+class Frames(nn.Module):
+    """Clips (B, T, 1, 8, 8): a 2-d network for each frame, whose answers are averaged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
+        self.front = rse.GaussianNoise(1.0, layer=9)
+
+    def forward(self, clips: Tensor) -> Tensor:
+        clips = self.front(clips)
+        out: Tensor = self.net(clips.flatten(0, 1)).unflatten(0, clips.shape[:2]).square().mean(dim=1)
+        return out
+
+
+def frames(sampling: Any) -> tuple[rse.SelfEnsemble, Tensor]:
+    torch.manual_seed(3)
+    net = Frames().eval()
+    with torch.no_grad():
+        net.net[-1].weight.mul_(6)  # type: ignore[operator]
+    rse.inject_noise_(net, rse.NoiseConfig(1.5, 1.5))
+    return rse.SelfEnsemble(net, sampling=sampling), torch.rand(4, 6, 1, 8, 8)
+
+
+def test_with_frames_in_the_batch_all_functions_agree_with_predict() -> None:
+    """Of an answer's two likeliest classes; four standard errors of 1,500 and more draws."""
+    ensemble, x = frames("per_image")
+    truth = ensemble.predict(x, draws=3000)
+    wrong = ensemble.predict(x, draws=3000, sampling="shared")
+    far = (truth.probabilities - wrong.probabilities).abs().amax(dim=1)
+    assert far.max() > 0.05  # the two are not the same here
+    decision = rse.decide(ensemble, x, max_draws=400, alpha=0.01)
+    assert (decision.label >= 0).any()
+    assert (decision.label[decision.label >= 0] == truth.label[decision.label >= 0]).all()
+    certificate = rse.certify(ensemble, x, method="mean", n0=100, n=1500)
+    known = certificate.label >= 0
+    assert (certificate.label[known] == truth.label[known]).all()
+    best = truth.probabilities.amax(dim=1)
+    assert (certificate.lower <= best + 0.02).all()
+    assert (certificate.lower > best - 0.12).all()
+    seen: list[Tensor] = []
+
+    def note(estimate: Tensor) -> Tensor:
+        seen.append(estimate.detach())
+        return estimate.sum(dim=1)
+
+    from selfensemble.attacks.driver import run_attack
+    from selfensemble.attacks.expectation import Noise
+
+    def run(oracle: Any, images: Tensor, labels: Tensor) -> Tensor:
+        draws = [oracle.evaluate(images, note).draws for _ in range(20)]
+        seen.append(torch.cat(draws).mean(dim=0))
+        return images
+
+    run_attack(ensemble, x, truth.label, run, Noise(eot=75, seed=0))
+    error = 4 * truth.spread / 1500**0.5 + 4 * truth.spread / 3000**0.5
+    assert ((seen[-1] - truth.probabilities).abs() < error).all()
+    with Batcher(ensemble, x[:1]) as batcher:
+        served = [each.result(timeout=60) for each in batcher.submit(x, Fixed(1500))]
+    assert ((torch.stack([each.probabilities for each in served]) - truth.probabilities).abs() < error).all()
+
+
+def test_a_bare_network_with_frames_is_attacked_as_it_answers() -> None:
+    ensemble, x = frames("per_image")
+    truth = ensemble.predict(x, draws=2000)
+    bare = ensemble.model
+    seen: list[Tensor] = []
+    handle = bare.register_forward_hook(
+        lambda module, args, output: seen.append(output.detach().softmax(dim=1))
+    )
+    attacks.random_noise(bare, x, truth.label, eps=1e-6, tries=1, eot=100, confirm_draws=100, seed=0)
+    handle.remove()
+    each = torch.stack([answer for answer in seen if len(answer) == len(x)])
+    error = 4.5 * truth.spread * (1 / len(each) + 1 / 2000) ** 0.5
+    assert ((each.mean(dim=0) - truth.probabilities).abs() < error + 1e-3).all()
+
+
+def test_sampling_can_be_changed_afterwards(tiny: nn.Module) -> None:
+    ensemble = rse.SelfEnsemble(tiny, draws=1)
+    layers = rse.noise_layers(ensemble.model).values()
+    assert {layer.sampling for layer in layers} == {"shared"}
+    ensemble.sampling = "per_image"
+    assert {layer.sampling for layer in layers} == {"per_image"}
+    same = torch.rand(1, 3, 8, 8).expand(5, -1, -1, -1)
+    assert len(ensemble.predict(same).probabilities.unique(dim=0)) == 5
+    assert len(ensemble.eval()(same).unique(dim=0)) == 5
+    ensemble.sampling = "shared"
+    assert torch.allclose(*ensemble.predict(same).probabilities[:2])
+    with pytest.raises(ValueError, match="per_image"):
+        ensemble.sampling = "each"  # type: ignore[assignment]
