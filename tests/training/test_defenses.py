@@ -170,6 +170,61 @@ def test_distillation_follows_the_teacher_and_ends_where_both_agree() -> None:
         defense.loss(networks(answering(logits)), image, label)
 
 
+@pytest.mark.parametrize(
+    "defense",
+    [
+        defenses.CrossEntropy(),
+        defenses.CrossEntropy(draws=2, consistency=1.0),
+        defenses.Adversarial(norm="l2", eps=0.01, steps=2, eot=2),
+        defenses.Trades(norm="l2", eps=0.01, steps=2),
+        defenses.FgsmRetraining(smallest_eps=0.001, largest_eps=0.01),
+        defenses.Temperature(),
+        defenses.Distillation(),
+    ],
+    ids=lambda defense: f"{defense.name}-{getattr(defense, 'draws', 1)}",
+)
+def test_opposite_noise_is_for_batches_that_hold_an_image_once(defense: defenses.Defense) -> None:
+    """Which images a pass in train mode holds, their grey value tells."""
+    values = torch.linspace(0.1, 0.9, 8)
+    inputs = values.view(8, 1, 1, 1).expand(8, 3, 4, 4).contiguous()
+    ensemble = rse.SelfEnsemble(Recorded(), rse.NoiseConfig(0, 0)).train()
+    shown: list[Tensor] = []
+    ensemble.register_forward_pre_hook(
+        lambda module, args: shown.append(args[0].detach()) if module.training else None
+    )
+    teacher = rse.SelfEnsemble(Recorded(), rse.NoiseConfig(0, 0)).eval()
+    defense.loss(networks(ensemble, teacher), inputs, torch.zeros(8, dtype=torch.long))
+    assert shown
+    once = True
+    for batch in shown:
+        numbers = (batch.flatten(1).mean(dim=1)[:, None] - values).abs().argmin(dim=1)
+        once &= len(numbers.unique()) == len(numbers)
+    assert once == defense.shows_images_once
+
+
+def test_draws_that_are_compared_are_independent(tmp_path: Path) -> None:
+    """The consistency of a step is that of two passes: means of 300 each, four standard errors."""
+    recipe = load_recipe(
+        "digits-rse",
+        ["defense={name: cross-entropy, draws: 2, consistency: 1}", "train.lr=0.000001"],
+    )
+    trainer = Trainer(recipe, tmp_path)
+    step, index = trainer.training_step, trainer.batches.order(0)[:64]
+    inputs, labels = trainer.batches.batch(index)
+    found, apart = [], []
+    for number in range(300):
+        loss = step.gradients(index, number)
+        with torch.no_grad(), rse.noise_draw(7, number):
+            each = torch.stack([step.network(inputs) for _ in range(2)]).log_softmax(dim=2)
+        mean = each.exp().mean(dim=0)
+        divergence = (mean * (mean.log() - each)).sum(dim=2).mean()
+        apart.append(functional.nll_loss(each.flatten(0, 1), labels.repeat(2)) + divergence)
+        found.append(loss)
+    one, other = torch.stack(found), torch.stack(apart)
+    error = (one.var() / len(one) + other.var() / len(other)).sqrt()
+    assert (one.mean() - other.mean()).abs() < 4 * error
+
+
 def test_an_attack_on_noise_meets_the_ensemble() -> None:
     """-log(mean softmax) of a network whose draws differ in sign: single draws point anywhere."""
     convolution = nn.Conv2d(1, 2, 1, bias=False)
