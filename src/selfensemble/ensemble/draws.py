@@ -101,10 +101,10 @@ class Draws:
         if len(self._example) and shape not in known:
             few = self.prepared(self._example[:2])
             answers = []
-            if self.ensemble.has_other_noise(few):  # which a pass may draw once for all that is in it
-                known[shape] = False
-                return False
             try:
+                if self.ensemble.has_other_noise(few):  # which a pass may draw once for all that is in it
+                    known[shape] = False
+                    return False
                 for step in (1, 2):
                     with numbers_put_back(self.device), noise_draw(0, 0, "shared", count=2, step=step):
                         repeated = few.repeat(2, *[1] * (few.dim() - 1))

@@ -155,7 +155,7 @@ def judge(
 
 
 def _varies(model: SelfEnsemble, inputs: Tensor) -> bool:
-    with eval_mode(model):
+    with eval_mode(model), exact_float32():
         return Draws(model, inputs).varies()
 
 
