@@ -90,3 +90,11 @@ def test_rules_of_two_precisions_are_not_followed_at_once(model: Path, digit: Pa
         run("predict", "--model", model, digit, *asked)
     line = error("predict", "--model", model, digit, "--sets", "--stop", "calibrated")
     assert "in other precisions" in line
+
+
+def test_certificates_on_the_grid_of_images(model: Path, tmp_path: Path) -> None:
+    arguments = ("certify", model, "--n-images", 4, "--n", 100, "--out", tmp_path / "out")
+    results = json.loads(run(*arguments, "--grid", "--json").stdout)
+    assert results["settings"]["grid"] is True
+    assert results["mean_radius"] > 0
+    assert "differs in settings.grid" in error(*arguments)

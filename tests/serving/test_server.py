@@ -126,6 +126,9 @@ def test_decisions_and_certificates_on_request(server: Server, digits: tuple[lis
         assert decision["draws"] <= 200
         assert (certificate["label"] is None) == (certificate["radius"] == 0)
         assert certificate["draws"] == 250
+    body["certify"] = {"n": 200, "n0": 50, "alpha": 0.01, "grid": True}
+    found = server.client.post("/v1/predict", json=body).json()["images"]
+    assert max(each["certificate"]["radius"] for each in found) > 0
 
 
 def test_many_clients_at_once_get_their_own_answers(

@@ -36,6 +36,9 @@ def certify(
     radius: Annotated[
         float | None, typer.Option(help="Stop early for images that reach this L2 radius.")
     ] = None,
+    grid: Annotated[
+        bool, typer.Option("--grid", help="Noise on the grid of 8-bit images: exact in floating point.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
     shard: Annotated[int, typer.Option(min=1, help="Images a unit of work.")] = 50,
     max_batch: Annotated[int | None, typer.Option(min=1, help="Images a forward pass.")] = None,
@@ -52,7 +55,7 @@ def certify(
 
     settings = Settings.model_validate(
         {"images": n_images, "alpha": alpha, "n0": n0, "n": n, "method": method, "rivals": rivals,
-         "radius": radius, "seed": seed, "shard": shard}
+         "radius": radius, "grid": grid, "seed": seed, "shard": shard}
     )  # fmt: skip
     config = storage.read_config(model)
     rank, world, target = this_process(device)

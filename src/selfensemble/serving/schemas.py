@@ -27,6 +27,9 @@ class Certify(BaseModel):
     n: Annotated[int, Field(ge=2)] = 1000
     method: Method = "mean"
     radius: Annotated[float, Field(gt=0)] | None = None
+    grid: Annotated[bool, Field(description="noise on the grid of 8-bit images, exact in floating point")] = (
+        False
+    )
 
 
 class Options(BaseModel):
