@@ -79,7 +79,7 @@ def main() -> None:
     # An untrained network is never sure: three draws stand for what a trained one takes.
     fast.stopping = Calibrated(
         thresholds=(2.0, 2.0, 0.0), epsilon=0.05, delta=0.05, mean_draws=3, disagreement=0.04,
-        images=1, reference_draws=200,
+        images=1, reference_draws=200, precision=fast.precision,
     )  # fmt: skip
     seconds = in_turn(
         {

@@ -1,6 +1,7 @@
 """Conformal sets: coverage on classifiers with known probabilities, with and without attack."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 import selfensemble as rse
 from selfensemble.certainty.conformal import ConformalSets, conformal_sets
+from selfensemble.ensemble.sets import SetRule
 
 
 class Linear(nn.Module):
@@ -72,17 +74,44 @@ def test_moved_images_keep_their_labels() -> None:
     assert robust.std == pytest.approx(0.5, rel=1e-3)
 
 
-def test_too_few_images_give_every_label() -> None:
-    sets = conformal_sets(ensemble(), *sampled(5, 4), alpha=0.1)
-    assert sets.threshold == 0
-    assert sets.predict(sampled(3, 5)[0]).all()
+@pytest.mark.parametrize(("alpha", "radius", "needed"), [(0.1, 0.0, 9), (0.3, 0.0, 3), (0.1, 0.2, 11)])
+def test_too_few_images_are_refused_with_the_number_that_is_needed(
+    alpha: float, radius: float, needed: int
+) -> None:
+    """The threshold is the ceil((n + 1) level)-th smallest value from below, which n values have or not."""
+    level = alpha * (1 - 2 / 20 * bool(radius))
+    assert needed == next(n for n in range(1, 100) if math.floor((n + 1) * level + 1e-9) >= 1)
+    with pytest.raises(ValueError, match=f"want {needed} images or more, got {needed - 1}: give more"):
+        conformal_sets(ensemble(), *sampled(needed - 1, 4), alpha=alpha, radius=radius, draws=20)
+    sets = conformal_sets(ensemble(), *sampled(needed, 4), alpha=alpha, radius=radius, draws=20)
+    assert sets.threshold > 0
     assert sets.predict(sampled(0, 5)[0]).shape[0] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16])
+def test_labels_of_any_integer_type(dtype: torch.dtype) -> None:
+    images, labels = sampled(50, 6)
+    rules = [conformal_sets(ensemble(), images, each, seed=1).rule for each in (labels, labels.to(dtype))]
+    assert rules[0] == rules[1]
 
 
 def test_mistakes_are_named() -> None:
     model, (images, labels) = ensemble(), sampled(20, 6)
     with pytest.raises(ValueError, match="a label an image"):
         conformal_sets(model, images, labels[:3])
+    for wrong, high in ((-1, -1), (2, 2), (300, 300)):
+        with pytest.raises(ValueError, match=f"classes of the network, 0 to 1, got {high}"):
+            conformal_sets(model, images, labels.index_fill(0, torch.tensor([3]), wrong))
+    for bad in (labels.float(), labels > 0, labels.tolist()):
+        with pytest.raises(TypeError, match="labels must be"):
+            conformal_sets(model, images, bad)  # type: ignore[arg-type]
+    for shape in (labels[:, None], labels[:0]):
+        with pytest.raises(ValueError, match="a label an image"):
+            conformal_sets(model, images, shape)
+    with pytest.raises(ValueError, match="draws must be"):
+        conformal_sets(model, images, labels, draws=0)
+    with pytest.raises(ValueError, match="2 or more"):
+        conformal_sets(model, images, labels, radius=0.1, draws=1)
     with pytest.raises(ValueError, match="radius must be"):
         conformal_sets(model, images, labels, radius=math.inf)
     with pytest.raises(ValueError, match="beta must be"):
@@ -93,3 +122,72 @@ def test_mistakes_are_named() -> None:
     assert conformal_sets(quiet, images, labels, draws=1).threshold > 0
     with pytest.raises(ValueError, match="noise"):
         conformal_sets(quiet, images, labels, radius=0.1)
+
+
+# on an ensemble, and on disk
+
+
+def test_sets_are_about_the_ensemble_they_were_calibrated_on() -> None:
+    model, (images, labels) = ensemble(), sampled(60, 7)
+    sets = conformal_sets(model, images, labels, seed=0)
+    held = sets.predict(images, seed=1)
+    model.draws = 3  # theirs are their own
+    assert torch.equal(sets.predict(images, seed=1), held)
+    fast = rse.optimize(model, images, "bf16")
+    model.sets = sets.rule
+    for change, back in (
+        ({"std": 0.7}, {"std": 0.5}),
+        ({"sampling": "per_image"}, {"sampling": "shared"}),
+    ):
+        for values, allowed in ((change, False), (back, True)):
+            for name, value in values.items():
+                setattr(rse.noise_layers(model.model)["conv"], name, value)
+            if allowed:
+                assert torch.equal(ConformalSets.of(model).predict(images, seed=1), held)
+                continue
+            with pytest.raises(ValueError, match="sets was calibrated on other noise"):
+                sets.predict(images)
+            with pytest.raises(ValueError, match="sets was calibrated on other noise"):
+                ConformalSets.of(model)
+    with pytest.raises(ValueError, match=r"no calibrated sets: set ensemble\.sets"):
+        ConformalSets.of(fast)
+    with pytest.raises(ValueError, match="computes in bf16"):
+        ConformalSets.of(rse.optimize(model, images, "bf16"))
+    with torch.no_grad():
+        next(model.parameters()).mul_(0.5)
+    with pytest.raises(ValueError, match="other weights"):
+        sets.predict(images)
+
+
+@pytest.mark.parametrize("radius", [0.0, 0.2])
+def test_sets_are_saved_and_loaded(tmp_path: Path, radius: float) -> None:
+    model, (images, labels) = ensemble(), sampled(60, 7)
+    sets = conformal_sets(model, images, labels, radius=radius, draws=30, seed=0)
+    model.sets = sets.rule
+    rse.save(model, tmp_path)
+    loaded = rse.load(tmp_path, Linear())
+    assert loaded.sets == sets.rule
+    assert torch.equal(ConformalSets.of(loaded).predict(images, seed=1), sets.predict(images, seed=1))
+    config = (tmp_path / "config.json").read_text()
+    next(iter(rse.noise_layers(model.model).values())).std = 0.6
+    with pytest.raises(ValueError, match=r"other noise than would be saved .* ensemble\.sets = None"):
+        rse.save(model, tmp_path)
+    assert (tmp_path / "config.json").read_text() == config
+    model.sets = None
+    rse.save(model, tmp_path)
+    assert rse.load(tmp_path, Linear()).sets is None
+
+
+def test_rules_that_promise_nothing_are_not_read() -> None:
+    rule = conformal_sets(ensemble(), *sampled(60, 7), radius=0.2, draws=30, seed=0).rule
+    assert SetRule.model_validate_json(rule.model_dump_json()) == rule
+    for wrong in (
+        {"std": 0.0},
+        {"beta": 0.0},
+        {"beta": 0.05},
+        {"draws": 1},
+        {"threshold": 2.0},
+        {"alpha": 0.0},
+    ):
+        with pytest.raises(ValueError, match=r"radius needs|should be"):
+            SetRule.model_validate(rule.model_dump() | wrong)

@@ -158,9 +158,12 @@ def test_calibrating_by_the_command(model: Path, tmp_path: Path) -> None:
     rule = json.loads(finished.stdout)
     assert json.loads((copy / "config.json").read_text())["stopping"] == rule
     data = rse.load_data("digits", "test")
-    answer = rse.load(copy).predict(data.inputs(slice(50)), stop="calibrated")
+    images = data.inputs(slice(50))
+    answer = rse.optimize(rse.load(copy), images, "bf16").predict(images, stop="calibrated")
     assert answer.draws.max() <= 12
     assert rule["precision"] == "bf16"
+    with pytest.raises(ValueError, match="calibrated in bf16, and this ensemble computes in float32"):
+        rse.load(copy).predict(images, stop="calibrated")
     assert "in a copy of its folder" in error("calibrate", "digits-rse")
     assert "asks for" in error("calibrate", copy, "--n-images", 5000)
     Image.fromarray(data.images[0, 0].numpy()).save(tmp_path / "digit.png")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import selfensemble as rse
+from selfensemble.ensemble.stopping import Calibrated
 from selfensemble.experiments.tuning import levels_named
 
 from ..command import error, run
@@ -46,6 +47,22 @@ def test_accuracies_are_those_of_the_geometry() -> None:
         assert sweep.recommended.name == "0:0"  # of equal ones that with less noise
     assert [layer.std for layer in rse.noise_layers(ensemble.model).values()] == [0.3]
     assert ensemble.draws == 200
+
+
+def test_rules_of_one_level_stay_behind(tmp_path: Path) -> None:
+    ensemble = rse.SelfEnsemble(Thresholds(), rse.NoiseConfig(0.3, 0.0), draws=20)
+    images, labels = images_at(0.4)
+    ensemble.stopping = Calibrated(
+        thresholds=(0.5, 0.0), epsilon=0.1, delta=0.05, mean_draws=1.5, disagreement=0.05, images=500,
+        reference_draws=200,
+    )  # fmt: skip
+    ensemble.sets = rse.conformal_sets(ensemble, images, labels, alpha=0.5).rule
+    sweep = rse.tune(ensemble, images, labels, [rse.NoiseConfig(0.1, 0.0)], steps=2)
+    found = sweep.recommended.ensemble
+    assert (found.stopping, found.sets) == (None, None)
+    rse.save(found, tmp_path)
+    assert ensemble.predict(images, stop="calibrated").draws.max() <= 2
+    assert ensemble.sets is not None
 
 
 def test_the_recommendation_weighs_resistance_against_clean_accuracy() -> None:

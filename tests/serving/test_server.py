@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import stats
 
 import selfensemble as rse
+from selfensemble.ensemble.stopping import Calibrated
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
@@ -124,6 +126,9 @@ def test_decisions_and_certificates_on_request(server: Server, digits: tuple[lis
         assert decision["draws"] <= 200
         assert (certificate["label"] is None) == (certificate["radius"] == 0)
         assert certificate["draws"] == 250
+    body["certify"] = {"n": 200, "n0": 50, "alpha": 0.01, "grid": True}
+    found = server.client.post("/v1/predict", json=body).json()["images"]
+    assert max(each["certificate"]["radius"] for each in found) > 0
 
 
 def test_many_clients_at_once_get_their_own_answers(
@@ -212,9 +217,65 @@ def test_other_machines_need_a_key() -> None:
     assert "--api-key" in found.stderr
 
 
-def client(**settings: Any) -> TestClient:
-    ensemble = rse.load("digits-rse")
+def client(ensemble: rse.SelfEnsemble | None = None, **settings: Any) -> TestClient:
+    ensemble = ensemble or rse.load("digits-rse")
     return TestClient(create_app(ensemble, CLASSES, (1, 8, 8), Settings(**settings)))
+
+
+def test_sets_on_request(digits: tuple[list[bytes], list[int]]) -> None:
+    ensemble, data = rse.load("digits-rse"), rse.load_data("digits", "test")
+    sets = rse.conformal_sets(ensemble, data.inputs(slice(250, 450)), data.labels[250:], seed=0)
+    files, labels = digits
+    body = {"images": [encoded(each) for each in files], "sets": True}
+    with client(ensemble) as http:
+        assert http.get("/v1/model").json()["sets"] is False
+        refused = http.post("/v1/predict", json=body)
+        assert (refused.status_code, "calibrate --sets" in refused.json()["error"]) == (422, True)
+        ensemble.sets = sets.rule
+        assert http.get("/v1/model").json()["sets"] is True
+        found = [each["set"] for each in http.post("/v1/predict", json=body).json()["images"]]
+        assert {(each["alpha"], each["radius"], each["draws"]) for each in found} == {(0.1, 0.0, 20)}
+        # At level 1e-3: how many of 40 images hold their label, the threshold being the 181st of 200.
+        right = sum(str(label) in each["labels"] for label, each in zip(labels, found, strict=True))
+        assert right >= stats.betabinom(40, 181, 20).ppf(0.001)
+        form = {"images": ("digit.png", files[0], "image/png")}
+        options = {"options": json.dumps({"sets": True})}
+        (answer,) = http.post("/v1/predict/files", files=form, data=options).json()["images"]
+        assert set(answer["set"]["labels"]) <= set(CLASSES)
+        without = http.post("/v1/predict", json=body | {"sets": False}).json()["images"]
+        assert all(each["set"] is None for each in without)
+        assert http.post("/v1/predict", json=body | {"sets": "perhaps"}).status_code == 422
+    with client(ensemble, secret="sixteen characters") as http:
+        first, second = (http.post("/v1/predict", json=body).json() for _ in range(2))
+        assert first == second
+
+
+@pytest.mark.parametrize("secret", [None, "sixteen characters"])
+def test_rules_are_refused_when_the_network_was_changed(
+    digits: tuple[list[bytes], list[int]], secret: str | None
+) -> None:
+    ensemble, data = rse.load("digits-rse"), rse.load_data("digits", "test")
+    ensemble.sets = rse.conformal_sets(ensemble, data.inputs(slice(50)), data.labels[:50], draws=2).rule
+    ensemble.stopping = Calibrated(
+        thresholds=(0.5, 0.0), epsilon=0.1, delta=0.05, mean_draws=1.5, disagreement=0.05, images=500,
+        reference_draws=200,
+    )  # fmt: skip
+    bodies = [
+        {"images": [encoded(digits[0][0])], **asked} for asked in ({"sets": True}, {"stop": "calibrated"})
+    ]
+    with client(ensemble, secret=secret, stop="calibrated") as http:
+        assert [http.post("/v1/predict", json=body).status_code for body in bodies] == [200, 200]
+        assert http.get("/v1/model").json()["calibrated"] is True
+        with torch.no_grad():
+            next(ensemble.parameters()).mul_(1.1)
+        for body in bodies:
+            answer = http.post("/v1/predict", json=body)
+            assert answer.status_code == 422
+            assert "calibrated on other weights" in answer.json()["error"]
+        about = http.get("/v1/model").json()
+        assert (about["calibrated"], about["sets"]) == (False, False)
+    with pytest.raises(ValueError, match="calibrated on other weights"):
+        client(ensemble, stop="calibrated")
 
 
 def test_a_key_is_asked_for(digits: tuple[list[bytes], list[int]]) -> None:

@@ -92,6 +92,20 @@ def test_means_of_draws_are_those_of_the_ensemble(antithetic: bool) -> None:
     assert ratio < 0.5 if antithetic else 0.8 < ratio < 1.25
 
 
+def test_a_rule_of_another_ensemble_is_not_taken() -> None:
+    model, _ = ensemble(0.5)
+    model.stopping = Calibrated(
+        thresholds=(0.0,), epsilon=0.1, delta=0.1, mean_draws=1, disagreement=0.1, images=1, reference_draws=9
+    )
+    rule = model.stopping
+    with Batcher(model, images(1)) as batcher:
+        assert answers(batcher, images(2), rule)[1].draws == 1
+        next(iter(rse.noise_layers(model.model).values())).std = 0.6
+        with pytest.raises(ValueError, match="calibrated on other noise"):
+            batcher.submit(images(2), rule)
+        assert batcher.waiting == 0
+
+
 def test_settled_images_leave_and_others_take_their_place() -> None:
     """Clear images are settled after 6 of 10 draws; all share passes though they come one by one."""
     model, probe = ensemble(0.01)

@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
+from ..ensemble.sets import SetRule
 from ..ensemble.stopping import Calibrated
 from ..networks.models import Activation
 from ..noise.resize_pad import ResizePadConfig
@@ -78,6 +79,7 @@ class ArtefactConfig(BaseModel):
         metrics: figures measured when it was saved, with what they were measured on.
         recipe: the recipe it was trained by, if any.
         stopping: margins at which images stop drawing, if it was calibrated.
+        sets: which labels belong to the conformal set of an image, if that was calibrated.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -95,6 +97,7 @@ class ArtefactConfig(BaseModel):
     metrics: dict[str, Any] = {}
     recipe: dict[str, Any] | None = None
     stopping: Calibrated | None = None
+    sets: SetRule | None = None
 
     @property
     def is_random(self) -> bool:

@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..ensemble.ensemble import SelfEnsemble
+from ..ensemble.promises import check_kept
+from ..ensemble.sets import SetRule
 from ..ensemble.stopping import Calibrated
 from ..networks.models import create_model
 from ..noise.injection import attach_noise_, noise_layers
@@ -43,7 +45,12 @@ def save(
         architecture, classes, input_shape, metrics, recipe: see `ArtefactConfig`.
         dtype: that weights of two dimensions or more are stored in, e.g. bfloat16 for half the size; they
             are float32 again when they are loaded. None stores them as they are.
+
+    Raises:
+        ValueError: a rule of the ensemble (`stopping`, `sets`) was calibrated on others than the weights and
+            the noise that would be saved with it; the message says what to do. Nothing is written.
     """
+    check_kept(ensemble)
     model = ensemble.model
     resize_pad = None
     if isinstance(model, ResizePadNetwork):
@@ -61,10 +68,12 @@ def save(
         metrics=metrics or {},
         recipe=recipe,
         stopping=ensemble.stopping,
+        sets=ensemble.sets,
     )
     # Tensors that share memory are copied apart: safetensors refuses them otherwise.
-    tensors = {key: tensor.detach().cpu().clone() for key, tensor in _weights(model).items()}
-    tensors = {key: _stored(tensor, dtype) for key, tensor in tensors.items()}
+    exact = {key: tensor.detach().cpu().clone() for key, tensor in _weights(model).items()}
+    tensors = {key: _stored(tensor, dtype) for key, tensor in exact.items()}
+    _check_rounding(ensemble, exact, tensors)
     # Both are on disk before either replaces an earlier one.
     with atomic_file(Path(folder) / WEIGHTS) as weights, atomic_file(Path(folder) / CONFIG) as text:
         weights.write(safetensors.torch.save(tensors))
@@ -77,9 +86,26 @@ def save_stopping(folder: str | Path, stopping: Calibrated) -> None:
     """Put calibrated thresholds into the `config.json` of a saved ensemble; nothing else is changed.
 
     Raises:
-        FileNotFoundError, ValueError: no such ensemble, or one that cannot be read.
+        FileNotFoundError, ValueError: no such ensemble, one that cannot be read, or another than the rule was
+            calibrated on.
     """
-    config = read_config(folder).model_copy(update={"stopping": stopping})
+    _save_rule(folder, "stopping", stopping)
+
+
+def save_sets(folder: str | Path, sets: SetRule) -> None:
+    """The same for the rule of conformal sets."""
+    _save_rule(folder, "sets", sets)
+
+
+def _save_rule(folder: str | Path, name: str, rule: Calibrated | SetRule) -> None:
+    config = read_config(folder).model_copy(update={name: rule})
+    if config.transformers is not None or config.architecture is not None:  # others are asked when it is used
+        different = rule.differences(load(folder))
+        if different:
+            raise ValueError(
+                f"the rule was calibrated on other {', other '.join(different)} than {folder} holds: "
+                "calibrate what rse.load returns"
+            )
     with atomic_file(locate(folder) / CONFIG) as text:
         text.write(to_json(config.model_dump(mode="json")))
         sync(text)
@@ -112,6 +138,17 @@ def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     if dtype is not None and tensor.dim() > 1 and tensor.is_floating_point():
         tensor = tensor.to(dtype)
     return tensor.contiguous()
+
+
+def _check_rounding(ensemble: SelfEnsemble, exact: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
+    """Raise a ValueError where rules would be saved with other weights than they were calibrated on."""
+    rules = [name for name in ("stopping", "sets") if getattr(ensemble, name) is not None]
+    if rules and not all(torch.equal(stored[key].to(each.dtype), each) for key, each in exact.items()):
+        drop = " and ".join(f"ensemble.{name} = None" for name in rules)
+        raise ValueError(
+            "dtype= rounds the weights, and calibrated rules are not about what would be stored: set "
+            f"{drop}, save, and calibrate what rse.load returns"
+        )
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -188,5 +225,5 @@ def load(folder: str | Path, model: nn.Module | None = None) -> SelfEnsemble:
     # A network that was saved without noise stays without.
     levels = None if config.noise else NoiseConfig(0, 0)
     ensemble = SelfEnsemble(model, levels, draws=config.draws, sampling=config.sampling, bounds=config.bounds)
-    ensemble.stopping = config.stopping
+    ensemble.stopping, ensemble.sets = config.stopping, config.sets
     return ensemble.eval()

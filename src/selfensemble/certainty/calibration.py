@@ -21,8 +21,8 @@ from torch import Tensor
 from ..ensemble.checks import check_count, check_images
 from ..ensemble.draws import Draws, check_finite
 from ..ensemble.ensemble import SelfEnsemble
+from ..ensemble.fingerprint import origin
 from ..ensemble.stopping import Calibrated, margin
-from ..fast.optimize import precision_of
 from ..noise.injection import eval_mode
 
 Progress = Callable[[int, int], None]
@@ -70,7 +70,8 @@ def calibrate(
     """Thresholds for `predict(..., stop="calibrated")`; labels are not needed.
 
     The guarantee is about images drawn as `inputs` were, so these should be none that the network was trained
-    on, and it says nothing of attacked ones. It is that of the ensemble in the precision it is given in.
+    on, and it says nothing of attacked ones. It is that of the ensemble as it is given: with other weights,
+    noise, sampling, draws or precision the rule is refused.
 
     Args:
         ensemble: in the form that will predict, e.g. optimised.
@@ -97,9 +98,8 @@ def calibrate(
     if len(inputs) < 2 * _LEAST:
         raise ValueError(f"calibration needs {2 * _LEAST} images or more, got {len(inputs)}")
     check_images(inputs, ensemble.bounds)
-    for name, share in (("epsilon", epsilon), ("delta", delta)):
-        if share is not None and not 0 < share < 1:
-            raise ValueError(f"{name} must lie between 0 and 1, got {share}")
+    _check_shares(epsilon=epsilon, delta=delta)
+    about = origin(ensemble)
     most, reference_draws = check_count("most", most), check_count("reference_draws", reference_draws)
     entropy = np.random.SeedSequence(seed)
     seeds = [int(state) for state in entropy.generate_state(2)]
@@ -114,7 +114,13 @@ def calibrate(
                 "does: set epsilon, or give more images"
             )
     rule = choose(first, second, epsilon, delta, reference_draws)
-    return rule.model_copy(update={"precision": precision_of(ensemble), "antithetic": antithetic})
+    return rule.model_copy(update=about | {"antithetic": antithetic, "draws": ensemble.draws})
+
+
+def _check_shares(**shares: float | None) -> None:
+    for name, share in shares.items():
+        if share is not None and not 0 < share < 1:
+            raise ValueError(f"{name} must lie between 0 and 1, got {share}")
 
 
 def choose(first: Paths, second: Paths, epsilon: float, delta: float, reference_draws: int) -> Calibrated:

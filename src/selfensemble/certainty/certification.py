@@ -11,6 +11,7 @@ classifiers, NeurIPS 2019, lemma 2.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
@@ -27,6 +28,7 @@ from ..noise.injection import eval_mode
 from ..noise.streams import DRAWS
 from .bounds import MeanBound
 from .decision import ABSTAINED, check_alpha
+from .grid import grid_noise
 from .pixels import pixel_std
 from .statistics import APART, Means, Rivals, Votes
 
@@ -69,6 +71,7 @@ def certify(
     rivals: Rivals = "runner_up",
     bound: MeanBound | None = None,
     radius: float | None = None,
+    grid: bool = False,
     max_batch: int | None = None,
     seed: int | None = None,
     progress: Progress | None = None,
@@ -91,6 +94,9 @@ def certify(
         bound: for "mean", how means are bounded, see `mean_lower`. By default "betting" or "binomial", for
             each mean the one that its draws of selection say is narrower.
         radius: a wanted radius: stop early for images that reach it, at one of 4 looks that share alpha.
+        grid: draw the noise on the image on a grid that holds 8-bit images, so that the radius is true of all
+            8-bit images within it as floating-point numbers are added, not only as real numbers are; see
+            `grid_noise`. The draws of a seed are others.
         max_batch, seed: see `SelfEnsemble.predict`.
         progress: called with draws done and all of them, of images times draws.
 
@@ -103,7 +109,7 @@ def certify(
     """
     found = certificates(
         ensemble, inputs, (method,), alpha=alpha, n0=n0, n=n, rivals=rivals, bound=bound, radius=radius,
-        max_batch=max_batch, seed=seed, progress=progress,
+        grid=grid, max_batch=max_batch, seed=seed, progress=progress,
     )  # fmt: skip
     return found[method]
 
@@ -119,6 +125,7 @@ def certificates(
     rivals: Rivals = "runner_up",
     bound: MeanBound | None = None,
     radius: float | None = None,
+    grid: bool = False,
     max_batch: int | None = None,
     seed: int | None = None,
     progress: Progress | None = None,
@@ -134,13 +141,12 @@ def certificates(
         none, zero = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64)
         return dict.fromkeys(methods, Certificate(none, zero, zero, zero, none))
     std = pixel_std(ensemble, inputs)
-    measures: dict[Method, Callable[..., Votes | Means]] = {
-        "vote": Votes,
-        "mean": partial(Means, bound=bound, seed=seed),
-    }
+    means = partial(Means, bound=bound, seed=seed)
+    measures: dict[Method, Callable[..., Votes | Means]] = {"vote": Votes, "mean": means}
     done, total = 0, len(inputs) * (n0 + n)
     found: list[list[tuple[Tensor, ...]]] = []
-    with eval_mode(ensemble):
+    noise = grid_noise(ensemble, inputs) if grid else nullcontext(0.0)
+    with eval_mode(ensemble), noise as slack:
         draws = Draws(ensemble, inputs, size, seed)
         room = max(1, _ROOM // (n * (APART + 2))) if "mean" in methods else 64 * draws.size
         for number, few in enumerate(inputs.split(room)):
@@ -158,7 +164,7 @@ def certificates(
 
             selection = torch.cat(list(passes(group, 0, n0)))
             seen = [measures[method](selection, rivals, alpha, n) for method in methods]
-            found.append(_certify(group, passes, seen, std, alpha, n0, looks, radius))
+            found.append(_certify(group, passes, seen, std, alpha, n0, looks, radius, slack))
             done = sum(len(each[0][0]) for each in found) * (n0 + n)  # with what early stops have saved
             if progress is not None:
                 progress(done, total)
@@ -207,8 +213,12 @@ def _certify(
     n0: int,
     looks: list[int],
     wanted: float | None,
+    slack: float = 0.0,
 ) -> list[tuple[Tensor, ...]]:
-    """The fields of a `Certificate` by each method; an image draws on until all have ended."""
+    """The fields of a `Certificate` by each method; an image draws on until all have ended.
+
+    Probabilities under the noise that the radius is about differ from those under the noise drawn by `slack`.
+    """
     size = len(group)
     answers = [seen.order[:, 0].cpu() for seen in methods]
     used = torch.zeros(len(methods), size, dtype=torch.int64)
@@ -221,6 +231,7 @@ def _certify(
         taken = look
         for number, seen in enumerate(methods):
             low, high = seen.bounds(alpha / len(looks))
+            low, high = np.maximum(low - slack, 0), np.minimum(high + slack, 1)
             reach = np.where(low > high, std / 2 * (stats.norm.ppf(low) - stats.norm.ppf(high)), 0.0)
             ends = np.full(len(reach), True) if look == looks[-1] else reach >= wanted
             ended = torch.from_numpy(ends) & (used[number, active] == 0)

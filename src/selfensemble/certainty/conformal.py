@@ -11,8 +11,9 @@ Provably robust conformal prediction with improved efficiency, ICLR 2024 (why dr
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -20,51 +21,93 @@ from torch import Tensor
 from ..ensemble.checks import check_count, check_images
 from ..ensemble.draws import Draws, check_finite
 from ..ensemble.ensemble import SelfEnsemble
+from ..ensemble.fingerprint import origin
+from ..ensemble.promises import check_sets
+from ..ensemble.sets import SetRule
 from ..noise.injection import eval_mode
 from .bounds import mean_lower
 from .decision import check_alpha
 from .pixels import pixel_std
 
+Progress = Callable[[int, int], None]
 _ROOM = 2**24  # probabilities at a time
 
 
 @dataclass(frozen=True)
 class ConformalSets:
-    """What `conformal_sets` returns.
+    """What `conformal_sets` returns: an ensemble, and which labels belong to a set.
+
+    To save both, set `ensemble.sets` to the rule, and `rse.save` the ensemble; `ConformalSets.of` finds it in
+    an ensemble that was loaded.
 
     Attributes:
-        ensemble: in the form that it was calibrated in.
-        alpha: the risk that a set misses the right label.
-        radius, std: of attacks that are accounted for, L2; of the noise on the image, or 0.
-        draws: of each image.
-        beta: the part of `alpha` for each of the two bounds on what draws leave open.
-        threshold: the least (lower bound of the) mean probability of a label in a set, without attack.
-        images: how many were calibrated on.
+        ensemble: as it was calibrated; once its weights, noise, sampling or precision are others, `predict`
+            refuses.
+        rule: risk, radius, draws and threshold.
     """
 
     ensemble: SelfEnsemble
-    alpha: float
-    radius: float
-    std: float
-    draws: int
-    beta: float
-    threshold: float
-    images: int
+    rule: SetRule
+
+    @classmethod
+    def of(cls, ensemble: SelfEnsemble) -> Self:
+        """Those that were calibrated on an ensemble and travelled with it.
+
+        Raises:
+            ValueError: there are none, or they were calibrated on another than the ensemble is now.
+        """
+        if ensemble.sets is None:
+            raise ValueError(
+                "the ensemble has no calibrated sets: set ensemble.sets = conformal_sets(ensemble, images, "
+                "labels).rule, or run `selfensemble calibrate --sets`"
+            )
+        check_sets(ensemble.sets, ensemble)
+        return cls(ensemble, ensemble.sets)
+
+    @property
+    def alpha(self) -> float:
+        """The risk that a set misses the right label."""
+        return self.rule.alpha
+
+    @property
+    def radius(self) -> float:
+        """L2 distance of attacks that are accounted for."""
+        return self.rule.radius
+
+    @property
+    def std(self) -> float:
+        """Of the noise on the image; 0 without a radius."""
+        return self.rule.std
+
+    @property
+    def draws(self) -> int:
+        """Of each image."""
+        return self.rule.draws
+
+    @property
+    def threshold(self) -> float:
+        """The least (lower bound of the) mean probability of a label in a set, without attack."""
+        return self.rule.threshold
 
     def predict(self, inputs: Tensor, *, max_batch: int | None = None, seed: int | None = None) -> Tensor:
         """(B, K) bool, on the CPU: which labels belong to the set of each of (B, ...) images.
 
         A set may be empty, which says that the image is like none of those calibrated on.
+
+        Raises:
+            ValueError: bad inputs, or the ensemble is another than was calibrated on.
         """
+        rule = self.rule
         check_images(inputs, self.ensemble.bounds)
+        check_sets(rule, self.ensemble)
         normal = torch.distributions.Normal(0.0, 1.0)
-        least = torch.tensor(self.threshold, dtype=torch.float64)
-        if self.radius:
-            least = normal.cdf(normal.icdf(least) - self.radius / self.std)
+        least = torch.tensor(rule.threshold, dtype=torch.float64)
+        if rule.radius:
+            least = normal.cdf(normal.icdf(least) - rule.radius / rule.std)
         found = []
-        for samples in _samples(self.ensemble, inputs, self.draws, max_batch, seed):
-            if self.radius:
-                highest = 1 - mean_lower(1 - samples.double(), self.beta)
+        for samples in _samples(self.ensemble, inputs, rule.draws, max_batch, seed):
+            if rule.radius:
+                highest = 1 - mean_lower(1 - samples.double(), rule.beta)
             else:
                 highest = samples.double().mean(dim=0)
             found.append((highest >= least.to(highest.device)).cpu())
@@ -82,46 +125,103 @@ def conformal_sets(
     beta: float | None = None,
     max_batch: int | None = None,
     seed: int | None = None,
+    progress: Progress | None = None,
 ) -> ConformalSets:
     """Calibrate sets that hold the right label with probability `1 - alpha`, over images like these.
 
     Args:
         ensemble: in the form that will predict, e.g. optimised.
-        inputs, labels: (N, ...), (N,) held-out images that the network was not trained on.
+        inputs: (N, ...) held-out images that the network was not trained on; `1 / alpha - 1` or more, with a
+            radius `1 / (alpha - 2 beta) - 1` or more.
+        labels: (N,) of any integer type, on any device.
         alpha: the risk that a set misses the right label.
         radius: L2 in the units of the image; the guarantee then holds for images moved by as much.
         draws: by default those of the ensemble, or 1,000 with a radius. Noise is each image's own: with
             shared noise the images to come would not be like those calibrated on.
         beta: with a radius, the part of `alpha` for each of two bounds; by default a twentieth.
         max_batch, seed: see `SelfEnsemble.predict`.
+        progress: called with images done and all of them.
 
     Raises:
-        ValueError: bad inputs, or with a radius noise that cannot be accounted for (see `pixel_std`).
+        ValueError: bad inputs, too few images, labels that are none of the network's, or with a radius noise
+            that cannot be accounted for (see `pixel_std`).
+        TypeError: labels that are no integers.
     """
     check_images(inputs, ensemble.bounds)
-    check_alpha(alpha)
-    if len(labels) != len(inputs) or len(inputs) == 0:
-        raise ValueError(
-            f"calibration needs a label an image, got {len(inputs)} images, {len(labels)} labels"
-        )
-    if not (math.isfinite(radius) and radius >= 0):
-        raise ValueError(f"radius must be finite and >= 0, got {radius}")
-    draws = check_count("draws", draws or (1000 if radius else ensemble.draws))
+    labels = _checked(labels, len(inputs))
+    if draws is None:
+        draws = 1000 if radius else ensemble.draws
     beta = (alpha / 20 if beta is None else beta) if radius else 0.0
-    if not 0 <= beta < alpha / 2 or (radius and not beta):
-        raise ValueError(f"beta must be above 0 and below alpha / 2, got {beta}")
+    _check_settings(alpha, radius, draws, beta, len(inputs))
+    about = origin(ensemble)
     std = pixel_std(ensemble, inputs) if radius else 0.0
     lowest = []
     start = 0
     for samples in _samples(ensemble, inputs, draws, max_batch, seed):
+        if not start:
+            _check_classes(labels, samples.shape[2])
         own = labels[start : start + samples.shape[1]].to(samples.device)
         start += len(own)
         right = samples.gather(2, own[None, :, None].expand(draws, -1, 1))[:, :, 0].double()
         lowest.append((mean_lower(right, beta) if radius else right.mean(dim=0)).cpu())
+        if progress is not None:
+            progress(start, len(inputs))
     values = torch.cat(lowest).sort(descending=True).values
-    rank = math.ceil((len(values) + 1) * (1 - alpha + 2 * beta) - 1e-9)
-    threshold = float(values[rank - 1]) if rank <= len(values) else 0.0  # too few images: every label
-    return ConformalSets(ensemble, alpha, radius, std, draws, beta, threshold, len(values))
+    rule = SetRule(
+        alpha=alpha, radius=radius, std=std, draws=draws, beta=beta, images=len(values),
+        threshold=float(values[_rank(len(values), alpha - 2 * beta) - 1]), **about,
+    )  # fmt: skip
+    return ConformalSets(ensemble, rule)
+
+
+def _check_settings(alpha: float, radius: float, draws: int, beta: float, images: int) -> None:
+    check_alpha(alpha)
+    if not (math.isfinite(radius) and radius >= 0):
+        raise ValueError(f"radius must be finite and >= 0, got {radius}")
+    if check_count("draws", draws) < 2 and radius:
+        raise ValueError("with a radius draws must be 2 or more")
+    if not 0 <= beta < alpha / 2 or (radius and not beta):
+        raise ValueError(f"beta must be above 0 and below alpha / 2, got {beta}")
+    level = alpha - 2 * beta
+    if _rank(images, level) > images:
+        raise ValueError(
+            f"sets that miss the right label of at most {alpha:g} of the images want {_needed(level)} images "
+            f"or more, got {images}: give more, or raise alpha"
+        )
+
+
+def _rank(images: int, level: float) -> int:
+    """Which of the falling values of so many images is the threshold; beyond the last, they are too few."""
+    return math.ceil((images + 1) * (1 - level) - 1e-9)
+
+
+def _needed(level: float) -> int:
+    """The fewest images that have a threshold."""
+    few = max(1, math.floor(1 / level) - 2)
+    while _rank(few, level) > few:
+        few += 1
+    return few
+
+
+def _checked(labels: Tensor, images: int) -> Tensor:
+    """The labels as int64 on the CPU, if there is one for each image."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integers, numbers of classes, got {labels.dtype}")
+    if tuple(labels.shape) != (images,) or images == 0:
+        raise ValueError(
+            f"calibration needs a label an image, got {images} images, labels of shape {tuple(labels.shape)}"
+        )
+    return labels.to("cpu", torch.int64)
+
+
+def _check_classes(labels: Tensor, classes: int) -> None:
+    low, high = (int(end) for end in labels.aminmax())
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"labels must be classes of the network, 0 to {classes - 1}, got {low if low < 0 else high}"
+        )
 
 
 def _samples(

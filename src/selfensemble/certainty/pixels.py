@@ -35,14 +35,14 @@ def pixel_std(ensemble: SelfEnsemble, example_inputs: Tensor) -> float:
     device = next((parameter.device for parameter in ensemble.parameters()), example_inputs.device)
     images = example_inputs[:2].to(device, ensemble.input_dtype or example_inputs.dtype)
     with torch.no_grad(), eval_mode(ensemble):
-        first = _first_noise(ensemble, images)
+        first = first_noise(ensemble, images)
         std = _in_pixels(ensemble, first, images)
         _check_no_way_around(ensemble, first, images)
         _check_alone(ensemble, images)
     return std
 
 
-def _first_noise(network: SelfEnsemble, images: Tensor) -> GaussianNoise:
+def first_noise(network: SelfEnsemble, images: Tensor) -> GaussianNoise:
     """The noise that acts first in a pass, and only once."""
     order: list[RandomLayer] = []
     layers = random_layers(network.model)
@@ -69,7 +69,7 @@ def _first_noise(network: SelfEnsemble, images: Tensor) -> GaussianNoise:
     return first
 
 
-def _at_first(network: SelfEnsemble, first: GaussianNoise, images: Tensor) -> Tensor:
+def arrives_at(network: SelfEnsemble, first: GaussianNoise, images: Tensor) -> Tensor:
     """What arrives at the first noise."""
     seen: list[Tensor] = []
     with OwnHooks() as hooks:
@@ -81,7 +81,7 @@ def _at_first(network: SelfEnsemble, first: GaussianNoise, images: Tensor) -> Te
 def _in_pixels(network: SelfEnsemble, first: GaussianNoise, images: Tensor) -> float:
     low, high = network.bounds or (0.0, 1.0)
     black, white, mixed = _probes(images, low, high)
-    offset, end, arrived = (_at_first(network, first, each) for each in (black, white, mixed))
+    offset, end, arrived = (arrives_at(network, first, each) for each in (black, white, mixed))
     if offset.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"the first noise acts on {offset.dtype}, whose rounding moves the image: certify a float32 "
@@ -112,7 +112,7 @@ def _probes(images: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Te
 def _check_no_way_around(network: SelfEnsemble, first: GaussianNoise, images: Tensor) -> None:
     """With what leaves the first noise held fixed, other images must give the same answer."""
     probes = (images, *_probes(images, *(network.bounds or (0.0, 1.0))))
-    for fixed in [_at_first(network, first, probe) for probe in probes]:
+    for fixed in [arrives_at(network, first, probe) for probe in probes]:
         with OwnHooks() as hooks:
             hooks.add(first.register_forward_hook, lambda module, args, output, fixed=fixed: fixed)
             answers = [_seeded(network, each) for each in probes]

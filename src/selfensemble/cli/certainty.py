@@ -1,7 +1,9 @@
 """Commands about what is certain: certificates, and how many draws an answer needs."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +13,12 @@ from ..runtime.processes import this_process
 from . import terminal
 from .arguments import in_precision, test_data_of
 from .base import Data, Device, Json, Model, app, resumable
+
+if TYPE_CHECKING:
+    from ..data.images import ImageData
+    from ..ensemble.ensemble import SelfEnsemble
+    from ..ensemble.sets import SetRule
+    from ..ensemble.stopping import Calibrated
 
 _PRECISION = "float32, or bf16: an optimised copy, which is then what the result is about."
 
@@ -28,6 +36,9 @@ def certify(
     radius: Annotated[
         float | None, typer.Option(help="Stop early for images that reach this L2 radius.")
     ] = None,
+    grid: Annotated[
+        bool, typer.Option("--grid", help="Noise on the grid of 8-bit images: exact in floating point.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
     shard: Annotated[int, typer.Option(min=1, help="Images a unit of work.")] = 50,
     max_batch: Annotated[int | None, typer.Option(min=1, help="Images a forward pass.")] = None,
@@ -44,7 +55,7 @@ def certify(
 
     settings = Settings.model_validate(
         {"images": n_images, "alpha": alpha, "n0": n0, "n": n, "method": method, "rivals": rivals,
-         "radius": radius, "seed": seed, "shard": shard}
+         "radius": radius, "grid": grid, "seed": seed, "shard": shard}
     )  # fmt: skip
     config = storage.read_config(model)
     rank, world, target = this_process(device)
@@ -80,48 +91,96 @@ def calibrate(
     model: Annotated[Path, typer.Argument(help="Folder that `train` wrote; its config.json is extended.")],
     data: Data = None,
     n_images: Annotated[
-        int, typer.Option(min=200, help="Test images: the last so many, so that the first stay unseen.")
+        int, typer.Option(min=1, help="Test images: the last so many, so that the first stay unseen.")
     ] = 4000,
     epsilon: Annotated[
         float | None,
         typer.Option(help="Share of other answers; by default that of the model's fixed number of draws."),
     ] = None,
-    delta: Annotated[float, typer.Option(help="Risk that more than epsilon differ.")] = 0.05,
-    most: Annotated[int, typer.Option(min=2, help="Draws of an image at most.")] = 32,
+    delta: Annotated[float | None, typer.Option(help="Risk that more than epsilon differ; .05.")] = None,
+    most: Annotated[int | None, typer.Option(min=2, help="Draws of an image at most; 32.")] = None,
+    sets: Annotated[
+        bool, typer.Option("--sets", help="Of conformal sets instead, for `predict --sets`; uses the labels.")
+    ] = False,
+    alpha: Annotated[
+        float | None, typer.Option(help="With --sets: the risk that a set misses the right label; .1.")
+    ] = None,
+    radius: Annotated[
+        float | None, typer.Option(help="With --sets: also of images moved by as much, L2 in [0, 1] pixels.")
+    ] = None,
+    draws: Annotated[
+        int | None, typer.Option(min=1, help="With --sets: of an image; the model's, with a radius 1,000.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Repeatable noise; fresh by default.")] = None,
     precision: Annotated[str, typer.Option(help=_PRECISION)] = "bf16",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Set the margins at which `predict --stop calibrated` stops drawing; needs no labels."""
+    """Set the margins at which `predict --stop calibrated` stops drawing, or the sets of `predict --sets`."""
     from ..artefacts import storage
-    from ..certainty.calibration import calibrate as calibrated
 
+    of_stops = {"epsilon": epsilon, "delta": delta, "most": most}
+    of_sets = {"alpha": alpha, "radius": radius, "draws": draws}
+    for name, value in (of_stops if sets else of_sets).items():
+        if value is not None:
+            raise InputError(
+                f"--{name} is {'not ' if sets else ''}of --sets: {'leave it out' if sets else 'add it'}"
+            )
     if not model.is_dir():
         raise InputError(f"{model} is no folder: a network of the zoo is calibrated in a copy of its folder")
     test = test_data_of(storage.read_config(model), data)
     if len(test) < n_images:
         raise InputError(f"there are {len(test)} test images: --n-images asks for {n_images}")
     ensemble = in_precision(storage.load(model).to(device_named(device)), test.inputs(slice(2)), precision)
-    with terminal.progress() as update:
-        update("drawing", 0.0)
-        rule = calibrated(
-            ensemble,
-            test.inputs(slice(len(test) - n_images, len(test))),
-            epsilon=epsilon,
-            delta=delta,
-            most=most,
-            seed=seed,
-            progress=lambda done, total: update("drawing", done / total),
-        )
-    storage.save_stopping(model, rule)
+    work = _sets if sets else _stopping
+    options = {name: value for name, value in (of_sets if sets else of_stops).items() if value is not None}
+    rule, told = work(ensemble, test, slice(len(test) - n_images, len(test)), options | {"seed": seed}, model)
     if as_json:
         terminal.print_json(rule.model_dump(mode="json"))
         return
-    terminal.out.print(
+    terminal.out.print(told, soft_wrap=True)
+    terminal.out.print(f"Written to {model}/config.json", soft_wrap=True)
+
+
+def _stopping(
+    ensemble: "SelfEnsemble", test: "ImageData", chosen: slice, options: dict[str, Any], folder: Path
+) -> tuple["Calibrated", str]:
+    """The rule that is written to the folder, and what to say of it."""
+    from ..artefacts.storage import save_stopping
+    from ..certainty.calibration import calibrate
+
+    with _drawing() as progress:
+        rule = calibrate(ensemble, test.inputs(chosen), progress=progress, **options)
+    save_stopping(folder, rule)
+    return rule, (
         f"Mean draws {rule.mean_draws:.2f} instead of {ensemble.draws}; {rule.disagreement:.2%} of "
         f"{rule.images} images are answered otherwise than by {rule.reference_draws} draws; at most "
-        f"{rule.epsilon:.2%} of images like them, at a risk of {rule.delta:g}.",
-        soft_wrap=True,
+        f"{rule.epsilon:.2%} of images like them, at a risk of {rule.delta:g}."
     )
-    terminal.out.print(f"Written to {model}/config.json", soft_wrap=True)
+
+
+def _sets(
+    ensemble: "SelfEnsemble", test: "ImageData", chosen: slice, options: dict[str, Any], folder: Path
+) -> tuple["SetRule", str]:
+    """The same of conformal sets."""
+    from ..artefacts.storage import save_sets
+    from ..certainty.conformal import conformal_sets
+
+    with _drawing() as progress:
+        rule = conformal_sets(
+            ensemble, test.inputs(chosen), test.labels[chosen], progress=progress, **options
+        ).rule
+    save_sets(folder, rule)
+    moved = f", moved by up to {rule.radius:g} in L2" if rule.radius else ""
+    return rule, (
+        f"Sets hold the right label of {1 - rule.alpha:.1%} of images like the {rule.images} calibrated on"
+        f"{moved}; {rule.draws} draws an image, threshold {rule.threshold:.4f}."
+    )
+
+
+@contextmanager
+def _drawing() -> Iterator[Callable[[int, int], None]]:
+    """Progress of draws or of images."""
+    with terminal.progress() as update:
+        update("drawing", 0.0)
+        yield lambda done, total: update("drawing", done / total)

@@ -1,7 +1,7 @@
 """Commands about saved networks: what they answer, and how they are given away."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,6 +10,11 @@ from ..runtime.errors import InputError
 from . import terminal
 from .arguments import image_files, in_precision, read_image, test_data_of
 from .base import MODEL_HELP, Data, Device, Json, app
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..ensemble.ensemble import SelfEnsemble
 
 
 @app.command()
@@ -21,6 +26,9 @@ def predict(
         str | None,
         typer.Option(help="exact or calibrated: an image stops drawing when its answer is settled."),
     ] = None,
+    sets: Annotated[
+        bool, typer.Option("--sets", help="Also all labels that are possible, as `calibrate --sets` found.")
+    ] = False,
     top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 3,
     seed: Annotated[int | None, typer.Option(help="Repeatable noise; fresh by default.")] = None,
     device: Device = "auto",
@@ -30,6 +38,7 @@ def predict(
     import torch
 
     from ..artefacts import storage
+    from ..certainty.conformal import ConformalSets
 
     config = storage.read_config(model)
     if config.input_shape is None:
@@ -38,8 +47,8 @@ def predict(
     images = torch.stack([read_image(path, config.input_shape) for path in files])
     ensemble = storage.load(model).to(device_named(device))
     inputs = images.float() / 255
-    if stop == "calibrated" and ensemble.stopping is not None:
-        ensemble = in_precision(ensemble, inputs, ensemble.stopping.precision)
+    ensemble = _as_calibrated(ensemble, inputs, stop, sets)
+    possible = None if not sets else ConformalSets.of(ensemble).predict(inputs, max_batch=256, seed=seed)
     answer = ensemble.predict(inputs, draws=draws, seed=seed, max_batch=256, stop=stop)  # type: ignore[arg-type]
     classes = config.classes or tuple(str(label) for label in range(answer.probabilities.shape[1]))
     records: list[dict[str, Any]] = []
@@ -51,10 +60,27 @@ def predict(
             for k in best
         ]
         records.append({"file": str(path), "draws": used, "predictions": shown})
+    if possible is not None:
+        for record, held in zip(records, possible.tolist(), strict=True):
+            record["set"] = [label for label, inside in zip(classes, held, strict=True) if inside]
     if as_json:
         terminal.print_json({"images": records})
         return
     terminal.print_predictions(records, min(top, len(classes)))
+
+
+def _as_calibrated(
+    ensemble: "SelfEnsemble", inputs: "Tensor", stop: str | None, sets: bool
+) -> "SelfEnsemble":
+    """The ensemble in the precision of the rules that it is to follow."""
+    rules = [ensemble.stopping if stop == "calibrated" else None, ensemble.sets if sets else None]
+    precisions = {rule.precision for rule in rules if rule is not None}
+    if len(precisions) > 1:
+        raise InputError(
+            "--stop calibrated and --sets were calibrated in other precisions: calibrate one of them again, "
+            "or ask for one at a time"
+        )
+    return in_precision(ensemble, inputs, *precisions) if precisions else ensemble
 
 
 @app.command()

@@ -48,7 +48,8 @@ def serve(
     max_waiting: Annotated[int, typer.Option(min=1, help="Images in the queue; more are refused.")] = 256,
     timeout: Annotated[float, typer.Option(help="Seconds for a request.")] = 30.0,
     precision: Annotated[
-        str | None, typer.Option(help="float32 or bf16; by default the faster on this device.")
+        str | None,
+        typer.Option(help="float32 or bf16; by default that of calibrated rules, or the faster one."),
     ] = None,
     device: Device = "auto",
 ) -> None:
@@ -71,12 +72,12 @@ def serve(
          "max_waiting": max_waiting, "timeout": timeout, "page": page, "samples": samples,
          "attacks": page and (is_local if attacks is None else attacks)}
     )  # fmt: skip
-    ensemble, classes, shape = _loaded(model, device, stop, precision)
+    ensemble, classes, shape = _loaded(model, device, precision)
     run(ensemble, classes, shape, settings, host, port)
 
 
 def _loaded(
-    model: Path, device: str, stop: str | None, precision: str | None
+    model: Path, device: str, precision: str | None
 ) -> tuple["SelfEnsemble", tuple[str, ...], tuple[int, int, int]]:
     """The ensemble as it will answer, the names of its classes and the shape of its images."""
     import torch
@@ -90,9 +91,9 @@ def _loaded(
     target = device_named(device)
     ensemble = storage.load(model).to(target)
     example = torch.zeros(2, *config.input_shape)
-    if stop == "calibrated" and ensemble.stopping is not None:
-        precision = ensemble.stopping.precision  # thresholds are about it
-    ensemble = in_precision(ensemble, example, precision or faster_precision(target))
+    # Rules are about a precision; without --precision it is theirs, first of all that of the stops.
+    rules = [rule.precision for rule in (ensemble.stopping, ensemble.sets) if rule is not None]
+    ensemble = in_precision(ensemble, example, precision or [*rules, faster_precision(target)][0])
     classes = config.classes or tuple(
         map(str, range(ensemble.eval().predict(example).probabilities.shape[1]))
     )

@@ -162,11 +162,15 @@ def print_predictions(records: list[dict[str, Any]], top: int) -> None:
     table.add_column("draws", justify="right")
     for rank in range(top):
         table.add_column("answer" if rank == 0 else f"{rank + 1}.")
+    if any("set" in record for record in records):
+        table.add_column("possible", overflow="fold")
     for record in records:
         cells = []
         for guess in record["predictions"]:
             spread = "" if guess["spread"] is None else f" +- {guess['spread']:.2f}"
             cells.append(f"{guess['label']} {guess['probability']:.2f}{spread}")
+        if "set" in record:
+            cells.append(", ".join(record["set"]) or "none")
         table.add_row(record["file"], str(record["draws"]), *cells)
     out.print(table)
 

@@ -1,6 +1,6 @@
 """A classifier whose passes may differ, one noise draw at a time."""
 
-from typing import Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,15 @@ from ..noise.injection import noise_disabled, random_layers
 from ..noise.streams import Sampling, check_sampling, noise_draw
 from .checks import floating_dtype, logits_of
 from .randomness import PASSES, answers_differ, draws_numbers
+
+Precision = Literal["float32", "bf16"]
+
+
+class Copied(NamedTuple):
+    """Digests of the weights of an optimised copy when it was made: its original's, and its own."""
+
+    original: str
+    own: str
 
 
 class RandomClassifier(nn.Module):
@@ -20,12 +29,16 @@ class RandomClassifier(nn.Module):
 
     Attributes:
         folds: by shape of an image, whether one pass can hold several draws; found out when it is wanted.
+        precision: that it computes in, as `optimize` names it.
+        copied: what an optimised copy was made of; None of another.
     """
 
     # Input elements of a forward pass on a CPU: 32 images of 32x32.
     chunk = 32 * 3 * 32 * 32
     # Whether noisy copies of activations fit where a plain pass has its activations in float32.
     has_half_activations = False
+    precision: Precision = "float32"
+    copied: Copied | None = None
 
     def __init__(self, model: nn.Module, sampling: Sampling) -> None:
         super().__init__()

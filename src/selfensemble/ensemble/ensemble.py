@@ -13,9 +13,9 @@ from ..noise.injection import FilterFn, eval_mode, inject_noise_, is_convolution
 from ..noise.layer import NoiseConfig
 from ..noise.streams import Sampling
 from .checks import check_count, check_images
-from .classifier import RandomClassifier
 from .draws import Draws, moments
-from .stopping import Calibrated, Fixed, Stop, rule_for
+from .promises import Promising, rule_for
+from .stopping import Calibrated, Fixed, Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Prediction:
     draws: Tensor
 
 
-class SelfEnsemble(RandomClassifier):
+class SelfEnsemble(Promising):
     """A classifier with noise in front of every convolution, averaged over noise draws.
 
     `train()`: `forward` returns the logits of one draw, so that any loop that minimises the
@@ -53,6 +53,10 @@ class SelfEnsemble(RandomClassifier):
 
     Attributes:
         stopping: margins at which images stop drawing, see `calibrate`; None where there are none.
+        sets: which labels belong to the set of an image, see `conformal_sets`; None where there is none.
+
+    Rules are for the weights, noise, sampling and precision that they were calibrated on, and are refused
+    when they are used after one of these changed.
 
     Source: Liu et al. 2018, algorithm 1.
     """
@@ -76,7 +80,6 @@ class SelfEnsemble(RandomClassifier):
         super().__init__(model, sampling)
         self.draws = check_count("draws", draws)
         self.bounds = bounds
-        self.stopping: Calibrated | None = None
         self.train(model.training)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -131,7 +134,8 @@ class SelfEnsemble(RandomClassifier):
             (B, K) float32 probabilities, on the device of `inputs`.
 
         Raises:
-            TypeError, ValueError: inputs of a wrong dtype, shape or range, or counts below 1.
+            TypeError, ValueError: inputs of a wrong dtype, shape or range, counts below 1, or a rule that was
+                calibrated on another ensemble than this is now.
         """
         return self.predict(
             inputs, draws=draws, max_batch=max_batch, seed=seed, sampling=sampling, stop=stop,
@@ -153,7 +157,7 @@ class SelfEnsemble(RandomClassifier):
         """Label, mean probabilities and their spread over the draws; arguments of `predict_proba`."""
         check_images(inputs, self.bounds)
         most = self.draws if draws is None else check_count("draws", draws)
-        rule = rule_for(stop, most, draws is not None, self.stopping)
+        rule = rule_for(stop, most, draws is not None, self, sampling)
         size = None if max_batch is None else check_count("max_batch", max_batch)
         if antithetic is None:
             antithetic = isinstance(rule, Calibrated) and rule.antithetic

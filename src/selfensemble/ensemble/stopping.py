@@ -1,11 +1,13 @@
 """When an image needs no further noise draws."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol, get_args
+from typing import Annotated, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
+
+from .fingerprint import Promise
 
 Stop = Literal["exact", "calibrated"]
 _Share = Annotated[float, Field(gt=0, lt=1)]
@@ -66,7 +68,7 @@ class Exact:
         return draws * margin(mean) > (self.most - draws) + 1e-5 * self.most
 
 
-class Calibrated(BaseModel):
+class Calibrated(Promise):
     """Stop when the margin of the mean passes the threshold of the number of draws, see `calibrate`.
 
     Attributes:
@@ -77,11 +79,12 @@ class Calibrated(BaseModel):
         mean_draws, disagreement: measured on the images that the thresholds were tested on.
         images: how many those were.
         reference_draws: draws that stood for infinitely many.
-        precision: of the ensemble it was calibrated on.
         antithetic: whether draws come in pairs of opposite noise.
+        draws: fixed number of draws of the ensemble, whose share of other answers is the default of epsilon;
+            None where early versions saved it.
+        precision, fingerprint: of the ensemble it was calibrated on, see `Promise`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     thresholds: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)]
     epsilon: _Share
     delta: _Share
@@ -89,8 +92,8 @@ class Calibrated(BaseModel):
     disagreement: Annotated[float, Field(ge=0, le=1)]
     images: Annotated[int, Field(ge=1)]
     reference_draws: Annotated[int, Field(ge=1)]
-    precision: Literal["float32", "bf16"] = "float32"
     antithetic: bool = False
+    draws: Annotated[int, Field(ge=1)] | None = None
 
     @property
     def most(self) -> int:
@@ -119,31 +122,3 @@ def margin(mean: Tensor) -> Tensor:
         return mean.new_full((len(mean),), float("inf"))
     first, second = mean.topk(2, dim=1).values.unbind(dim=1)
     return first - second
-
-
-def rule_for(stop: Stop | None, draws: int, given: bool, calibrated: Calibrated | None) -> Rule:
-    """The rule of a prediction.
-
-    Args:
-        stop: its name; None takes all draws.
-        draws: how many an image takes at most.
-        given: whether the caller chose that number.
-        calibrated: what the ensemble was calibrated to.
-
-    Raises:
-        ValueError: no such rule, or one that the ensemble lacks; the message says what to do.
-    """
-    if stop is None:
-        return Fixed(draws)
-    if stop == "exact":
-        return Exact(draws)
-    if stop != "calibrated":
-        raise ValueError(f"stop must be one of {get_args(Stop)} or None, got {stop!r}")
-    if calibrated is None:
-        raise ValueError(
-            "the ensemble has no calibrated thresholds: set ensemble.stopping = calibrate(ensemble, images), "
-            "or run `selfensemble calibrate`"
-        )
-    if given:
-        raise ValueError('stop="calibrated" has its own number of draws: leave draws out')
-    return calibrated

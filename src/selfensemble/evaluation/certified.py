@@ -48,6 +48,7 @@ class Settings(Section):
     rivals: Rivals = "runner_up"
     bound: MeanBound | None = None
     radius: Annotated[float, Field(gt=0)] | None = None
+    grid: bool = False
     seed: int = 0
     shard: Count = 50
 
@@ -176,6 +177,7 @@ class Certification:
             rivals=settings.rivals,
             bound=settings.bound,
             radius=settings.radius,
+            grid=settings.grid,
             max_batch=self.max_batch,
             seed=stream_seed(settings.seed, number, 7),
             progress=lambda done, total: progress(done / total),

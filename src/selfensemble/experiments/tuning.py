@@ -157,6 +157,7 @@ def tune(
         if progress is not None:
             progress(f"noise {noise.init_std:g}:{noise.inner_std:g}", number / len(levels))
         candidate = copy.deepcopy(ensemble)
+        candidate.stopping = candidate.sets = None  # calibrated at one level
         set_levels_(candidate.model, noise)
         candidate.draws = ensemble.draws if candidate.is_random else 1
         if fine_tune is not None:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,14 +16,16 @@ from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..ensemble.checks import logits_of
+from ..ensemble.classifier import Copied
+from ..ensemble.classifier import Precision as Precision
 from ..ensemble.ensemble import SelfEnsemble
+from ..ensemble.fingerprint import fingerprint, weights_digest
 from ..noise.calls import copied
 from ..noise.injection import execution_order, is_convolution, random_layers
 from ..noise.layer import GaussianNoise, NoiseConfig, RandomLayer
 from ..noise.streams import noise_draw
 from .prepacked import FEW, PrepackedConvolution, can_prepack
 
-Precision = Literal["float32", "bf16"]
 _DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16}
 _RELUS = (torch.relu, torch.relu_, functional.relu, functional.relu_)
 # Layers whose weights autocast casts; others may do with theirs what it does not know.
@@ -39,8 +41,9 @@ class FastEnsemble(SelfEnsemble):
         super().__init__(
             model, config, draws=original.draws, sampling=original.sampling, bounds=original.bounds
         )
-        self.stopping = original.stopping
         self.precision = precision
+        self.copied = Copied(fingerprint(original).weights, weights_digest(model))
+        self.stopping, self.sets = original.stopping, original.sets
         if precision == "bf16":
             self.chunk, self.has_half_activations = 4 * original.chunk, True
         # In a tuple, so that it is no part of this module's state.
@@ -64,7 +67,7 @@ def original_of(model: nn.Module) -> nn.Module:
 
 def precision_of(ensemble: SelfEnsemble) -> Precision:
     """That an ensemble computes in, as `optimize` names it."""
-    return ensemble.precision if isinstance(ensemble, FastEnsemble) else "float32"
+    return ensemble.precision
 
 
 # Where torch keeps whether it may compute in TF32, and what keeps it from that.
@@ -158,7 +161,8 @@ def optimize(
             the one in which convolutions are faster on the device, which is measured.
 
     Returns:
-        An ensemble with the same noise; seeded shared draws are the same.
+        An ensemble with the same noise; seeded shared draws are the same. Calibrated rules go along, and are
+        refused where they were calibrated in another precision.
     """
     network = copied(ensemble.model).eval().requires_grad_(False)
     device = next((parameter.device for parameter in network.parameters()), example_inputs.device)

@@ -27,7 +27,7 @@ def pack(run: str | Path, out: Path, test: ImageData, *, dtype: torch.dtype | No
     """Write a copy of a saved ensemble with smaller weights, the record of its training, and its card.
 
     Test accuracy is measured on what was written, with the draws of the ensemble, per image, seed 0.
-    Calibrated thresholds stay behind: calibrate the copy.
+    Calibrated rules stay behind: calibrate the copy.
 
     Args:
         run: the saved ensemble.
@@ -41,7 +41,7 @@ def pack(run: str | Path, out: Path, test: ImageData, *, dtype: torch.dtype | No
     if out.exists():
         raise FileExistsError(f"{out} exists: remove it, or pass another folder")
     config, ensemble = read_config(run), load(run)
-    ensemble.stopping = None  # calibrated on other weights
+    ensemble.stopping = ensemble.sets = None  # calibrated on other weights
     recipe = None if config.recipe is None else public_recipe(config.recipe)
     write = partial(
         save, folder=out, architecture=config.architecture, classes=config.classes,

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..ensemble.checks import check_images
 from ..ensemble.draws import Draws
 from ..ensemble.ensemble import SelfEnsemble
+from ..ensemble.promises import check_stopping
 from ..ensemble.stopping import Calibrated, Fixed, Rule, worth_taking
 from ..noise.injection import eval_mode
 from ..noise.streams import fresh_seed, noise_draw
@@ -93,9 +94,12 @@ class Batcher:
         Raises:
             BusyError: the queue has no room for them.
             ClosedError: after `close`.
-            TypeError, ValueError: images that the ensemble cannot take.
+            TypeError, ValueError: images that the ensemble cannot take, or a rule that was calibrated on
+                another than the ensemble is now.
         """
         check_images(images, self.ensemble.bounds)
+        if isinstance(rule, Calibrated):
+            check_stopping(rule, self.ensemble)
         if images.is_floating_point() != self._floating:
             raise TypeError(f"images must be {'' if self._floating else 'no '}floats, got {images.dtype}")
         if tuple(images.shape[1:]) != self._shape:

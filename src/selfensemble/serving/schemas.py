@@ -27,6 +27,9 @@ class Certify(BaseModel):
     n: Annotated[int, Field(ge=2)] = 1000
     method: Method = "mean"
     radius: Annotated[float, Field(gt=0)] | None = None
+    grid: Annotated[bool, Field(description="noise on the grid of 8-bit images, exact in floating point")] = (
+        False
+    )
 
 
 class Options(BaseModel):
@@ -38,6 +41,9 @@ class Options(BaseModel):
     top: Annotated[int, Field(ge=1, description="classes to name")] = 5
     decide: Decide | None = None
     certify: Certify | None = None
+    sets: Annotated[
+        bool, Field(description="all labels that are possible, where `selfensemble calibrate --sets` was run")
+    ] = False
 
 
 class Request(Options):
@@ -74,6 +80,15 @@ class CertificateAnswer(BaseModel):
     alpha: float
 
 
+class SetAnswer(BaseModel):
+    """Labels among which the right one is, but for a risk of alpha; also where the image was moved in L2."""
+
+    labels: list[str]
+    alpha: float
+    radius: float
+    draws: int
+
+
 class ImageAnswer(BaseModel):
     """Of one image; `label` and `probability` are those of the first of `classes`."""
 
@@ -83,6 +98,7 @@ class ImageAnswer(BaseModel):
     classes: list[ClassAnswer]
     decision: DecisionAnswer | None = None
     certificate: CertificateAnswer | None = None
+    set: SetAnswer | None = None
 
 
 class Response(BaseModel):

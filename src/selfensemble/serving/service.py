@@ -16,9 +16,11 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from torch import Tensor
 
 from ..certainty.certification import certify
+from ..certainty.conformal import ConformalSets
 from ..certainty.decision import decide
 from ..ensemble.ensemble import SelfEnsemble
-from ..ensemble.stopping import Rule, rule_for
+from ..ensemble.promises import rule_for
+from ..ensemble.stopping import Rule, Stop
 from ..noise.entropy import WideSeed
 from . import schemas
 from .batching import Answer, Batcher, BusyError, ClosedError
@@ -37,9 +39,7 @@ class Service:
         settings: Settings,
     ) -> None:
         self.ensemble, self.classes, self.shape, self.settings = ensemble, classes, shape, settings
-        rule_for(
-            settings.stop, settings.draws or ensemble.draws, False, ensemble.stopping
-        )  # says what is wrong
+        rule_for(settings.stop, settings.draws or ensemble.draws, False, ensemble)  # says what is wrong
         self.batcher: Batcher | None = None
         self.samples: list[dict[str, str]] = []  # that the page offers
         self.registry = CollectorRegistry()
@@ -76,8 +76,8 @@ class Service:
         """Of `/v1/model`."""
         return {
             "classes": self.classes, "shape": self.shape, "draws": self.settings.draws or self.ensemble.draws,
-            "stop": self.settings.stop, "calibrated": self.ensemble.stopping is not None,
-            "keyed": self.settings.secret is not None,
+            "stop": self.settings.stop, "calibrated": holds(lambda: self._rule("calibrated", None)),
+            "sets": holds(lambda: ConformalSets.of(self.ensemble)), "keyed": self.settings.secret is not None,
             "limits": self.settings.model_dump(
                 include={name for name in Settings.model_fields if name.startswith("max_")} | {"timeout"}
             ),
@@ -106,14 +106,19 @@ class Service:
         inputs = scaled(opened)
         seeds = self._seeds(opened)
         async with self._limited():
+            if options.sets:
+                ConformalSets.of(self.ensemble)  # says what is wrong before anything is computed
             answers = await self._predict(inputs, seeds, options)
             decided = await self._one_by_one(self._decide, inputs, seeds, options.decide)
             certified = await self._one_by_one(self._certify, inputs, seeds, options.certify)
+            possible = await self._one_by_one(
+                lambda image, seed, asked: self._possible(image, seed), inputs, seeds, options.sets or None
+            )
         for each in answers:
             self.draws.observe(each.draws)
         return schemas.Response(
             images=[
-                self._named(answer, options.top, decided[place], certified[place])
+                self._named(answer, options.top, decided[place], certified[place], possible[place])
                 for place, answer in enumerate(answers)
             ]
         )
@@ -199,8 +204,10 @@ class Service:
             job = self._batcher.run(lambda: self._keyed(inputs, seeds, draws, stop))
             keyed: list[Answer] = await self._wait(job)
             return keyed
-        rule = rule_for(stop, draws or self.ensemble.draws, draws is not None, self.ensemble.stopping)
-        return await self._shared(inputs, rule)
+        return await self._shared(inputs, self._rule(stop, draws))
+
+    def _rule(self, stop: Stop | None, draws: int | None) -> Rule:
+        return rule_for(stop, draws or self.ensemble.draws, draws is not None, self.ensemble)
 
     def _keyed(self, inputs: Tensor, seeds: list[int | None], draws: int | None, stop: Any) -> list[Answer]:
         """Each image on its own, with noise of its own seed."""
@@ -241,10 +248,20 @@ class Service:
             alpha=asked.alpha,
         )  # fmt: skip
 
+    def _possible(self, inputs: Tensor, seed: int | None) -> schemas.SetAnswer:
+        sets = ConformalSets.of(self.ensemble)
+        (held,) = sets.predict(inputs, seed=seed).tolist()
+        return schemas.SetAnswer(
+            labels=[label for label, inside in zip(self.classes, held, strict=True) if inside],
+            alpha=sets.alpha, radius=sets.radius, draws=sets.draws,
+        )  # fmt: skip
+
     def _name(self, label: int) -> str | None:
         return self.classes[label] if label >= 0 else None
 
-    def _named(self, answer: Answer, top: int, decided: Any, certified: Any) -> schemas.ImageAnswer:
+    def _named(
+        self, answer: Answer, top: int, decided: Any, certified: Any, possible: Any
+    ) -> schemas.ImageAnswer:
         best = answer.probabilities.topk(min(top, len(self.classes))).indices.tolist()
         spread = [float(each) for each in answer.spread]
         shown = [
@@ -256,8 +273,17 @@ class Service:
         ]  # fmt: skip
         return schemas.ImageAnswer(
             label=shown[0].label, probability=shown[0].probability, draws=answer.draws, classes=shown,
-            decision=decided, certificate=certified,
+            decision=decided, certificate=certified, set=possible,
         )  # fmt: skip
+
+
+def holds(asked: Callable[[], object]) -> bool:
+    """Whether what is asked for is there, and was calibrated on what answers."""
+    try:
+        asked()
+    except ValueError:
+        return False
+    return True
 
 
 def keyed_seed(secret: str, image: Tensor) -> int:
