@@ -6,12 +6,14 @@ is the exception, for torch keeps it on the modules: it holds as long as any cal
 
 import copy
 import itertools
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import nn
 
 _numbers = itertools.count()
@@ -146,6 +148,28 @@ class _OwnHook:
         return _OwnHook, (None,)
 
 
+class _Eager:
+    """Nothing is compiled, and no graph runs, while any call has hooks: a graph would not see them."""
+
+    def __init__(self) -> None:
+        self.lock, self.depth, self.stance = threading.Lock(), 0, ExitStack()
+
+    def enter(self) -> None:
+        with self.lock:
+            self.depth += 1
+            if self.depth == 1 and "torch._dynamo" in sys.modules:
+                self.stance.enter_context(torch.compiler.set_stance("force_eager"))
+
+    def leave(self) -> None:
+        with self.lock:
+            self.depth -= 1
+            if self.depth == 0:
+                self.stance.close()
+
+
+_eager = _Eager()
+
+
 class OwnHooks:
     """Hooks of one call, which see the passes of its thread alone and are gone when its context ends."""
 
@@ -153,11 +177,13 @@ class OwnHooks:
         self._stack = ExitStack()
 
     def __enter__(self) -> "OwnHooks":
+        _eager.enter()
         return self
 
     def __exit__(self, *error: object) -> None:
         with _structure:
             self._stack.close()
+        _eager.leave()
 
     def add(self, register: Callable[..., _Handle], hook: Callable[..., Any], **options: Any) -> None:
         """Register `hook` by one of a module's methods, e.g. `module.register_forward_pre_hook`."""
