@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..ensemble.ensemble import SelfEnsemble
+from ..noise.graphs import uncompiled
 from ..noise.injection import eval_mode, noise_disabled, noise_layers
 from ..noise.layer import Std
 from ..noise.streams import noise_draw
@@ -38,7 +39,8 @@ def shifted_activations(model: nn.Module) -> Iterator[list[tuple[int, Tensor]]]:
 
     handles = [layer.register_forward_hook(hook) for layer in noise_layers(model).values()]
     try:
-        yield shifts
+        with uncompiled():
+            yield shifts
     finally:
         for handle in handles:
             handle.remove()

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .graphs import is_recording
 from .layer import RandomLayer, call_number
 from .streams import LAYERS, Sampling, random_source
 
@@ -80,7 +81,7 @@ class ResizePad(RandomLayer):
             after = largest - side - before
             return functional.pad(inputs, (before, after, before, after))
         shared = self.sampling == "shared" and not self.training
-        draw = _placement if torch.compiler.is_compiling() else _draw_placement
+        draw = _placement if is_recording() else _draw_placement
         placement: Tensor = draw(
             inputs.detach(), self.config.smallest, largest, self.layer, shared, call_number()
         )

@@ -9,6 +9,7 @@ import hashlib
 import operator
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -274,6 +275,23 @@ def fresh_seed() -> int:
     return int(torch.randint(2**62, (), generator=source.generator()))
 
 
+_watching: list[Counter[int]] = []
+
+
+@contextmanager
+def drawn_layers() -> Iterator[Counter[int]]:
+    """How often layers draw random numbers within this context, by their numbers.
+
+    Unlike hooks it sees layers within compiled and exported graphs; in all threads.
+    """
+    counts = Counter[int]()
+    _watching.append(counts)
+    try:
+        yield counts
+    finally:
+        _watching[:] = [each for each in _watching if each is not counts]
+
+
 def random_source(layer: int, shared: bool, device: torch.device) -> Source:
     """Where a layer takes its random numbers from in the current draw.
 
@@ -290,6 +308,8 @@ def random_source(layer: int, shared: bool, device: torch.device) -> Source:
             "a noisy layer was called inside a backward pass: activation checkpointing would compute it "
             "again with other noise and give wrong gradients; switch checkpointing off"
         )
+    for counts in _watching:
+        counts[layer] += 1
     draw = _current.get()
     policy = shared if draw.sampling is None else draw.sampling == "shared"
     return Source(draw, layer, device, policy)

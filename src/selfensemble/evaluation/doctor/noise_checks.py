@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from ...noise.graphs import uncompiled
 from ...noise.layer import GaussianNoise, describe_std
 from ..results import CheckRecord
 from .findings import PASSES, ROUNDING, differ, failed, not_applicable, passed
@@ -168,7 +169,8 @@ def where_noise_enters(subject: Subject) -> CheckRecord:
         for layer in layers
     ]
     try:
-        subject.once(subject.few)
+        with uncompiled():
+            subject.once(subject.few)
     finally:
         for handle in handles:
             handle.remove()
