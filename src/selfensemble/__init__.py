@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from .fast.optimize import optimize
     from .networks.models import create_model
     from .noise.injection import inject_noise_, noise_disabled, noise_layers, remove_noise_
-    from .noise.layer import GaussianNoise, NoiseConfig
+    from .noise.layer import GaussianNoise
+    from .noise.levels import NoiseConfig
     from .noise.streams import noise_draw
     from .training.recipe import Recipe, load_recipe
     from .training.trainer import Trainer
@@ -87,7 +88,8 @@ _MODULES = {
     "fast.optimize": ("optimize",),
     "networks.models": ("create_model",),
     "noise.injection": ("inject_noise_", "noise_disabled", "noise_layers", "remove_noise_"),
-    "noise.layer": ("GaussianNoise", "NoiseConfig"),
+    "noise.layer": ("GaussianNoise",),
+    "noise.levels": ("NoiseConfig",),
     "noise.streams": ("noise_draw",),
     "training.recipe": ("Recipe", "load_recipe"),
     "training.trainer": ("Trainer",),

@@ -129,7 +129,8 @@ def test_one_draw_one_class_and_no_image(tiny: nn.Module, images: Tensor) -> Non
     assert found.high.tolist() == [1.0] * 6
     assert decide(rse.SelfEnsemble(tiny), images[:0]).label.shape == (0,)
     single = nn.Sequential(nn.Conv2d(3, 1, 8), nn.Flatten())
-    assert decide(rse.SelfEnsemble(single), images).label.tolist() == [0] * 6
+    with pytest.raises(ValueError, match="two classes or more"):
+        decide(rse.SelfEnsemble(single), images)
 
 
 def test_bad_settings(tiny: nn.Module, images: Tensor) -> None:

@@ -81,7 +81,7 @@ def single_draw(model: nn.Module) -> Forward:
 
     Inputs of another floating dtype than the model's are converted on the way, differentiably.
     """
-    draw = model.draw_logits if isinstance(model, SelfEnsemble) else lambda x: logits_of(model(x))
+    draw = model.draw_logits if isinstance(model, SelfEnsemble) else lambda x: logits_of(model(x), x.shape[0])
     dtype = model.input_dtype if isinstance(model, SelfEnsemble) else floating_dtype(model)
     return draw if dtype is None else lambda inputs: draw(inputs.to(dtype))
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..ensemble.draws import check_finite
 from ..ensemble.ensemble import SelfEnsemble
 from ..noise.calls import OwnHooks
+from ..noise.graphs import uncompiled
 from ..noise.injection import eval_mode, random_layers
 from ..noise.layer import GaussianNoise, RandomLayer
 from ..noise.streams import noise_draw
@@ -34,7 +35,8 @@ def pixel_std(ensemble: SelfEnsemble, example_inputs: Tensor) -> float:
         raise ValueError(f"radii are about floating-point images, got {example_inputs.dtype}")
     device = next((parameter.device for parameter in ensemble.parameters()), example_inputs.device)
     images = example_inputs[:2].to(device, ensemble.input_dtype or example_inputs.dtype)
-    with torch.no_grad(), eval_mode(ensemble):
+    # A compiled graph would not see the hooks below, or keep them.
+    with torch.no_grad(), eval_mode(ensemble), uncompiled():
         first = first_noise(ensemble, images)
         std = _in_pixels(ensemble, first, images)
         _check_no_way_around(ensemble, first, images)

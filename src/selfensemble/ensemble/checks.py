@@ -9,23 +9,56 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..noise.graphs import is_recording
 from ..noise.injection import noise_layers
+
+_WANTED = "the model must return logits of shape (batch, classes), of two classes or more"
+_WRAP = "wrap it in a module whose forward returns them"
+_TWO = (
+    "one number z an input, before the sigmoid, becomes the logits of two classes by "
+    "torch.stack([torch.zeros_like(z), z], dim=1) with z of shape (batch,)"
+)
 
 
 class OutputError(ValueError):
     """The model returns something that is not a batch of logits."""
 
 
-def logits_of(output: Any) -> Tensor:
-    """The logits in a model's output: a tensor, or an object with `.logits` (transformers)."""
+def logits_of(output: Any, batch: int | None = None) -> Tensor:
+    """The logits (B, K) in a model's output: a tensor, or an object with `.logits` (transformers).
+
+    Args:
+        output: of the model.
+        batch: number of inputs, if known. Not compared within a graph that is being recorded.
+
+    Raises:
+        OutputError: no logits of two classes or more for each input; the message says what to do.
+    """
     logits = getattr(output, "logits", output)
-    if isinstance(logits, Tensor) and logits.dim() == 2:
-        return logits
-    what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-    raise OutputError(
-        f"the model must return logits of shape (batch, classes), got {what}; wrap it in a module "
-        "whose forward returns them"
-    )
+    if not isinstance(logits, Tensor):
+        raise OutputError(f"{_WANTED}, got {type(logits).__name__}; {_WRAP}")
+    got = f"{_WANTED}, got shape {tuple(logits.shape)}"
+    if logits.dim() != 2:
+        raise OutputError(f"{got}; {_cure(logits)}")
+    if logits.shape[1] < 2:
+        raise OutputError(f"{got}; {_TWO if logits.shape[1] else _WRAP}")
+    if not logits.is_floating_point():
+        raise OutputError(f"the model must return floating-point logits, not labels: got {logits.dtype}")
+    if batch is not None and not is_recording() and len(logits) != batch:
+        raise OutputError(
+            f"{got} for {batch} inputs: each needs a row of its own; keep the batch in the first dimension"
+        )
+    return logits
+
+
+def _cure(logits: Tensor) -> str:
+    """What to do about logits that are not (B, K)."""
+    wide = [size for size in logits.shape[1:] if size != 1]
+    if logits.dim() == 1 or (not wide and logits.dim() > 1):
+        return _TWO
+    if len(wide) == 1:
+        return "flatten them at the end of its forward: logits.flatten(1)"
+    return _WRAP
 
 
 def floating_dtype(model: nn.Module) -> torch.dtype | None:

@@ -76,8 +76,12 @@ class RandomClassifier(nn.Module):
         return floating_dtype(self)
 
     def draw_logits(self, inputs: Tensor) -> Tensor:
-        """Logits (B, K) of one noise draw."""
-        return logits_of(self.model(inputs))
+        """Logits (B, K) of one noise draw.
+
+        Raises:
+            OutputError: the model returns something else, see `logits_of`.
+        """
+        return logits_of(self.model(inputs), inputs.shape[0])
 
     def train(self, mode: bool = True) -> Self:
         self._others = {}

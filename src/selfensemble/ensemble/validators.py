@@ -3,24 +3,20 @@
 `validate` runs one forward pass and applies every rule. Each problem says why it is one and what to do.
 """
 
-import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from ..noise.calls import OwnHooks
-from ..noise.injection import CHILD, FilterFn, call, eval_mode, is_convolution, noise_layers
+from ..noise.graphs import closed_parts
+from ..noise.injection import CHILD, FilterFn, is_convolution, noise_layers, random_layers
 from ..noise.layer import GaussianNoise
+from ..noise.records import lost_noise
 from .checks import check_images, logits_of
-
-_COPIES = {torch.ops.aten.clone, torch.ops.aten._to_copy, torch.ops.aten.contiguous}
+from .observation import Trace, images_of, observe
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,115 +43,10 @@ class Issue:
         return f"{self.severity} [{self.rule}]{place}: {self.message}. {self.cure}."
 
 
-@dataclass(slots=True)
-class _Trace:
-    """What one forward pass did."""
-
-    called: list[str] = field(default_factory=list)
-    batches: dict[str, int] = field(default_factory=dict)
-    functional: dict[tuple[str, str], str] = field(default_factory=dict)
-    image_readers: list[str] = field(default_factory=list)
-    image_ops: dict[str, str] = field(default_factory=dict)
-    output: Any = None
-    failure: Exception | None = None
-
-
-class _Observer(TorchDispatchMode):
-    """Follows the image until it is read, and sees convolutions that no module announces."""
-
-    def __init__(self, trace: _Trace, matched: set[str], inputs: Any) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.trace, self.matched = trace, matched
-        self.stack: list[tuple[str, nn.Module]] = []
-        tensors = _images(inputs)
-        self.kept = tensors  # so that no storage is freed and its address used again
-        self.image = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-
-    def enter(self, fqn: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.stack.append((fqn, module))
-        if fqn in self.matched and fqn not in self.trace.called:
-            self.trace.called.append(fqn)
-            if args and isinstance(args[0], Tensor) and args[0].dim() > 1:
-                self.trace.batches[fqn] = len(args[0])
-
-    def leave(self) -> None:
-        if self.stack:  # a pre-hook that failed before ours entered nothing
-            self.stack.pop()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        announced = any(isinstance(module, _ConvNd) for _, module in self.stack)
-        if "conv" in name and not announced and not any(fqn in self.matched for fqn, _ in self.stack):
-            where = self.stack[-1][0] if self.stack else ""
-            self.trace.functional.setdefault((where, name), _caller())
-        else:
-            self._follow_image(func, name, args, result)
-        return result
-
-    def _follow_image(self, func: Any, name: str, args: tuple[Any, ...], result: Any) -> None:
-        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-        if not any(tensor.untyped_storage().data_ptr() in self.image for tensor in tensors):
-            return
-        if func.is_view:
-            return
-        if func.overloadpacket in _COPIES and isinstance(result, Tensor):
-            self.image.add(result.untyped_storage().data_ptr())
-            self.kept.append(result)
-            return
-        names = [fqn for fqn, _ in self.stack]
-        reader = next((fqn for fqn in names if fqn in self.matched), None)
-        if reader is None and self.stack and isinstance(self.stack[-1][1], GaussianNoise):
-            # Injected noise runs just before the module that it belongs to.
-            reader = names[-1].removesuffix(CHILD).removesuffix(".")
-        if reader is None:
-            self.trace.image_ops.setdefault(names[-1] if names else "", name)
-        elif reader not in self.trace.image_readers:
-            self.trace.image_readers.append(reader)
-
-
-def _images(inputs: Any) -> list[Tensor]:
-    """The tensors of an example that can hold images or signals, rather than labels or masks."""
-    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    return [tensor for tensor in tensors if tensor.dim() >= 3] or tensors[:1]
-
-
-def _caller() -> str:
-    """file:line of the innermost frame outside torch and this package."""
-    inside = (torch.__path__[0], __file__)
-    for frame in reversed(traceback.extract_stack()):
-        if not frame.filename.startswith(inside):
-            return f"{frame.filename}:{frame.lineno}"
-    return "unknown place"
-
-
-def _observe(model: nn.Module, example_inputs: Any, matched: set[str]) -> _Trace:
-    trace = _Trace()
-    observer = _Observer(trace, matched, example_inputs)
-    with ExitStack() as stack:
-        hooks = stack.enter_context(OwnHooks())
-        for fqn, module in model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue
-            hooks.add(module.register_forward_pre_hook, lambda m, args, fqn=fqn: observer.enter(fqn, m, args))
-            hooks.add(
-                module.register_forward_hook, lambda m, args, output: observer.leave(), always_call=True
-            )
-        stack.enter_context(torch.random.fork_rng())
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(eval_mode(model))
-        stack.enter_context(observer)
-        try:
-            trace.output = call(model, example_inputs)
-        except Exception as error:  # whatever the user's network raises is a finding, not a crash
-            trace.failure = error
-    return trace
-
-
 def validate(model: nn.Module, example_inputs: Any, *, filter_fn: FilterFn = is_convolution) -> list[Issue]:
     """Everything about `model` that would make its self-ensemble wrong, weak or impossible.
+
+    Three or four forward passes: one module by module, the others as the network runs by itself.
 
     Args:
         model: before or after `inject_noise_`; it is left as it is.
@@ -167,7 +58,8 @@ def validate(model: nn.Module, example_inputs: Any, *, filter_fn: FilterFn = is_
     """
     matched = [fqn for fqn, module in model.named_modules() if filter_fn(module, fqn)]
     issues = [issue for rule in _STATIC_RULES for issue in rule(model, matched)]
-    trace = _observe(model, example_inputs, set(matched))
+    issues += _closed(model, filter_fn)
+    trace = observe(model, example_inputs, set(matched))
     if trace.failure is not None:
         text = " ".join(str(trace.failure).split())
         issues.append(
@@ -178,7 +70,9 @@ def validate(model: nn.Module, example_inputs: Any, *, filter_fn: FilterFn = is_
         )  # fmt: skip
     else:
         issues += [issue for rule in _TRACE_RULES for issue in rule(trace, matched)]
-        issues += [*_folded(trace, _images(example_inputs)), *_range(_images(example_inputs))]
+        issues += [issue for rule in _NOISE_RULES for issue in rule(model, trace)]
+        images = images_of(example_inputs)
+        issues += [*_output(trace, images), *_folded(trace, images), *_range(images)]
     return sorted(issues, key=lambda issue: issue.severity)
 
 
@@ -190,36 +84,37 @@ def _nothing(model: nn.Module, matched: list[str]) -> Iterator[Issue]:
         )  # fmt: skip
 
 
-def _scripted(model: nn.Module, matched: list[str]) -> Iterator[Issue]:
-    for fqn, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            yield Issue(
-                "torchscript", "error", fqn, "TorchScript modules take no hooks, so no noise enters them",
-                "Inject noise into the original module, before scripting or tracing it",
-            )  # fmt: skip
-            return
+def _closed(model: nn.Module, filter_fn: FilterFn) -> Iterator[Issue]:
+    for fqn, kind, what in closed_parts(model, filter_fn):
+        yield Issue(
+            kind, "error", fqn, f"it is {what}: no noise enters the layers in it",
+            "Put noise into the original network, before it is scripted, exported or quantised",
+        )  # fmt: skip
 
 
-def _quantized(model: nn.Module, matched: list[str]) -> Iterator[Issue]:
-    for fqn, module in model.named_modules():
-        if ".quantized" in type(module).__module__:
-            yield Issue(
-                "quantized", "error", fqn, "quantised layers take integers, to which noise cannot be added",
-                "Inject noise into the floating-point network",
-            )  # fmt: skip
-
-
-def _partly_noisy(model: nn.Module, matched: list[str]) -> Iterator[Issue]:
+def _without_noise(model: nn.Module, matched: list[str]) -> Iterator[Issue]:
+    """Modules that had noise, and those beside others that have."""
+    try:
+        lost = list(lost_noise(model))
+    except ValueError as error:
+        yield Issue("lost-noise", "error", "", str(error), "See inject_noise_")
+        return
+    for fqn in lost:
+        yield Issue(
+            "lost-noise", "error", fqn, "noise was put in front of it, and there is none: the module was "
+            "replaced, or the network was saved with noise and loaded without it",
+            "Call remove_noise_(model), then inject; SelfEnsemble(model) restores what transformers saved",
+        )  # fmt: skip
     noisy = noise_layers(model)
     for fqn in matched if noisy else []:
-        if fqn not in noisy:
+        if fqn not in noisy and fqn not in lost:
             yield Issue(
                 "partly-noisy", "warning", fqn, "other modules have noise in front of them, this has not",
                 "Call remove_noise_(model) and inject again with the filter_fn you mean",
             )  # fmt: skip
 
 
-def _functional(trace: _Trace, matched: list[str]) -> Iterator[Issue]:
+def _functional(trace: Trace, matched: list[str]) -> Iterator[Issue]:
     for (where, name), place in trace.functional.items():
         yield Issue(
             "functional-convolution", "error", where,
@@ -228,7 +123,7 @@ def _functional(trace: _Trace, matched: list[str]) -> Iterator[Issue]:
         )  # fmt: skip
 
 
-def _not_called(trace: _Trace, matched: list[str]) -> Iterator[Issue]:
+def _not_called(trace: Trace, matched: list[str]) -> Iterator[Issue]:
     for fqn in matched:
         if fqn not in trace.called:
             yield Issue(
@@ -238,7 +133,7 @@ def _not_called(trace: _Trace, matched: list[str]) -> Iterator[Issue]:
             )  # fmt: skip
 
 
-def _first_noise(trace: _Trace, matched: list[str]) -> Iterator[Issue]:
+def _first_noise(trace: Trace, matched: list[str]) -> Iterator[Issue]:
     first = next(iter(trace.image_readers), None)
     for fqn in trace.image_readers[1:]:
         yield Issue(
@@ -261,9 +156,51 @@ def _first_noise(trace: _Trace, matched: list[str]) -> Iterator[Issue]:
             )  # fmt: skip
 
 
-def _output(trace: _Trace, matched: list[str]) -> Iterator[Issue]:
+def _silent(model: nn.Module, trace: Trace) -> Iterator[Issue]:
+    """Noise that is there and does not act."""
+    layers = {
+        fqn: module
+        for fqn, module in model.named_modules()
+        if isinstance(module, GaussianNoise)
+        and type(module).forward is GaussianNoise.forward
+        and module.is_active
+    }
+    running = Counter(layer.layer for fqn, layer in layers.items() if fqn in trace.entered)
+    for fqn, layer in layers.items():
+        where = fqn.removesuffix(CHILD).removesuffix(".")
+        if fqn in trace.entered:
+            if any(drawn[layer.layer] < running[layer.layer] for drawn in trace.drawn):
+                yield Issue(
+                    "silent-noise", "error", where, "it has noise, but the network runs as a compiled graph "
+                    "that was recorded without it",
+                    "Call torch.compiler.reset(), or compile the network anew",
+                )  # fmt: skip
+        elif where != fqn and where in trace.entered:
+            yield Issue(
+                "silent-noise", "error", where, "it has noise that is not called: the hook that calls it is "
+                "gone, or the module is called around it", "Call remove_noise_(model) and inject again",
+            )  # fmt: skip
+    if running and trace.repeats:
+        yield Issue(
+            "noise-without-effect", "warning", "", "noise is drawn, and two passes give the same outputs",
+            "Check what lies behind the noise: outputs that are constant or rounded cannot show it",
+        )  # fmt: skip
+
+
+def _unlisted(model: nn.Module, trace: Trace) -> Iterator[Issue]:
+    """Noise that acts and is not there."""
+    listed = {layer.layer for layer in random_layers(model) if layer.is_active}
+    if any(set(drawn) - listed for drawn in trace.drawn):
+        yield Issue(
+            "unlisted-noise", "warning", "", "a compiled, traced or exported graph draws noise that no layer "
+            "stands for: it cannot be seen, switched off or removed",
+            "Use the original network; call torch.compiler.reset() if noise was removed from a compiled one",
+        )  # fmt: skip
+
+
+def _output(trace: Trace, images: list[Tensor]) -> Iterator[Issue]:
     try:
-        logits = logits_of(trace.output)
+        logits = logits_of(trace.output, len(images[0]) if images else None)
     except ValueError as error:
         yield Issue("output", "error", "", str(error), "See SelfEnsemble")
         return
@@ -276,7 +213,7 @@ def _output(trace: _Trace, matched: list[str]) -> Iterator[Issue]:
         )  # fmt: skip
 
 
-def _folded(trace: _Trace, images: list[Tensor]) -> Iterator[Issue]:
+def _folded(trace: Trace, images: list[Tensor]) -> Iterator[Issue]:
     batch = len(images[0]) if images else 0
     for fqn, size in trace.batches.items():
         if size > batch > 0:
@@ -298,8 +235,9 @@ def _range(images: list[Tensor]) -> Iterator[Issue]:
 
 
 _STATIC_RULES: tuple[Callable[[nn.Module, list[str]], Iterator[Issue]], ...] = (
-    _nothing, _scripted, _quantized, _partly_noisy,
+    _nothing, _without_noise,
 )  # fmt: skip
-_TRACE_RULES: tuple[Callable[[_Trace, list[str]], Iterator[Issue]], ...] = (
-    _functional, _not_called, _first_noise, _output,
+_TRACE_RULES: tuple[Callable[[Trace, list[str]], Iterator[Issue]], ...] = (
+    _functional, _not_called, _first_noise,
 )  # fmt: skip
+_NOISE_RULES: tuple[Callable[[nn.Module, Trace], Iterator[Issue]], ...] = (_silent, _unlisted)

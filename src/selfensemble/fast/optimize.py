@@ -21,6 +21,7 @@ from ..ensemble.classifier import Precision as Precision
 from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.fingerprint import fingerprint, weights_digest
 from ..noise.calls import copied
+from ..noise.graphs import original_modules
 from ..noise.injection import execution_order, is_convolution, random_layers
 from ..noise.layer import GaussianNoise, NoiseConfig, RandomLayer
 from ..noise.streams import noise_draw
@@ -164,7 +165,8 @@ def optimize(
         An ensemble with the same noise; seeded shared draws are the same. Calibrated rules go along, and are
         refused where they were calibrated in another precision.
     """
-    network = copied(ensemble.model).eval().requires_grad_(False)
+    # A graph that is compiled would not follow what is done to its modules.
+    network = original_modules(copied(ensemble.model)).eval().requires_grad_(False)
     device = next((parameter.device for parameter in network.parameters()), example_inputs.device)
     precision = precision or faster_precision(device)
     example_inputs = example_inputs[:2].to(device)
@@ -315,7 +317,7 @@ def _same(network: nn.Module, other: nn.Module, inputs: Tensor, tolerance: float
     for each in (network, other):
         with noise_draw(0, sampling="shared"), torch.random.fork_rng():
             torch.manual_seed(0)
-            outputs.append(logits_of(each(inputs)).float())
+            outputs.append(logits_of(each(inputs), len(inputs)).float())
     ours, theirs = outputs
     return torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * float(ours.abs().max()))
 

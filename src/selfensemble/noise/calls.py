@@ -6,15 +6,15 @@ is the exception, for torch keeps it on the modules: it holds as long as any cal
 
 import copy
 import itertools
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar
 
-import torch
 from torch import nn
+
+from .graphs import uncompiled
 
 _numbers = itertools.count()
 _off: ContextVar[frozenset[int]] = ContextVar("selfensemble_off", default=frozenset())
@@ -72,7 +72,8 @@ _modes, _gradients = _Held("training"), _Held("requires_grad")
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Within this context `model` is in eval mode; each module's own comes back when no call wants it."""
-    modules = list(model.modules())
+    # Frozen TorchScript modules have no mode.
+    modules = [module for module in model.modules() if hasattr(module, "training")]
     with _modes.lock:
         _modes.enter(modules)
         if any(module.training for module in modules):
@@ -102,7 +103,7 @@ def without_weight_gradients(model: nn.Module) -> Iterator[None]:
 def own_modes(model: nn.Module) -> list[tuple[nn.Module, bool]]:
     """Each module and whether it is in train mode, or will be when no call wants eval mode any more."""
     with _modes.lock:
-        return [(module, _modes.own(module)) for module in model.modules()]
+        return [(each, _modes.own(each)) for each in model.modules() if hasattr(each, "training")]
 
 
 def set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
@@ -148,28 +149,6 @@ class _OwnHook:
         return _OwnHook, (None,)
 
 
-class _Eager:
-    """Nothing is compiled, and no graph runs, while any call has hooks: a graph would not see them."""
-
-    def __init__(self) -> None:
-        self.lock, self.depth, self.stance = threading.Lock(), 0, ExitStack()
-
-    def enter(self) -> None:
-        with self.lock:
-            self.depth += 1
-            if self.depth == 1 and "torch._dynamo" in sys.modules:
-                self.stance.enter_context(torch.compiler.set_stance("force_eager"))
-
-    def leave(self) -> None:
-        with self.lock:
-            self.depth -= 1
-            if self.depth == 0:
-                self.stance.close()
-
-
-_eager = _Eager()
-
-
 class OwnHooks:
     """Hooks of one call, which see the passes of its thread alone and are gone when its context ends."""
 
@@ -177,13 +156,14 @@ class OwnHooks:
         self._stack = ExitStack()
 
     def __enter__(self) -> "OwnHooks":
-        _eager.enter()
+        self._graphs = ExitStack()
+        self._graphs.enter_context(uncompiled())  # a graph would not see them, or keep them
         return self
 
     def __exit__(self, *error: object) -> None:
         with _structure:
             self._stack.close()
-        _eager.leave()
+        self._graphs.close()
 
     def add(self, register: Callable[..., _Handle], hook: Callable[..., Any], **options: Any) -> None:
         """Register `hook` by one of a module's methods, e.g. `module.register_forward_pre_hook`."""

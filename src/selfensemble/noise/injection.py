@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .calls import OwnHooks, in_eval_mode, switched_off
-from .layer import GaussianNoise, NoiseConfig, RandomLayer, Std
+from .graphs import closed_parts, forget_graphs
+from .layer import GaussianNoise, RandomLayer
+from .levels import NoiseConfig, Std
+from .records import forget_, remember_, saved_levels
 
 CHILD = "gaussian_noise"
 FilterFn = Callable[[nn.Module, str], bool]
@@ -29,7 +32,8 @@ def noise_layers(model: nn.Module) -> dict[str, GaussianNoise]:
     found = {
         fqn: child
         for fqn, module in model.named_modules()
-        if isinstance(child := getattr(module, CHILD, None), GaussianNoise)
+        # Not by getattr, which wrappers (of torch.compile, FSDP) answer for what they wrap.
+        if isinstance(child := dict(module.named_children()).get(CHILD), GaussianNoise)
     }
     return dict(sorted(found.items(), key=lambda item: item[1].layer))
 
@@ -87,8 +91,13 @@ def execution_order(model: nn.Module, fqns: list[str], example_inputs: Any) -> l
     return order
 
 
-def _pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    noise = getattr(module, CHILD)
+def _pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+    noise = getattr(module, CHILD, None)
+    if noise is None or kwargs is None:
+        raise RuntimeError(
+            f"{type(module).__name__} has taken over the hook of a noisy module, but not its noise (torch.ao "
+            "does that where it fuses, prepares or converts): call remove_noise_ before, and inject after"
+        )
     if args:
         return (_noisy(module, noise, args[0]), *args[1:]), kwargs
     if "input" not in kwargs:
@@ -118,7 +127,8 @@ def inject_noise_(
 
     Args:
         model: any module; its parameters, buffers and state-dict keys are left as they are.
-        config: noise levels, by default those published.
+        config: noise levels, by default those published; of a network of transformers that was saved with
+            noise, by default the levels that it had, where it had them.
         filter_fn: called with each module and its fully qualified name; True where noise goes in
             front. Linear layers: `lambda module, fqn: isinstance(module, nn.Linear)`.
         example_inputs: a batch (a tensor, a tuple of arguments or a dict of keywords). With it, the
@@ -129,11 +139,16 @@ def inject_noise_(
         The same model.
 
     Raises:
-        ValueError: no module matches, or the model holds injected noise already.
+        ValueError: no module matches, some of what would match is out of reach (TorchScript, quantised or
+            exported parts), or the model holds injected noise already.
     """
-    config = NoiseConfig() if config is None else config
     if noise_layers(model):
         raise ValueError("the model has noise layers already: call remove_noise_(model) first")
+    if config is None and (saved := saved_levels(model)):
+        return attach_noise_(model, saved)
+    config = NoiseConfig() if config is None else config
+    if config.init_std or config.inner_std:
+        _check_open(model, filter_fn)
     fqns = [fqn for fqn, module in model.named_modules() if filter_fn(module, fqn)]
     if not fqns:
         raise ValueError(
@@ -154,22 +169,44 @@ def inject_noise_(
     return attach_noise_(model, stds)
 
 
+def _check_open(model: nn.Module, filter_fn: FilterFn) -> None:
+    for fqn, _, what in closed_parts(model, filter_fn):
+        raise ValueError(
+            f"{fqn or 'the model'} is {what}: no noise can enter what it holds. Put noise into the original "
+            "network, before it is scripted, exported or quantised, or leave this part out by "
+            "filter_fn(module, fqn)"
+        )
+
+
 def attach_noise_(model: nn.Module, stds: Mapping[str, Std]) -> nn.Module:
     """Put noise of the given levels in front of the named modules; their order numbers the layers."""
     modules = [(model.get_submodule(fqn), fqn or "the model") for fqn in stds]
     for module, name in modules:
         if isinstance(module, torch.jit.ScriptModule):
-            raise ValueError(f"{name} is a TorchScript module: inject noise before scripting")
+            raise ValueError(f"{name} is a TorchScript module: inject noise into the original network")
         if isinstance(getattr(module, CHILD, None), GaussianNoise):
             raise ValueError(f"{name} has noise already: call remove_noise_(model) first")
         if hasattr(module, CHILD):
             raise ValueError(f"{name} has an attribute {CHILD!r} of its own: rename it")
-    for layer, ((module, _), std) in enumerate(zip(modules, stds.values(), strict=True)):
-        noise = GaussianNoise(std, layer=layer)
+    layers = {fqn: GaussianNoise(std, layer=layer) for layer, (fqn, std) in enumerate(stds.items())}
+    for (module, _), noise in zip(modules, layers.values(), strict=True):
         noise.train(module.training)
         module.add_module(CHILD, noise)
         module.register_forward_pre_hook(_pre_hook, with_kwargs=True)
+    model.register_load_state_dict_pre_hook(_on_load)
+    remember_(model, layers)
+    forget_graphs()
     return model
+
+
+def _on_load(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+    """Levels in a state dict are optional, but not those of some layers without those of the others."""
+    fixed = [fqn for fqn, noise in noise_layers(module).items() if not noise._parameters]  # none is learned
+    keys = [prefix + f"{fqn}.{CHILD}.std".lstrip(".") for fqn in fixed]
+    absent = [key for key in keys if key not in state_dict]
+    if len(absent) < len(keys):
+        missing_keys: list[str] = rest[2]
+        missing_keys += absent
 
 
 def set_levels_(model: nn.Module, config: NoiseConfig) -> nn.Module:
@@ -183,19 +220,26 @@ def set_levels_(model: nn.Module, config: NoiseConfig) -> nn.Module:
         raise ValueError("the network has no noise layers: inject_noise_ first")
     for number, layer in enumerate(layers.values()):
         layer.std = config.inner_std if number else config.init_std
+    forget_graphs()
     return model
 
 
 def remove_noise_(model: nn.Module) -> nn.Module:
     """Undo `inject_noise_`, in place; a model without injected noise is left as it is."""
-    for fqn in noise_layers(model):
-        module = model.get_submodule(fqn)
-        delattr(module, CHILD)
+    layers = noise_layers(model)
+    for fqn in layers:
+        delattr(model.get_submodule(fqn), CHILD)
+    for module in model.modules():
         # By function, not by handle: handles do not survive deepcopy.
         for key, hook in list(module._forward_pre_hooks.items()):
             if hook is _pre_hook:
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+        for key, hook in list(module._load_state_dict_pre_hooks.items()):
+            if getattr(hook, "hook", None) is _on_load:
+                del module._load_state_dict_pre_hooks[key]
+    forget_(model, layers)
+    forget_graphs()
     return model
 
 
@@ -204,4 +248,5 @@ def make_static_(model: nn.Module) -> nn.Module:
     remove_noise_(model)
     for layer in random_layers(model):
         layer.fix_()
+    forget_graphs()
     return model

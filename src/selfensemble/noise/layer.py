@@ -1,9 +1,6 @@
-"""Gaussian noise: its levels and its layer."""
+"""Gaussian noise: its layer."""
 
-import math
-import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from .calls import is_off, new_identity
+from .graphs import is_recording
+from .levels import NoiseConfig as NoiseConfig
+from .levels import Record, as_std
+from .levels import Std as Std
+from .levels import check_stds as check_stds
+from .levels import describe_std as describe_std
 from .operators import (
     AddOwn,
     AddToPairs,
@@ -23,53 +26,6 @@ from .operators import (
     unit_noise,
 )
 from .streams import Sampling, check_sampling, random_source
-
-Std = float | tuple[float, ...]  # of a layer: one level, or one a channel
-
-
-def check_std(name: str, std: object) -> float:
-    """Return `std` as a float, or raise a ValueError that says what is wrong with it."""
-    if isinstance(std, bool) or not isinstance(std, numbers.Real):
-        raise ValueError(f"{name} must be a number >= 0, got {std!r}")
-    value = float(std)
-    if not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name} must be finite and >= 0 (0 switches it off), got {std}")
-    return value
-
-
-def check_stds(name: str, std: object) -> Std:
-    """The same for one level, or for a list of levels, one a channel."""
-    if isinstance(std, Sequence) and not isinstance(std, str):
-        if not std:
-            raise ValueError(f"{name} must hold a level a channel, got none")
-        return tuple(check_std(name, level) for level in std)
-    return check_std(name, std)
-
-
-def describe_std(std: Std) -> str:
-    """For people: one figure, or the smallest and the largest of the channels."""
-    if isinstance(std, float) or len(std) == 1:
-        return f"{np.max(std):.4g}"
-    return f"{min(std):.4g} to {max(std):.4g} ({len(std)} channels)"
-
-
-@dataclass(frozen=True, slots=True)
-class NoiseConfig:
-    """Standard deviations of the noise, in the units of what it is added to.
-
-    The defaults are those published for CIFAR-10 and VGG16 (Liu et al. 2018, section 4).
-
-    Attributes:
-        init_std: noise on the input of the first convolution; images are in [0, 1].
-        inner_std: noise on the input of every other convolution.
-    """
-
-    init_std: float = 0.2
-    inner_std: float = 0.1
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "init_std", check_std("init_std", self.init_std))
-        object.__setattr__(self, "inner_std", check_std("inner_std", self.inner_std))
 
 
 class RandomLayer(nn.Module):
@@ -106,7 +62,7 @@ class RandomLayer(nn.Module):
 
         In a compiled graph the operators ask for the latter when they run.
         """
-        return self.enabled and (torch.compiler.is_compiling() or not is_off(self.identity))
+        return self.enabled and (is_recording() or not is_off(self.identity))
 
     @property
     def varies(self) -> bool:
@@ -129,7 +85,8 @@ class GaussianNoise(RandomLayer):
     The noise of each image of a batch is independent of all others where sampling is per image, as it always
     is in train mode; `noise_draw(opposite=True)` is for loops that know better (docs/decisions/0021).
 
-    The layer adds nothing to a state dict.
+    The layer adds nothing to a state dict. A state dict may hold its level as `std`, as checkpoints of the
+    callback for Lightning do; loading it sets the level.
 
     Args:
         std: standard deviation, >= 0, in the units of the input; or one for each channel.
@@ -138,6 +95,7 @@ class GaussianNoise(RandomLayer):
     Attributes:
         overwrites: whether the input may be overwritten where no gradient is wanted; for networks in which
             nobody else sees it.
+        record: see `records`; kept up to date.
 
     Shape: (B, ...) of any floating dtype, to the same; (B, C, ...) where `std` holds C levels.
 
@@ -147,6 +105,7 @@ class GaussianNoise(RandomLayer):
     _number: float | None  # one level that is a number rather than a tensor
     _levels: Tensor | None
     _varies: bool
+    record: Record | None = None
 
     def __init__(
         self, std: float | Sequence[float] = 0.1, *, layer: int = 0, sampling: Sampling = "per_image"
@@ -168,6 +127,8 @@ class GaussianNoise(RandomLayer):
         levels = torch.tensor(self._std) if self._number is None else None
         # A buffer moves to the device of the network; one that is not persistent is in no state dict.
         self.register_buffer("_levels", levels, persistent=False)
+        if self.record is not None:
+            self.record["std"] = self._std
 
     @property
     def varies(self) -> bool:
@@ -175,6 +136,19 @@ class GaussianNoise(RandomLayer):
 
     def fix_(self) -> None:
         self.std = 0.0
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: Any,
+        unexpected_keys: Any, error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        if f"{prefix}std" in state_dict:
+            try:
+                self.std = as_std(state_dict.pop(f"{prefix}std"))
+            except (TypeError, ValueError) as error:
+                error_msgs.append(f"{prefix}std: {error}")
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def levels(self) -> Tensor:
         """(C,), or () for one level, where levels are a tensor."""
@@ -193,7 +167,7 @@ class GaussianNoise(RandomLayer):
         if self._number is None:
             return self._scaled(inputs, self.levels(), shared)
         noisy: Tensor
-        if torch.compiler.is_compiling():
+        if is_recording():
             call = call_number(self.identity)
             noisy = add_noise(inputs, self._number, self.layer, shared, self.training, call)
             return noisy
@@ -217,7 +191,7 @@ class GaussianNoise(RandomLayer):
                 f"{tuple(inputs.shape)}: their second dimension must be that of the channels"
             )
         noise: Tensor
-        if torch.compiler.is_compiling():
+        if is_recording():
             call = call_number(self.identity)
             noise = unit_noise(inputs.detach(), self.layer, shared, self.training, call)
         else:

@@ -17,14 +17,16 @@ activations, so that they grow and defend nothing (seen on digits); the prior bo
 """
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .graphs import forget_graphs
 from .injection import CHILD, noise_layers
-from .layer import GaussianNoise, Std, check_stds
+from .layer import GaussianNoise
+from .levels import Std, check_stds
 from .streams import Sampling
 
 Granularity = Literal["layer", "channel"]
@@ -64,6 +66,10 @@ class LearnedNoise(GaussianNoise):
     def fix_(self) -> None:
         raise ValueError("levels are still being learned: save the ensemble, and load it")
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # Past GaussianNoise's: a constant level is none that has been learned.
+        nn.Module._load_from_state_dict(self, *args, **kwargs)
+
     def levels(self) -> Tensor:
         return functional.softplus(self._scale * self.raw.float())
 
@@ -98,6 +104,10 @@ def learn_noise_(model: nn.Module, granularity: Granularity) -> nn.Module:
             std = (std,) * channels
         learned = LearnedNoise(std, layer=noise.layer, sampling=noise.sampling)
         setattr(module, CHILD, learned.train(noise.training))
+        if noise.record is not None:
+            learned.record = noise.record
+            learned.record["std"] = None  # not before it has been learned
+    forget_graphs()
     return model
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .graphs import is_recording
 from .layer import RandomLayer
 from .operators import call_number, called_off
 from .streams import LAYERS, Sampling, random_source
@@ -81,8 +82,7 @@ class ResizePad(RandomLayer):
             after = largest - side - before
             return functional.pad(inputs, (before, after, before, after))
         shared = self.sampling == "shared" and not self.training
-        compiling = torch.compiler.is_compiling()
-        draw, call = (_placement, call_number(self.identity)) if compiling else (_draw_placement, -1)
+        draw, call = (_placement, call_number(self.identity)) if is_recording() else (_draw_placement, -1)
         placement: Tensor = draw(inputs.detach(), self.config.smallest, largest, self.layer, shared, call)
         return resize_and_place(inputs, placement, largest)
 

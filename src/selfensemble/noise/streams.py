@@ -7,6 +7,8 @@ state is neither read nor changed, so that `torch.manual_seed` cannot freeze the
 
 import hashlib
 import operator
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -269,6 +271,24 @@ def derived_seed(seed: int, index: int, layer: int) -> int:
     return WideSeed(own) if isinstance(seed, WideSeed) else own
 
 
+_watching: list[tuple[int, Counter[int]]] = []  # threads, and what they draw
+
+
+@contextmanager
+def drawn_layers() -> Iterator[Counter[int]]:
+    """How often layers draw random numbers within this context, by their numbers.
+
+    Unlike hooks it sees layers within compiled and exported graphs; in this thread.
+    """
+    counts = Counter[int]()
+    entry = (threading.get_ident(), counts)
+    _watching.append(entry)
+    try:
+        yield counts
+    finally:
+        _watching[:] = [each for each in _watching if each is not entry]
+
+
 def random_source(layer: int, shared: bool, device: torch.device) -> Source:
     """Where a layer takes its random numbers from in the current draw.
 
@@ -285,6 +305,8 @@ def random_source(layer: int, shared: bool, device: torch.device) -> Source:
             "a noisy layer was called inside a backward pass: activation checkpointing would compute it "
             "again with other noise and give wrong gradients; switch checkpointing off"
         )
+    for thread, counts in _watching:
+        counts[layer] += thread == threading.get_ident()
     draw = _current.get()
     policy = shared if draw.sampling is None else draw.sampling == "shared"
     return Source(draw, layer, device, policy)

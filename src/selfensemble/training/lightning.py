@@ -12,11 +12,45 @@ except ImportError as error:
 
 from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.validators import validate
-from ..noise.layer import NoiseConfig
+from ..noise.layer import GaussianNoise
+from ..noise.learned import LearnedNoise
+from ..noise.levels import NoiseConfig
+
+
+class _OnSaveCheckpoint:
+    """In place of a module's `on_save_checkpoint`: the levels of the noise go into the checkpoint, too.
+
+    Lightning calls it for every checkpoint, and callbacks only where it saves more than weights.
+
+    Args:
+        module: whose hook it is.
+        network: the classifier within it.
+        before: the hook that it had.
+    """
+
+    def __init__(self, module: LightningModule, network: nn.Module, before: Any) -> None:
+        self.module, self.network, self.before = module, network, before
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        self.before(checkpoint)
+        checkpoint["state_dict"].update(_levels(self.module, self.network))
+
+
+def _levels(module: LightningModule, network: nn.Module) -> dict[str, Tensor]:
+    """Levels of the noise within `network`, by keys of a state dict of `module`, which has learned ones."""
+    ours = set(network.modules())
+    return {
+        f"{fqn.replace('_fsdp_wrapped_module.', '')}.std": torch.tensor(layer.std, dtype=torch.float64)
+        for fqn, layer in module.named_modules()
+        if isinstance(layer, GaussianNoise) and not isinstance(layer, LearnedNoise) and layer in ours
+    }
 
 
 class RandomSelfEnsemble(Callback):
     """Noise in a network that a `LightningModule` trains, and the accuracy of its ensemble in the log.
+
+    Checkpoints hold the levels of the noise as `....gaussian_noise.std`. A module whose network has noise
+    takes them from there; into one without `load_from_checkpoint` fails, as these keys are unexpected.
 
     The noise is put in when the callback is made. Steps of the module see single draws, in training as in
     validation; after each batch of validation `val_ensemble_accuracy` is logged, of the mean of the draws.
@@ -57,6 +91,23 @@ class RandomSelfEnsemble(Callback):
         """Images in [0, 1] and labels of a batch of validation."""
         images, labels = batch
         return images, labels
+
+    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
+        """See to it that checkpoints hold the noise.
+
+        Raises:
+            ValueError: the network is no part of the module.
+        """
+        del trainer, stage
+        network = self.ensemble.model
+        if network not in set(pl_module.modules()):
+            raise ValueError(
+                f"the callback's network is no part of {type(pl_module).__name__}: give it the module's own, "
+                "e.g. RandomSelfEnsemble(module.network)"
+            )
+        if not isinstance(pl_module.on_save_checkpoint, _OnSaveCheckpoint):
+            hook = _OnSaveCheckpoint(pl_module, network, pl_module.on_save_checkpoint)
+            pl_module.on_save_checkpoint = hook  # type: ignore[method-assign]
 
     @torch.no_grad()
     def on_validation_batch_end(

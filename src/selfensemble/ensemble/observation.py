@@ -1,0 +1,178 @@
+"""What a network does in a forward pass, for `validate`: what runs, reads the image, draws noise."""
+
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..noise.calls import OwnHooks
+from ..noise.graphs import as_recorded
+from ..noise.injection import CHILD, call, eval_mode
+from ..noise.layer import GaussianNoise
+from ..noise.streams import drawn_layers, noise_draw
+
+_COPIES = {torch.ops.aten.clone, torch.ops.aten._to_copy, torch.ops.aten.contiguous}
+
+
+@dataclass(slots=True)
+class Trace:
+    """What forward passes did.
+
+    Attributes:
+        entered: names of all modules that ran.
+        called: names of those that noise goes in front of, in their order.
+        batches: size of the batch that each of them met.
+        functional: module and operator of convolutions called as functions, and where.
+        image_readers, image_ops: what reads the image: layers that noise goes in front of; other operators.
+        output: of the model.
+        failure: of the pass, if it failed.
+        drawn: how often each number of a layer drew noise, in passes as the network runs by itself, with the
+            graphs that have been compiled of it.
+        repeats: whether two such passes gave the same.
+    """
+
+    entered: set[str] = field(default_factory=set)
+    called: list[str] = field(default_factory=list)
+    batches: dict[str, int] = field(default_factory=dict)
+    functional: dict[tuple[str, str], str] = field(default_factory=dict)
+    image_readers: list[str] = field(default_factory=list)
+    image_ops: dict[str, str] = field(default_factory=dict)
+    output: Any = None
+    failure: Exception | None = None
+    drawn: list[Counter[int]] = field(default_factory=list)
+    repeats: bool = False
+
+
+class _Observer(TorchDispatchMode):
+    """Follows the image until it is read, and sees convolutions that no module announces."""
+
+    def __init__(self, trace: Trace, matched: set[str], inputs: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.trace, self.matched = trace, matched
+        self.stack: list[tuple[str, nn.Module]] = []
+        tensors = images_of(inputs)
+        self.kept = tensors  # so that no storage is freed and its address used again
+        self.image = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+    def enter(self, fqn: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.stack.append((fqn, module))
+        self.trace.entered.add(fqn)
+        if fqn in self.matched and fqn not in self.trace.called:
+            self.trace.called.append(fqn)
+            if args and isinstance(args[0], Tensor) and args[0].dim() > 1:
+                self.trace.batches[fqn] = len(args[0])
+
+    def leave(self) -> None:
+        if self.stack:  # a pre-hook that failed before ours entered nothing
+            self.stack.pop()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        announced = any(isinstance(module, _ConvNd) for _, module in self.stack)
+        if "conv" in name and not announced and not any(fqn in self.matched for fqn, _ in self.stack):
+            where = self.stack[-1][0] if self.stack else ""
+            self.trace.functional.setdefault((where, name), _caller())
+        else:
+            self._follow_image(func, name, args, result)
+        return result
+
+    def _follow_image(self, func: Any, name: str, args: tuple[Any, ...], result: Any) -> None:
+        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        if not any(tensor.untyped_storage().data_ptr() in self.image for tensor in tensors):
+            return
+        if func.is_view:
+            return
+        if func.overloadpacket in _COPIES and isinstance(result, Tensor):
+            self.image.add(result.untyped_storage().data_ptr())
+            self.kept.append(result)
+            return
+        names = [fqn for fqn, _ in self.stack]
+        reader = next((fqn for fqn in names if fqn in self.matched), None)
+        if reader is None and self.stack and isinstance(self.stack[-1][1], GaussianNoise):
+            # Injected noise runs just before the module that it belongs to.
+            reader = names[-1].removesuffix(CHILD).removesuffix(".")
+        if reader is None:
+            self.trace.image_ops.setdefault(names[-1] if names else "", name)
+        elif reader not in self.trace.image_readers:
+            self.trace.image_readers.append(reader)
+
+
+def images_of(inputs: Any) -> list[Tensor]:
+    """The tensors of an example that can hold images or signals, rather than labels or masks."""
+    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    return [tensor for tensor in tensors if tensor.dim() >= 3] or tensors[:1]
+
+
+def _caller() -> str:
+    """file:line of the innermost frame outside torch and this package."""
+    inside = (torch.__path__[0], str(Path(__file__).parents[1]))
+    for frame in reversed(traceback.extract_stack()):
+        if not frame.filename.startswith(inside):
+            return f"{frame.filename}:{frame.lineno}"
+    return "unknown place"
+
+
+def observe(model: nn.Module, example_inputs: Any, matched: set[str]) -> Trace:
+    """What `model` does with the example, in eval mode and without gradients; it is left as it is.
+
+    Args:
+        model, example_inputs: see `validate`.
+        matched: names of the modules that noise goes in front of.
+    """
+    trace = Trace()
+    observer = _Observer(trace, matched, example_inputs)
+    with ExitStack() as stack:
+        hooks = stack.enter_context(OwnHooks())
+        for fqn, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            hooks.add(module.register_forward_pre_hook, lambda m, args, fqn=fqn: observer.enter(fqn, m, args))
+            hooks.add(
+                module.register_forward_hook, lambda m, args, output: observer.leave(), always_call=True
+            )
+        stack.enter_context(_quietly(model))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(observer)
+        try:
+            trace.output = call(model, example_inputs)
+        except Exception as error:  # whatever the user's network raises is a finding, not a crash
+            trace.failure = error
+    if trace.failure is None:
+        _run_by_itself(model, example_inputs, trace)
+    return trace
+
+
+def _run_by_itself(model: nn.Module, example_inputs: Any, trace: Trace) -> None:
+    # Graphs differ by whether gradients are wanted. With them first: weight_norm keeps the last graph.
+    modes = (True, False, False) if "torch._dynamo" in sys.modules else (False, False)
+    outputs = []
+    with _quietly(model), noise_draw(None), as_recorded():
+        for grad in modes:
+            with torch.set_grad_enabled(grad), drawn_layers() as drawn:
+                outputs.append(tree_leaves(call(model, example_inputs)))
+            trace.drawn.append(drawn)
+    pairs = [(one, other) for one, other in zip(*outputs[-2:], strict=False) if isinstance(one, Tensor)]
+    trace.repeats = any(one.numel() for one, _ in pairs) and all(torch.equal(*pair) for pair in pairs)
+
+
+@contextmanager
+def _quietly(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and no trace in torch's global random state."""
+    with ExitStack() as stack:
+        with suppress(NotImplementedError):  # an exported program has the mode that it was exported in
+            stack.enter_context(eval_mode(model))
+        stack.enter_context(torch.random.fork_rng())
+        yield
