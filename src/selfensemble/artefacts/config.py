@@ -5,11 +5,13 @@ import sys
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from ..ensemble.stopping import Calibrated
-from ..networks.models import Activation
+from ..networks.models import CREATED_AS, Activation, create_model
+from ..noise.layer import RandomLayer
 from ..noise.resize_pad import ResizePadConfig
 from ..noise.streams import Sampling
 
@@ -17,6 +19,17 @@ FORMAT_VERSION = 1
 
 
 _Level = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _layers(model: nn.Module) -> list[tuple[object, ...]]:
+    """What a network consists of, but for random layers: names, kinds, settings, shapes of weights."""
+    return [
+        (name, type(module), module.extra_repr(), [
+            (own, tensor.shape) for own, tensor in module.named_parameters(recurse=False)
+        ])
+        for name, module in model.named_modules()
+        if not isinstance(module, RandomLayer)
+    ]  # fmt: skip
 
 
 class Architecture(BaseModel):
@@ -28,6 +41,16 @@ class Architecture(BaseModel):
     channels: int
     width: float = 1.0
     activation: Activation = "relu"
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self | None:
+        """Of a network that `create_model` made, if nothing but noise was put into it since."""
+        arguments = getattr(model, CREATED_AS, None)
+        if not isinstance(arguments, dict):
+            return None
+        with torch.device("meta"):
+            fresh = create_model(**arguments)
+        return cls.model_validate(arguments) if _layers(fresh) == _layers(model) else None
 
 
 class TransformersNetwork(BaseModel):

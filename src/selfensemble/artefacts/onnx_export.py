@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..ensemble.checks import check_count, explain_shape
 from ..ensemble.ensemble import SelfEnsemble
-from ..fast.optimize import original_of
+from ..fast.ensemble import FastEnsemble, original_of
 from ..noise.injection import eval_mode, noise_layers, random_layers
 from ..noise.layer import GaussianNoise
 from ..runtime.files import atomic_file
@@ -82,7 +82,9 @@ def export_onnx(
     """
     onnx = _onnx()
     original = cast(SelfEnsemble, original_of(ensemble))
-    draws = original.draws if draws is None else check_count("draws", draws)
+    if isinstance(ensemble, FastEnsemble):
+        ensemble.check_original()
+    draws = ensemble.draws if draws is None else check_count("draws", draws)
     _check_layers(original)
     with eval_mode(original), torch.no_grad(), explain_shape(original, example_inputs):
         original.draw_logits(example_inputs[:2])
@@ -95,7 +97,7 @@ def export_onnx(
             "not written"
         )
     facts: dict[str, Any] = {"version": version("selfensemble"), "draws": draws, "noise": active}
-    facts |= {"bounds": original.bounds, "classes": classes}
+    facts |= {"bounds": ensemble.bounds, "classes": classes}
     for key, value in facts.items():
         entry = model.metadata_props.add()
         entry.key, entry.value = f"{_PREFIX}.{key}", json.dumps(value)

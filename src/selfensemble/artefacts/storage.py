@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.stopping import Calibrated
+from ..fast.ensemble import FastEnsemble, original_of
 from ..networks.models import create_model
+from ..noise.copies import OptimizedCopy
 from ..noise.injection import attach_noise_, noise_layers
 from ..noise.layer import NoiseConfig, RandomLayer
 from ..noise.resize_pad import ResizePadNetwork
@@ -38,16 +40,22 @@ def save(
     """Write `ensemble` to `folder`; each file is replaced as a whole or not at all.
 
     Args:
-        ensemble: what to save.
+        ensemble: what to save; of an optimised copy its original, with draws, bounds and stopping rule of the
+            copy.
         folder: where to.
-        architecture, classes, input_shape, metrics, recipe: see `ArtefactConfig`.
+        architecture: of a network of `MODELS`; by default what `create_model` was asked for.
+        classes, input_shape, metrics, recipe: see `ArtefactConfig`.
         dtype: that weights of two dimensions or more are stored in, e.g. bfloat16 for half the size; they
             are float32 again when they are loaded. None stores them as they are.
+
+    Raises:
+        ValueError: a copy has other noise than its original, or a part of the network is a copy.
     """
-    model = ensemble.model
+    model = _to_save(ensemble)
     resize_pad = None
     if isinstance(model, ResizePadNetwork):
         resize_pad, model = model.config, model.network
+    architecture = Architecture.of(model) if architecture is None else architecture
     config = ArtefactConfig(
         architecture=architecture,
         transformers=None if architecture is not None else TransformersNetwork.of(model),
@@ -71,6 +79,20 @@ def save(
         text.write(to_json(config.model_dump(mode="json")))
         for file in (weights, text):
             sync(file)
+
+
+def _to_save(ensemble: SelfEnsemble) -> nn.Module:
+    """The network that stands for `ensemble` on disk: never one that was rewritten to be fast."""
+    if isinstance(ensemble, FastEnsemble):
+        ensemble.check_original()
+    original = original_of(ensemble)
+    assert isinstance(original, SelfEnsemble)
+    if any(isinstance(module, OptimizedCopy) for module in original.modules()):
+        raise ValueError(
+            "a part of this network is an optimised copy, which no other process could build: put its "
+            "original there, save that, and optimize what is loaded"
+        )
+    return original.model
 
 
 def save_stopping(folder: str | Path, stopping: Calibrated) -> None:

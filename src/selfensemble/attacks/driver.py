@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from ..ensemble.checks import check_count, check_images, explain_shape, floating_dtype, logits_of
 from ..ensemble.draws import Draws
 from ..ensemble.ensemble import SelfEnsemble
-from ..fast.optimize import exact_float32, original_of
+from ..fast.ensemble import FastEnsemble, original_of
+from ..fast.optimize import exact_float32
 from ..noise.injection import eval_mode
 from ..noise.streams import fresh_seed, stream_seed
 from .expectation import Forward, Noise, Oracle
@@ -60,8 +61,13 @@ def attacked(model: nn.Module) -> Iterator[tuple[Forward, Forward | None]]:
     """The single-draw forward of `model` in eval mode, without gradients of its parameters.
 
     Of an optimised copy it is that of its original, and second the copy's own, to follow its gradients.
+
+    Raises:
+        ValueError: a copy and its original differ in their noise.
     """
     original = original_of(model)
+    if isinstance(model, FastEnsemble):
+        model.check_original()
     trainable = [parameter for parameter in original.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)

@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..noise.copies import OptimizedCopy
 from ..noise.injection import CHILD, FilterFn, call, eval_mode, is_convolution, noise_layers
 from ..noise.layer import GaussianNoise
 from .checks import check_images, logits_of
@@ -156,13 +157,15 @@ def validate(model: nn.Module, example_inputs: Any, *, filter_fn: FilterFn = is_
     """Everything about `model` that would make its self-ensemble wrong, weak or impossible.
 
     Args:
-        model: before or after `inject_noise_`; it is left as it is.
+        model: before or after `inject_noise_`; it is left as it is. Of an optimised copy, its original.
         example_inputs: a batch of at least 2 (a tensor, a tuple of arguments or a dict of keywords).
         filter_fn: the one that noise is injected by.
 
     Returns:
         The issues, errors first; an empty list when all is well.
     """
+    if isinstance(model, OptimizedCopy):
+        model = model.original
     matched = [fqn for fqn, module in model.named_modules() if filter_fn(module, fqn)]
     issues = [issue for rule in _STATIC_RULES for issue in rule(model, matched)]
     trace = _observe(model, example_inputs, set(matched))

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,53 +17,21 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..ensemble.checks import logits_of
 from ..ensemble.ensemble import SelfEnsemble
-from ..noise.injection import execution_order, is_convolution, random_layers
-from ..noise.layer import GaussianNoise, NoiseConfig, RandomLayer
+from ..noise.copies import OptimizedCopy
+from ..noise.injection import execution_order, is_convolution
+from ..noise.layer import GaussianNoise, RandomLayer
 from ..noise.streams import noise_draw
+from .ensemble import FastEnsemble, Precision, original_of, precision_of
 from .prepacked import FEW, PrepackedConvolution, can_prepack
 
-Precision = Literal["float32", "bf16"]
+__all__ = [  # with what other files look for here
+    "FastEnsemble", "Precision", "exact_float32", "faster_precision", "optimize", "original_of",
+    "precision_of",
+]  # fmt: skip
 _DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16}
 _RELUS = (torch.relu, torch.relu_, functional.relu, functional.relu_)
 # Layers whose weights autocast casts; others may do with theirs what it does not know.
 _HALVED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-
-
-class FastEnsemble(SelfEnsemble):
-    """What `optimize` returns: computes as `original` does, faster."""
-
-    def __init__(self, model: nn.Module, original: SelfEnsemble, precision: Precision) -> None:
-        # A network without noise stays without.
-        config = None if random_layers(model) else NoiseConfig(0, 0)
-        super().__init__(
-            model, config, draws=original.draws, sampling=original.sampling, bounds=original.bounds
-        )
-        self.stopping = original.stopping
-        self.precision = precision
-        if precision == "bf16":
-            self.chunk, self.has_half_activations = 4 * original.chunk, True
-        # In a tuple, so that it is no part of this module's state.
-        self._original = (original,)
-
-    @property
-    def original(self) -> SelfEnsemble:
-        """The ensemble this is a copy of."""
-        return self._original[0]
-
-    @property
-    def input_dtype(self) -> torch.dtype | None:
-        """That of the original: the first layer computes in it, whatever the others do."""
-        return self.original.input_dtype
-
-
-def original_of(model: nn.Module) -> nn.Module:
-    """The network that `model` is an optimised copy of, or `model` itself."""
-    return model.original if isinstance(model, FastEnsemble) else model
-
-
-def precision_of(ensemble: SelfEnsemble) -> Precision:
-    """That an ensemble computes in, as `optimize` names it."""
-    return ensemble.precision if isinstance(ensemble, FastEnsemble) else "float32"
 
 
 # Where torch keeps whether it may compute in TF32, and what keeps it from that.
@@ -151,7 +119,7 @@ def optimize(
     the original whether they succeed.
 
     Args:
-        ensemble: what to speed up, on the device it is used on.
+        ensemble: what to speed up, on the device it is used on; of an optimised copy, its original.
         example_inputs: (B, ...) images, on any device; they tell which convolution is the first.
         precision: "float32", or "bf16": labels then differ where two classes are nearly tied. By default
             the one in which convolutions are faster on the device, which is measured.
@@ -159,7 +127,8 @@ def optimize(
     Returns:
         An ensemble with the same noise; seeded shared draws are the same.
     """
-    network = copy.deepcopy(ensemble.model).eval().requires_grad_(False)
+    original = cast(SelfEnsemble, original_of(ensemble))
+    network = copy.deepcopy(original.model).eval().requires_grad_(False)
     device = next((parameter.device for parameter in network.parameters()), example_inputs.device)
     precision = precision or faster_precision(device)
     example_inputs = example_inputs[:2].to(device)
@@ -176,8 +145,11 @@ def optimize(
         if isinstance(first, PrepackedConvolution):
             first = None  # which sees to it itself
         _halve_weights(network, first)
-    wrapped = _Fast(network, first, torch.bfloat16 if precision == "bf16" else None)
-    return FastEnsemble(wrapped, ensemble, precision).eval()
+    wrapped = _Fast(network, first, torch.bfloat16 if precision == "bf16" else None, original.model)
+    fast = FastEnsemble(wrapped, original, precision)
+    if ensemble is not original:
+        fast.draws, fast.bounds, fast.stopping = ensemble.draws, ensemble.bounds, ensemble.stopping
+    return fast.eval()
 
 
 class _Tracer(fx.Tracer):
@@ -303,11 +275,14 @@ def _halve_weights(network: nn.Module, first: nn.Module | None) -> None:
             layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-class _Fast(nn.Module):
+class _Fast(OptimizedCopy, nn.Module):
     """Channels last and autocast around a network, without autocast in its first convolution."""
 
-    def __init__(self, network: nn.Module, first: nn.Module | None, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, network: nn.Module, first: nn.Module | None, dtype: torch.dtype | None, original: nn.Module
+    ) -> None:
         super().__init__()
+        self._original = (original,)
         self.network = network
         self.dtype = dtype
         if dtype is not None and first is not None:

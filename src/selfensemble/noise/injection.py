@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from .copies import with_originals
 from .layer import GaussianNoise, NoiseConfig, RandomLayer, Std
 
 CHILD = "gaussian_noise"
@@ -40,8 +41,11 @@ def random_layers(model: nn.Module) -> list[RandomLayer]:
 
 @contextmanager
 def noise_disabled(model: nn.Module) -> Iterator[None]:
-    """Within this context `model` is not random: noise layers are the identity, others do what is fixed."""
-    layers = random_layers(model)
+    """Within this context `model` is not random: noise layers are the identity, others do what is fixed.
+
+    Nor is what it is an optimised copy of.
+    """
+    layers = [layer for network in with_originals(model) for layer in random_layers(network)]
     before = [layer.enabled for layer in layers]
     for layer in layers:
         layer.enabled = False
@@ -180,23 +184,26 @@ def attach_noise_(model: nn.Module, stds: Mapping[str, Std]) -> nn.Module:
 
 
 def set_levels_(model: nn.Module, config: NoiseConfig) -> nn.Module:
-    """Give the noise layers of `model` other levels, in place.
+    """Give the noise layers of `model` other levels, in place; of an optimised copy, its original's as well.
 
     Raises:
         ValueError: there are none.
     """
-    layers = noise_layers(model)
-    if not layers:
+    if not noise_layers(model):
         raise ValueError("the network has no noise layers: inject_noise_ first")
-    for number, layer in enumerate(layers.values()):
-        layer.std = config.inner_std if number else config.init_std
+    for network in with_originals(model):
+        for number, layer in enumerate(noise_layers(network).values()):
+            layer.std = config.inner_std if number else config.init_std
     return model
 
 
 def remove_noise_(model: nn.Module) -> nn.Module:
-    """Undo `inject_noise_`, in place; a model without injected noise is left as it is."""
-    for fqn in noise_layers(model):
-        module = model.get_submodule(fqn)
+    """Undo `inject_noise_`, in place; a model without injected noise is left as it is.
+
+    Of an optimised copy, its original loses its noise as well.
+    """
+    noisy = [network.get_submodule(fqn) for network in with_originals(model) for fqn in noise_layers(network)]
+    for module in dict.fromkeys(noisy):  # an original may be seen from several copies
         delattr(module, CHILD)
         # By function, not by handle: handles do not survive deepcopy.
         for key, hook in list(module._forward_pre_hooks.items()):
@@ -207,8 +214,12 @@ def remove_noise_(model: nn.Module) -> nn.Module:
 
 
 def make_static_(model: nn.Module) -> nn.Module:
-    """Take all randomness out of `model`, in place; what is left is the defense's static base."""
+    """Take all randomness out of `model`, in place; what is left is the defense's static base.
+
+    Of an optimised copy, it is taken out of its original as well, on which attacks decide.
+    """
     remove_noise_(model)
-    for layer in random_layers(model):
-        layer.fix_()
+    for network in with_originals(model):
+        for layer in random_layers(network):
+            layer.fix_()
     return model
