@@ -90,7 +90,12 @@ class TransformersNetwork(BaseModel):
 class ArtefactConfig(BaseModel):
     """What stands in `config.json`.
 
+    The format has been version 1 from the start: what was added since is optional, and means nothing where it
+    is missing, so that every folder ever written loads.
+
     Attributes:
+        weights: "sha256:..." of the `model.safetensors` that it was written with; None in folders of versions
+            that did not write it, which cannot be told from those in which one file was exchanged.
         architecture: how to build the network; None for one of transformers, or of the user's own.
         transformers: how to build a network of transformers.
         noise: standard deviation by fully qualified module name, in the order of the layers; a list
@@ -106,6 +111,7 @@ class ArtefactConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     format: Literal["selfensemble"] = "selfensemble"
     format_version: int = FORMAT_VERSION
+    weights: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")] | None = None
     architecture: Architecture | None = None
     transformers: TransformersNetwork | None = None
     noise: dict[str, _Level | Annotated[tuple[_Level, ...], Field(min_length=1)]]

@@ -99,7 +99,8 @@ def calibrate(
 
     if not model.is_dir():
         raise InputError(f"{model} is no folder: a network of the zoo is calibrated in a copy of its folder")
-    test = test_data_of(storage.read_config(model), data)
+    config = storage.read_config(model)
+    test = test_data_of(config, data)
     if len(test) < n_images:
         raise InputError(f"there are {len(test)} test images: --n-images asks for {n_images}")
     ensemble = in_precision(storage.load(model).to(device_named(device)), test.inputs(slice(2)), precision)
@@ -114,7 +115,7 @@ def calibrate(
             seed=seed,
             progress=lambda done, total: update("drawing", done / total),
         )
-    storage.save_stopping(model, rule)
+    storage.save_stopping(model, rule, of=config)
     if as_json:
         terminal.print_json(rule.model_dump(mode="json"))
         return
