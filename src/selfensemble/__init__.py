@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import attacks, evaluation
     from .artefacts.onnx_export import export_onnx
+    from .artefacts.onnx_session import OnnxEnsemble
     from .artefacts.storage import load, save
     from .attacks import cw_l2, cw_l2_paper
     from .certainty.calibration import calibrate
@@ -47,6 +48,7 @@ __all__ = [
     "save",
     "load",
     "export_onnx",
+    "OnnxEnsemble",
     # what is certain
     "decide",
     "Decision",
@@ -73,6 +75,7 @@ __all__ = [
 
 _MODULES = {
     "artefacts.onnx_export": ("export_onnx",),
+    "artefacts.onnx_session": ("OnnxEnsemble",),
     "artefacts.storage": ("load", "save"),
     "attacks": ("cw_l2", "cw_l2_paper"),
     "certainty.calibration": ("calibrate",),

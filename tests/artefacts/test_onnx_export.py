@@ -1,4 +1,4 @@
-"""Networks run by onnxruntime are those of torch, and random at every run."""
+"""Networks run by onnxruntime are those of torch, with the noise of a seed."""
 
 import json
 import math
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import selfensemble as rse
+from selfensemble.artefacts.onnx_session import seed_words
 from selfensemble.noise.learned import learn_noise_
 from selfensemble.noise.resize_pad import ResizePadConfig, ResizePadNetwork
 
@@ -30,16 +31,16 @@ def session(path: Path) -> Any:
 
 
 def test_draws_have_the_distribution_of_torch(tiny: nn.Module, images: Tensor, tmp_path: Path) -> None:
-    """Mean, spread and independence over 2,000 runs of one draw.
+    """Mean, spread and independence over 2,000 runs of one draw, with seeds in a row.
 
     30 means within 4 standard errors (all are with probability .998), variances within 4 standard errors of
     their logarithm at the kurtosis seen, correlations of a run with the next within 4 / sqrt(2000).
     """
     ensemble = rse.SelfEnsemble(tiny, rse.NoiseConfig(0.5, 0.3))
     path = rse.export_onnx(ensemble, tmp_path / "one.onnx", images, draws=1)
-    onnxruntime.set_seed(3)
     run = session(path)
-    theirs = np.stack([run.run(None, {"images": images.numpy()})[0] for _ in range(RUNS)])
+    feeds = [{"images": images.numpy(), "seed": seed_words(number)} for number in range(RUNS)]
+    theirs = np.stack([run.run(None, feed)[0] for feed in feeds])
     with torch.no_grad(), rse.noise_draw(7, 0, "per_image"):
         ours = ensemble.eval().draw_logits(images.repeat(RUNS, 1, 1, 1)).softmax(dim=1)
     ours_np = ours.view(RUNS, 6, 5).double().numpy()
@@ -61,10 +62,10 @@ def test_ensembles_average_independent_draws(tiny: nn.Module, images: Tensor, tm
     """
     ensemble = rse.SelfEnsemble(tiny, rse.NoiseConfig(0.5, 0.3), draws=16)
     path = rse.export_onnx(ensemble, tmp_path / "many.onnx", images, classes=("a", "b", "c", "d", "e"))
-    onnxruntime.set_seed(4)
     run = session(path)
     assert [each.name for each in run.get_outputs()] == ["probabilities", "spread"]
-    answers = [run.run(None, {"images": images.numpy()}) for _ in range(400)]
+    seeds = [seed_words(number) for number in range(400)]
+    answers = [run.run(None, {"images": images.numpy(), "seed": seed}) for seed in seeds]
     means, spreads = (np.stack(each) for each in zip(*answers, strict=True))
     assert not np.array_equal(means[0], means[1])
     assert means.sum(axis=2) == pytest.approx(1, abs=1e-5)
@@ -73,7 +74,7 @@ def test_ensembles_average_independent_draws(tiny: nn.Module, images: Tensor, tm
     expected = ensemble.eval().predict(images, draws=4000, seed=1)
     error = expected.spread.numpy() * math.sqrt(1 / 6400 + 1 / 4000)
     assert (np.abs(means.mean(axis=0) - expected.probabilities.numpy()) < 4 * error).all()
-    assert run.run(None, {"images": images[:1].numpy()})[0].shape == (1, 5)
+    assert run.run(None, {"images": images[:1].numpy(), "seed": seeds[0]})[0].shape == (1, 5)
     about = run.get_modelmeta().custom_metadata_map
     assert json.loads(about["selfensemble.draws"]) == 16
     assert json.loads(about["selfensemble.noise"]) == {"0": 0.5, "3": 0.3, "5": 0.3}
@@ -100,8 +101,7 @@ def test_other_kinds_of_noise(images: Tensor, tmp_path: Path, kind: str) -> None
     ensemble = rse.SelfEnsemble(net, draws=300).eval()
     given = rse.optimize(ensemble, images, "bf16") if kind == "optimised" else ensemble
     path = rse.export_onnx(given, tmp_path / "x.onnx", images)
-    onnxruntime.set_seed(5)
-    mean, spread = session(path).run(None, {"images": images.numpy()})
+    mean, spread = session(path).run(None, {"images": images.numpy(), "seed": seed_words(5)})
     expected = ensemble.predict(images, draws=1200, seed=2)
     error = expected.spread.numpy() * math.sqrt(1 / 300 + 1 / 1200)
     assert (np.abs(mean - expected.probabilities.numpy()) < 4.5 * error).all()
@@ -125,7 +125,20 @@ def test_what_onnx_cannot_say_is_refused(tiny: nn.Module, images: Tensor, tmp_pa
         def forward(self, input: Tensor) -> Tensor:  # noqa: A002
             return super().forward(input).reshape(2, -1)
 
-    for network, problem in ((Branching(3, 5, 1), "torch cannot export"), (OneSize(3, 5, 1), "batch size")):
+    class Dropping(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+            return nn.functional.dropout(super().forward(input).mean(dim=(2, 3)), training=True)
+
+    class Placing(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+            return super().forward(input * torch.rand_like(input)).mean(dim=(2, 3))
+
+    for network, problem in (
+        (Branching(3, 5, 1), "^torch cannot export"),
+        (OneSize(3, 5, 1), "^this network computes with its batch size"),
+        (Dropping(3, 5, 1), "draws random numbers of its own .Dropout"),
+        (Placing(3, 5, 1), "draws random numbers of its own .RandomUniformLike"),
+    ):
         with pytest.raises(ValueError, match=problem):
             rse.export_onnx(rse.SelfEnsemble(network), path, images[:2], draws=1)
     assert path.read_text() == "precious"

@@ -1,6 +1,13 @@
 """Artefacts: round trips, golden files of every format version, and files that must be refused."""
 
+import hashlib
 import itertools
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,9 +17,13 @@ from torch import Tensor, nn
 
 import selfensemble as rse
 from selfensemble.artefacts.config import Architecture
-from selfensemble.artefacts.storage import read_config
+from selfensemble.artefacts.storage import read_config, save_stopping
+from selfensemble.artefacts.upload import push
+from selfensemble.artefacts.zoo import zoo
+from selfensemble.ensemble.stopping import Calibrated
 from selfensemble.evaluation.identity import model_record
 from selfensemble.evaluation.results import ModelRecord
+from selfensemble.report.packing import pack, write_card
 
 from ..conftest import Aliased, OutOfOrder
 
@@ -126,3 +137,192 @@ def test_config_mistakes_are_named(tmp_path: Path) -> None:
         path.write_text(text, encoding="latin-1")
         with pytest.raises(ValueError, match=message):
             read_config(tmp_path)
+
+
+def of_seed(seed: int) -> rse.SelfEnsemble:
+    torch.manual_seed(seed)
+    return rse.SelfEnsemble(rse.create_model("small-cnn", channels=1, width=0.25), rse.NoiseConfig(0.3, 0.1))
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+import selfensemble as rse
+
+torch.manual_seed(1)
+ensemble = rse.SelfEnsemble(rse.create_model("small-cnn", channels=1, width=0.25), rse.NoiseConfig(0.3, 0.1))
+left, replace = int(sys.argv[2]), Path.replace
+
+def killed(self, target):
+    global left
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left -= 1
+    return replace(self, target)
+
+Path.replace = killed
+rse.save(ensemble, sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize(
+    ("earlier", "replaced"),
+    [("digest", 0), ("digest", 1), ("digest", 2), ("no digest", 1), ("nothing", 1)],
+)
+def test_a_save_that_is_killed_leaves_no_pair_of_two_networks(
+    tmp_path: Path, images: Tensor, earlier: str, replaced: int
+) -> None:
+    """By SIGKILL before the first file takes its place, between the two, or never."""
+    grey, folder = images[:, :1], tmp_path / "net"
+
+    def is_of(seed: int) -> bool:
+        ours, theirs = (each.predict_proba(grey, seed=1) for each in (rse.load(folder), of_seed(seed).eval()))
+        return torch.equal(ours, theirs)
+
+    if earlier != "nothing":
+        rse.save(of_seed(0), folder)
+    if earlier == "no digest":  # as earlier versions wrote it
+        values = json.loads((folder / "config.json").read_text())
+        del values["weights"]
+        (folder / "config.json").write_text(json.dumps(values))
+        assert is_of(0)
+    command = [sys.executable, "-c", _KILLED, str(folder), str(replaced)]
+    status = subprocess.run(command, check=False).returncode
+    assert status == (-signal.SIGKILL if replaced < 2 else 0)
+    if replaced == 1:
+        missing = earlier == "nothing"
+        with pytest.raises(
+            FileNotFoundError if missing else ValueError,
+            match="incomplete" if missing else "Save the ensemble again",
+        ):
+            rse.load(folder)
+    else:
+        assert is_of(replaced // 2)
+    rse.save(of_seed(2), folder)  # as the message says
+    assert is_of(2)
+
+
+@pytest.mark.parametrize("failing", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("earlier", [True, False])
+def test_a_file_that_cannot_be_replaced_leaves_the_earlier_pair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, earlier: bool
+) -> None:
+    if earlier:
+        rse.save(of_seed(0), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    replace = Path.replace
+
+    def refused(self: Path, target: Path) -> Path:
+        if target.name == failing:
+            raise PermissionError(13, "in use")
+        return replace(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", refused)
+        with pytest.raises(PermissionError):
+            rse.save(of_seed(1), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_files_of_two_saves_are_refused_everywhere(tmp_path: Path, name: str) -> None:
+    """Copied alone, of the same shapes: nothing loads, pushes, packs or calibrates such a folder."""
+    folder = tmp_path / "mixed"
+    rse.save(of_seed(0), folder, input_shape=(1, 8, 8))
+    rse.save(of_seed(1), tmp_path / "other", input_shape=(1, 8, 8))
+    shutil.copy(tmp_path / "other" / name, folder / name)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    data = rse.load_data("digits", "test")
+    attempts: tuple[Callable[[], object], ...] = (
+        lambda: rse.load(folder),
+        lambda: rse.SelfEnsemble.from_pretrained(folder),
+        lambda: push(folder, "me/mixed"),
+        lambda: pack(folder, tmp_path / "packed", data),
+        lambda: save_stopping(folder, _RULE),
+        lambda: write_card(folder),
+    )
+    for attempt in attempts:
+        with pytest.raises(ValueError, match=r"is not the file that its config\.json was written with"):
+            attempt()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert not (tmp_path / "packed").exists()
+
+
+def test_weights_of_your_own_network_are_not_pushed_with_another_config(tmp_path: Path) -> None:
+    for seed, name in enumerate(("mine", "other")):
+        torch.manual_seed(seed)
+        rse.save(rse.SelfEnsemble(Aliased()), tmp_path / name)
+    shutil.copy(tmp_path / "other" / "config.json", tmp_path / "mine")
+    with pytest.raises(ValueError, match="is not the file"):
+        push(tmp_path / "mine", "me/mine")
+
+
+_RULE = Calibrated(
+    thresholds=(0.9, 0.5), epsilon=0.1, delta=0.05, mean_draws=1.5, disagreement=0.01, images=200,
+    reference_draws=200, precision="float32", antithetic=False,
+)  # fmt: skip
+
+
+def test_a_rule_goes_to_the_network_it_was_calibrated_on(tmp_path: Path) -> None:
+    """Not to one that was saved into the folder in the meantime; the digest stays."""
+    rse.save(of_seed(0), tmp_path)
+    calibrated = read_config(tmp_path)
+    save_stopping(tmp_path, _RULE, of=calibrated)
+    assert rse.load(tmp_path).stopping == _RULE
+    assert read_config(tmp_path).weights == calibrated.weights
+    rse.save(of_seed(1), tmp_path)
+    with pytest.raises(ValueError, match="written anew while it was being calibrated"):
+        save_stopping(tmp_path, _RULE, of=calibrated)
+    assert rse.load(tmp_path).stopping is None
+
+
+def test_the_digest_is_that_of_the_file(tmp_path: Path) -> None:
+    """What sha256sum says, also of networks that come along."""
+    rse.save(of_seed(0), tmp_path, dtype=torch.bfloat16)
+    for folder in (tmp_path, *zoo().values()):
+        digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        assert read_config(folder).weights == f"sha256:{digest}"
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into a folder without digests somebody saves just then."""
+    folder = tmp_path / "net"
+    rse.save(of_seed(0), folder)
+    values = json.loads((folder / "config.json").read_text()) | {"weights": None}
+    (folder / "config.json").write_text(json.dumps(values))
+    read = safetensors.torch.load_file
+
+    def slowly(path: Path) -> dict[str, Tensor]:
+        monkeypatch.undo()
+        rse.save(of_seed(1), folder)
+        return read(path)
+
+    monkeypatch.setattr(safetensors.torch, "load_file", slowly)
+    with pytest.raises(ValueError, match="is not the file"):
+        rse.load(folder)
+
+
+def test_both_files_are_of_one_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a name on the Hub that moves on between two looks at it."""
+    for seed in (0, 1):
+        rse.save(of_seed(seed), tmp_path / str(seed))
+    revisions = itertools.count()
+
+    def fetch(name: str) -> Path:
+        return tmp_path / str(min(1, next(revisions)))
+
+    monkeypatch.setattr("selfensemble.artefacts.zoo.fetch", fetch)
+    loaded = rse.load("hf-hub:me/moving")
+    for ours, theirs in zip(loaded.parameters(), of_seed(0).parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_what_a_later_version_added_is_no_damage(tmp_path: Path) -> None:
+    rse.save(of_seed(0), tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text()) | {"colour": "blue"}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="colour, which this version does not know: upgrade selfensemble"):
+        rse.load(tmp_path)

@@ -5,12 +5,14 @@ import sys
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from ..ensemble.sets import SetRule
 from ..ensemble.stopping import Calibrated
-from ..networks.models import Activation
+from ..networks.models import CREATED_AS, Activation, create_model
+from ..noise.layer import RandomLayer
 from ..noise.resize_pad import ResizePadConfig
 from ..noise.streams import Sampling
 
@@ -18,6 +20,17 @@ FORMAT_VERSION = 1
 
 
 _Level = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _layers(model: nn.Module) -> list[tuple[object, ...]]:
+    """What a network consists of, but for random layers: names, kinds, settings, shapes of weights."""
+    return [
+        (name, type(module), module.extra_repr(), [
+            (own, tensor.shape) for own, tensor in module.named_parameters(recurse=False)
+        ])
+        for name, module in model.named_modules()
+        if not isinstance(module, RandomLayer)
+    ]  # fmt: skip
 
 
 class Architecture(BaseModel):
@@ -29,6 +42,16 @@ class Architecture(BaseModel):
     channels: int
     width: float = 1.0
     activation: Activation = "relu"
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self | None:
+        """Of a network that `create_model` made, if nothing but noise was put into it since."""
+        arguments = getattr(model, CREATED_AS, None)
+        if not isinstance(arguments, dict):
+            return None
+        with torch.device("meta"):
+            fresh = create_model(**arguments)
+        return cls.model_validate(arguments) if _layers(fresh) == _layers(model) else None
 
 
 class TransformersNetwork(BaseModel):
@@ -68,7 +91,12 @@ class TransformersNetwork(BaseModel):
 class ArtefactConfig(BaseModel):
     """What stands in `config.json`.
 
+    The format has been version 1 from the start: what was added since is optional, and means nothing where it
+    is missing, so that every folder ever written loads.
+
     Attributes:
+        weights: "sha256:..." of the `model.safetensors` that it was written with; None in folders of versions
+            that did not write it, which cannot be told from those in which one file was exchanged.
         architecture: how to build the network; None for one of transformers, or of the user's own.
         transformers: how to build a network of transformers.
         noise: standard deviation by fully qualified module name, in the order of the layers; a list
@@ -85,6 +113,7 @@ class ArtefactConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     format: Literal["selfensemble"] = "selfensemble"
     format_version: int = FORMAT_VERSION
+    weights: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")] | None = None
     architecture: Architecture | None = None
     transformers: TransformersNetwork | None = None
     noise: dict[str, _Level | Annotated[tuple[_Level, ...], Field(min_length=1)]]

@@ -1,7 +1,7 @@
-"""ONNX files in which the noise stays random: every run draws anew.
+"""ONNX files in which the noise stays random: it is that of a seed which every run is given.
 
-The noise layers become `RandomNormalLike`, which has no seed here. An ensemble repeats the batch, an image
-for each draw, so that one run of the graph gives the mean of all draws.
+An ensemble repeats the batch, an image for each draw, so that one run of the graph gives the mean of all
+draws.
 """
 
 import json
@@ -20,16 +20,16 @@ from torch import Tensor, nn
 
 from ..ensemble.checks import check_count, explain_shape
 from ..ensemble.ensemble import SelfEnsemble
-from ..fast.optimize import original_of
+from ..fast.ensemble import FastEnsemble, original_of
 from ..noise.injection import eval_mode, noise_layers, random_layers
 from ..noise.layer import GaussianNoise
 from ..runtime.files import atomic_file
+from .onnx_noise import NOISE, seed_noise
 
 if TYPE_CHECKING:
     import onnx
 
-_NOISE = "RandomNormalLike"
-_PREFIX = "selfensemble"  # prefix of our keys in the metadata of a file
+PREFIX = "selfensemble"  # of our keys in the metadata of a file
 
 
 class _Exported(nn.Module):
@@ -56,15 +56,16 @@ def export_onnx(
     draws: int | None = None,
     classes: tuple[str, ...] | None = None,
 ) -> Path:
-    """Write an ensemble as an ONNX file whose noise is drawn afresh at every run.
+    """Write an ensemble as an ONNX file whose noise is that of a seed, another one at every run.
 
-    The graph takes `images`, (B, ...) float32 in the bounds of the ensemble, and gives `probabilities`,
-    (B, K), the mean softmax over the draws, and with more than one draw `spread`, (B, K), its standard
-    deviation over them. Every image and draw has noise of its own. The number of draws is part of the graph,
-    which needs the memory of `draws` times the images of a run.
+    The graph takes `images`, (B, ...) float32 in the bounds of the ensemble, and `seed`, (4,) uint32: 128
+    bits that have to be fresh at every run, as `OnnxEnsemble` has them. (A network without noise takes no
+    seed.) It gives `probabilities`, (B, K), the mean softmax over the draws, and with more than one draw
+    `spread`, (B, K), its standard deviation over them. Every image and draw has noise of its own. The number
+    of draws is part of the graph, which needs the memory of `draws` times the images of a run.
 
-    What stays behind: seeds (the noise is the runtime's), rules that stop drawing, decisions and
-    certificates.
+    What stays behind: the streams of `noise_draw` (the same seed is other noise here), rules that stop
+    drawing, decisions and certificates.
 
     Args:
         ensemble: whose noise layers are Gaussian; of an optimised copy, its original is exported.
@@ -77,28 +78,33 @@ def export_onnx(
         The path.
 
     Raises:
-        ValueError: there are random layers that ONNX cannot express, or the network cannot be exported.
+        ValueError: there are random layers that ONNX cannot express, the network draws random numbers of its
+            own, or it cannot be exported.
         ImportError: onnx or onnxscript is missing: `pip install 'selfensemble[onnx]'`.
     """
     onnx = _onnx()
     original = cast(SelfEnsemble, original_of(ensemble))
-    draws = original.draws if draws is None else check_count("draws", draws)
+    if isinstance(ensemble, FastEnsemble):
+        ensemble.check_original()
+    draws = ensemble.draws if draws is None else check_count("draws", draws)
     _check_layers(original)
-    with eval_mode(original), torch.no_grad(), explain_shape(original, example_inputs):
-        original.draw_logits(example_inputs[:2])
+    with eval_mode(original), torch.no_grad():
+        with explain_shape(original, example_inputs):
+            original.draw_logits(example_inputs[:2])
         model = _translated(_Exported(original, draws).eval(), example_inputs, draws)
     active = {name: layer.std for name, layer in noise_layers(original.model).items() if layer.is_active}
-    found = sum(node.op_type == _NOISE for node in model.graph.node)
+    found = sum(node.op_type == NOISE for node in model.graph.node)
     if found < len(active):
         raise ValueError(
             f"the exported graph has {found} of {len(active)} noise layers: it would be no defense, and is "
             "not written"
         )
+    model = seed_noise(model)
     facts: dict[str, Any] = {"version": version("selfensemble"), "draws": draws, "noise": active}
-    facts |= {"bounds": original.bounds, "classes": classes}
+    facts |= {"bounds": ensemble.bounds, "classes": classes}
     for key, value in facts.items():
         entry = model.metadata_props.add()
-        entry.key, entry.value = f"{_PREFIX}.{key}", json.dumps(value)
+        entry.key, entry.value = f"{PREFIX}.{key}", json.dumps(value)
     onnx.checker.check_model(model, full_check=True)
     path = Path(path)
     with atomic_file(path) as file:

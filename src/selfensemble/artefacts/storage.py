@@ -3,6 +3,8 @@
 Nothing is pickled, so loading a file from a stranger runs none of its code.
 """
 
+import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,13 @@ from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.promises import check_kept
 from ..ensemble.sets import SetRule
 from ..ensemble.stopping import Calibrated
+from ..fast.ensemble import FastEnsemble, original_of
 from ..networks.models import create_model
+from ..noise.copies import OptimizedCopy
 from ..noise.injection import attach_noise_, noise_layers
 from ..noise.layer import NoiseConfig, RandomLayer
-from ..noise.resize_pad import ResizePadNetwork
-from ..runtime.files import atomic_file, read_versioned, sync, to_json
+from ..noise.resize_pad import ResizePadConfig, ResizePadNetwork
+from ..runtime.files import atomic_pair, atomic_write, digest_of, read_versioned, to_json
 from .config import FORMAT_VERSION, Architecture, ArtefactConfig, TransformersNetwork
 from .zoo import locate
 
@@ -37,25 +41,34 @@ def save(
     recipe: dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write `ensemble` to `folder`; each file is replaced as a whole or not at all.
+    """Write `ensemble` to `folder`; both files are replaced as a whole or not at all.
+
+    A process that is killed just between the two leaves files of two networks, which `load` refuses.
 
     Args:
-        ensemble: what to save.
+        ensemble: what to save; of an optimised copy its original, with draws, bounds and stopping rule of the
+            copy.
         folder: where to.
-        architecture, classes, input_shape, metrics, recipe: see `ArtefactConfig`.
+        architecture: of a network of `MODELS`; by default what `create_model` was asked for.
+        classes, input_shape, metrics, recipe: see `ArtefactConfig`.
         dtype: that weights of two dimensions or more are stored in, e.g. bfloat16 for half the size; they
             are float32 again when they are loaded. None stores them as they are.
 
     Raises:
         ValueError: a rule of the ensemble (`stopping`, `sets`) was calibrated on others than the weights and
-            the noise that would be saved with it; the message says what to do. Nothing is written.
+            the noise that would be saved with it; a copy has other noise than its original, or a part of the
+            network is a copy. Nothing is written.
     """
     check_kept(ensemble)
-    model = ensemble.model
-    resize_pad = None
-    if isinstance(model, ResizePadNetwork):
-        resize_pad, model = model.config, model.network
+    model, resize_pad = _to_save(ensemble)
+    architecture = Architecture.of(model) if architecture is None else architecture
+    # Tensors that share memory are copied apart: safetensors refuses them otherwise.
+    exact = {key: tensor.detach().cpu().clone() for key, tensor in _weights(model).items()}
+    tensors = {key: _stored(tensor, dtype) for key, tensor in exact.items()}
+    _check_rounding(ensemble, exact, tensors)
+    content = safetensors.torch.save(tensors)
     config = ArtefactConfig(
+        weights=digest_of(content),
         architecture=architecture,
         transformers=None if architecture is not None else TransformersNetwork.of(model),
         noise={fqn: layer.std for fqn, layer in noise_layers(model).items()},
@@ -70,35 +83,53 @@ def save(
         stopping=ensemble.stopping,
         sets=ensemble.sets,
     )
-    # Tensors that share memory are copied apart: safetensors refuses them otherwise.
-    exact = {key: tensor.detach().cpu().clone() for key, tensor in _weights(model).items()}
-    tensors = {key: _stored(tensor, dtype) for key, tensor in exact.items()}
-    _check_rounding(ensemble, exact, tensors)
-    # Both are on disk before either replaces an earlier one.
-    with atomic_file(Path(folder) / WEIGHTS) as weights, atomic_file(Path(folder) / CONFIG) as text:
-        weights.write(safetensors.torch.save(tensors))
+    with atomic_pair(Path(folder) / CONFIG, Path(folder) / WEIGHTS) as (text, weights):
         text.write(to_json(config.model_dump(mode="json")))
-        for file in (weights, text):
-            sync(file)
+        weights.write(content)
 
 
-def save_stopping(folder: str | Path, stopping: Calibrated) -> None:
+def _to_save(ensemble: SelfEnsemble) -> tuple[nn.Module, ResizePadConfig | None]:
+    """The network that stands for `ensemble` on disk, never one that was rewritten, and what is before it."""
+    if isinstance(ensemble, FastEnsemble):
+        ensemble.check_original()
+    original = original_of(ensemble)
+    assert isinstance(original, SelfEnsemble)
+    if any(isinstance(module, OptimizedCopy) for module in original.modules()):
+        raise ValueError(
+            "a part of this network is an optimised copy, which no other process could build: put its "
+            "original there, save that, and optimize what is loaded"
+        )
+    model = original.model
+    return (model.network, model.config) if isinstance(model, ResizePadNetwork) else (model, None)
+
+
+def save_stopping(folder: str | Path, stopping: Calibrated, *, of: ArtefactConfig | None = None) -> None:
     """Put calibrated thresholds into the `config.json` of a saved ensemble; nothing else is changed.
 
+    Args:
+        folder: of the ensemble.
+        stopping: the thresholds.
+        of: its configuration before it was loaded to be calibrated, if it may have been saved anew since.
+
     Raises:
-        FileNotFoundError, ValueError: no such ensemble, one that cannot be read, or another than the rule was
-            calibrated on.
+        FileNotFoundError, ValueError: no such ensemble, one that cannot be read, another one than `of`, or
+            another than the rule was calibrated on.
     """
-    _save_rule(folder, "stopping", stopping)
+    _save_rule(folder, "stopping", stopping, of)
 
 
-def save_sets(folder: str | Path, sets: SetRule) -> None:
+def save_sets(folder: str | Path, sets: SetRule, *, of: ArtefactConfig | None = None) -> None:
     """The same for the rule of conformal sets."""
-    _save_rule(folder, "sets", sets)
+    _save_rule(folder, "sets", sets, of)
 
 
-def _save_rule(folder: str | Path, name: str, rule: Calibrated | SetRule) -> None:
-    config = read_config(folder).model_copy(update={name: rule})
+def _save_rule(folder: str | Path, name: str, rule: Calibrated | SetRule, of: ArtefactConfig | None) -> None:
+    config = read_config(folder)
+    if of is not None and config != of:
+        raise ValueError(
+            f"{folder} was written anew while it was being calibrated: calibrate what is there now"
+        )
+    read_weights(folder, config)
     if config.transformers is not None or config.architecture is not None:  # others are asked when it is used
         different = rule.differences(load(folder))
         if different:
@@ -106,9 +137,8 @@ def _save_rule(folder: str | Path, name: str, rule: Calibrated | SetRule) -> Non
                 f"the rule was calibrated on other {', other '.join(different)} than {folder} holds: "
                 "calibrate what rse.load returns"
             )
-    with atomic_file(locate(folder) / CONFIG) as text:
-        text.write(to_json(config.model_dump(mode="json")))
-        sync(text)
+    config = config.model_copy(update={name: rule})
+    atomic_write(locate(folder) / CONFIG, to_json(config.model_dump(mode="json")))
 
 
 def copy_weights_(source: str | Path, ensemble: SelfEnsemble) -> None:
@@ -175,6 +205,34 @@ def read_config(folder: str | Path) -> ArtefactConfig:
     )
 
 
+def read_weights(folder: str | Path, config: ArtefactConfig) -> dict[str, Tensor]:
+    """The tensors of a saved ensemble, if they are those that its `config.json` was written with.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: the file is damaged, or of another network.
+    """
+    path = locate(folder) / WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(f"no {WEIGHTS} in {folder}: the artefact is incomplete")
+    with path.open("rb") as file:
+        try:
+            tensors = safetensors.torch.load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or not a safetensors file ({error})") from error
+        found = None
+        if config.weights is not None:
+            found = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        replaced = not os.path.samestat(os.fstat(file.fileno()), path.stat())
+    if replaced or config.weights not in (None, found):
+        raise ValueError(
+            f"{path} is not the file that its {CONFIG} was written with: a save was cut off between the two "
+            "or is under way, or one of them was copied alone. Save the ensemble again (after a training: "
+            "selfensemble train --resume), or copy both files from one place"
+        )
+    return tensors
+
+
 def _built(config: ArtefactConfig, folder: str | Path) -> nn.Module:
     """The network with fresh weights."""
     if config.transformers is not None:
@@ -200,14 +258,9 @@ def load(folder: str | Path, model: nn.Module | None = None) -> SelfEnsemble:
     Raises:
         FileNotFoundError, ValueError: files missing, damaged, foreign, or of another network.
     """
+    folder = locate(folder)  # once, for on the Hub the next one may be another
     config = read_config(folder)
-    path = locate(folder) / WEIGHTS
-    if not path.is_file():
-        raise FileNotFoundError(f"no {WEIGHTS} in {folder}: the artefact is incomplete")
-    try:
-        tensors = safetensors.torch.load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file ({error})") from error
+    path, tensors = folder / WEIGHTS, read_weights(folder, config)
     if model is None:
         with torch.device("meta"):  # takes no memory, whatever sizes a damaged configuration asks for
             planned = _weights(_built(config, folder))

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from .download import FILES, NAME, PREFIX, brief
-from .storage import load, read_config
+from .storage import load, read_config, read_weights
 
 
 def push(
@@ -37,8 +37,11 @@ def push(
     if not NAME.fullmatch(name):
         raise ValueError(f"{name!r} is no name of the Hub: write owner/name")
     config = read_config(folder)
+    # What cannot be read is not given away.
     if config.architecture is not None or config.transformers is not None:
-        load(folder)  # what cannot be read is not given away
+        load(folder)
+    else:
+        read_weights(folder, config)
     api = HfApi(token=token, library_name="selfensemble")
     try:
         api.create_repo(name, private=private, exist_ok=True)

@@ -10,7 +10,8 @@ from ..ensemble.checks import check_count, check_images, explain_shape, floating
 from ..ensemble.draws import Draws
 from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.randomness import PASSES, answers_differ
-from ..fast.optimize import exact_float32, original_of
+from ..fast.ensemble import FastEnsemble, original_of
+from ..fast.optimize import exact_float32
 from ..noise.calls import OwnHooks, without_weight_gradients
 from ..noise.injection import eval_mode, random_layers
 from ..noise.streams import Sampling, fresh_seed, stream_seed
@@ -63,8 +64,13 @@ def attacked(model: nn.Module) -> Iterator[tuple[Forward, Forward | None]]:
     """The single-draw forward of `model` in eval mode, without gradients of its parameters.
 
     Of an optimised copy it is that of its original, and second the copy's own, to follow its gradients.
+
+    Raises:
+        ValueError: a copy and its original differ in their noise.
     """
     original = original_of(model)
+    if isinstance(model, FastEnsemble):
+        model.check_original()
     with (
         without_weight_gradients(original),
         eval_mode(original),

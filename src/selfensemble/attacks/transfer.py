@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..fast.optimize import original_of
 from ..noise.injection import noise_disabled
 from .apgd import apgd
 
@@ -30,5 +29,5 @@ def transfer(
     """
     if surrogate is not None:
         return attack(surrogate, inputs, labels, targeted=targeted, **settings)
-    with noise_disabled(model), noise_disabled(original_of(model)):
+    with noise_disabled(model):
         return attack(model, inputs, labels, targeted=targeted, **settings)

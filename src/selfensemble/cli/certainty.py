@@ -15,6 +15,7 @@ from .arguments import in_precision, test_data_of
 from .base import Data, Device, Json, Model, app, resumable
 
 if TYPE_CHECKING:
+    from ..artefacts.config import ArtefactConfig
     from ..data.images import ImageData
     from ..ensemble.ensemble import SelfEnsemble
     from ..ensemble.sets import SetRule
@@ -128,13 +129,16 @@ def calibrate(
             )
     if not model.is_dir():
         raise InputError(f"{model} is no folder: a network of the zoo is calibrated in a copy of its folder")
-    test = test_data_of(storage.read_config(model), data)
+    config = storage.read_config(model)
+    test = test_data_of(config, data)
     if len(test) < n_images:
         raise InputError(f"there are {len(test)} test images: --n-images asks for {n_images}")
     ensemble = in_precision(storage.load(model).to(device_named(device)), test.inputs(slice(2)), precision)
     work = _sets if sets else _stopping
     options = {name: value for name, value in (of_sets if sets else of_stops).items() if value is not None}
-    rule, told = work(ensemble, test, slice(len(test) - n_images, len(test)), options | {"seed": seed}, model)
+    rule, told = work(
+        ensemble, test, slice(len(test) - n_images, len(test)), options | {"seed": seed}, model, config
+    )
     if as_json:
         terminal.print_json(rule.model_dump(mode="json"))
         return
@@ -143,7 +147,12 @@ def calibrate(
 
 
 def _stopping(
-    ensemble: "SelfEnsemble", test: "ImageData", chosen: slice, options: dict[str, Any], folder: Path
+    ensemble: "SelfEnsemble",
+    test: "ImageData",
+    chosen: slice,
+    options: dict[str, Any],
+    folder: Path,
+    of: "ArtefactConfig",
 ) -> tuple["Calibrated", str]:
     """The rule that is written to the folder, and what to say of it."""
     from ..artefacts.storage import save_stopping
@@ -151,7 +160,7 @@ def _stopping(
 
     with _drawing() as progress:
         rule = calibrate(ensemble, test.inputs(chosen), progress=progress, **options)
-    save_stopping(folder, rule)
+    save_stopping(folder, rule, of=of)
     return rule, (
         f"Mean draws {rule.mean_draws:.2f} instead of {ensemble.draws}; {rule.disagreement:.2%} of "
         f"{rule.images} images are answered otherwise than by {rule.reference_draws} draws; at most "
@@ -160,7 +169,12 @@ def _stopping(
 
 
 def _sets(
-    ensemble: "SelfEnsemble", test: "ImageData", chosen: slice, options: dict[str, Any], folder: Path
+    ensemble: "SelfEnsemble",
+    test: "ImageData",
+    chosen: slice,
+    options: dict[str, Any],
+    folder: Path,
+    of: "ArtefactConfig",
 ) -> tuple["SetRule", str]:
     """The same of conformal sets."""
     from ..artefacts.storage import save_sets
@@ -170,7 +184,7 @@ def _sets(
         rule = conformal_sets(
             ensemble, test.inputs(chosen), test.labels[chosen], progress=progress, **options
         ).rule
-    save_sets(folder, rule)
+    save_sets(folder, rule, of=of)
     moved = f", moved by up to {rule.radius:g} in L2" if rule.radius else ""
     return rule, (
         f"Sets hold the right label of {1 - rule.alpha:.1%} of images like the {rule.images} calibrated on"

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..noise.copies import OptimizedCopy
 from ..noise.graphs import closed_parts
 from ..noise.injection import CHILD, FilterFn, is_convolution, noise_layers, random_layers
 from ..noise.layer import GaussianNoise
@@ -49,13 +50,15 @@ def validate(model: nn.Module, example_inputs: Any, *, filter_fn: FilterFn = is_
     Three or four forward passes: one module by module, the others as the network runs by itself.
 
     Args:
-        model: before or after `inject_noise_`; it is left as it is.
+        model: before or after `inject_noise_`; it is left as it is. Of an optimised copy, its original.
         example_inputs: a batch of at least 2 (a tensor, a tuple of arguments or a dict of keywords).
         filter_fn: the one that noise is injected by.
 
     Returns:
         The issues, errors first; an empty list when all is well.
     """
+    if isinstance(model, OptimizedCopy):
+        model = model.original
     matched = [fqn for fqn, module in model.named_modules() if filter_fn(module, fqn)]
     issues = [issue for rule in _STATIC_RULES for issue in rule(model, matched)]
     issues += _closed(model, filter_fn)

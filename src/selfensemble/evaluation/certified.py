@@ -22,7 +22,7 @@ from ..certainty.pixels import pixel_std
 from ..certainty.statistics import Rivals
 from ..data.images import ImageData
 from ..ensemble.ensemble import SelfEnsemble
-from ..fast.optimize import original_of, precision_of
+from ..fast.ensemble import precision_of
 from ..noise.streams import stream_seed
 from ..runtime.files import atomic_write, read_versioned, write_json
 from ..runtime.processes import wait_for_all
@@ -123,9 +123,7 @@ class Certification:
         self.images = min(self.settings.images, len(self.data))
         self.inputs, self.labels = self.data.inputs(slice(self.images)), self.data.labels[: self.images]
         self.std, self.precision = pixel_std(self.ensemble, self.inputs), precision_of(self.ensemble)
-        original = original_of(self.ensemble)
-        assert isinstance(original, SelfEnsemble)
-        self.model = model_record(original, self.name, self.architecture)
+        self.model = model_record(self.ensemble, self.name, self.architecture)
         self.data_record = data_record(self.data, self.inputs, self.labels)
         identity = {
             "model": {"digest": self.model.digest},

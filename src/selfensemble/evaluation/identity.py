@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..data.images import ImageData
 from ..ensemble.ensemble import SelfEnsemble
+from ..fast.ensemble import original_of, precision_of
 from ..noise.injection import noise_layers, random_layers
 from ..runtime.files import write_json
 from .results import DataRecord, ModelRecord
@@ -52,16 +53,19 @@ def data_record(data: ImageData, inputs: Tensor, labels: Tensor) -> DataRecord:
 
 
 def model_record(ensemble: SelfEnsemble, name: str, architecture: dict[str, Any] | None) -> ModelRecord:
-    """What is evaluated: its noise, and a digest of weights and noise."""
-    noise = {fqn: layer.std for fqn, layer in noise_layers(ensemble.model).items()}
-    injected = set(noise_layers(ensemble.model).values())
-    others = [layer for layer in random_layers(ensemble.model) if layer not in injected]
+    """What is evaluated: its noise, and a digest of weights and noise, those of a copy's original."""
+    original = original_of(ensemble)
+    assert isinstance(original, SelfEnsemble)
+    noise = {fqn: layer.std for fqn, layer in noise_layers(original.model).items()}
+    injected = set(noise_layers(original.model).values())
+    others = [layer for layer in random_layers(original.model) if layer not in injected]
     randomness = tuple(repr(layer) for layer in others)
     text = json.dumps(noise, sort_keys=True) + "".join(randomness)
     return ModelRecord(
         name=name,
-        digest=_digest(list(ensemble.state_dict().values()), text),
+        digest=_digest(list(original.state_dict().values()), text),
         draws=ensemble.draws,
+        precision=precision_of(ensemble),
         noise=noise,
         randomness=randomness,
         architecture=architecture,

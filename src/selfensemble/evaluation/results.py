@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from ..fast.ensemble import Precision
 from ..noise.layer import Std
 from ..runtime.files import read_versioned
 
@@ -86,6 +87,7 @@ class ModelRecord(Record):
     """The network of an evaluation; `digest` covers weights and randomness.
 
     Attributes:
+        precision: that it answers in, "bf16" for an optimised copy that does.
         noise: standard deviation, or one for each channel, by the module that the noise precedes.
         randomness: other random layers, in words.
     """
@@ -93,6 +95,7 @@ class ModelRecord(Record):
     name: str
     digest: str
     draws: int
+    precision: Precision = "float32"
     noise: dict[str, Std]
     randomness: tuple[str, ...] = ()
     architecture: dict[str, Any] | None = None

@@ -94,7 +94,7 @@ class Evaluation:
         claim(
             self.out / RUN,
             {
-                "model": {"digest": self.model.digest, "draws": self.model.draws},
+                "model": self._identity(),
                 "data": {"digest": self.data_record.digest},
                 "protocol": self.protocol.model_dump(mode="json"),
                 # Streams of noise follow the batches, and differ between kinds of devices.
@@ -102,6 +102,12 @@ class Evaluation:
                 "device": next((p.device.type for p in self.ensemble.parameters()), "cpu"),
             },
         )
+
+    def _identity(self) -> dict[str, Any]:
+        """What tells the answers of one model from those of another."""
+        identity: dict[str, Any] = {"digest": self.model.digest, "draws": self.model.draws}
+        # Only where it says something: folders of earlier runs go on being those of their models.
+        return identity | ({} if self.model.precision == "float32" else {"precision": self.model.precision})
 
     def _try_settings(self) -> None:
         """Every attack on no images: settings that it would refuse are found before any work is done."""

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from ..runtime.files import atomic_file, read_versioned, sync, to_json
+from ..runtime.files import atomic_pair, digest_of, read_versioned, to_json
 
 FORMAT, FORMAT_VERSION = "selfensemble-experiment", 1
 
@@ -30,6 +30,8 @@ class Facts(BaseModel):
         changed: what was changed of the network after its training, for people; empty for nothing.
         model, data: digests of the evaluated network and images.
         settings: of the measurement.
+        table: "sha256:..." of the table that it was written with; None where a record was read, and in files
+            of versions that did not write it.
         entries: what the columns of the table stand for.
         provenance: versions, hardware and commit of the measurement.
     """
@@ -51,6 +53,7 @@ class Facts(BaseModel):
     model: str
     data: str
     settings: dict[str, Any]
+    table: str | None = None
     entries: dict[str, dict[str, Any]]
     provenance: dict[str, Any]
 
@@ -84,26 +87,25 @@ def words(bits: Any) -> list[str]:
 
 
 def write_record(folder: Path, record: Record) -> None:
-    """Write both files; each is replaced as a whole or not at all."""
+    """Write both files; they are replaced as a whole or not at all, but by a kill just between the two."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", *record.columns])
     rows = zip(*record.columns.values(), strict=True)
     writer.writerows([number, *row] for number, row in enumerate(rows))
     path = folder / f"{record.facts.network}.json"
-    # Both are on disk before either replaces an earlier one.
-    with atomic_file(path.with_suffix(".csv")) as table, atomic_file(path) as facts:
-        table.write(text.getvalue().encode())
-        facts.write(to_json(record.facts.model_dump(mode="json")))
-        for file in (table, facts):
-            sync(file)
+    content = text.getvalue().encode()
+    written = record.facts.model_copy(update={"table": digest_of(content)})
+    with atomic_pair(path, path.with_suffix(".csv")) as (facts, table):
+        facts.write(to_json(written.model_dump(mode="json")))
+        table.write(content)
 
 
 def read_record(folder: Path, network: str) -> Record | None:
     """What is stored of a network, or None.
 
     Raises:
-        ValueError: a file is missing, damaged, foreign, or written by a newer version.
+        ValueError: a file is missing, damaged, foreign, written by a newer version, or of another record.
     """
     path = folder / f"{network}.json"
     if not path.is_file():
@@ -111,12 +113,17 @@ def read_record(folder: Path, network: str) -> Record | None:
     facts = read_versioned(path, Facts, FORMAT, FORMAT_VERSION, "restore it, or run the experiment again")
     table = path.with_suffix(".csv")
     try:
-        with table.open(newline="") as file:
-            head, *rows = csv.reader(file)
+        content = table.read_bytes()
+        head, *rows = csv.reader(io.StringIO(content.decode(), newline=""))
         columns = dict(zip(head, map(list, zip(*rows, strict=True)), strict=True))
         del columns["image"]
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"{table} is missing or damaged ({error}): restore it, or run the experiment again"
         ) from error
-    return Record(facts, columns)
+    if facts.table not in (None, digest_of(content)):
+        raise ValueError(
+            f"{table} is not the one that {path.name} was written with: remove both, and run the experiment "
+            "again"
+        )
+    return Record(facts.model_copy(update={"table": None}), columns)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,59 +16,24 @@ from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..ensemble.checks import logits_of
-from ..ensemble.classifier import Copied
-from ..ensemble.classifier import Precision as Precision
 from ..ensemble.ensemble import SelfEnsemble
-from ..ensemble.fingerprint import fingerprint, weights_digest
 from ..noise.calls import copied
+from ..noise.copies import OptimizedCopy
 from ..noise.graphs import original_modules
-from ..noise.injection import execution_order, is_convolution, random_layers
-from ..noise.layer import GaussianNoise, NoiseConfig, RandomLayer
+from ..noise.injection import execution_order, is_convolution
+from ..noise.layer import GaussianNoise, RandomLayer
 from ..noise.streams import noise_draw
+from .ensemble import FastEnsemble, Precision, original_of, precision_of
 from .prepacked import FEW, PrepackedConvolution, can_prepack
 
+__all__ = [  # with what other files look for here
+    "FastEnsemble", "Precision", "exact_float32", "faster_precision", "optimize", "original_of",
+    "precision_of",
+]  # fmt: skip
 _DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16}
 _RELUS = (torch.relu, torch.relu_, functional.relu, functional.relu_)
 # Layers whose weights autocast casts; others may do with theirs what it does not know.
 _HALVED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-
-
-class FastEnsemble(SelfEnsemble):
-    """What `optimize` returns: computes as `original` does, faster."""
-
-    def __init__(self, model: nn.Module, original: SelfEnsemble, precision: Precision) -> None:
-        # A network without noise stays without.
-        config = None if random_layers(model) else NoiseConfig(0, 0)
-        super().__init__(
-            model, config, draws=original.draws, sampling=original.sampling, bounds=original.bounds
-        )
-        self.precision = precision
-        self.copied = Copied(fingerprint(original).weights, weights_digest(model))
-        self.stopping, self.sets = original.stopping, original.sets
-        if precision == "bf16":
-            self.chunk, self.has_half_activations = 4 * original.chunk, True
-        # In a tuple, so that it is no part of this module's state.
-        self._original = (original,)
-
-    @property
-    def original(self) -> SelfEnsemble:
-        """The ensemble this is a copy of."""
-        return self._original[0]
-
-    @property
-    def input_dtype(self) -> torch.dtype | None:
-        """That of the original: the first layer computes in it, whatever the others do."""
-        return self.original.input_dtype
-
-
-def original_of(model: nn.Module) -> nn.Module:
-    """The network that `model` is an optimised copy of, or `model` itself."""
-    return model.original if isinstance(model, FastEnsemble) else model
-
-
-def precision_of(ensemble: SelfEnsemble) -> Precision:
-    """That an ensemble computes in, as `optimize` names it."""
-    return ensemble.precision
 
 
 # Where torch keeps whether it may compute in TF32, and what keeps it from that.
@@ -156,7 +121,7 @@ def optimize(
     the original whether they succeed.
 
     Args:
-        ensemble: what to speed up, on the device it is used on.
+        ensemble: what to speed up, on the device it is used on; of an optimised copy, its original.
         example_inputs: (B, ...) images, on any device; they tell which convolution is the first.
         precision: "float32", or "bf16": labels then differ where two classes are nearly tied. By default
             the one in which convolutions are faster on the device, which is measured.
@@ -165,8 +130,9 @@ def optimize(
         An ensemble with the same noise; seeded shared draws are the same. Calibrated rules go along, and are
         refused where they were calibrated in another precision.
     """
+    original = cast(SelfEnsemble, original_of(ensemble))
     # A graph that is compiled would not follow what is done to its modules.
-    network = original_modules(copied(ensemble.model)).eval().requires_grad_(False)
+    network = original_modules(copied(original.model)).eval().requires_grad_(False)
     device = next((parameter.device for parameter in network.parameters()), example_inputs.device)
     precision = precision or faster_precision(device)
     example_inputs = example_inputs[:2].to(device)
@@ -183,8 +149,12 @@ def optimize(
         if isinstance(first, PrepackedConvolution):
             first = None  # which sees to it itself
         _halve_weights(network, first)
-    wrapped = _Fast(network, first, torch.bfloat16 if precision == "bf16" else None)
-    return FastEnsemble(wrapped, ensemble, precision).eval()
+    wrapped = _Fast(network, first, torch.bfloat16 if precision == "bf16" else None, original.model)
+    fast = FastEnsemble(wrapped, original, precision)
+    if ensemble is not original:
+        fast.draws, fast.bounds, fast.stopping = ensemble.draws, ensemble.bounds, ensemble.stopping
+        fast.sets = ensemble.sets
+    return fast.eval()
 
 
 # torch.fx puts its own functions into nn.Module while it traces, for all threads.
@@ -334,11 +304,14 @@ def _halve_weights(network: nn.Module, first: nn.Module | None) -> None:
             layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-class _Fast(nn.Module):
+class _Fast(OptimizedCopy, nn.Module):
     """Channels last and autocast around a network, without autocast in its first convolution."""
 
-    def __init__(self, network: nn.Module, first: nn.Module | None, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, network: nn.Module, first: nn.Module | None, dtype: torch.dtype | None, original: nn.Module
+    ) -> None:
         super().__init__()
+        self._original = (original,)
         self.network = network
         self.dtype = dtype
         if dtype is not None and first is not None:

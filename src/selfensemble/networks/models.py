@@ -10,6 +10,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 Activation = Literal["relu", "brelu"]
+CREATED_AS = "created_as"  # attribute of a network: the arguments of `create_model`
 
 # BReLU, min(max(0, x), 1): a change of the input cannot grow from layer to layer (Zantedeschi et al.,
 # Efficient Defenses Against Adversarial Attacks, AISec 2017, section 4.1, with t = 1).
@@ -174,4 +175,7 @@ def create_model(
         raise ValueError(
             f"need classes >= 2, channels >= 1 and 0 < width <= 16, got {classes}, {channels}, {width}"
         )
-    return MODELS[name](classes, channels, width, activation)
+    network = MODELS[name](classes, channels, width, activation)
+    arguments = {"name": name, "classes": classes, "channels": channels, "width": width}
+    setattr(network, CREATED_AS, arguments | {"activation": activation})
+    return network

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .calls import OwnHooks, in_eval_mode, switched_off
+from .copies import with_originals
 from .graphs import closed_parts, forget_graphs
 from .layer import GaussianNoise, RandomLayer
 from .levels import NoiseConfig, Std
@@ -47,9 +48,11 @@ def random_layers(model: nn.Module) -> list[RandomLayer]:
 def noise_disabled(model: nn.Module) -> Iterator[None]:
     """Within this context `model` is not random: noise layers are the identity, others do what is fixed.
 
-    The context holds in the thread that enters it: passes of other threads keep their noise.
+    Nor is what it is an optimised copy of. The context holds in the thread that enters it: passes of other
+    threads keep their noise.
     """
-    with switched_off([layer.identity for layer in random_layers(model)]):
+    layers = [layer for network in with_originals(model) for layer in random_layers(network)]
+    with switched_off([layer.identity for layer in layers]):
         yield
 
 
@@ -210,22 +213,29 @@ def _on_load(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *res
 
 
 def set_levels_(model: nn.Module, config: NoiseConfig) -> nn.Module:
-    """Give the noise layers of `model` other levels, in place.
+    """Give the noise layers of `model` other levels, in place; of an optimised copy, its original's as well.
 
     Raises:
         ValueError: there are none.
     """
-    layers = noise_layers(model)
-    if not layers:
+    if not noise_layers(model):
         raise ValueError("the network has no noise layers: inject_noise_ first")
-    for number, layer in enumerate(layers.values()):
-        layer.std = config.inner_std if number else config.init_std
+    for network in with_originals(model):
+        for number, layer in enumerate(noise_layers(network).values()):
+            layer.std = config.inner_std if number else config.init_std
     forget_graphs()
     return model
 
 
 def remove_noise_(model: nn.Module) -> nn.Module:
-    """Undo `inject_noise_`, in place; a model without injected noise is left as it is."""
+    """Undo `inject_noise_`, in place; a model without injected noise is left as it is.
+
+    Of an optimised copy, its original loses its noise as well.
+    """
+    networks = with_originals(model)
+    for network in networks[1:]:  # an original may be seen from several copies
+        if noise_layers(network):
+            remove_noise_(network)
     layers = noise_layers(model)
     for fqn in layers:
         delattr(model.get_submodule(fqn), CHILD)
@@ -244,9 +254,13 @@ def remove_noise_(model: nn.Module) -> nn.Module:
 
 
 def make_static_(model: nn.Module) -> nn.Module:
-    """Take all randomness out of `model`, in place; what is left is the defense's static base."""
+    """Take all randomness out of `model`, in place; what is left is the defense's static base.
+
+    Of an optimised copy, it is taken out of its original as well, on which attacks decide.
+    """
     remove_noise_(model)
-    for layer in random_layers(model):
-        layer.fix_()
+    for network in with_originals(model):
+        for layer in random_layers(network):
+            layer.fix_()
     forget_graphs()
     return model

@@ -96,7 +96,7 @@ def _measured(config: ArtefactConfig, results: Sequence[Results]) -> str:
     for result in results:
         lines += [
             f"\n`{_command(result)}`, seed {result.protocol['seed']}, {_machine(result.provenance)}; "
-            f"first {result.data.images} test images, 95 % Clopper-Pearson intervals:\n",
+            f"first {result.data.images} test images{_answered(result)}, 95 % Clopper-Pearson intervals:\n",
             "| attack | budget | accuracy | RMS L2 |\n|---|---|---|---|",
             *(_row(entry) for entry in (result.clean, *result.attacks, *result.worst_case)),
         ]
@@ -132,6 +132,12 @@ def _command(result: Results) -> str:
     options = "" if precision == "float32" else f" --precision {precision}"
     name = protocol["name"]
     return f"selfensemble evaluate {result.name} --protocol {name} --n {result.data.images}{options}"
+
+
+def _answered(result: Results) -> str:
+    """In what the network answered, where it was an optimised copy in less than float32."""
+    precision = result.model.precision
+    return "" if precision == "float32" else f", answered by its optimised copy in {precision}"
 
 
 def _row(entry: Entry) -> str:

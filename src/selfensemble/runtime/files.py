@@ -1,6 +1,7 @@
 """Files that are either whole or not there."""
 
 import contextlib
+import hashlib
 import json
 import os
 import uuid
@@ -31,6 +32,35 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+@contextmanager
+def atomic_pair(first: Path, second: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """The same for two files that belong together: both are on the disk before either takes its place.
+
+    `first` is replaced first, and put back should `second` not be replaceable. Only a process that is killed
+    between the two leaves a new `first` beside an old `second`: let the first hold `digest_of` the second.
+    """
+    before = first.read_bytes() if first.is_file() else None
+    placed = False
+    try:
+        with atomic_file(second) as other:
+            with atomic_file(first) as file:
+                yield file, other
+                sync(file)
+                sync(other)
+            placed = True
+    except Exception:
+        if placed and before is None:
+            first.unlink()
+        elif placed and before is not None:
+            atomic_write(first, before)
+        raise
+
+
+def digest_of(content: bytes) -> str:
+    """By which a file is known again: what sha256sum says of it, behind the name of the method."""
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 def atomic_write(path: Path, content: bytes) -> None:
@@ -83,6 +113,10 @@ def read_versioned(path: Path, schema: type[Schema], name: str, version: int, me
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            raise ValueError(
+                f"{path} says {where}, which this version does not know: upgrade selfensemble, or {mend}"
+            ) from error
         raise ValueError(f"{path} is damaged: {where}: {problem['msg']}") from error
 
 

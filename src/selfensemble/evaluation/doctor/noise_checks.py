@@ -8,10 +8,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from ...attacks.driver import single_draw
 from ...ensemble.randomness import RandomOps
+from ...fast.ensemble import FastEnsemble
 from ...noise.calls import OwnHooks, copied, without_weight_gradients
+from ...noise.copies import with_originals
 from ...noise.injection import eval_mode
 from ...noise.layer import GaussianNoise, describe_std
+from ...noise.streams import noise_draw
 from ..results import CheckRecord
 from .findings import PASSES, ROUNDING, differ, failed, not_applicable, passed
 from .subject import Subject
@@ -19,6 +23,7 @@ from .subject import Subject
 _NOISE = {"normal", "randn", "randn_like", "normal_functional", "rand", "rand_like", "uniform", "add_noise"}
 _NOISE |= {"unit_noise", "placement"}
 _OF_TORCH = set(vars(nn.Module()))
+_ROUNDING_OF_COPIES = 0.1  # of the largest logit: twice what `optimize` lets bfloat16 change
 
 
 def randomness(subject: Subject) -> CheckRecord:
@@ -67,7 +72,10 @@ def _random_in_training(subject: Subject) -> bool:
 
 
 def nothing_hidden(subject: Subject) -> CheckRecord:
-    """Attacks see what the judge sees: the same randomness with gradients as without, no hidden weights."""
+    """Attacks see what the judge sees: the same randomness with gradients as without, no hidden weights.
+
+    An optimised copy answers as its original does, which attacks ask.
+    """
     stray, strangers = _stray_parameters(subject), _hidden_modules(subject.model)
     if stray or strangers:
         return failed(
@@ -75,6 +83,8 @@ def nothing_hidden(subject: Subject) -> CheckRecord:
             "register the network as a submodule: eval(), noise layers and devices of what is hidden are "
             "out of reach",
         )
+    if (found := _unlike_its_original(subject)) is not None:
+        return found
     images = subject.few
     seen = torch.stack(subject.outputs[:PASSES]).float()
     attack = torch.stack([subject.with_gradient(images)[0].detach() for _ in range(PASSES)]).float()
@@ -94,7 +104,8 @@ def nothing_hidden(subject: Subject) -> CheckRecord:
 
 def _hidden_modules(model: nn.Module) -> int:
     """Modules kept as plain attributes, in lists, tuples, sets or dicts, and nowhere in the tree."""
-    known, hidden = set(model.modules()), set()
+    known = {module for network in with_originals(model) for module in network.modules()}
+    hidden = set()
 
     def search(value: Any, depth: int) -> None:
         if isinstance(value, nn.Module):
@@ -112,6 +123,34 @@ def _hidden_modules(model: nn.Module) -> int:
             if not (name.startswith("_") and name in _OF_TORCH):
                 search(value, 3)
     return len(hidden)
+
+
+def _frozen(model: nn.Module, subject: Subject) -> Tensor:
+    """Logits (B, K) of one draw, always of the same noise."""
+    with noise_draw(0, 0, "shared"), torch.random.fork_rng(), torch.no_grad(), eval_mode(model):
+        torch.manual_seed(0)
+        return single_draw(model)(subject.few.to(subject.device)).float()
+
+
+def _unlike_its_original(subject: Subject) -> CheckRecord | None:
+    """A fault where the model is an optimised copy that answers otherwise than its original."""
+    copied = subject.model
+    if not isinstance(copied, FastEnsemble):
+        return None
+    try:
+        copied.check_original()
+    except ValueError as error:
+        return failed("another noise than its original's", str(error))
+    ours, again, theirs = (_frozen(each, subject) for each in (copied, copied, copied.original))
+    if not torch.equal(ours, again):
+        return None  # noise that no seed freezes tells nothing
+    gap = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
+    if gap <= _ROUNDING_OF_COPIES:
+        return None
+    return failed(
+        f"logits differ from the original's by {gap:.2g} of the largest",
+        "attacks ask the original, the judge the copy: optimize the original again, as it is now",
+    )
 
 
 def _stray_parameters(subject: Subject) -> int:
