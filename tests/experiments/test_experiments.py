@@ -14,7 +14,7 @@ from torch import nn
 import selfensemble as rse
 from selfensemble.artefacts.storage import read_config
 from selfensemble.certainty.certification import METHODS
-from selfensemble.cli import training  # noqa: F401  (adds its commands to the app)
+from selfensemble.cli import experiments as commands  # noqa: F401  (adds its commands to the app)
 from selfensemble.cli.base import app
 from selfensemble.experiments import EXPERIMENTS, Reproduction, networks, render_all
 from selfensemble.experiments.certainty import auroc, calibration_error

@@ -56,7 +56,7 @@ def test_a_saved_copy_is_its_original(
     fast.save_pretrained(tmp_path) if method else rse.save(fast, tmp_path)
     loaded = rse.SelfEnsemble.from_pretrained(tmp_path) if method else rse.load(tmp_path)
     assert torch.equal(answers(loaded, digits[0]), answers(fast.original, digits[0]))
-    assert (loaded.draws, loaded.stopping) == (7, rule)
+    assert (loaded.draws, loaded.stopping) == (7, fast.stopping)
     assert fast.original.draws == 20
     again = rse.optimize(loaded, digits[0], precision)  # type: ignore[arg-type]
     torch.testing.assert_close(answers(again, digits[0]), answers(fast, digits[0]))
