@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from ..ensemble.checks import check_count, check_images, explain_shape, floating_dtype, logits_of
 from ..ensemble.draws import Draws
 from ..ensemble.ensemble import SelfEnsemble
-from ..fast.optimize import exact_float32, original_of
+from ..fast.exact import exact_float32
+from ..fast.optimize import original_of
 from ..noise.injection import eval_mode
 from ..noise.streams import fresh_seed, stream_seed
 from .expectation import Forward, Noise, Oracle

@@ -15,7 +15,7 @@ from ..attacks.losses import margin
 from ..attacks.norms import size
 from ..ensemble.checks import check_count
 from ..ensemble.ensemble import SelfEnsemble
-from ..fast.optimize import exact_float32
+from ..fast.exact import exact_float32
 from ..noise.injection import eval_mode
 from ..noise.streams import fresh_seed, noise_draw, stream_seed
 from ..runtime.provenance import binomial_interval

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..attacks import cw_l2, cw_l2_paper
 from ..ensemble.ensemble import SelfEnsemble
-from ..fast.optimize import exact_float32
+from ..fast.exact import exact_float32
 from ..noise.streams import stream_seed
 from ..report.figures import Line, Panel, draw
 from ..report.intervals import Share, share

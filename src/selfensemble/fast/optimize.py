@@ -2,11 +2,9 @@
 
 import copy
 import functools
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -20,6 +18,7 @@ from ..ensemble.ensemble import SelfEnsemble
 from ..noise.injection import execution_order, is_convolution, random_layers
 from ..noise.layer import GaussianNoise, NoiseConfig, RandomLayer
 from ..noise.streams import noise_draw
+from .exact import exact_float32 as exact_float32  # it was here first
 from .prepacked import FEW, PrepackedConvolution, can_prepack
 
 Precision = Literal["float32", "bf16"]
@@ -64,50 +63,6 @@ def original_of(model: nn.Module) -> nn.Module:
 def precision_of(ensemble: SelfEnsemble) -> Precision:
     """That an ensemble computes in, as `optimize` names it."""
     return ensemble.precision if isinstance(ensemble, FastEnsemble) else "float32"
-
-
-# Where torch keeps whether it may compute in TF32, and what keeps it from that.
-_TF32: list[tuple[Any, str, object]] = [
-    (torch.backends.cudnn, "allow_tf32", False),
-    (torch.backends.cuda.matmul, "allow_tf32", False),
-]
-if hasattr(torch.backends.cudnn, "conv"):  # since torch 2.9; who sets these may not read those above
-    _TF32 = [
-        (torch.backends.cudnn.conv, "fp32_precision", "ieee"),
-        (torch.backends.cuda.matmul, "fp32_precision", "ieee"),
-    ]
-
-
-class _Exact:
-    """How many contexts are entered, and what holds outside of them."""
-
-    def __init__(self) -> None:
-        self.lock, self.depth, self.before = threading.Lock(), 0, list[object]()
-
-
-_exact = _Exact()
-
-
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """Within this context CUDA computes float32 in float32, not in TF32; in all threads.
-
-    TF32 has steps of 1/2048 near 1, which swallow what an attack changes in an image.
-    """
-    with _exact.lock:
-        if _exact.depth == 0:
-            _exact.before = [getattr(backend, name) for backend, name, _ in _TF32]
-            for backend, name, exact in _TF32:
-                setattr(backend, name, exact)
-        _exact.depth += 1
-    try:
-        yield
-    finally:
-        with _exact.lock:
-            _exact.depth -= 1
-            if _exact.depth == 0:
-                for (backend, name, _), value in zip(_TF32, _exact.before, strict=True):
-                    setattr(backend, name, value)
 
 
 def _wait(device: torch.device) -> None:
