@@ -57,18 +57,17 @@ class ConformalSets:
         A set may be empty, which says that the image is like none of those calibrated on.
         """
         check_images(inputs, self.ensemble.bounds)
-        normal = torch.distributions.Normal(0.0, 1.0)
-        least = torch.tensor(self.threshold, dtype=torch.float64)
+        least = torch.tensor(self.threshold, dtype=torch.float64, device="cpu")
         if self.radius:
-            least = normal.cdf(normal.icdf(least) - self.radius / self.std)
+            least = torch.special.ndtr(torch.special.ndtri(least) - self.radius / self.std)
         found = []
         for samples in _samples(self.ensemble, inputs, self.draws, max_batch, seed):
             if self.radius:
                 highest = 1 - mean_lower(1 - samples.double(), self.beta)
             else:
                 highest = samples.double().mean(dim=0)
-            found.append((highest >= least.to(highest.device)).cpu())
-        return torch.cat(found) if found else torch.zeros(0, 0, dtype=torch.bool)
+            found.append(highest >= least)
+        return torch.cat(found) if found else torch.zeros(0, 0, dtype=torch.bool, device="cpu")
 
 
 def conformal_sets(
@@ -117,7 +116,7 @@ def conformal_sets(
         own = labels[start : start + samples.shape[1]].to(samples.device)
         start += len(own)
         right = samples.gather(2, own[None, :, None].expand(draws, -1, 1))[:, :, 0].double()
-        lowest.append((mean_lower(right, beta) if radius else right.mean(dim=0)).cpu())
+        lowest.append(mean_lower(right, beta) if radius else right.mean(dim=0))
     values = torch.cat(lowest).sort(descending=True).values
     rank = math.ceil((len(values) + 1) * (1 - alpha + 2 * beta) - 1e-9)
     threshold = float(values[rank - 1]) if rank <= len(values) else 0.0  # too few images: every label
@@ -127,7 +126,7 @@ def conformal_sets(
 def _samples(
     ensemble: SelfEnsemble, inputs: Tensor, draws: int, max_batch: int | None, seed: int | None
 ) -> Iterator[Tensor]:
-    """(draws, b, K) softmax outputs of b images after the other."""
+    """(draws, b, K) softmax outputs of b images after the other, on the CPU."""
     size = None if max_batch is None else check_count("max_batch", max_batch)
     if len(inputs) == 0:
         return
@@ -139,6 +138,6 @@ def _samples(
             group, taken, passes = source.prepared(images), 0, []
             while taken < draws:
                 count = source.at_once(len(group), draws - taken)
-                passes.append(check_finite(source.take(group, taken, count, number)))
+                passes.append(check_finite(source.take(group, taken, count, number)).cpu())
                 taken += count
             yield torch.cat(passes)

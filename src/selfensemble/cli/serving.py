@@ -89,7 +89,7 @@ def _loaded(
         raise InputError(f"{model} does not say the shape of its inputs, so that nothing can be sent to it")
     target = device_named(device)
     ensemble = storage.load(model).to(target)
-    example = torch.zeros(2, *config.input_shape)
+    example = torch.zeros(2, *config.input_shape, device="cpu")
     if stop == "calibrated" and ensemble.stopping is not None:
         precision = ensemble.stopping.precision  # thresholds are about it
     ensemble = in_precision(ensemble, example, precision or faster_precision(target))

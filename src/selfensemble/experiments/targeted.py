@@ -29,8 +29,9 @@ on the scale of the logits. The table by distance is of C&W with binary search o
 
 def targets_of(labels: Tensor, classes: int, seed: int) -> Tensor:
     """(B,) a class for each image, uniform among those that are not its own."""
-    generator = torch.Generator().manual_seed(stream_seed(seed, 0, 13))
-    return (labels + torch.randint(1, classes, labels.shape, generator=generator)) % classes
+    generator = torch.Generator("cpu").manual_seed(stream_seed(seed, 0, 13))
+    steps = torch.randint(1, classes, labels.shape, generator=generator, device="cpu")
+    return (labels + steps.to(labels.device)) % classes
 
 
 @torch.no_grad()

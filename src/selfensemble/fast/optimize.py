@@ -18,7 +18,7 @@ from ..ensemble.ensemble import SelfEnsemble
 from ..noise.injection import execution_order, is_convolution, random_layers
 from ..noise.layer import GaussianNoise, NoiseConfig, RandomLayer
 from ..noise.streams import noise_draw
-from .exact import exact_float32 as exact_float32  # it was here first
+from .exact import exact_float32 as exact_float32  # for those who import it from here
 from .prepacked import FEW, PrepackedConvolution, can_prepack
 
 Precision = Literal["float32", "bf16"]
@@ -73,11 +73,11 @@ def _wait(device: torch.device) -> None:
 @functools.cache
 def faster_precision(device: torch.device) -> Precision:
     """The precision in which a convolution of 64 channels takes less time on this device; measured once."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(16, 64, 32, 32, generator=generator).to(device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    images = torch.rand(16, 64, 32, 32, generator=generator, device="cpu").to(device)
     seconds: dict[Precision, float] = {}
     for precision, dtype in _DTYPES.items():
-        convolution = nn.Conv2d(64, 64, 3, padding=1).to(device, dtype)
+        convolution = nn.Conv2d(64, 64, 3, padding=1, device=device, dtype=dtype)
         convolution.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         inputs = images.to(dtype, memory_format=torch.channels_last)
         times = []

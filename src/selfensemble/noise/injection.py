@@ -172,11 +172,18 @@ def attach_noise_(model: nn.Module, stds: Mapping[str, Std]) -> nn.Module:
         if hasattr(module, CHILD):
             raise ValueError(f"{name} has an attribute {CHILD!r} of its own: rename it")
     for layer, ((module, _), std) in enumerate(zip(modules, stds.values(), strict=True)):
-        noise = GaussianNoise(std, layer=layer)
+        noise = GaussianNoise(std, layer=layer).to(device_of_parameters(module, model))
         noise.train(module.training)
         module.add_module(CHILD, noise)
         module.register_forward_pre_hook(_pre_hook, with_kwargs=True)
     return model
+
+
+def device_of_parameters(*modules: nn.Module) -> torch.device:
+    """Where the first parameter lies that any of the modules has; the CPU if there is none, or no memory."""
+    places = (parameter.device for module in modules for parameter in module.parameters())
+    found = next(places, torch.device("cpu"))
+    return torch.device("cpu") if found.type == "meta" else found
 
 
 def set_levels_(model: nn.Module, config: NoiseConfig) -> nn.Module:

@@ -271,7 +271,7 @@ class Source:
 def fresh_seed() -> int:
     """A seed in [0, 2^62): of fresh entropy, or within a seeded `noise_draw` the next of its seeds."""
     source = Source(_current.get(), LAYERS - 1, torch.device("cpu"), shared=True)
-    return int(torch.randint(2**62, (), generator=source.generator()))
+    return int(torch.randint(2**62, (), generator=source.generator(), device="cpu"))
 
 
 def random_source(layer: int, shared: bool, device: torch.device) -> Source:
