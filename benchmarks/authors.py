@@ -19,7 +19,7 @@ class Noise:
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:  # noqa: ARG002
         inputs = args[0]
         if self.buffer is None or self.buffer.shape != inputs.shape:
-            self.buffer = torch.empty(inputs.shape)
+            self.buffer = torch.empty(inputs.shape, device=inputs.device)
         self.buffer.normal_(0, self.std)
         return (inputs + self.buffer, *args[1:])
 
@@ -35,7 +35,7 @@ def with_noise(model: nn.Module, init_std: float = 0.2, inner_std: float = 0.1) 
 @torch.no_grad()
 def predict(model: nn.Module, inputs: Tensor, draws: int) -> Tensor:
     """(B, K) summed softmax outputs of `draws` passes."""
-    total = torch.zeros(())
+    total = torch.zeros((), device="cpu")
     for _ in range(draws):
         total = total + model(inputs).softmax(dim=1)
     return total

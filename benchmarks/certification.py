@@ -49,7 +49,7 @@ def main() -> None:
     options = parsed(parser)
     torch.manual_seed(0)
     network = rse.create_model("vgg16", width=options.width).eval()
-    images = torch.rand(options.images, 3, 32, 32)
+    images = torch.rand(options.images, 3, 32, 32, device="cpu")
     smoothed = rse.SelfEnsemble(
         rse.create_model("vgg16", width=options.width), rse.NoiseConfig(STD, 0.0)
     ).eval()

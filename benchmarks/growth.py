@@ -22,7 +22,7 @@ from selfensemble.runtime.files import atomic_write
 def made(width: float, size: int = 32) -> tuple[rse.SelfEnsemble, Tensor]:
     """An ensemble on the fast path, and 128 images for it."""
     network: nn.Module = rse.create_model("vgg16", width=width)
-    images = torch.rand(128, 3, size, size)
+    images = torch.rand(128, 3, size, size, device="cpu")
     return rse.optimize(rse.SelfEnsemble(network).eval(), images), images
 
 
@@ -31,7 +31,7 @@ def main() -> None:
     options = parsed(parser)
     torch.manual_seed(0)
     fast, images = made(0.5)
-    labels = torch.randint(10, (128,))
+    labels = torch.randint(10, (128,), device="cpu")
     few = images[:32]
 
     def sized(size: int) -> Case:

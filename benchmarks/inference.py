@@ -38,7 +38,10 @@ def operations(model: nn.Module, inputs: Tensor) -> int:
 
 def product_speed(dtype: torch.dtype, size: int = 2048) -> float:
     """Operations a second of a large matrix product, the best of several."""
-    left, right = torch.rand(size, size).to(dtype), torch.rand(size, size).to(dtype)
+    left, right = (
+        torch.rand(size, size, device="cpu").to(dtype),
+        torch.rand(size, size, device="cpu").to(dtype),
+    )
     best = float("inf")
     for _ in range(8):
         began = time.perf_counter()
@@ -70,7 +73,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=10)
     options = parsed(parser)
     torch.manual_seed(0)
-    inputs = torch.rand(options.batch, 3, 32, 32)
+    inputs = torch.rand(options.batch, 3, 32, 32, device="cpu")
     network = rse.create_model("vgg16", width=options.width).eval()
     theirs = authors.with_noise(rse.create_model("vgg16", width=options.width).eval())
     ensemble = rse.SelfEnsemble(rse.create_model("vgg16", width=options.width), draws=options.draws).eval()

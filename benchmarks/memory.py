@@ -20,7 +20,7 @@ def measure(what: str, batch: int, draws: int) -> float:
 
     torch.manual_seed(0)
     model = rse.create_model("vgg16").eval()
-    inputs = torch.rand(batch, 3, 32, 32)
+    inputs = torch.rand(batch, 3, 32, 32, device="cpu")
     if what == "ensemble":
         rse.SelfEnsemble(model).eval().predict_proba(inputs, draws=draws)
     else:

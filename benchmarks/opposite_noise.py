@@ -19,7 +19,7 @@ def trained(seed: int, steps: int, opposite: bool) -> tuple[float, float]:
     ensemble = rse.SelfEnsemble(rse.create_model("small-cnn", channels=1), rse.NoiseConfig(0.47, 0.1)).train()
     optimizer = torch.optim.Adam(ensemble.parameters(), lr=1e-2)
     for _ in range(steps):
-        chosen = torch.randint(len(data), (128,))
+        chosen = torch.randint(len(data), (128,), device="cpu")
         optimizer.zero_grad()
         with rse.noise_draw(opposite=opposite):
             nn.functional.cross_entropy(ensemble(data.inputs(chosen)), data.labels[chosen]).backward()

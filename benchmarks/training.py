@@ -32,7 +32,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     options = parsed(parser)
     torch.manual_seed(0)
-    inputs, labels = torch.rand(options.batch, 3, 32, 32), torch.randint(10, (options.batch,))
+    inputs, labels = (
+        torch.rand(options.batch, 3, 32, 32, device="cpu"),
+        torch.randint(10, (options.batch,), device="cpu"),
+    )
     ordered = inputs.contiguous(memory_format=torch.channels_last)
     cases: dict[str, Case] = {}
     for name in ("plain", "noise", "authors"):

@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--width", type=float, default=0.5)
     options = parsed(parser)
     torch.manual_seed(0)
-    inputs, labels = torch.rand(128, 3, 32, 32), torch.randint(10, (128,))
+    inputs, labels = torch.rand(128, 3, 32, 32, device="cpu"), torch.randint(10, (128,), device="cpu")
     drawn = Bits._draw
 
     def recorded(bits: Bits, count: int) -> torch.Tensor:

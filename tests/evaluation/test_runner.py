@@ -15,8 +15,9 @@ import torch
 import selfensemble as rse
 from selfensemble.artefacts.config import Architecture
 from selfensemble.data.images import ImageData
+from selfensemble.evaluation.doctor import examination
 from selfensemble.evaluation.protocol import Protocol, expand
-from selfensemble.evaluation.results import read_results
+from selfensemble.evaluation.results import CheckRecord, Results, read_results
 from selfensemble.evaluation.runner import Evaluation, within
 from selfensemble.evaluation.shards import plans_of
 
@@ -229,6 +230,62 @@ def test_impossible_settings_are_found_before_any_work(
     with pytest.raises(ValueError, match=f"attack 01.*{message}"):
         Evaluation(model, data, protocol, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_what_attacks_found_is_written_before_the_checks(
+    model: rse.SelfEnsemble,
+    data: ImageData,
+    protocol: Protocol,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The doctor may be stopped or fail after hours of attacks, and is asked again."""
+    few = protocol.model_copy(update={"images": 6, "attacks": protocol.attacks[1:2], "checks": True})
+    seen: list[Results] = []
+
+    def stopped(*arguments: object, **settings: object) -> list[CheckRecord]:
+        seen.append(read_results(tmp_path / "run"))
+        raise KeyboardInterrupt
+
+    def fails(*arguments: object, **settings: object) -> list[CheckRecord]:
+        raise TypeError("the device has\nno float64")
+
+    def works(*arguments: object, **settings: object) -> list[CheckRecord]:
+        seen.append(read_results(tmp_path / "run"))
+        return [CheckRecord(name="logits", passed=True, figure="", advice="")]
+
+    def evaluated() -> Results:
+        return Evaluation(model, data, few, tmp_path / "run").run()
+
+    monkeypatch.setattr(examination, "doctor", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated()
+    assert seen[0].checks is None
+    assert len(seen[0].attacks) == 2
+    files = {path.name for path in (tmp_path / "run").iterdir()}
+    assert files == {
+        "run.json",
+        "shards",
+        "results.json",
+        "images.csv",
+        "gallery.safetensors",
+        "timings.json",
+    }
+    monkeypatch.setattr(examination, "doctor", fails)
+    (check,) = evaluated().checks or ()
+    assert check.passed is False
+    assert "TypeError: the device has no float64" in check.advice
+    monkeypatch.setattr(examination, "doctor", works)
+    results = evaluated()
+    assert [check.name for check in results.checks or ()] == ["logits"]
+    assert results.model_copy(update={"checks": None}) == seen[0] == seen[1]
+    timings = json.loads((tmp_path / "run" / "timings.json").read_text())
+    assert "checks" in timings["seconds"]
+    assert evaluated() == results
+    assert len(seen) == 2  # what is known is not asked again
+    (tmp_path / "run" / "shards" / "checks.json").write_text("{")
+    with pytest.raises(ValueError, match=r"checks\.json is damaged .* delete it"):
+        evaluated()
 
 
 def test_bad_folders_and_files(

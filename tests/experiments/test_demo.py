@@ -3,13 +3,16 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 
 import selfensemble as rse
 from selfensemble.evaluation import Evaluation, load_protocol
 from selfensemble.evaluation.results import read_results
+from selfensemble.experiments import demo
 from selfensemble.experiments.demo import PROTOCOLS, run_demo
+from selfensemble.training.recipe import load_recipe
 
 
 def test_demo_writes_figures_pictures_and_a_report(tmp_path: Path) -> None:
@@ -53,3 +56,23 @@ def test_demo_writes_figures_pictures_and_a_report(tmp_path: Path) -> None:
     again = Evaluation(saved, rse.load_data("digits", "test"), paper, tmp_path / "again").run()
     shown = read_results(out / "rse-paper")
     assert (again.clean, again.attacks) == (shown.clean, shown.attacks)
+
+
+def test_results_are_there_before_they_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = ["train.epochs=1", "data.images=150", "model.width=0.25"]
+    monkeypatch.setattr(demo, "load_recipe", lambda name, sets: load_recipe(name, [*sets, *short]))
+    attacks = [
+        {"attack": "cw-paper", "c": 1, "steps": 2},
+        {"attack": "pgd", "eps": [0.1, 0.2], "steps": 1},
+        {"attack": "fgsm", "eps": [0.1, 0.2]},
+    ]
+    few = {"attacks": attacks, "judge": {"seeds": 1, "queries": 1}, "checks": False}
+
+    def fails(*arguments: object) -> None:
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(demo, "_draw", fails)
+    with pytest.raises(RuntimeError, match="no fonts"):
+        run_demo(tmp_path, images=6, overrides=few)
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["networks"].keys() == {"plain", "rse"}

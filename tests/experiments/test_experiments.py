@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import selfensemble as rse
+from selfensemble.artefacts import storage
 from selfensemble.artefacts.storage import read_config
 from selfensemble.certainty.certification import METHODS
 from selfensemble.cli import experiments as commands  # noqa: F401  (adds its commands to the app)
@@ -30,6 +31,7 @@ from selfensemble.experiments.targeted import targets_of
 from selfensemble.report.figures import Line, Panel, draw
 from selfensemble.report.intervals import mean, share
 from selfensemble.report.packing import pack
+from selfensemble.training.trainer import CHECKPOINT, RESULTS
 
 
 class Done:
@@ -267,6 +269,18 @@ def test_a_network_that_begins_with_another_has_that_trained_first(
     shutil.rmtree(tmp_path / "cifar10-vgg16-rse")
     find()
     assert not said  # it is there: what it began with is not needed
+
+
+def test_a_network_is_whole_when_its_evaluation_is(tmp_path: Path) -> None:
+    """Its weights are written before it is evaluated; what the zoo holds has no checkpoint."""
+    for name in (storage.CONFIG, storage.WEIGHTS):
+        assert not networks._is_whole(tmp_path)
+        (tmp_path / name).touch()
+    assert networks._is_whole(tmp_path)
+    (tmp_path / CHECKPOINT).touch()
+    assert not networks._is_whole(tmp_path)
+    (tmp_path / RESULTS).touch()
+    assert networks._is_whole(tmp_path)
 
 
 def test_results_of_two_scales_are_not_mixed(done: Done) -> None:

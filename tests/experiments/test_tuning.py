@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import selfensemble as rse
 from selfensemble.ensemble.stopping import Calibrated
 from selfensemble.experiments.tuning import levels_named
+from selfensemble.report.page import Page
 
 from ..command import error, run
 
@@ -125,3 +126,14 @@ def test_the_command_trains_measures_and_goes_on(tmp_path: Path) -> None:
     assert written == {"index.md", "levels.svg", "tune.json", "0-0", "0.2-0.1"}
     assert json.loads((tmp_path / "out" / "tune.json").read_text()) == results[0]
     assert "init:inner" in error("tune", "digits-rse", "--levels", "high")
+
+
+def test_figures_are_written_before_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: object) -> None:
+        raise ValueError("no fonts")
+
+    monkeypatch.setattr(Page, "write", fails)
+    arguments = ["tune", "digits-rse", "--n-images", "4", "--levels", "0.2:0.1", "--out", str(tmp_path)]
+    assert "no fonts" in error(*arguments)
+    (level,) = json.loads((tmp_path / "tune.json").read_text())["levels"]
+    assert level["noise"] == {"init_std": 0.2, "inner_std": 0.1}

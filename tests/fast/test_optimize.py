@@ -1,7 +1,6 @@
 """The fast path: the same answers as the slow one, and attacks that decide on the slow one."""
 
 import copy
-from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -197,58 +196,3 @@ def test_without_a_precision_the_faster_one_is_measured(
     for precision in ("float32", "bf16"):
         monkeypatch.setattr(fast, "faster_precision", lambda device, chosen=precision: chosen)
         assert optimize(ensemble, inputs).precision == precision
-
-
-class _Tells(nn.Module):
-    """What was said of TF32 when it was called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: list[object] = []
-        self.convolution = nn.Conv2d(3, 2, 2)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        self.said += [getattr(backend, name) for backend, name, _ in fast._TF32]
-        logits: Tensor = self.convolution(inputs).flatten(1)
-        return logits
-
-
-@pytest.fixture
-def tf32() -> Iterator[list[object]]:
-    """As somebody has it who allows TF32 wherever there is a switch for it."""
-    values: list[object] = [True if name == "allow_tf32" else "tf32" for _, name, _ in fast._TF32]
-    before = [getattr(backend, name) for backend, name, _ in fast._TF32]
-    for part in (values, before):
-        for (backend, name, _), value in zip(fast._TF32, part, strict=True):
-            setattr(backend, name, value)
-        if part is values:
-            yield values
-
-
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_attacks_and_judge_decide_in_float32(wrapped: bool, tf32: list[object]) -> None:
-    told = _Tells()
-    model = rse.SelfEnsemble(told, rse.NoiseConfig(0, 0), bounds=(0, 1)) if wrapped else told
-    images, labels = torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 0, 1])
-    told.said.clear()
-    judge(model, images, pgd(model, images, labels, eps=0.1, steps=2), labels)
-    exact = [value for _, _, value in fast._TF32]
-    assert told.said == len(told.said) // len(exact) * exact
-    assert [getattr(backend, name) for backend, name, _ in fast._TF32] == tf32
-
-
-def test_float32_stays_exact_until_the_last_leaves(tf32: list[object]) -> None:
-    def now() -> list[object]:
-        return [getattr(backend, name) for backend, name, _ in fast._TF32]
-
-    exact = [value for _, _, value in fast._TF32]
-    first, second = fast.exact_float32(), fast.exact_float32()
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)  # as two threads may overlap
-    assert now() == exact
-    second.__exit__(None, None, None)
-    assert now() == tf32
-    with pytest.raises(KeyError), fast.exact_float32():
-        raise KeyError
-    assert now() == tf32

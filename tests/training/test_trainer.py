@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -17,6 +18,8 @@ import torch
 from PIL import Image
 
 import selfensemble as rse
+from selfensemble.training import trainer as trainer_module
+from selfensemble.training.accuracy import count_correct
 from selfensemble.training.building import make_scheduler
 from selfensemble.training.recipe import TrainSection, load_recipe, public_recipe
 from selfensemble.training.trainer import CHECKPOINT, RESULTS, Trainer
@@ -177,6 +180,41 @@ def test_a_damaged_checkpoint_is_named(undisturbed: Path, tmp_path: Path) -> Non
     errors = run(*arguments(tmp_path, "--resume"), expect=2).stderr
     assert "--overwrite" in errors
     assert errors.count("\n") <= 2
+
+
+@pytest.mark.parametrize("when", [1, 2, 3, 4])
+def test_an_evaluation_that_fails_loses_no_training(
+    when: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After either of two epochs, or at the end, of validation or test images."""
+    recipe = load_recipe(
+        "digits-rse",
+        ["data.images=200", "model.width=0.25", "train.epochs=2", "train.batch_size=60", "noise.draws=2"],
+    )
+    whole = Trainer(recipe, tmp_path / "whole").run()
+    asked = 0
+
+    def fails(*arguments: Any, **settings: Any) -> int:
+        nonlocal asked
+        asked += 1
+        if asked == when:
+            raise TypeError("the device has no float64")
+        return count_correct(*arguments, **settings)
+
+    monkeypatch.setattr(trainer_module, "count_correct", fails)
+    with pytest.raises(TypeError, match="no float64"):
+        Trainer(recipe, tmp_path / "run").run()
+    if when > 2:  # the network is there, without figures
+        assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+        assert rse.load(tmp_path / "run").draws == 2
+    resumed = Trainer(recipe, tmp_path / "run", resume=True)
+    assert resumed.step == min(when, 2) * resumed.batches.in_epoch
+    results = resumed.run()
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert results["history"] == whole["history"]
+    assert results["metrics"] == whole["metrics"]
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["metrics"] == whole["metrics"]
 
 
 def test_no_room_to_save_keeps_earlier_files(undisturbed: Path, tmp_path: Path) -> None:

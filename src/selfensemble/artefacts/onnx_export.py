@@ -100,16 +100,19 @@ def export_onnx(
             "not written"
         )
     model = seed_noise(model)
-    facts: dict[str, Any] = {"version": version("selfensemble"), "draws": draws, "noise": active}
-    facts |= {"bounds": ensemble.bounds, "classes": classes}
-    for key, value in facts.items():
-        entry = model.metadata_props.add()
-        entry.key, entry.value = f"{PREFIX}.{key}", json.dumps(value)
+    facts = {"draws": draws, "noise": active, "bounds": ensemble.bounds, "classes": classes}
+    _describe(model, {"version": version("selfensemble")} | facts)
     onnx.checker.check_model(model, full_check=True)
     path = Path(path)
     with atomic_file(path) as file:
         file.write(model.SerializeToString())
     return path
+
+
+def _describe(model: "onnx.ModelProto", facts: dict[str, Any]) -> None:
+    for key, value in facts.items():
+        entry = model.metadata_props.add()
+        entry.key, entry.value = f"{PREFIX}.{key}", json.dumps(value)
 
 
 def _onnx() -> ModuleType:

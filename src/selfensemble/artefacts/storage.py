@@ -266,7 +266,13 @@ def load(folder: str | Path, model: nn.Module | None = None) -> SelfEnsemble:
             planned = _weights(_built(config, folder))
         if {key: tensor.shape for key, tensor in planned.items()} != {k: t.shape for k, t in tensors.items()}:
             raise ValueError(f"{path} does not fit the network that {CONFIG} describes: restore both")
-        model = _built(config, folder)
+        with torch.device("cpu"):  # whatever the program's default is
+            model = _built(config, folder)
+    if any(tensor.device.type == "meta" for tensor in model.state_dict().values()):
+        raise ValueError(
+            "the network that was passed lies on the meta device, which keeps no weights: make it "
+            "on the CPU, e.g. within `with torch.device('cpu'):`"
+        )
     try:
         model.load_state_dict(tensors)
         attach_noise_(model, config.noise)

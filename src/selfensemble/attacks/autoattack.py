@@ -107,7 +107,7 @@ def _in_turn(
             left = keep.candidates(early_stop=True)
             if len(left) == 0:
                 break
-            fresh = int(torch.randint(2**62, (), generator=oracle.generator))
+            fresh = int(torch.randint(2**62, (), generator=oracle.generator, device="cpu"))
             seed = oracle.seed if oracle.noise.frozen else fresh
             options: dict[str, Any] = {**noise, "seed": seed}
             images = part(model, x[left], y[left], norm=norm, eps=eps, early_stop=True, **options)

@@ -9,6 +9,7 @@ Sources: Carlini & Wagner, Towards Evaluating the Robustness of Neural Networks,
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Unpack
 
 import torch
@@ -71,7 +72,9 @@ def _descend(
         if visit is not None:
             visit(image, estimate)
         box.w.grad = box.chain(2 * (image - inputs) - estimate.gradient)
-        optimizer.step()
+        # Adam makes its count of steps at the first, names no device, and wants it on the CPU.
+        with torch.device("cpu") if step == 0 else nullcontext():
+            optimizer.step()
     return box.image()
 
 
@@ -103,7 +106,7 @@ def cw_l2_paper(
     Args:
         model: a classifier; of a `SelfEnsemble`, single draws are attacked.
         inputs: (B, C, H, W) in [0, 1].
-        labels: (B,) int64, true classes, or wanted ones if `targeted`.
+        labels: (B,) integers, true classes, or wanted ones if `targeted`.
         targeted: reach `labels` rather than leave them.
         c: weight of the margin.
         steps: Adam steps.

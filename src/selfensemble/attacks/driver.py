@@ -6,12 +6,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..data.labels import class_numbers
 from ..ensemble.checks import check_count, check_images, explain_shape, floating_dtype, logits_of
 from ..ensemble.draws import Draws
 from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.randomness import PASSES, answers_differ
 from ..fast.ensemble import FastEnsemble, original_of
-from ..fast.optimize import exact_float32
+from ..fast.exact import exact_float32
 from ..noise.calls import OwnHooks, without_weight_gradients
 from ..noise.injection import eval_mode, random_layers
 from ..noise.streams import Sampling, fresh_seed, stream_seed
@@ -31,7 +32,7 @@ def run_attack(
     Returns:
         What `run` returned, clamped into [0, 1], on the device and in the dtype of `inputs`.
     """
-    check_batch(inputs, labels)
+    labels = check_batch(inputs, labels)
     if len(inputs) == 0:
         return inputs.clone()
     size = len(inputs) if max_batch is None else check_count("max_batch", max_batch)
@@ -39,13 +40,10 @@ def run_attack(
     device, parts = device_of(model, inputs), []
     with attacked(model) as (forward, follow):
         with explain_shape(model, inputs):
-            first = inputs[:size].detach().to(device, torch.float32, copy=True)
+            first = _prepared(inputs[:size], device)
             classes, is_random, reseed = _probe(original_of(model), forward, first)
             sampling = _sampling_of(original_of(model), forward, first)
-        if int(labels.max()) >= classes:
-            raise ValueError(
-                f"labels must be below {classes}, the number of classes; got {int(labels.max())}"
-            )
+        class_numbers(labels, len(inputs), device=labels.device, classes=classes)
         rooms = [0 if reseed else _room(each, first, max_batch) for each in (original_of(model), model)]
         for number, (x, y) in enumerate(zip(inputs.split(size), labels.split(size), strict=True)):
             own = seed if number == 0 or noise.frozen else stream_seed(seed, number, 1)
@@ -54,9 +52,15 @@ def run_attack(
                 follow=follow, room=(rooms[0], rooms[1]), sampling=sampling,
             )  # fmt: skip
             # In float32, whatever the model computes in: smaller types cannot hold small changes.
-            part = run(oracle, x.detach().to(device, torch.float32, copy=True), y.to(device, copy=True))
-            parts.append(part.detach().clamp(0.0, 1.0).to(inputs.device, inputs.dtype))
+            part = run(oracle, _prepared(x, device), y.to(device, copy=True))
+            # To the device first: that of the model may not know the dtype.
+            parts.append(part.detach().clamp(0.0, 1.0).to(inputs.device).to(inputs.dtype))
     return torch.cat(parts)
+
+
+def _prepared(inputs: Tensor, device: torch.device) -> Tensor:
+    """A copy in float32 on the device, which may not know the dtype that it had."""
+    return inputs.detach().to(torch.float32, copy=True).to(device)
 
 
 @contextmanager
@@ -92,17 +96,10 @@ def single_draw(model: nn.Module) -> Forward:
     return draw if dtype is None else lambda inputs: draw(inputs.to(dtype))
 
 
-def check_batch(inputs: Tensor, labels: Tensor) -> None:
-    """Raise a ValueError or TypeError unless inputs and labels fit each other and the rules."""
+def check_batch(inputs: Tensor, labels: Tensor) -> Tensor:
+    """The labels as int64 beside the images; a ValueError or TypeError unless both fit the rules."""
     check_images(inputs)
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
-    if labels.dtype != torch.int64 or labels.shape != inputs.shape[:1]:
-        raise ValueError(
-            f"labels must be int64 of shape ({len(inputs)},), got {labels.dtype} {tuple(labels.shape)}"
-        )
-    if len(labels) and int(labels.min()) < 0:
-        raise ValueError("labels must be class numbers >= 0")
+    return class_numbers(labels, len(inputs), device=inputs.device)
 
 
 def device_of(model: nn.Module, inputs: Tensor) -> torch.device:
@@ -166,12 +163,12 @@ def looks_like_probabilities(outputs: Tensor) -> bool:
 
 def _global_states(device: torch.device) -> list[Tensor]:
     states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
+    if device.type not in ("cpu", "meta"):
+        states.append(torch.get_device_module(device).get_rng_state(device))
     return states
 
 
 def _restore(states: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
+    for state in states[1:]:
+        torch.get_device_module(device).set_rng_state(state, device)

@@ -118,7 +118,7 @@ class Oracle:
     ) -> None:
         self.noise, self.seed = noise, seed
         self.classes = classes
-        self.generator = torch.Generator().manual_seed(stream_seed(seed, 0, 0) & 0x7FFF_FFFF_FFFF_FFFF)
+        self.generator = torch.Generator("cpu").manual_seed(stream_seed(seed, 0, 0) & 0x7FFF_FFFF_FFFF_FFFF)
         # Who asks for confirmation by several draws knows of a randomness that two passes do not show.
         is_random = is_random or (noise.confirm_draws or 1) > 1
         self.is_random = is_random and not noise.frozen

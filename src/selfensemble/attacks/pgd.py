@@ -62,7 +62,7 @@ def pgd(
     Args:
         model: a classifier; of a `SelfEnsemble`, single draws are attacked.
         inputs: (B, C, H, W) in [0, 1].
-        labels: (B,) int64, true classes, or wanted ones if `targeted`.
+        labels: (B,) integers, true classes, or wanted ones if `targeted`.
         targeted: reach `labels` rather than leave them.
         norm: "linf", "l2" or "l1".
         eps: radius of the ball, in [0, 1] pixels.

@@ -90,7 +90,7 @@ class _Search:
         self.keep, self.oracle, self.objective = keep, keep.oracle, objective
         self.proposals, self.early_stop = proposals, early_stop
         self.active = keep.candidates(early_stop)
-        self.images = self.value = torch.empty(0)
+        self.images = self.value = keep.x[:0]
 
     def run(self, queries: int, p_init: float) -> None:
         """At most so many queries an image, squares of at first `p_init` of its pixels."""
@@ -228,7 +228,7 @@ class _Proposals:
     def _pattern(self, side: int, like: Tensor) -> Tensor:
         """(2, side, side) of norm 1: a positive and a negative bump, one above or beside the other."""
         half = side // 2
-        pattern = torch.zeros(side, side)
+        pattern = torch.zeros(side, side, device="cpu")
         for rows, sign in ((slice(0, half), 1.0), (slice(half, side), -1.0)):
             if rows.stop > rows.start:
                 bump = _bump(rows.stop - rows.start, side)
@@ -246,17 +246,16 @@ class _Proposals:
         return images, torch.arange(channels, device=x.device).reshape(-1, 1, 1), rows, columns
 
     def _integers(self, below: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        return torch.randint(below, shape, generator=self.generator).to(like.device)
+        return torch.randint(below, shape, generator=self.generator, device="cpu").to(like.device)
 
     def _signs(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        return (2.0 * torch.randint(2, shape, generator=self.generator) - 1).to(like)
+        return (2.0 * torch.randint(2, shape, generator=self.generator, device="cpu") - 1).to(like)
 
 
 def _bump(height: int, width: int) -> Tensor:
     """(height, width): at distance d (in the maximum norm) from the centre, the sum of 1/k^2 over k > d."""
     longest = max(height // 2, width // 2) + 1
-    terms = 1.0 / torch.arange(1, longest + 1, dtype=torch.float32) ** 2
+    terms = 1.0 / torch.arange(1, longest + 1, dtype=torch.float32, device="cpu") ** 2
     tails = terms.flip(0).cumsum(0).flip(0)
-    down = (torch.arange(height) - height // 2).abs()
-    across = (torch.arange(width) - width // 2).abs()
+    down, across = ((torch.arange(side, device="cpu") - side // 2).abs() for side in (height, width))
     return tails[torch.maximum(down[:, None], across)]

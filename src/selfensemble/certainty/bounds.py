@@ -45,24 +45,24 @@ def mean_lower(
     """Lower bounds of the means of independent numbers in [0, 1].
 
     Args:
-        samples: (n, ...), n >= 2.
+        samples: (n, ...), n >= 2, on any device.
         alpha: each bound is above the mean with probability `alpha` at most.
         method: "betting"; "bernstein", which is closed form and wider; "binomial", which replaces each
             number by a coin that shows 1 with that probability and bounds the share of ones exactly: the
             narrowest where numbers are nearly all 0 or 1.
         horizon: the number of samples that bets are made for, by default n. A number that does not depend
             on the samples makes the bound hold whatever decided how many there are ("betting" alone).
-        generator: of the coins, on the device of the samples; None for fresh entropy.
+        generator: of the coins, on the CPU; None for fresh entropy.
 
     Returns:
-        (...) float64.
+        (...) float64, on the CPU: not every device has float64.
 
     Raises:
         ValueError: fewer than two samples, or numbers outside [0, 1].
     """
     if len(samples) < 2:
         raise ValueError(f"a bound on a mean needs two samples or more, got {len(samples)}")
-    samples = samples.double()
+    samples = samples.cpu().double()
     if samples.numel() and not (samples.min() >= -1e-9 and samples.max() <= 1 + 1e-6):
         raise ValueError("samples must lie in [0, 1]")
     samples = samples.clamp(0, 1)
@@ -70,22 +70,22 @@ def mean_lower(
         bound = _bernstein(samples, alpha)
     elif method == "binomial":
         if generator is None:
-            generator = torch.Generator(samples.device).manual_seed(fresh_seed())
-        chance = torch.rand(samples.shape, dtype=samples.dtype, device=samples.device, generator=generator)
+            generator = torch.Generator("cpu").manual_seed(fresh_seed())
+        chance = torch.rand(samples.shape, dtype=samples.dtype, device="cpu", generator=generator)
         ones = (chance < samples).sum(dim=0)
-        bound = torch.from_numpy(clopper_pearson_lower(ones.cpu().numpy(), len(samples), alpha))
+        bound = torch.from_numpy(clopper_pearson_lower(ones.numpy(), len(samples), alpha))
     else:
         return _betting(samples, alpha, horizon or len(samples))
     if horizon is not None:
         raise ValueError(f'"{method}" holds for a number of samples fixed beforehand: leave horizon out')
-    return bound.to(samples.device)
+    return bound
 
 
 def mean_upper(
     samples: Tensor, alpha: float, method: MeanBound = "betting", horizon: int | None = None
 ) -> Tensor:
     """Upper bounds, see `mean_lower`."""
-    return 1 - mean_lower(1 - samples.double(), alpha, method, horizon)
+    return 1 - mean_lower(1 - samples.cpu().double(), alpha, method, horizon)
 
 
 def _bernstein(samples: Tensor, alpha: float) -> Tensor:
@@ -104,7 +104,7 @@ def _betting(samples: Tensor, alpha: float, horizon: int) -> Tensor:
     it does is refuted. Her bets are theirs for a fixed number of samples (section 3), one-sided: each is set
     by the mean and the variance of the samples before it.
     """
-    number = torch.arange(1, len(samples) + 1, dtype=torch.float64, device=samples.device)
+    number = torch.arange(1, len(samples) + 1, dtype=torch.float64, device="cpu")
     number = number.view(-1, *[1] * (samples.dim() - 1))
     means = (samples.cumsum(dim=0) + 0.5) / (number + 1)
     variances = ((samples - means).square().cumsum(dim=0) + 0.25) / (number + 1)
@@ -133,11 +133,12 @@ def narrower(mean: Tensor, variance: Tensor, alpha: float, count: int) -> Tensor
         alpha, count: of the bound that is to be made.
 
     Returns:
-        (...) bool.
+        (...) bool, on the CPU.
     """
+    mean, variance = mean.cpu().double(), variance.cpu().double()
     log = math.log(1 / alpha)
     usual = (2 * log * variance / count).sqrt() + log / (3 * count)
     betting = usual.clamp_min(log / (_TRUNCATION * count))  # bets cannot be larger
-    ones = (mean * count).cpu().numpy()
-    binomial = mean - torch.from_numpy(clopper_pearson_lower(ones, count, alpha)).to(mean)
+    ones = (mean * count).numpy()
+    binomial = mean - torch.from_numpy(clopper_pearson_lower(ones, count, alpha))
     return binomial < betting

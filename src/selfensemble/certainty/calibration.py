@@ -197,9 +197,10 @@ def _record(
         return check_finite(torch.cat(parts))
 
     with eval_mode(ensemble):
-        label = sum((draw(own, index) for index in range(reference_draws)), torch.zeros(())).argmax(dim=1)
-        others = sum((draw(independent, index) for index in range(ensemble.draws)), torch.zeros(()))
-        total_so_far = torch.zeros(())
+        nothing = torch.zeros((), device="cpu")
+        label = sum((draw(own, index) for index in range(reference_draws)), nothing).argmax(dim=1)
+        others = sum((draw(independent, index) for index in range(ensemble.draws)), nothing)
+        total_so_far = nothing
         margins, wrong = [], []
         first = reference_draws + reference_draws % 2  # the first of a pair
         for index in range(most):

@@ -138,7 +138,7 @@ def certificates(
     looks = _looks(n, radius)
     size = None if max_batch is None else check_count("max_batch", max_batch)
     if len(inputs) == 0:
-        none, zero = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64)
+        none, zero = (torch.zeros(0, dtype=dtype, device="cpu") for dtype in (torch.int64, torch.float64))
         return dict.fromkeys(methods, Certificate(none, zero, zero, zero, none))
     std = pixel_std(ensemble, inputs)
     means = partial(Means, bound=bound, seed=seed)
@@ -220,10 +220,10 @@ def _certify(
     Probabilities under the noise that the radius is about differ from those under the noise drawn by `slack`.
     """
     size = len(group)
-    answers = [seen.order[:, 0].cpu() for seen in methods]
-    used = torch.zeros(len(methods), size, dtype=torch.int64)
-    found = torch.zeros(len(methods), 3, size, dtype=torch.float64)  # radius, lower, upper
-    active, taken = torch.arange(size), 0
+    answers = [seen.order[:, 0] for seen in methods]
+    used = torch.zeros(len(methods), size, dtype=torch.int64, device="cpu")
+    found = torch.zeros(len(methods), 3, size, dtype=torch.float64, device="cpu")  # radius, lower, upper
+    active, taken = torch.arange(size, device="cpu"), 0
     for look in looks:
         for outputs in passes(group[active.to(group.device)], n0 + taken, look - taken):
             for seen in methods:
@@ -240,7 +240,7 @@ def _certify(
             used[number, active[ended]] = n0 + taken
         stay = (used[:, active] == 0).any(dim=0)
         for seen in methods:
-            seen.keep(stay.to(group.device))
+            seen.keep(stay)
         active = active[stay]
         if len(active) == 0:
             break

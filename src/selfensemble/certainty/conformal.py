@@ -100,18 +100,17 @@ class ConformalSets:
         rule = self.rule
         check_images(inputs, self.ensemble.bounds)
         check_sets(rule, self.ensemble)
-        normal = torch.distributions.Normal(0.0, 1.0)
-        least = torch.tensor(rule.threshold, dtype=torch.float64)
+        least = torch.tensor(rule.threshold, dtype=torch.float64, device="cpu")
         if rule.radius:
-            least = normal.cdf(normal.icdf(least) - rule.radius / rule.std)
+            least = torch.special.ndtr(torch.special.ndtri(least) - rule.radius / rule.std)
         found = []
         for samples in _samples(self.ensemble, inputs, rule.draws, max_batch, seed):
             if rule.radius:
                 highest = 1 - mean_lower(1 - samples.double(), rule.beta)
             else:
                 highest = samples.double().mean(dim=0)
-            found.append((highest >= least.to(highest.device)).cpu())
-        return torch.cat(found) if found else torch.zeros(0, 0, dtype=torch.bool)
+            found.append(highest >= least)
+        return torch.cat(found) if found else torch.zeros(0, 0, dtype=torch.bool, device="cpu")
 
 
 def conformal_sets(
@@ -163,7 +162,7 @@ def conformal_sets(
         own = labels[start : start + samples.shape[1]].to(samples.device)
         start += len(own)
         right = samples.gather(2, own[None, :, None].expand(draws, -1, 1))[:, :, 0].double()
-        lowest.append((mean_lower(right, beta) if radius else right.mean(dim=0)).cpu())
+        lowest.append(mean_lower(right, beta) if radius else right.mean(dim=0))
         if progress is not None:
             progress(start, len(inputs))
     values = torch.cat(lowest).sort(descending=True).values
@@ -227,7 +226,7 @@ def _check_classes(labels: Tensor, classes: int) -> None:
 def _samples(
     ensemble: SelfEnsemble, inputs: Tensor, draws: int, max_batch: int | None, seed: int | None
 ) -> Iterator[Tensor]:
-    """(draws, b, K) softmax outputs of b images after the other."""
+    """(draws, b, K) softmax outputs of b images after the other, on the CPU."""
     size = None if max_batch is None else check_count("max_batch", max_batch)
     if len(inputs) == 0:
         return
@@ -239,6 +238,6 @@ def _samples(
             group, taken, passes = source.prepared(images), 0, []
             while taken < draws:
                 count = source.at_once(len(group), draws - taken)
-                passes.append(check_finite(source.take(group, taken, count, number)))
+                passes.append(check_finite(source.take(group, taken, count, number)).cpu())
                 taken += count
             yield torch.cat(passes)

@@ -44,8 +44,8 @@ class Decision:
             -1 where that could not be said.
         draws: (B,) int64, how many were needed, or tried.
         leader: (B,) int64, the class that led at the end, decided or not.
-        low, high: (B,) bounds of the leader's mean probability, which hold together with probability
-            `1 - alpha` at least.
+        low, high: (B,) float64, on the CPU: bounds of the leader's mean probability, which hold together with
+            probability `1 - alpha` at least.
     """
 
     label: Tensor
@@ -56,7 +56,7 @@ class Decision:
 
 
 class Gamblers:
-    """One against each class of each image.
+    """One against each class of each image. On the CPU: their money is counted in float64.
 
     Args:
         guess: (B,) classes that may lead, from anything but the draws.
@@ -66,13 +66,13 @@ class Gamblers:
 
     def __init__(self, guess: Tensor, classes: int, alpha: float) -> None:
         self._target = math.log(1 / alpha)
-        self._bets = torch.tensor(_BETS, dtype=torch.float64, device=guess.device)
+        self._bets = torch.tensor(_BETS, dtype=torch.float64, device="cpu")
         # Logarithms of the money on each size: (B, K, bets).
-        shares = torch.tensor(_SHARES, dtype=torch.float64, device=guess.device).log()
+        shares = torch.tensor(_SHARES, dtype=torch.float64, device="cpu").log()
         self._money = shares.expand(len(guess), classes, len(_BETS)).clone()
-        self._total = torch.zeros(len(guess), classes, dtype=torch.float64, device=guess.device)
-        self._guess = torch.nn.functional.one_hot(guess, classes).double() * 1e-9
-        self._possible = torch.ones(len(guess), classes, dtype=torch.bool, device=guess.device)
+        self._total = torch.zeros(len(guess), classes, dtype=torch.float64, device="cpu")
+        self._guess = torch.nn.functional.one_hot(guess.cpu(), classes).double() * 1e-9
+        self._possible = torch.ones(len(guess), classes, dtype=torch.bool, device="cpu")
 
     def draw(self, probabilities: Tensor) -> None:
         """Bets on the next draw are settled.
@@ -80,7 +80,7 @@ class Gamblers:
         Args:
             probabilities: (B, K), softmax of one draw.
         """
-        probabilities = probabilities.double()
+        probabilities = probabilities.cpu().double()
         first, second = (self._total + self._guess).topk(2, dim=1).indices.unbind(dim=1)
         rival = probabilities.gather(1, first[:, None]).expand_as(probabilities).clone()
         rival.scatter_(1, first[:, None], probabilities.gather(1, second[:, None]))
@@ -125,7 +125,7 @@ def decide(
         max_batch, seed: see `SelfEnsemble.predict`.
 
     Returns:
-        Labels, draws and intervals, on the device of `inputs`.
+        Labels and draws on the device of `inputs`, intervals on the CPU.
 
     Raises:
         ValueError, TypeError: as `SelfEnsemble.predict`; alpha outside (0, 1).
@@ -141,35 +141,37 @@ def decide(
         varies = len(inputs) > 0 and draws.varies()
     if not varies or guess.probabilities.shape[1] == 1:
         certain = ensemble.predict(inputs, draws=1, max_batch=max_batch)
-        value = certain.probabilities.amax(dim=1).double()
+        value = certain.probabilities.amax(dim=1).cpu().double()
         return Decision(certain.label, certain.draws, certain.label, value, value)
     with eval_mode(ensemble):
         room = max(1, _HISTORY // (max_draws * guess.probabilities.shape[1]))
         parts = [
             _decide(draws, number, group, labels, guess.probabilities.shape[1], alpha, max_draws)
             for number, (group, labels) in enumerate(
-                zip(inputs.split(room), guess.label.to(draws.device).split(room), strict=True)
+                zip(inputs.split(room), guess.label.cpu().split(room), strict=True)
             )
         ]
-    columns = zip(*parts, strict=True)
-    return Decision(*(torch.cat(column).to(inputs.device) for column in columns))
+    label, used, leader, low, high = (torch.cat(column) for column in zip(*parts, strict=True))
+    where = inputs.device
+    return Decision(label.to(where), used.to(where), leader.to(where), low, high)
 
 
 def _decide(
     draws: Draws, number: int, group: Tensor, guess: Tensor, classes: int, alpha: float, most: int
 ) -> tuple[Tensor, ...]:
-    """The fields of a `Decision`, of group `number` of the images."""
+    """The fields of a `Decision`, on the CPU, of group `number` of the images."""
     group = draws.prepared(group)
     gamblers = Gamblers(guess, classes, alpha)
-    active = torch.arange(len(group), device=group.device)
+    active = torch.arange(len(group), device="cpu")
     label, used, leader = torch.full_like(active, ABSTAINED), torch.zeros_like(active), active.clone()
-    low, high = torch.zeros(2, len(group), dtype=torch.float64, device=group.device)
-    history = torch.zeros(most, len(group), classes, device=group.device)
+    low, high = torch.zeros(2, len(group), dtype=torch.float64, device="cpu")
+    history = torch.zeros(most, len(group), classes, device="cpu")
     block = math.ceil(math.log2(1 / alpha)) + 2  # of draws in one pass: about the fewest that decide
     index = 0
     while index < most and len(active):
         count = draws.at_once(len(active), min(most - index, block))
-        outputs = check_finite(draws.take(group[active], index, count, number))
+        images = group[active.to(group.device)]
+        outputs = check_finite(draws.take(images, index, count, number)).cpu()
         for later in range(count):
             history[index, active] = outputs[later]
             index += 1
@@ -192,7 +194,7 @@ def _interval(seen: Tensor, leader: Tensor, alpha: float) -> tuple[Tensor, Tenso
     """(B,) bounds of the leaders' means, whichever of the K classes leads, whenever the draws ended."""
     count, images, classes = seen.shape
     if count < 2:
-        nothing = torch.zeros(images, dtype=torch.float64, device=leader.device)
+        nothing = torch.zeros(images, dtype=torch.float64, device="cpu")
         return nothing, nothing + 1
     samples = seen.gather(2, leader.view(1, -1, 1).expand(count, -1, 1))[:, :, 0]
     each = alpha / (2 * classes)

@@ -83,7 +83,9 @@ def arrives_at(network: SelfEnsemble, first: GaussianNoise, images: Tensor) -> T
 def _in_pixels(network: SelfEnsemble, first: GaussianNoise, images: Tensor) -> float:
     low, high = network.bounds or (0.0, 1.0)
     black, white, mixed = _probes(images, low, high)
-    offset, end, arrived = (arrives_at(network, first, each) for each in (black, white, mixed))
+    # To the CPU, for float64.
+    offset, end, arrived = (arrives_at(network, first, each).cpu() for each in (black, white, mixed))
+    mixed = mixed.cpu()
     if offset.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"the first noise acts on {offset.dtype}, whose rounding moves the image: certify a float32 "
@@ -94,7 +96,7 @@ def _in_pixels(network: SelfEnsemble, first: GaussianNoise, images: Tensor) -> f
         affine = slope * (mixed.double() - low) + offset
         tolerance = 1e-5 * float((end - offset).abs().max())
         if torch.allclose(arrived.double(), affine, rtol=1e-5, atol=tolerance) and bool((slope != 0).all()):
-            std = torch.as_tensor(np.asarray(first.std), dtype=torch.float64, device=slope.device)
+            std = torch.as_tensor(np.asarray(first.std), dtype=torch.float64, device="cpu")
             std = std.view(-1, *[1] * (slope.dim() - 2)) if std.dim() else std
             found = float((std / slope.abs()).min())
             if found > 0 and math.isfinite(found):
@@ -107,7 +109,8 @@ def _in_pixels(network: SelfEnsemble, first: GaussianNoise, images: Tensor) -> f
 
 
 def _probes(images: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
-    chance = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)).to(images)
+    generator = torch.Generator("cpu").manual_seed(0)
+    chance = torch.rand(images.shape, generator=generator, device="cpu").to(images)
     return torch.full_like(images, low), torch.full_like(images, high), low + (high - low) * chance
 
 

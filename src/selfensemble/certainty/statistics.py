@@ -1,4 +1,7 @@
-"""What draws say of the answer and of its rivals: votes, and means of the softmax, with their bounds."""
+"""What draws say of the answer and of its rivals: votes, and means of the softmax, with their bounds.
+
+All of it on the CPU, wherever the draws are: bounds need float64, which not every device has.
+"""
 
 from typing import Literal
 
@@ -31,7 +34,7 @@ class Votes:
 
     @staticmethod
     def _votes(outputs: Tensor) -> Tensor:
-        return torch.nn.functional.one_hot(outputs.argmax(dim=2), outputs.shape[2]).sum(dim=0)
+        return torch.nn.functional.one_hot(outputs.cpu().argmax(dim=2), outputs.shape[2]).sum(dim=0)
 
     def add(self, outputs: Tensor) -> None:
         """More draws, (c, A, K)."""
@@ -44,13 +47,13 @@ class Votes:
     def bounds(self, alpha: float) -> tuple[np.ndarray, np.ndarray]:
         """(A,) lower bounds of the answer and upper bounds of its rivals, wrong with `alpha` together."""
         answer, classes = self.order[:, :1], self.counts.shape[1]
-        trials = self.counts.sum(dim=1).cpu().numpy()
-        mine = self.counts.gather(1, answer)[:, 0].cpu().numpy()
+        trials = self.counts.sum(dim=1).numpy()
+        mine = self.counts.gather(1, answer)[:, 0].numpy()
         if self._rivals == "all":
             low = clopper_pearson_lower(mine, trials, alpha)
             return low, 1 - low
         # A larger count has a larger bound: the runner-up's is that of all.
-        others = self.counts.scatter(1, answer, 0).amax(dim=1).cpu().numpy()
+        others = self.counts.scatter(1, answer, 0).amax(dim=1).numpy()
         low = clopper_pearson_lower(mine, trials, alpha / 2)
         high = clopper_pearson_upper(others, trials, alpha / 2 / max(1, classes - 1))
         return low, np.minimum(high, 1 - low)
@@ -77,11 +80,12 @@ class Means:
         bound: MeanBound | None,
         seed: int | None = None,
     ) -> None:
+        selection = selection.cpu()
         self.order = selection.mean(dim=0).argsort(dim=1, descending=True, stable=True)
         self._rivals, self._bound = rivals, bound
         self._samples: list[Tensor] = []
         coins = fresh_seed() if seed is None else stream_seed(seed, 0, LAYERS - 1)
-        self._generator = torch.Generator(selection.device).manual_seed(coins)
+        self._generator = torch.Generator("cpu").manual_seed(coins)
         pilot = self._columns(selection).double()
         variance = pilot.var(dim=0) if len(pilot) > 1 else torch.zeros_like(pilot[0])
         self._binomial = narrower(pilot.mean(dim=0), variance, alpha / 2, n)
@@ -98,7 +102,7 @@ class Means:
 
     def add(self, outputs: Tensor) -> None:
         """More draws, (c, A, K)."""
-        self._samples.append(self._columns(outputs))
+        self._samples.append(self._columns(outputs.cpu()))
 
     def keep(self, stay: Tensor) -> None:
         """Go on with some of the images."""
@@ -111,13 +115,13 @@ class Means:
         rivals = samples.shape[2] - 1
         if rivals == 0:
             low = self._lower(samples, 0, alpha)
-            return low.cpu().numpy(), 1 - low.cpu().numpy()
+            return low.numpy(), 1 - low.numpy()
         low = self._lower(samples, 0, alpha / 2)
         # The likely runner-up has a share of its own; the bounds of the others are far lower in any case.
         shares = [alpha / 4, *[alpha / 4 / (rivals - 1)] * (rivals - 1)] if rivals > 1 else [alpha / 2]
         highs = [1 - self._lower(1 - samples, 1 + k, share) for k, share in enumerate(shares)]
         high = torch.minimum(torch.stack(highs).amax(dim=0), 1 - low)
-        return low.cpu().numpy(), high.cpu().numpy()
+        return low.numpy(), high.numpy()
 
     def _lower(self, samples: Tensor, column: int, alpha: float) -> Tensor:
         """(A,) lower bounds of the means of a column."""
@@ -125,7 +129,7 @@ class Means:
         if self._bound is not None:
             return mean_lower(values, alpha, self._bound, generator=self._generator)
         coins = self._binomial[:, column]
-        low = torch.zeros(len(coins), dtype=torch.float64, device=values.device)
+        low = torch.zeros(len(coins), dtype=torch.float64, device="cpu")
         for chosen, method in ((coins, "binomial"), (~coins, "betting")):
             if chosen.any():
                 few = values[:, chosen]

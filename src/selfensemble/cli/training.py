@@ -97,9 +97,10 @@ def tune(
             fine_tune=training(config.recipe, str(model), epochs, folder, data) if epochs else None,
             progress=update,
         )  # fmt: skip
-    values, page = found.values() | {"model": model.resolve().name, "epochs": epochs}, found.page()
-    page.write(folder)
+    values = found.values() | {"model": model.resolve().name, "epochs": epochs}
     write_json(folder / "tune.json", values)
+    page = found.page()
+    page.write(folder)
     if as_json:
         terminal.print_json(values)
         return

@@ -76,7 +76,7 @@ class Draws:
 
     def prepared(self, group: Tensor) -> Tensor:
         """A group on the device of the ensemble, in its dtype."""
-        return group.to(self.device, self._dtype)
+        return group.to(self._dtype).to(self.device)  # which may not know the dtype that they have
 
     def varies(self) -> bool:
         """Whether draws differ at all; one stands for all of them otherwise."""
@@ -165,7 +165,7 @@ def moments(draws: Draws, group: Tensor, rule: Rule, number: int = 0) -> tuple[T
     group = draws.prepared(group)
     active = torch.arange(len(group), device=group.device)
     used = torch.zeros_like(active)
-    mean = squares = torch.empty(0)
+    mean = squares = torch.empty(0, device=group.device)
     index = 0
     while index < rule.most:
         count = draws.at_once(len(active), worth_taking(rule, index))

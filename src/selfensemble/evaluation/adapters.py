@@ -36,8 +36,7 @@ _INSTALL = {
 }
 # torchattacks: they attack several models, or train one.
 _WRAPPERS = {"MultiAttack", "LGV"}
-# foolbox: its images come from elsewhere.
-_NEEDS_IMAGES = {"DatasetAttack"}
+_NEEDS_IMAGES = {"DatasetAttack"}  # foolbox: its images come from elsewhere
 # ART: attacks whose answer is a patch, a texture, sound or a table, that need one layer of a network, or
 # that run on other frameworks.
 _NO_IMAGES = (
@@ -136,7 +135,7 @@ class LibraryAttack:
         Args:
             model: a classifier; of a `SelfEnsemble`, single draws are attacked, or means of `eot`.
             inputs: (B, C, H, W) in [0, 1].
-            labels: (B,) int64, true classes, or wanted ones if `targeted`.
+            labels: (B,) integers, true classes, or wanted ones if `targeted`.
             targeted: reach `labels` rather than leave them, where the attack can.
             eot: noise draws of a pass, in the memory of that many; 1 for a model without noise.
             max_batch: images the library gets at a time; None for all.
@@ -152,10 +151,12 @@ class LibraryAttack:
         """
 
         def run(oracle: Oracle, x: Tensor, y: Tensor) -> Tensor:
-            own = int(torch.randint(2**31, (), generator=oracle.generator))
+            own = int(torch.randint(2**31, (), generator=oracle.generator, device="cpu"))
             classifier = LibraryClassifier(single_draw(model), oracle, x.device, stream_seed(own, 0, 0))
+            # Of what the library makes without saying where; ART's arrays are NumPy's.
+            where = torch.device("cpu") if self.library == "art" else x.device
             try:
-                with _isolated(own), torch.enable_grad():
+                with _isolated(own), torch.enable_grad(), where:
                     images = self.run(classifier, x.clamp(0.0, 1.0), y, targeted, oracle.classes, own)
             finally:
                 spend(gradients=classifier.gradients, forwards=classifier.forwards)
@@ -279,7 +280,6 @@ def art_attack(name: str, **settings: Any) -> LibraryAttack:
         classifier: LibraryClassifier, x: Tensor, y: Tensor, targeted: bool, classes: int, seed: int
     ) -> Tensor:
         classifier.answers_probabilities = name in _ASKS_PROBABILITIES
-        # The arrays are NumPy's; the classifier takes them to the model's device itself.
         victim = estimator(
             model=classifier, loss=nn.CrossEntropyLoss(), input_shape=tuple(x.shape[1:]), nb_classes=classes,
             clip_values=(0.0, 1.0), device_type="cpu",

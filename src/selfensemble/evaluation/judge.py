@@ -13,11 +13,12 @@ from ..attacks.driver import check_batch, device_of, single_draw
 from ..attacks.expectation import Forward
 from ..attacks.losses import margin
 from ..attacks.norms import size
-from ..ensemble.checks import check_count
+from ..data.labels import class_numbers
+from ..ensemble.checks import check_count, floating_dtype
 from ..ensemble.draws import Draws
 from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.randomness import global_noise
-from ..fast.optimize import exact_float32
+from ..fast.exact import exact_float32
 from ..noise.injection import eval_mode
 from ..noise.streams import fresh_seed, noise_draw, stream_seed
 from ..runtime.provenance import binomial_interval
@@ -29,7 +30,7 @@ class Verdict:
 
     Attributes:
         answers: (B, Q) int64, the defender's answers.
-        labels: (B,) int64, the true classes.
+        labels: (B,) int64, the true classes, beside the answers.
         lead: (B,) mean over the queries of `max p_j - p_y`, j != y: above 0 the attack has the lead.
         l2: (B,) Euclidean distance to the originals, in [0, 1] pixels.
         linf: (B,) largest change of a pixel.
@@ -68,8 +69,8 @@ class Verdict:
 
     @property
     def wrong_per_query(self) -> Tensor:
-        """(B,) estimated probability p of a wrong answer to one query."""
-        return self.wrong.double().mean(dim=1)
+        """(B,) float64 on the CPU, estimated probability p of a wrong answer to one query."""
+        return self.wrong.cpu().double().mean(dim=1)
 
     def persistent(self, queries: int) -> float:
         """Mean over the images of `1 - (1 - p)^k`: one of k queries is answered wrongly.
@@ -83,7 +84,7 @@ class Verdict:
         asked = self.answers.shape[1]
         if not 1 <= queries <= asked:
             raise ValueError(f"{asked} queries were judged: k must be 1 to {asked}, got {queries}")
-        right = (asked - self.wrong.sum(dim=1)).double()
+        right = (asked - self.wrong.sum(dim=1)).cpu().double()
         log_miss = (
             torch.lgamma(right + 1) - torch.lgamma((right - queries).clamp(min=0) + 1)
             - math.lgamma(asked + 1) + math.lgamma(asked - queries + 1)
@@ -113,7 +114,7 @@ def judge(
             module likewise if `draws` is given.
         inputs: (B, C, H, W) the original images.
         adversarial: (B, C, H, W) the attacked ones.
-        labels: (B,) int64, the true classes, also for targeted attacks.
+        labels: (B,) integers, the true classes, also for targeted attacks.
         draws: noise draws an answer; by default the ensemble's own, 1 for any other module.
         queries: how often each image is asked. A `SelfEnsemble` without noise is asked once, and the
             answer stands for all.
@@ -124,7 +125,7 @@ def judge(
     Raises:
         ValueError: shapes differ, or adversarial images leave [0, 1] or the ball, or hold NaN.
     """
-    check_batch(inputs, labels)
+    labels = check_batch(inputs, labels)
     check_count("queries", queries)
     if len(inputs) == 0:
         raise ValueError("no images to judge")
@@ -162,9 +163,7 @@ def _varies(model: SelfEnsemble, inputs: Tensor) -> bool:
 def _check_answer(probabilities: Tensor, labels: Tensor) -> None:
     if not torch.isfinite(probabilities).all():
         raise ValueError("the model returns NaN or infinite logits: its answers cannot be judged")
-    classes, largest = probabilities.shape[1], int(labels.max())
-    if largest >= classes:
-        raise ValueError(f"labels must be below {classes}, the number of classes; got {largest}")
+    class_numbers(labels, len(labels), device=labels.device, classes=probabilities.shape[1])
 
 
 def _answer(
@@ -177,7 +176,7 @@ def _answer(
             return model.predict_proba(
                 images, draws=draws, seed=seed, max_batch=max_batch, sampling="per_image"
             )
-    forward = single_draw(model)
+    forward, dtype = single_draw(model), floating_dtype(model) or images.dtype
     with (
         eval_mode(model),
         _global_noise(seed, device),
@@ -185,7 +184,7 @@ def _answer(
         exact_float32(),
     ):
         parts = [
-            _mean_probabilities(forward, part.to(device), draws or 1).to(images.device)
+            _mean_probabilities(forward, part.to(dtype).to(device), draws or 1).to(images.device)
             for part in images.split(max_batch or max(1, len(images)))
         ]
     return torch.cat(parts)

@@ -3,6 +3,7 @@
 The folder holds `run.json` (what is evaluated), `shards/` (a file an attack and slice of images; what is
 there is never computed again), and at the end `results.json`, `images.csv`, `gallery.safetensors` and
 `timings.json`. All but the timings depend on model, data, protocol, `max_batch` and kind of device alone.
+What the attacks found is written before the honesty checks run, which add theirs to `results.json`.
 """
 
 import json
@@ -20,11 +21,13 @@ from torch import Tensor
 from ..attacks.budget import count_evaluations
 from ..attacks.norms import check_eps, per_image, size
 from ..data.images import ImageData
+from ..data.labels import class_numbers
 from ..ensemble.ensemble import SelfEnsemble
 from ..fast.optimize import optimize
 from ..noise.injection import noise_disabled
 from ..noise.streams import stream_seed
 from ..runtime.files import atomic_write, write_json
+from ..runtime.interrupts import Interrupted
 from ..runtime.processes import wait_for_all
 from ..runtime.provenance import provenance
 from . import collect
@@ -34,12 +37,13 @@ from .protocol import MINIMUM_NORM, Protocol, Run, expand
 from .results import RESULTS, CheckRecord, Results, read_results
 from .shards import CLEAN, Plan, Shards, plans_of
 
-RUN, SHARDS, TIMINGS, TABLE, GALLERY = (
+RUN, SHARDS, TIMINGS, TABLE, GALLERY, CHECKS = (
     "run.json",
     "shards",
     "timings.json",
     "images.csv",
     "gallery.safetensors",
+    "checks.json",
 )
 Progress = Callable[[str, float], None]
 
@@ -77,8 +81,8 @@ class Evaluation:
         self.images = min(self.protocol.images, len(self.data))
         if self.images == 0:
             raise ValueError(f"{self.data.name} has no images to evaluate on")
-        self.inputs = self.data.inputs(slice(self.images))
-        self.labels = self.data.labels[: self.images]
+        self.inputs = self.data.inputs(slice(self.images)).cpu()
+        self.labels = self.data.labels[: self.images].cpu()
         self.runs = expand(self.protocol)
         self.plans = list(plans_of(self.runs, self.inputs[0].numel()))
         # Units of work in order: no attack, the attacks, and the worst cases that choose among them.
@@ -111,6 +115,8 @@ class Evaluation:
 
     def _try_settings(self) -> None:
         """Every attack on no images: settings that it would refuse are found before any work is done."""
+        classes = self.ensemble.predict(self.inputs[:1], draws=1).probabilities.shape[1]
+        class_numbers(self.labels, self.images, device=self.labels.device, classes=classes)
         for run in self.runs:
             try:
                 run.call()(self.ensemble, self.inputs[:0], self.labels[:0], **run.settings)
@@ -166,7 +172,7 @@ class Evaluation:
                     self.attacked, x, y, seed=self._seed(number, order, 0), max_batch=self.max_batch,
                     **run.settings,
                 )  # fmt: skip
-            tensors["budget"] = torch.tensor([budget.gradients, budget.forwards])
+            tensors["budget"] = torch.tensor([budget.gradients, budget.forwards], device="cpu")
             plans = [plan for plan in self.plans if plan.run is run]
             for index, plan in enumerate(plans):
                 images = found
@@ -199,17 +205,18 @@ class Evaluation:
             norm=plan.norm or "l2", eps=plan.eps, max_batch=self.max_batch,
         )  # fmt: skip
         if plan.key != CLEAN:
-            tensors[f"{plan.key}.images"] = images.contiguous()
-        tensors[f"{plan.key}.answers"] = verdict.answers.contiguous()
+            tensors[f"{plan.key}.images"] = images.cpu().contiguous()
+        tensors[f"{plan.key}.answers"] = verdict.answers.cpu().contiguous()
         for name in ("lead", "l2", "linf"):
-            tensors[f"{plan.key}.{name}"] = getattr(verdict, name)
+            tensors[f"{plan.key}.{name}"] = getattr(verdict, name).cpu()
 
     def _worst(self, start: int, plan: Plan, x: Tensor) -> Tensor:
         """Of each image the attacked version with the largest lead; fresh queries then judge it."""
         members = [self.shards.read(start, key) for key in plan.members]
         leads = torch.stack([member.lead for member in members])
         chosen = leads.argmax(dim=0)
-        return torch.stack([member.adversarial for member in members])[chosen, torch.arange(len(x))]
+        everything = torch.arange(len(x), device="cpu")
+        return torch.stack([member.adversarial for member in members])[chosen, everything]
 
     def _finish(self) -> None:
         """Put the shards together."""
@@ -217,7 +224,6 @@ class Evaluation:
             plan.key: collect.entry(self.shards, plan, self.labels, self.protocol.judge.seeds)
             for plan in self.plans
         }
-        checks = self._checks() if self.protocol.checks else None
         about = provenance()
         about.pop("time")
         results = Results(
@@ -228,38 +234,65 @@ class Evaluation:
             clean=entries[CLEAN],
             attacks=tuple(entries[plan.key] for plan in self.plans if plan.run is not None),
             worst_case=tuple(entries[plan.key] for plan in self.plans if plan.members),
-            checks=checks,
+            checks=self._known_checks(),
             provenance=about,
         )
+        write_json(self.out / RESULTS, results.model_dump(mode="json"))
         atomic_write(self.out / TABLE, collect.table(self.shards, self.labels).encode())
         atomic_write(self.out / GALLERY, collect.gallery(self.shards, self.labels))
+        self._write_timings()
+        if self.protocol.checks and results.checks is None:
+            examined = results.model_copy(update={"checks": self._checks()})
+            write_json(self.out / RESULTS, examined.model_dump(mode="json"))
+            self._write_timings()
+
+    def _write_timings(self) -> None:
         seconds = {
             path.stem: json.loads(path.read_text())["seconds"]
             for path in sorted((self.out / SHARDS).glob("*.json"))
         }
-        finished = provenance()["time"]
-        write_json(self.out / TIMINGS, {"finished": finished, "seconds": seconds})
-        write_json(self.out / RESULTS, results.model_dump(mode="json"))
+        write_json(self.out / TIMINGS, {"finished": provenance()["time"], "seconds": seconds})
+
+    def _known_checks(self) -> tuple[CheckRecord, ...] | None:
+        """The honesty checks, if an earlier run made them."""
+        path = self.out / SHARDS / CHECKS
+        if not (self.protocol.checks and path.is_file()):
+            return None
+        try:
+            found = json.loads(path.read_text())["checks"]
+            return tuple(CheckRecord.model_validate(check) for check in found)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it and run the same again") from error
 
     def _checks(self) -> tuple[CheckRecord, ...]:
+        """The honesty checks; where they cannot be made, one that says why and counts as failed."""
         from .doctor.examination import doctor
 
-        path = self.out / SHARDS / "checks.json"
-        if not path.is_file():
-            began = time.monotonic()
-            # The trials' threat model: the first norm of the protocol, at its middle radius.
-            bound = [(plan.norm, plan.eps) for plan in self.plans if plan.norm and plan.eps]
-            norm = bound[0][0] if bound else "linf"
-            radii = sorted({eps for other, eps in bound if other == norm}) or [8 / 255]
+        began = time.monotonic()
+        # The trials' threat model: the first norm of the protocol, at its middle radius.
+        bound = [(plan.norm, plan.eps) for plan in self.plans if plan.norm and plan.eps]
+        norm = bound[0][0] if bound else "linf"
+        radii = sorted({eps for other, eps in bound if other == norm}) or [8 / 255]
+        try:
             checks = doctor(
                 self.ensemble, self.inputs, self.labels, norm=norm, eps=radii[len(radii) // 2],
                 seed=self._seed(0, 0, 9), max_batch=self.max_batch,
                 progress=lambda text, done: self.progress(f"honesty checks: {text}", 1.0),
             )  # fmt: skip
-            seconds = round(time.monotonic() - began, 3)
-            found = [check.model_dump(mode="json") for check in checks]
-            write_json(path, {"checks": found, "seconds": seconds})
-        return tuple(CheckRecord.model_validate(check) for check in json.loads(path.read_text())["checks"])
+        except Interrupted:
+            raise
+        except Exception as error:  # of whatever kind: hours of attacks stand beside it
+            reason = " ".join(str(error).split())[:300]
+            return (
+                CheckRecord(
+                    name="honesty checks", passed=False, figure="could not be done",
+                    advice=f"{type(error).__name__}: {reason}. Run the same command again, or `doctor`",
+                ),
+            )  # fmt: skip
+        seconds = round(time.monotonic() - began, 3)
+        found = [check.model_dump(mode="json") for check in checks]
+        write_json(self.out / SHARDS / CHECKS, {"checks": found, "seconds": seconds})
+        return tuple(checks)
 
 
 def within(found: Tensor, x: Tensor, norm: str, eps: float, farther: bool) -> Tensor:

@@ -114,7 +114,7 @@ class Shards:
         """Gradients and forward passes of all images together."""
         if plan.run is None:
             return 0, 0
-        total = torch.zeros(2, dtype=torch.int64)
+        total = torch.zeros(2, dtype=torch.int64, device="cpu")
         for start in self.starts:
             with safetensors.safe_open(self.path(plan.run, start), "pt") as file:
                 total += file.get_tensor("budget")

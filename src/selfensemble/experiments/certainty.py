@@ -140,17 +140,17 @@ class Certainty(Experiment):
 def other_images(setting: Setting, inputs: Tensor) -> dict[str, Tensor]:
     """As many images that are none of the classes, by kind, of the shape of the test images."""
     count, channels, height, width = inputs.shape
-    generator = torch.Generator().manual_seed(stream_seed(setting.seed, 0, 41))
+    generator = torch.Generator("cpu").manual_seed(stream_seed(setting.seed, 0, 41))
     patch = max(1, height // 4)
     cut = inputs.unfold(2, patch, patch).unfold(3, patch, patch).flatten(2, 3)  # (B, C, N, p, p)
-    order = torch.rand(count, cut.shape[2], generator=generator).argsort(dim=1)
+    order = torch.rand(count, cut.shape[2], generator=generator, device="cpu").argsort(dim=1)
     mixed = cut.gather(2, order[:, None, :, None, None].expand_as(cut))
     side = height // patch
     mixed = mixed.unflatten(2, (side, side)).permute(0, 1, 2, 4, 3, 5).reshape(count, channels, height, width)
-    found = {"noise": torch.rand(inputs.shape, generator=generator), "shuffled": mixed}
+    found = {"noise": torch.rand(inputs.shape, generator=generator, device="cpu"), "shuffled": mixed}
     if channels == 3:
         digits = load_data("digits", "train")
-        chosen = torch.arange(count) % len(digits)
+        chosen = torch.arange(count, device="cpu") % len(digits)
         grown = functional.interpolate(digits.inputs(chosen), (height, width), mode="bilinear")
         found["digits"] = grown.expand(-1, channels, -1, -1).clamp(0, 1).contiguous()
     return found
@@ -167,7 +167,7 @@ def _answers(setting: Setting, settings: CertaintyScale, images: Tensor, seed: i
     """Confidence and spread of a few images."""
     ensemble = setting.attacked
     draws = settings.draws if setting.trained.ensemble.is_random else 1
-    each = softmax_draws(ensemble, images.to(setting.device), draws, seed).double().cpu()
+    each = softmax_draws(ensemble, images.to(setting.device), draws, seed).cpu().double()
     middle = each.mean(dim=0)
     entropy = _entropy(middle)
     confidence, answer = middle.max(dim=1)

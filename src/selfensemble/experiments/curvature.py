@@ -66,7 +66,7 @@ def second_order_term(
         seed: of the signs and the noise.
         noisy: take the Hessian at the activations of one noise draw rather than at those without noise.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     quiet = nullcontext() if noisy else noise_disabled(ensemble)
     draw = noise_draw(seed, 0, "per_image")
     with eval_mode(ensemble), quiet, draw, shifted_activations(ensemble.model) as shifts:
@@ -77,7 +77,7 @@ def second_order_term(
         for _ in range(probes):
             signs = [
                 _by_channel(stds[layer], shift)
-                * (torch.randint(0, 2, shift.shape, generator=generator) * 2 - 1).to(shift)
+                * (torch.randint(0, 2, shift.shape, generator=generator, device="cpu") * 2 - 1).to(shift)
                 for layer, shift in shifts
             ]
             products = torch.autograd.grad(
@@ -91,17 +91,17 @@ def second_order_term(
 
 def _by_channel(std: Std, like: Tensor) -> Tensor:
     """The level, or that of each channel, to be multiplied with (B, C, ...)."""
-    return torch.as_tensor(std).to(like).reshape(-1, *[1] * (like.dim() - 2))
+    return torch.as_tensor(std, device="cpu").to(like).reshape(-1, *[1] * (like.dim() - 2))
 
 
 @torch.no_grad()
 def log_softmax_draws(ensemble: SelfEnsemble, inputs: Tensor, draws: int, seed: int) -> Tensor:
-    """(draws, B, K) float64 log-probabilities of single draws, noise drawn for each image on its own."""
+    """(draws, B, K) float64 log-probabilities of single draws, on the CPU; noise is each image's own."""
     with eval_mode(ensemble):
         each = []
         for index in range(draws):
             with noise_draw(seed, index, "per_image"):
-                each.append(ensemble.draw_logits(inputs).double().log_softmax(dim=1))
+                each.append(ensemble.draw_logits(inputs).cpu().double().log_softmax(dim=1))
     return torch.stack(each)
 
 
@@ -146,10 +146,10 @@ def local_lipschitz(
 
     Source: Yang et al., A Closer Look at Accuracy vs. Robustness, NeurIPS 2020, section 3.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     with torch.no_grad():
         here = log_mean_softmax(ensemble, inputs, draws, seed).exp()
-    change = torch.randn(inputs.shape, generator=generator).to(inputs)
+    change = torch.randn(inputs.shape, generator=generator, device="cpu").to(inputs)
     change = change * (0.1 * radius / change.flatten(1).norm(dim=1)).reshape(-1, *[1] * (inputs.dim() - 1))
     best = inputs.new_zeros(len(inputs))
     for step in range(steps + 1):

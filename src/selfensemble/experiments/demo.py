@@ -77,11 +77,11 @@ def run_demo(
         "caveat": CAVEAT,
         "provenance": provenance(),
     }
+    write_json(out / "results.json", results)
     progress("drawing", 1.0)
     _draw(out, {kind: runs[kind, PROTOCOLS[0]] for kind in _NAMES}, shown)
     order = [(kind, protocol) for protocol in PROTOCOLS for kind in _NAMES]
     write_report([runs[key][0] for key in order], out / "report.html")
-    write_json(out / "results.json", results)
     progress("done", 1.0)
     return results
 

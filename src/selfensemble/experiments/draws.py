@@ -41,7 +41,7 @@ def softmax_draws(ensemble: SelfEnsemble, images: Tensor, draws: int, seed: int)
 
 
 def right_groups(probabilities: Tensor, labels: Tensor, size: int) -> Tensor:
-    """(B,) how many of the disjoint groups of `size` draws answer rightly.
+    """(B,) on the CPU, how many of the disjoint groups of `size` draws answer rightly.
 
     Args:
         probabilities: (draws, B, K), of single draws.
@@ -49,8 +49,8 @@ def right_groups(probabilities: Tensor, labels: Tensor, size: int) -> Tensor:
         size: draws a group; draws that fill no group are left out.
     """
     groups = len(probabilities) // size
-    means = probabilities[: groups * size].double().unflatten(0, (groups, size)).mean(dim=1)
-    right: Tensor = means.argmax(dim=2) == labels
+    means = probabilities[: groups * size].cpu().double().unflatten(0, (groups, size)).mean(dim=1)
+    right: Tensor = means.argmax(dim=2) == labels.cpu()
     return right.sum(dim=0)
 
 

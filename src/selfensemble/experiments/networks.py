@@ -65,7 +65,7 @@ class ScaledLogits(nn.Module):
     def __init__(self, model: nn.Module, factor: float) -> None:
         super().__init__()
         self.model = model
-        self.register_buffer("factor", torch.tensor(factor))  # a part of the network's digest
+        self.register_buffer("factor", torch.tensor(factor, device="cpu"))  # a part of the network's digest
 
     def forward(self, inputs: Tensor) -> Tensor:
         logits: Tensor = self.model(inputs)
@@ -174,7 +174,9 @@ def _place_of(folder: Path, recipe: Recipe) -> Path:
 
 
 def _is_whole(folder: Path) -> bool:
-    return (folder / storage.CONFIG).is_file() and (folder / storage.WEIGHTS).is_file()
+    """Whether a network lies there whose training is over, its evaluation at the end included."""
+    saved = (folder / storage.CONFIG).is_file() and (folder / storage.WEIGHTS).is_file()
+    return saved and ((folder / RESULTS).is_file() or not (folder / CHECKPOINT).is_file())
 
 
 def _differing(saved: dict[str, Any], wanted: Recipe) -> list[str]:

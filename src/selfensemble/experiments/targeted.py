@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..attacks import cw_l2, cw_l2_paper
 from ..ensemble.ensemble import SelfEnsemble
-from ..fast.optimize import exact_float32
+from ..fast.exact import exact_float32
 from ..noise.streams import stream_seed
 from ..report.figures import Line, Panel, draw
 from ..report.intervals import Share, share
@@ -29,8 +29,9 @@ on the scale of the logits. The table by distance is of C&W with binary search o
 
 def targets_of(labels: Tensor, classes: int, seed: int) -> Tensor:
     """(B,) a class for each image, uniform among those that are not its own."""
-    generator = torch.Generator().manual_seed(stream_seed(seed, 0, 13))
-    return (labels + torch.randint(1, classes, labels.shape, generator=generator)) % classes
+    generator = torch.Generator("cpu").manual_seed(stream_seed(seed, 0, 13))
+    steps = torch.randint(1, classes, labels.shape, generator=generator, device="cpu")
+    return (labels + steps.to(labels.device)) % classes
 
 
 @torch.no_grad()

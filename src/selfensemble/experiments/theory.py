@@ -119,7 +119,7 @@ def _figures(
     seeds = [stream_seed(setting.seed, number, 20 + place) for place in range(4 + len(FACTORS))]
 
     def losses(draws: int, seed: int) -> Tensor:
-        own = y[None, :, None].expand(draws, -1, 1)
+        own = labels.cpu()[None, :, None].expand(draws, -1, 1)
         return log_softmax_draws(ensemble, x, draws, seed).gather(2, own).squeeze(2)
 
     found: dict[str, Tensor] = {}
@@ -130,7 +130,8 @@ def _figures(
             own = losses(settings.draws, seeds[4 + place])
             found[f"loss.{factor:g}"] = -own.mean(dim=0)
             if factor == 1:
-                over = own.logsumexp(dim=0) - torch.tensor(float(len(own)), dtype=torch.float64).log()
+                count = torch.tensor(float(len(own)), dtype=torch.float64, device="cpu")
+                over = own.logsumexp(dim=0) - count.log()
                 found["ensemble"], found["gap"] = -over, over - own.mean(dim=0)
                 found["noisy"] = second_order_term(
                     ensemble, x, y, stds, probes=settings.probes, seed=seeds[3], noisy=True

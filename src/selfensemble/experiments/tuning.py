@@ -13,6 +13,7 @@ from torch import Tensor
 from ..artefacts.storage import load
 from ..attacks import pgd
 from ..attacks.norms import Norm
+from ..data.labels import class_numbers
 from ..ensemble.checks import check_images
 from ..ensemble.ensemble import SelfEnsemble
 from ..evaluation.judge import judge
@@ -132,7 +133,7 @@ def tune(
     Args:
         ensemble: left as it is.
         inputs: (B, C, H, W) in [0, 1], images that no later figure is about: the choice has seen them.
-        labels: (B,) int64.
+        labels: (B,) integers.
         levels: of the noise.
         fine_tune: trains a copy that has a level, in place, or returns another; None measures the network as
             it is, which tells how much noise it bears now, not how much it would after training.
@@ -150,6 +151,8 @@ def tune(
     check_images(inputs)
     if not levels or len(inputs) == 0:
         raise ValueError("tune needs at least one level and one image")
+    classes = ensemble.predict(inputs[:1], draws=1).probabilities.shape[1]
+    labels = class_numbers(labels, len(inputs), device=inputs.device, classes=classes)
     if not (math.isfinite(give_up) and 0 <= give_up <= 1):
         raise ValueError(f"give_up must be in [0, 1], got {give_up}")
     found = []

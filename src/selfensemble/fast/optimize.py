@@ -6,7 +6,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -24,6 +23,7 @@ from ..noise.injection import execution_order, is_convolution
 from ..noise.layer import GaussianNoise, RandomLayer
 from ..noise.streams import noise_draw
 from .ensemble import FastEnsemble, Precision, original_of, precision_of
+from .exact import exact_float32 as exact_float32  # for those who import it from here
 from .prepacked import FEW, PrepackedConvolution, can_prepack
 
 __all__ = [  # with what other files look for here
@@ -36,50 +36,6 @@ _RELUS = (torch.relu, torch.relu_, functional.relu, functional.relu_)
 _HALVED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
-# Where torch keeps whether it may compute in TF32, and what keeps it from that.
-_TF32: list[tuple[Any, str, object]] = [
-    (torch.backends.cudnn, "allow_tf32", False),
-    (torch.backends.cuda.matmul, "allow_tf32", False),
-]
-if hasattr(torch.backends.cudnn, "conv"):  # since torch 2.9; who sets these may not read those above
-    _TF32 = [
-        (torch.backends.cudnn.conv, "fp32_precision", "ieee"),
-        (torch.backends.cuda.matmul, "fp32_precision", "ieee"),
-    ]
-
-
-class _Exact:
-    """How many contexts are entered, and what holds outside of them."""
-
-    def __init__(self) -> None:
-        self.lock, self.depth, self.before = threading.Lock(), 0, list[object]()
-
-
-_exact = _Exact()
-
-
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """Within this context CUDA computes float32 in float32, not in TF32; in all threads.
-
-    TF32 has steps of 1/2048 near 1, which swallow what an attack changes in an image.
-    """
-    with _exact.lock:
-        if _exact.depth == 0:
-            _exact.before = [getattr(backend, name) for backend, name, _ in _TF32]
-            for backend, name, exact in _TF32:
-                setattr(backend, name, exact)
-        _exact.depth += 1
-    try:
-        yield
-    finally:
-        with _exact.lock:
-            _exact.depth -= 1
-            if _exact.depth == 0:
-                for (backend, name, _), value in zip(_TF32, _exact.before, strict=True):
-                    setattr(backend, name, value)
-
-
 def _wait(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
@@ -88,11 +44,11 @@ def _wait(device: torch.device) -> None:
 @functools.cache
 def faster_precision(device: torch.device) -> Precision:
     """The precision in which a convolution of 64 channels takes less time on this device; measured once."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(16, 64, 32, 32, generator=generator).to(device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    images = torch.rand(16, 64, 32, 32, generator=generator, device="cpu").to(device)
     seconds: dict[Precision, float] = {}
     for precision, dtype in _DTYPES.items():
-        convolution = nn.Conv2d(64, 64, 3, padding=1).to(device, dtype)
+        convolution = nn.Conv2d(64, 64, 3, padding=1, device=device, dtype=dtype)
         convolution.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         inputs = images.to(dtype, memory_format=torch.channels_last)
         times = []

@@ -138,7 +138,9 @@ class PrepackedConvolution(nn.Conv2d):
         if not self._keeps_size:
             padding, stride, dilation = self._settings
             # Of the inputs only shape and layout count.
-            like = torch.empty(shape, dtype=gradient.dtype, memory_format=torch.channels_last)
+            like = torch.empty(
+                shape, dtype=gradient.dtype, device=gradient.device, memory_format=torch.channels_last
+            )
             weight = self.weight.to(torch.bfloat16)
             usual = (None, stride, padding, dilation, False, [0, 0], self.groups, (True, False, False))
             found: Tensor = torch.ops.aten.convolution_backward(gradient, like, weight, *usual)[0]
@@ -184,7 +186,7 @@ class PrepackedConvolution(nn.Conv2d):
         def make() -> tuple[Tensor, Tensor | None, torch.Size]:
             channels, height, width = shape[1:]
             size = channels * height * width
-            columns = torch.eye(size).view(size, height, width, channels)
+            columns = torch.eye(size, device=self.weight.device).view(size, height, width, channels)
             # Each number out is one weight, so that float32 changes nothing, and see `_reads_outside`.
             outputs = self._by_torch(columns.permute(0, 3, 1, 2), torch.float32, None)
             flat = outputs.permute(0, 2, 3, 1).reshape(size, -1).to(torch.bfloat16)

@@ -22,7 +22,7 @@ KEPT = 2**15
 @functools.cache
 def _quantiles() -> Tensor:
     """(65536,) float32 quantiles in the middle of equal parts of the unit interval, of variance 1."""
-    middles = (torch.arange(_LEVELS, dtype=torch.float64) + 0.5) / _LEVELS
+    middles = (torch.arange(_LEVELS, dtype=torch.float64, device="cpu") + 0.5) / _LEVELS
     normal = torch.erfinv(2 * middles - 1) * math.sqrt(2)
     return (normal / normal.std(correction=0)).float()
 
@@ -53,7 +53,7 @@ class Bits:
 
     def __init__(self, generator: np.random.SFC64, kept: int = 0) -> None:
         self._generator, self._kept = generator, kept
-        self._block = torch.empty(0, dtype=torch.int32)
+        self._block = torch.empty(0, dtype=torch.int32, device="cpu")
         self._used = 0
 
     def take(self, count: int) -> Tensor:

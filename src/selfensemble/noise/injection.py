@@ -191,7 +191,10 @@ def attach_noise_(model: nn.Module, stds: Mapping[str, Std]) -> nn.Module:
             raise ValueError(f"{name} has noise already: call remove_noise_(model) first")
         if hasattr(module, CHILD):
             raise ValueError(f"{name} has an attribute {CHILD!r} of its own: rename it")
-    layers = {fqn: GaussianNoise(std, layer=layer) for layer, (fqn, std) in enumerate(stds.items())}
+    layers = {
+        fqn: GaussianNoise(std, layer=layer).to(device_of_parameters(module, model))
+        for layer, ((module, _), (fqn, std)) in enumerate(zip(modules, stds.items(), strict=True))
+    }
     for (module, _), noise in zip(modules, layers.values(), strict=True):
         noise.train(module.training)
         module.add_module(CHILD, noise)
@@ -210,6 +213,13 @@ def _on_load(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *res
     if len(absent) < len(keys):
         missing_keys: list[str] = rest[2]
         missing_keys += absent
+
+
+def device_of_parameters(*modules: nn.Module) -> torch.device:
+    """Where the first parameter lies that any of the modules has; the CPU if there is none, or no memory."""
+    places = (parameter.device for module in modules for parameter in module.parameters())
+    found = next(places, torch.device("cpu"))
+    return torch.device("cpu") if found.type == "meta" else found
 
 
 def set_levels_(model: nn.Module, config: NoiseConfig) -> nn.Module:

@@ -124,7 +124,7 @@ class GaussianNoise(RandomLayer):
         self._std = check_stds("std", std)
         self._number = self._std if isinstance(self._std, float) else None
         self._varies = bool(np.max(self._std) > 0)
-        levels = torch.tensor(self._std) if self._number is None else None
+        levels = torch.tensor(self._std, device="cpu") if self._number is None else None
         # A buffer moves to the device of the network; one that is not persistent is in no state dict.
         self.register_buffer("_levels", levels, persistent=False)
         if self.record is not None:
@@ -198,7 +198,7 @@ class GaussianNoise(RandomLayer):
             source = random_source(self.layer, shared, inputs.device)
             noise = scalable_noise(inputs.detach(), source, self.training)
         shape = (-1, *[1] * (inputs.dim() - 2)) if levels.dim() else ()
-        scale = levels.to(inputs.dtype).reshape(shape)
+        scale = levels.to(inputs).reshape(shape)  # levels that were set later are not moved yet
         if noise.shape[0] < inputs.shape[0]:  # of one draw for the batch; scaled before it meets the batch
             return added(inputs, noise * scale)
         return torch.addcmul(inputs, noise, scale)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .graphs import forget_graphs
-from .injection import CHILD, noise_layers
+from .injection import CHILD, device_of_parameters, noise_layers
 from .layer import GaussianNoise
 from .levels import Std, check_stds
 from .streams import Sampling
@@ -55,7 +55,8 @@ class LearnedNoise(GaussianNoise):
 
     @std.setter
     def std(self, std: Std) -> None:
-        levels = torch.tensor(check_stds("std", std))
+        device = self.raw.device if hasattr(self, "raw") else torch.device("cpu")
+        levels = torch.tensor(check_stds("std", std), device=device)
         if not bool((levels > 0).all()):
             raise ValueError(f"a level that is to be learned must start above 0, got {std}")
         self._number, self._varies = None, True
@@ -103,7 +104,7 @@ def learn_noise_(model: nn.Module, granularity: Granularity) -> nn.Module:
                 raise ValueError(f"{fqn} does not say how many channels it takes: learn levels by layer")
             std = (std,) * channels
         learned = LearnedNoise(std, layer=noise.layer, sampling=noise.sampling)
-        setattr(module, CHILD, learned.train(noise.training))
+        setattr(module, CHILD, learned.to(device_of_parameters(module, model)).train(noise.training))
         if noise.record is not None:
             learned.record = noise.record
             learned.record["std"] = None  # not before it has been learned
@@ -119,7 +120,7 @@ def learned_layers(model: nn.Module) -> list[LearnedNoise]:
 def distance_from_start(model: nn.Module) -> Tensor:
     """Mean `log(level / start)^2` of each layer, summed over layers: a scalar, 0 without any."""
     each = [layer.distance_from_start() for layer in learned_layers(model)]
-    return torch.stack(each).sum() if each else torch.zeros(())
+    return torch.stack(each).sum() if each else torch.zeros((), device="cpu")
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, object]]:

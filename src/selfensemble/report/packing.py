@@ -49,7 +49,8 @@ def pack(run: str | Path, out: Path, test: ImageData, *, dtype: torch.dtype | No
     )  # fmt: skip
     write(ensemble)
     stored = load(out)
-    correct = count_correct(stored, test, torch.arange(len(test)), seed=0)
+    everything = torch.arange(len(test), device="cpu")
+    correct = count_correct(stored, test, everything, seed=0)
     metrics = {"test": accuracy_record(correct, len(test))}
     write(stored, metrics=metrics)
     if (trained := Path(run) / RESULTS).is_file():

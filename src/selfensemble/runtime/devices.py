@@ -17,7 +17,8 @@ def device_named(name: str) -> "torch.device":
     import torch
 
     if name == "auto":
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+        # Not what torch was built for, but what is here.
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = torch.device(name)
         (torch.ones(1, device=device) + 1).item()

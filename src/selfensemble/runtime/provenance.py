@@ -16,7 +16,7 @@ def provenance() -> dict[str, Any]:
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()}
-        | {package: metadata.version(package) for package in packages},
+        | {package: _version(package) for package in packages},
         "hardware": {
             "cpu": _cpu_name(),
             "cores": os.cpu_count(),
@@ -38,6 +38,14 @@ def accuracy_record(successes: int, trials: int) -> dict[str, Any]:
     """An accuracy with its 95 % interval, as it stands in results files."""
     low, high = binomial_interval(successes, trials)
     return {"accuracy": successes / trials, "low": low, "high": high, "images": trials}
+
+
+def _version(package: str) -> str:
+    """Unknown of what is imported from its source without being installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def _cpu_name() -> str:

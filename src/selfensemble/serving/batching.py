@@ -199,9 +199,9 @@ class _Active:
 
     def __init__(self) -> None:
         self._waits: list[_Waiting] = []
-        self.images = torch.empty(0)
-        self._mean = self._squares = torch.empty(0)
-        self._used = torch.zeros(0, dtype=torch.int64)
+        self.images = torch.empty(0, device="cpu")
+        self._mean = self._squares = torch.empty(0, device="cpu")
+        self._used = torch.zeros(0, dtype=torch.int64, device="cpu")
 
     def __len__(self) -> int:
         return len(self._waits)
@@ -224,7 +224,7 @@ class _Active:
         images = torch.stack([each.image for each in taken])
         self.images = torch.cat([self.images, images]) if self._waits else images
         self._waits = self._waits + taken
-        self._used = torch.cat([self._used, torch.zeros(len(taken), dtype=torch.int64)])
+        self._used = torch.cat([self._used, torch.zeros(len(taken), dtype=torch.int64, device="cpu")])
 
     def add(self, outputs: Tensor) -> int:
         """Take (c, A, K) outputs of the next draws; answer who is settled, and say how many."""
@@ -234,7 +234,7 @@ class _Active:
             zeros = outputs.new_zeros(fresh, outputs.shape[2])
             self._mean = torch.cat([self._mean.view(-1, outputs.shape[2]), zeros])
             self._squares = torch.cat([self._squares.view(-1, outputs.shape[2]), zeros])
-        done = torch.zeros(len(self._used), dtype=torch.bool)
+        done = torch.zeros(len(self._used), dtype=torch.bool, device="cpu")
         for output in outputs:
             self._used += ~done
             step = (output - self._mean) / self._used.unsqueeze(1)
@@ -252,14 +252,14 @@ class _Active:
         return int(ended.sum())
 
     def _settled(self) -> Tensor:
-        settled = torch.zeros(len(self._used), dtype=torch.bool)
+        settled = torch.zeros(len(self._used), dtype=torch.bool, device="cpu")
         used = self._used.tolist()
         groups: dict[tuple[int, int], list[int]] = {}
         for place, (each, count) in enumerate(zip(self._waits, used, strict=True)):
             groups.setdefault((id(each.rule), count), []).append(place)
         for (_, count), places in groups.items():
             rule = self._waits[places[0]].rule
-            chosen = torch.tensor(places)
+            chosen = torch.tensor(places, device="cpu")
             settled[chosen] = count >= rule.most or rule.settled(self._mean[chosen], count)
         return settled
 

@@ -104,7 +104,7 @@ class _Page:
         service = self.service
         plain = schemas.Vote(plain=self._answer(await service.run(lambda: self._without_noise(inputs))))
         yield _line(plain)
-        total = votes = torch.zeros(len(service.classes))
+        total = votes = torch.zeros(len(service.classes), device="cpu")
         for number in range(1, draws + 1):
             try:
                 one = await self._draw(inputs, seed, number - 1)
@@ -112,7 +112,7 @@ class _Page:
                 yield _line(schemas.Vote(error=str(error.detail)))
                 return
             total = total + one
-            votes = votes.scatter_add(0, one.argmax().unsqueeze(0), torch.ones(1))
+            votes = votes.scatter_add(0, one.argmax().unsqueeze(0), torch.ones(1, device="cpu"))
             mean = total / number
             order = (votes + mean).argsort(descending=True)[:_SHOWN].tolist()
             yield _line(

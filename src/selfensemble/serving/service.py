@@ -60,7 +60,9 @@ class Service:
 
     def start(self) -> None:
         """Begin to take requests."""
-        self.batcher = Batcher(self.ensemble, torch.zeros(1, *self.shape), self.settings.max_waiting)
+        self.batcher = Batcher(
+            self.ensemble, torch.zeros(1, *self.shape, device="cpu"), self.settings.max_waiting
+        )
 
     def stop(self) -> None:
         """End what was taken."""

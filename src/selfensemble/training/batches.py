@@ -52,8 +52,9 @@ class Batches:
 
     def order(self, epoch: int) -> Tensor:
         """The numbers of the images in the order of an epoch, (N,)."""
-        generator = torch.Generator().manual_seed(stream_seed(self._seed, epoch, 1))
-        return self.train_indices[torch.randperm(len(self.train_indices), generator=generator)]
+        generator = torch.Generator("cpu").manual_seed(stream_seed(self._seed, epoch, 1))
+        place = torch.randperm(len(self.train_indices), generator=generator, device="cpu")
+        return self.train_indices[place]
 
     def numbers(self, order: Tensor, number: int) -> Tensor:
         """Which images this process has of a batch of an epoch, where the images lie."""

@@ -53,7 +53,8 @@ class TrainingStep:
         self._averaged: AveragedModel | None = None
         if recipe.train.average:
             average = get_ema_multi_avg_fn(recipe.train.average)
-            self._averaged = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
+            with torch.device("cpu"):  # of the count of its updates, which names none
+                self._averaged = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
         speed_up_small_maps_(self.network)
         replays = (
             batches.device.type == accelerator.device.type == "cuda"
@@ -129,7 +130,7 @@ class TrainingStep:
 
 def _first_ensemble(recipe: Recipe, batches: Batches) -> SelfEnsemble:
     """The network to begin with, laid out as the images are."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.device("cpu"):
         torch.manual_seed(recipe.seed)
         try:
             ensemble = build_ensemble(recipe, batches.train)

@@ -127,7 +127,7 @@ class Trainer:
             writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step)
         try:
             with torch.random.fork_rng(), stop_requests() as stop:
-                while self.step < self.steps:
+                while len(self.history) < self.recipe.train.epochs:
                     self._run_epoch(stop)
                     if writer is not None:
                         for key, value in self.history[-1].items():
@@ -155,7 +155,8 @@ class Trainer:
 
     def _run_epoch(self, stop: threading.Event) -> None:
         """The rest of the current epoch, its validation and its checkpoint."""
-        epoch, first = divmod(self.step, self.batches.in_epoch)
+        epoch = len(self.history)  # of which all steps may be done, if its validation failed
+        first = self.step - epoch * self.batches.in_epoch
         order = self.batches.order(epoch)
         every = self.recipe.train.checkpoint_steps
         started = time.monotonic()
@@ -170,7 +171,12 @@ class Trainer:
                 self._save_checkpoint(time.monotonic() - started)
                 self._stop_if(stop)
         total = self.accelerator.reduce(loss_sum, "mean")
-        record = self._record(epoch, self._finite(float(total)) / self.batches.in_epoch)
+        self._epoch_loss = self._finite(float(total))
+        try:
+            record = self._record(epoch, self._epoch_loss / self.batches.in_epoch)
+        except BaseException:
+            self._save_checkpoint(time.monotonic() - started)  # or the epoch would be lost
+            raise
         self._epoch_loss = 0.0
         self.seconds += time.monotonic() - started
         self.history.append(record)
@@ -220,18 +226,19 @@ class Trainer:
         return int(total)
 
     def _finish(self) -> dict[str, Any]:
-        """Evaluate all draws, then write the ensemble and its results."""
+        """Write the ensemble, evaluate all draws, then write it again with its results."""
+        if self.accelerator.is_main_process and not (self.out / RESULTS).exists():
+            self._save({})
         self.progress(self.steps, self.steps, "evaluating")
         metrics: dict[str, Any] = {}
         train, test = self.batches.train, self.batches.test
         if count := len(self.batches.validation_indices):
             correct = self._evaluate(train, self.batches.validation_indices)
             metrics["validation"] = accuracy_record(correct, count)
-        everything = torch.arange(len(test))
+        everything = torch.arange(len(test), device="cpu")
         metrics["test"] = accuracy_record(self._evaluate(test, everything), len(everything))
-        recipe = self.recipe.model_dump(mode="json")
         results = {
-            "recipe": recipe,
+            "recipe": self.recipe.model_dump(mode="json"),
             "data": {"source": train.name, "train": len(self.batches.train_indices)},
             "metrics": metrics,
             "draws": self.recipe.noise.draws,
@@ -241,18 +248,22 @@ class Trainer:
             "provenance": provenance(),
         }
         if self.accelerator.is_main_process:
-            storage.save(
-                self.ensemble,
-                self.out,
-                architecture=architecture(self.recipe, train),
-                classes=train.classes,
-                input_shape=tuple(train.images.shape[1:]),  # type: ignore[arg-type]
-                metrics=metrics,
-                recipe=recipe,
-            )
+            self._save(metrics)
             write_json(self.out / RESULTS, results)
         self.accelerator.wait_for_everyone()
         return results
+
+    def _save(self, metrics: dict[str, Any]) -> None:
+        train = self.batches.train
+        storage.save(
+            self.ensemble,
+            self.out,
+            architecture=architecture(self.recipe, train),
+            classes=train.classes,
+            input_shape=tuple(train.images.shape[1:]),  # type: ignore[arg-type]
+            metrics=metrics,
+            recipe=self.recipe.model_dump(mode="json"),
+        )
 
     def _save_checkpoint(self, running_seconds: float) -> None:
         if not self.accelerator.is_main_process:

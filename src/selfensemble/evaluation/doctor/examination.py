@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...attacks.norms import check_eps, check_norm
+from ...data.labels import class_numbers
 from ...noise.calls import own_modes, set_modes
 from ...noise.streams import noise_draw, stream_seed
 from ..results import CheckRecord
@@ -60,7 +61,7 @@ def doctor(
     Args:
         model: any classifier; it is left as it was.
         inputs: (B, C, H, W) in [0, 1], real images of the task.
-        labels: (B,) int64, the true classes.
+        labels: (B,) integers, the true classes.
         norm, eps: threat model of the trial attacks.
         steps, eot: their budget, which the checks of twice the budget find sufficient or not.
         images: how many images the trials use, the first ones that the model gets right.
@@ -82,8 +83,7 @@ def doctor(
         model, inputs, labels, norm=norm, eps=eps, steps=steps, eot=eot, images=images,
         expect_random=expect_random, max_batch=max_batch, seed=seed,
     )  # fmt: skip
-    if int(labels.max()) >= (classes := _classes(subject)):
-        raise ValueError(f"labels must be below {classes}, the number of classes; got {int(labels.max())}")
+    class_numbers(labels, len(inputs), device=inputs.device, classes=_classes(subject))
     records = []
     with _left_as_it_was(model):
         for place, (name, check) in enumerate(CHECKS.items()):
@@ -98,15 +98,15 @@ def doctor(
     return records
 
 
-def _classes(subject: Subject) -> float:
-    """Number of classes; infinite where the model fails, which the checks will say."""
+def _classes(subject: Subject) -> int | None:
+    """Number of classes; None where the model fails, which the checks will say."""
     try:
         with _left_as_it_was(subject.model):
             return subject.once(subject.few[:1]).shape[1]
     except torch.OutOfMemoryError:
         raise
     except Exception:  # the model is a stranger's, and may fail in any way
-        return float("inf")
+        return None
 
 
 def _examine(check: Callable[[Subject], CheckRecord], subject: Subject) -> CheckRecord:

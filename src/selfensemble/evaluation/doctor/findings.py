@@ -23,6 +23,11 @@ def not_applicable(reason: str) -> CheckRecord:
     return CheckRecord(name="", passed=None, figure="", advice=reason)
 
 
+def share(found: Tensor) -> float:
+    """Of the entries (B,) that are true; on the CPU, for not every device has float64."""
+    return float(found.cpu().double().mean())
+
+
 def differ(one: Tensor, other: Tensor) -> bool:
     """Whether the means of outputs (N, B, K) of N passes differ by more than 7 standard errors."""
     error = ((one.var(dim=0) + other.var(dim=0)) / len(one)).sqrt()

@@ -190,14 +190,14 @@ def where_noise_enters(subject: Subject) -> CheckRecord:
     if not order:
         return failed("no noise layer is called", "the forward pass goes around the noise")
     layer, met = order[0]
-    images = subject.few.to(met.device)
+    images = subject.few
     if met.shape != images.shape:
         return failed(
             f"the first noise meets a tensor of shape {tuple(met.shape)}",
             "no noise acts on the pixels: the defense is weaker there, and nothing can be certified",
         )
     dims = [0, *range(2, images.dim())]
-    x, z = images.double(), met.double()
+    x, z = images.cpu().double(), met.cpu().double()
     centred = x - x.mean(dims, keepdim=True)
     slope = (centred * (z - z.mean(dims, keepdim=True))).sum(dims) / centred.square().sum(dims).clamp(
         min=1e-12

@@ -8,7 +8,7 @@ from ...attacks.losses import cross_entropy, margin
 from ...noise.calls import own_modes
 from ...noise.streams import noise_draw
 from ..results import CheckRecord
-from .findings import PASSES, ROUNDING, differ, failed, not_applicable, passed
+from .findings import PASSES, ROUNDING, differ, failed, not_applicable, passed, share
 from .subject import Subject
 
 _STEP = 0.05  # Euclidean length of the steps that gradients must predict
@@ -87,7 +87,7 @@ def _right(subject: Subject, images: Tensor, labels: Tensor) -> float:
         ]
     except (ValueError, TypeError, AssertionError, RuntimeError):
         return 0.0
-    return float((torch.cat(answers).cpu() == labels.cpu()).double().mean())
+    return share(torch.cat(answers).cpu() == labels.cpu())
 
 
 def logits(subject: Subject) -> CheckRecord:
@@ -100,7 +100,7 @@ def logits(subject: Subject) -> CheckRecord:
     many = torch.cat([subject.once(part) for part in subject.all_inputs.split(subject.max_batch)])
     distinct = len(many.flatten().unique())
     best = many.float().topk(min(2, many.shape[1]), dim=1).values
-    saturated = float((best[:, 0] - best[:, -1] > _UNDERFLOW).double().mean())
+    saturated = share(best[:, 0] - best[:, -1] > _UNDERFLOW)
     figure = f"{distinct} distinct values of {many.numel()}"
     figure += f", margin above {_UNDERFLOW:g} on {100 * saturated:.1f} % of images"
     wide = many.dtype in (torch.float32, torch.float64)  # others are coarse by themselves
@@ -135,7 +135,7 @@ def gradients(subject: Subject) -> CheckRecord:
             loss(outputs.float(), labels, False).sum(), leaf, materialize_grads=True
         )
         size = gradient.flatten(1).norm(dim=1)
-        zero[name] = float(((size == 0) | ~size.isfinite()).double().mean())
+        zero[name] = share((size == 0) | ~size.isfinite())
     figure = "zero: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in zero.items())
     if zero["margin"] > 0.05:
         return failed(figure, "a step in the network has no gradient (rounding, clipping, detach): attack "

@@ -39,7 +39,7 @@ class Subject:
         max_batch: int,
         seed: int,
     ) -> None:
-        check_batch(inputs, labels)
+        labels = check_batch(inputs, labels)
         if len(inputs) == 0:
             raise ValueError("no images to examine the model with")
         self.model, self.norm, self.eps, self.steps, self.eot = model, norm, eps, steps, eot
@@ -47,7 +47,8 @@ class Subject:
         self.expect_random = expect_random
         self.device = device_of(model, inputs)
         self.dtype = floating_dtype(original_of(model)) or torch.float32
-        self.all_inputs, self.all_labels = inputs[: 4 * images], labels[: 4 * images]
+        # In float32, in which attacks compute: not every device has float64.
+        self.all_inputs, self.all_labels = inputs[: 4 * images].float(), labels[: 4 * images]
 
     def once(self, inputs: Tensor) -> Tensor:
         """Outputs of one pass in eval mode, one noise draw of an ensemble, fresh noise."""
@@ -134,7 +135,7 @@ class Subject:
             self.model, inputs, images, labels, queries=_JUDGE_QUERIES, draws=self.judge_draws,
             seed=stream_seed(self.seed, number, 9), max_batch=self.max_batch,
         )  # fmt: skip
-        return 1 - verdict.wrong_per_query
+        return 1 - verdict.wrong_per_query  # on the CPU
 
     def attack(self, attack: Callable[..., Tensor], **settings: Any) -> Tensor:
         """(B,) share of right answers under an attack of the trial's threat model."""

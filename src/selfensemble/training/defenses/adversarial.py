@@ -21,7 +21,7 @@ from ...attacks.norms import Norm, project, steepest
 from ...ensemble.ensemble import SelfEnsemble
 from ...noise.injection import eval_mode
 from ...runtime.schema import Count, NonNegative, Positive
-from .base import Defense, Networks, logits_in_train_mode
+from .base import Defense, Networks, logits_in_train_mode, targets
 
 
 def maximise(
@@ -123,9 +123,12 @@ class Adversarial(_Attack):
         return True
 
     def loss(self, networks: Networks, inputs: Tensor, labels: Tensor) -> Tensor:
-        attacked = self.attack(networks.ensemble, inputs, lambda over: functional.nll_loss(over, labels))
+        def loss(over: Tensor) -> Tensor:
+            return functional.nll_loss(over, targets(labels, over))
+
+        attacked = self.attack(networks.ensemble, inputs, loss)
         logits = logits_in_train_mode(networks, attacked)
-        return functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        return functional.cross_entropy(logits, targets(labels, logits), label_smoothing=self.label_smoothing)
 
 
 class Trades(_Attack):
@@ -157,4 +160,4 @@ class Trades(_Attack):
         moved_far = functional.kl_div(
             moved.log_softmax(dim=1), natural.log_softmax(dim=1), reduction="batchmean", log_target=True
         )
-        return functional.cross_entropy(natural, labels) + self.beta * moved_far
+        return functional.cross_entropy(natural, targets(labels, natural)) + self.beta * moved_far

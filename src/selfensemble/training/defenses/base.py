@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...data.labels import class_numbers
 from ...ensemble.ensemble import SelfEnsemble
 from ...runtime.schema import Section
 
@@ -34,7 +35,10 @@ class Defense(Section):
         Args:
             networks: see there.
             inputs: (B, C, H, W) in [0, 1], augmented.
-            labels: (B,) int64.
+            labels: (B,) integers, on any device.
+
+        Raises:
+            ValueError, TypeError: labels that are no class numbers; values are looked at on a CPU alone.
         """
         raise NotImplementedError
 
@@ -46,6 +50,14 @@ class Defense(Section):
     def teacher(self) -> "Defense | None":
         """The objective of a network to learn from, trained first by the same recipe, if there is one."""
         return None
+
+
+def targets(labels: Tensor, logits: Tensor) -> Tensor:
+    """(B,) int64 beside the logits (B, K)."""
+    images, classes = logits.shape
+    # Looking would make a step wait for its device: there it is for `ImageData` to look, once.
+    look = logits.device.type == "cpu"
+    return class_numbers(labels, images, device=logits.device, classes=classes, look=look)
 
 
 def logits_in_train_mode(networks: Networks, inputs: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...runtime.schema import Count, NonNegative
-from .base import Defense, Networks, logits_in_train_mode
+from .base import Defense, Networks, logits_in_train_mode, targets
 
 
 class CrossEntropy(Defense):
@@ -50,6 +50,7 @@ class CrossEntropy(Defense):
             noise = torch.randn(inputs.shape, dtype=inputs.dtype, device=inputs.device)
             inputs = inputs + self.input_std * noise
         logits = logits_in_train_mode(networks, torch.cat([inputs] * self.draws))
+        labels = targets(labels, logits[: len(inputs)])
         loss = functional.cross_entropy(
             logits, labels.repeat(self.draws), label_smoothing=self.label_smoothing
         )

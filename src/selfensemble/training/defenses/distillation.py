@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...runtime.schema import Positive
-from .base import Defense, Networks, logits_in_train_mode
+from .base import Defense, Networks, logits_in_train_mode, targets
 
 
 class Temperature(Defense):
@@ -29,6 +29,7 @@ class Temperature(Defense):
 
     def loss(self, networks: Networks, inputs: Tensor, labels: Tensor) -> Tensor:
         logits = logits_in_train_mode(networks, inputs)
+        labels = targets(labels, logits)
         return self.temperature * functional.cross_entropy(logits / self.temperature, labels)
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from ...attacks.norms import project
 from ...noise.injection import eval_mode
 from ...runtime.schema import Positive
-from .base import Defense, Networks, logits_in_train_mode
+from .base import Defense, Networks, logits_in_train_mode, targets
 
 
 class FgsmRetraining(Defense):
@@ -35,9 +35,11 @@ class FgsmRetraining(Defense):
         half = len(inputs) // 2
         leaf = inputs[:half].clone().requires_grad_()
         with eval_mode(networks.ensemble):
-            found = functional.cross_entropy(networks.ensemble.draw_logits(leaf).float(), labels[:half])
+            logits = networks.ensemble.draw_logits(leaf).float()
+            found = functional.cross_entropy(logits, targets(labels[:half], logits))
             (gradient,) = torch.autograd.grad(found, leaf)
         eps = inputs.new_empty(half, 1, 1, 1).uniform_(self.smallest_eps, self.largest_eps)
         change = project(eps * gradient.sign(), "linf", self.largest_eps, inputs[:half])
         mixed = torch.cat([inputs[:half] + change, inputs[half:]])
-        return functional.cross_entropy(logits_in_train_mode(networks, mixed), labels)
+        logits = logits_in_train_mode(networks, mixed)
+        return functional.cross_entropy(logits, targets(labels, logits))

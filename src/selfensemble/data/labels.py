@@ -1,0 +1,43 @@
+"""Labels as everything here computes with them: class numbers in int64, beside the images."""
+
+import torch
+from torch import Tensor
+
+_INTEGERS = (
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+)  # fmt: skip
+
+
+def class_numbers(
+    labels: Tensor, images: int, *, device: torch.device, classes: int | None = None, look: bool = True
+) -> Tensor:
+    """Labels of any integer type, on any device, as int64 on `device`.
+
+    Args:
+        labels: (B,).
+        images: B.
+        device: where they are wanted.
+        classes: K, if it is known.
+        look: whether to look at the values, which waits for their device.
+
+    Raises:
+        TypeError: they are no tensor.
+        ValueError: another type, shape or range; the message says what to do.
+    """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
+    if labels.dtype not in _INTEGERS or tuple(labels.shape) != (images,):
+        raise ValueError(
+            f"labels must be int64, or other integers, of shape ({images},): the number of the class of each "
+            f"image; got {labels.dtype} {tuple(labels.shape)}"
+        )
+    if labels.device.type == "meta" and (look or device.type != "meta"):
+        raise ValueError("labels are on the meta device, where tensors have no values: make them on the CPU")
+    numbers = labels.to(torch.int64).to(device)
+    if not look or images == 0:
+        return numbers
+    if (low := int(numbers.min())) < 0:
+        raise ValueError(f"labels must be class numbers >= 0, got {low}")
+    if classes is not None and (high := int(numbers.max())) >= classes:
+        raise ValueError(f"labels must be below {classes}, the number of classes; got {high}")
+    return numbers
