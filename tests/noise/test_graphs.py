@@ -256,6 +256,10 @@ def test_what_hooks_cannot_reach_is_refused(net: nn.Sequential, images: Tensor, 
         assert all(where.startswith(name) for where in rules(model, inputs)[kind])
     with pytest.raises(ValueError, match="original network"):
         rse.inject_noise_(mixed, filter_fn=lambda module, fqn: isinstance(module, nn.Linear))
+    if kind == "exported" and how != "unflattened":  # in front of the whole part noise can act
+        chosen = rse.inject_noise_(nn.Sequential(stem, closed), filter_fn=lambda module, fqn: fqn == "1")
+        assert layers_that_draw(chosen, images) == 1
+        rse.remove_noise_(chosen)
     # Left out by its name, as a part of any network may be.
     rse.inject_noise_(mixed, filter_fn=lambda module, fqn: fqn == "0.0")
     assert layers_that_draw(mixed, images) == 1

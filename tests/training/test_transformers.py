@@ -47,3 +47,21 @@ def test_the_noise_of_a_training_run_is_restored(tmp_path: Path) -> None:
         assert rse.validate(again, images) == []
         assert [layer.std for layer in rse.noise_layers(again).values()] == [0.31, *[0.07] * 5]
         torch.testing.assert_close(ensemble.predict_proba(images, seed=1), expected)
+
+
+def test_the_callback_for_lightning_takes_such_a_folder(tmp_path: Path) -> None:
+    pytest.importorskip("lightning")
+    from selfensemble.lightning import RandomSelfEnsemble
+
+    config = transformers.ResNetConfig(
+        num_channels=1, embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic", num_labels=10
+    )
+    network = transformers.ResNetForImageClassification(config)
+    rse.inject_noise_(network, rse.NoiseConfig(0.31, 0.07))
+    network.save_pretrained(tmp_path)
+    again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
+    RandomSelfEnsemble(again, example_inputs=torch.rand(2, 1, 8, 8))
+    assert [layer.std for layer in rse.noise_layers(again).values()] == [0.31, 0.07, 0.07]
+    again.resnet.embedder.embedder.convolution = torch.nn.Conv2d(1, 4, 7, stride=2, padding=3)
+    with pytest.raises(ValueError, match="lost-noise"):
+        RandomSelfEnsemble(again, example_inputs=torch.rand(2, 1, 8, 8))

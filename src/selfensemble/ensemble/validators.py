@@ -1,6 +1,6 @@
 """What noise injection would miss or get wrong in a network, found before it costs a training run.
 
-`validate` runs one forward pass and applies every rule. Each problem says why it is one and what to do.
+`validate` runs a few forward passes and applies every rule. Each problem says why it is one and what to do.
 """
 
 from collections import Counter

@@ -139,7 +139,7 @@ def is_recording() -> bool:
 def closed_parts(
     model: nn.Module, filter_fn: Callable[[nn.Module, str], bool]
 ) -> Iterator[tuple[str, str, str]]:
-    """Parts that compute what `filter_fn` chooses out of reach of hooks.
+    """Parts that compute what `filter_fn` chooses out of reach of hooks, and are not chosen themselves.
 
     The layers in them are no modules any more; `filter_fn` is asked about an `nn.Conv2d` or `nn.Linear` that
     stands for them, by the name of the part.
@@ -153,6 +153,8 @@ def closed_parts(
         if any(not above or fqn.startswith(f"{above}.") for above in found):
             continue
         kind, what, operators = _closed(module)
+        if operators and kind != "torchscript" and filter_fn(module, fqn):
+            continue  # chosen itself, and its own input is within reach
         if any(filter_fn(layer, fqn) for layer in _layers(operators)):
             found.append(fqn)
             yield fqn, kind, what

@@ -26,8 +26,10 @@ def remember_(model: nn.Module, layers: Mapping[str, GaussianNoise]) -> None:
         layers: by the fully qualified name of the module that each precedes, in their order.
     """
     held, entries = _held(model), dict[str, list[Record]]()
+    pretrained = _pretrained(model)
     for fqn, layer in layers.items():
-        name, holder = _holder(model, fqn)
+        within = [(name, network) for name, network in pretrained.items() if _is_within(fqn, name)]
+        name, holder = within[0] if within else _outermost(model)
         if name not in entries:
             known = [entry for entry in _entries(holder) if id(entry) in held]
             if not known and _is_pretrained(holder):
@@ -117,11 +119,8 @@ def _is_within(fqn: str, name: str) -> bool:
     return not name or fqn == name or fqn.startswith(f"{name}.")
 
 
-def _holder(model: nn.Module, fqn: str) -> tuple[str, nn.Module]:
-    """Name and network that keeps the record of a module."""
-    for name, network in _pretrained(model).items():
-        if _is_within(fqn, name):
-            return name, network
+def _outermost(model: nn.Module) -> tuple[str, nn.Module]:
+    """Name and module that keeps the record where no network of transformers does."""
     compiled = model._modules.get("_orig_mod")  # of torch.compile, whose wrapper loses its own in copies
     return ("", model) if compiled is None else ("_orig_mod", compiled)
 

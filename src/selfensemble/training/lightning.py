@@ -12,6 +12,7 @@ except ImportError as error:
 
 from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.validators import validate
+from ..noise.injection import random_layers
 from ..noise.layer import GaussianNoise
 from ..noise.learned import LearnedNoise
 from ..noise.levels import NoiseConfig
@@ -82,6 +83,8 @@ class RandomSelfEnsemble(Callback):
         super().__init__()
         if example_inputs is not None:
             errors = [issue for issue in validate(network, example_inputs) if issue.severity == "error"]
+            if not random_layers(network):  # what it was saved with comes back below
+                errors = [issue for issue in errors if issue.rule != "lost-noise"]
             if errors:
                 raise ValueError("noise cannot defend this network:\n" + "\n".join(map(str, errors)))
         self.ensemble = SelfEnsemble(network, noise, draws=draws, example_inputs=example_inputs)
