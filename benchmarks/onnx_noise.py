@@ -31,7 +31,7 @@ def main() -> None:
     for name, batch in MODELS:
         shape = read_config(name).input_shape
         assert shape is not None
-        images = torch.rand(batch, *shape, generator=torch.Generator().manual_seed(0))
+        images = torch.rand(batch, *shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
         cases: dict[str, Case] = {}
         sizes: dict[str, int] = {}
         forms = {"runtime": lambda model: model, "seed": seed_noise}

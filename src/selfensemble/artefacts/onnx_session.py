@@ -89,7 +89,7 @@ class OnnxEnsemble:
         Raises:
             TypeError, ValueError: inputs of a wrong dtype, shape or range.
         """
-        images = torch.tensor(inputs) if isinstance(inputs, np.ndarray) else inputs
+        images = torch.tensor(inputs, device="cpu") if isinstance(inputs, np.ndarray) else inputs
         check_images(images, self.bounds)
         session = self._session()
         feed = {"images": self._fitting(images, session.get_inputs()[0])}

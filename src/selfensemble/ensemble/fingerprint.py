@@ -93,7 +93,8 @@ class Promise(BaseModel):
 def computes_in(ensemble: RandomClassifier) -> str:
     """The precision that a pass of `ensemble` would have now, that of a surrounding `torch.autocast` too."""
     device = next((tensor.device.type for tensor in ensemble.parameters()), "cpu")
-    if ensemble.precision == "float32" and torch.is_autocast_enabled(device):
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if ensemble.precision == "float32" and casts:
         return f"{torch.get_autocast_dtype(device)} by autocast".removeprefix("torch.")
     return ensemble.precision
 

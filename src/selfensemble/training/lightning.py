@@ -41,7 +41,9 @@ def _levels(module: LightningModule, network: nn.Module) -> dict[str, Tensor]:
     """Levels of the noise within `network`, by keys of a state dict of `module`, which has learned ones."""
     ours = set(network.modules())
     return {
-        f"{fqn.replace('_fsdp_wrapped_module.', '')}.std": torch.tensor(layer.std, dtype=torch.float64)
+        f"{fqn.replace('_fsdp_wrapped_module.', '')}.std": torch.tensor(
+            layer.std, dtype=torch.float64, device="cpu"
+        )
         for fqn, layer in module.named_modules()
         if isinstance(layer, GaussianNoise) and not isinstance(layer, LearnedNoise) and layer in ours
     }
