@@ -13,9 +13,9 @@ from selfensemble.experiments.records import Facts, Record, read_record, write_r
 def record(value: str) -> Record:
     nothing: dict[str, Any] = {}
     facts = Facts(
-        experiment="draws", network="rse", title=f"RSE {value}", scale="quick", seed=0, source="digits", draws=2,
-        recipe=nothing, training=nothing, settings=nothing, entries=nothing, provenance=nothing,
-        model="sha256:a", data="sha256:b",
+        experiment="draws", network="rse", title=f"RSE {value}", scale="quick", seed=0, draws=2,
+        source="digits", recipe=nothing, training=nothing, settings=nothing, entries=nothing,
+        provenance=nothing, model="sha256:a", data="sha256:b",
     )  # fmt: skip
     return Record(facts, {"correct": [value, value]})
 
