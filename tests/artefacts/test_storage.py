@@ -221,7 +221,7 @@ def test_a_file_that_cannot_be_replaced_leaves_the_earlier_pair(
     with monkeypatch.context() as patched:
         patched.setattr(Path, "replace", refused)
         with pytest.raises(PermissionError):
-            rse.save(of_seed(1), tmp_path)
+            rse.save(of_seed(1), tmp_path, metrics={"run": 1})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

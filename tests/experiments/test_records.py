@@ -13,9 +13,9 @@ from selfensemble.experiments.records import Facts, Record, read_record, write_r
 def record(value: str) -> Record:
     nothing: dict[str, Any] = {}
     facts = Facts(
-        experiment="draws", network="rse", title="RSE", scale="quick", seed=0, source="digits", draws=2,
-        recipe=nothing, training=nothing, settings=nothing, entries=nothing, provenance=nothing,
-        model="sha256:a", data="sha256:b",
+        experiment="draws", network="rse", title=f"RSE {value}", scale="quick", seed=0, draws=2,
+        source="digits", recipe=nothing, training=nothing, settings=nothing, entries=nothing,
+        provenance=nothing, model="sha256:a", data="sha256:b",
     )  # fmt: skip
     return Record(facts, {"correct": [value, value]})
 
@@ -60,4 +60,4 @@ def test_a_table_that_cannot_be_replaced_leaves_the_earlier_record(
             write_record(tmp_path, record("0"))
     found = read_record(tmp_path, "rse")
     assert found is not None
-    assert found.columns == record("1").columns
+    assert (found.facts, found.columns) == (record("1").facts, record("1").columns)

@@ -13,14 +13,14 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ensemble.checks import check_count, explain_shape
 from ..ensemble.ensemble import SelfEnsemble
-from ..fast.ensemble import FastEnsemble, original_of
+from ..fast.ensemble import checked_original
 from ..noise.injection import eval_mode, noise_layers, random_layers
 from ..noise.layer import GaussianNoise
 from ..runtime.files import atomic_file
@@ -83,9 +83,7 @@ def export_onnx(
         ImportError: onnx or onnxscript is missing: `pip install 'selfensemble[onnx]'`.
     """
     onnx = _onnx()
-    original = cast(SelfEnsemble, original_of(ensemble))
-    if isinstance(ensemble, FastEnsemble):
-        ensemble.check_original()
+    original = checked_original(ensemble)
     draws = ensemble.draws if draws is None else check_count("draws", draws)
     _check_layers(original)
     with eval_mode(original), torch.no_grad():
@@ -100,19 +98,14 @@ def export_onnx(
             "not written"
         )
     model = seed_noise(model)
-    facts = {"draws": draws, "noise": active, "bounds": ensemble.bounds, "classes": classes}
-    _describe(model, {"version": version("selfensemble")} | facts)
+    facts: dict[str, Any] = {"version": version("selfensemble"), "draws": draws, "noise": active}
+    facts |= {"bounds": ensemble.bounds, "classes": classes}
+    onnx.helper.set_model_props(model, {f"{PREFIX}.{key}": json.dumps(each) for key, each in facts.items()})
     onnx.checker.check_model(model, full_check=True)
     path = Path(path)
     with atomic_file(path) as file:
         file.write(model.SerializeToString())
     return path
-
-
-def _describe(model: "onnx.ModelProto", facts: dict[str, Any]) -> None:
-    for key, value in facts.items():
-        entry = model.metadata_props.add()
-        entry.key, entry.value = f"{PREFIX}.{key}", json.dumps(value)
 
 
 def _onnx() -> ModuleType:

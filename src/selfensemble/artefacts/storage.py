@@ -17,7 +17,7 @@ from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.promises import check_kept
 from ..ensemble.sets import SetRule
 from ..ensemble.stopping import Calibrated
-from ..fast.ensemble import FastEnsemble, original_of
+from ..fast.ensemble import checked_original
 from ..networks.models import create_model
 from ..noise.copies import OptimizedCopy
 from ..noise.injection import attach_noise_, noise_layers
@@ -90,10 +90,7 @@ def save(
 
 def _to_save(ensemble: SelfEnsemble) -> tuple[nn.Module, ResizePadConfig | None]:
     """The network that stands for `ensemble` on disk, never one that was rewritten, and what is before it."""
-    if isinstance(ensemble, FastEnsemble):
-        ensemble.check_original()
-    original = original_of(ensemble)
-    assert isinstance(original, SelfEnsemble)
+    original = checked_original(ensemble)
     if any(isinstance(module, OptimizedCopy) for module in original.modules()):
         raise ValueError(
             "a part of this network is an optimised copy, which no other process could build: put its "

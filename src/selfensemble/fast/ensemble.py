@@ -128,6 +128,14 @@ def original_of(model: nn.Module) -> nn.Module:
     return model.original if isinstance(model, FastEnsemble) else model
 
 
+def checked_original(ensemble: SelfEnsemble) -> SelfEnsemble:
+    """The same of an ensemble, or a ValueError: see `FastEnsemble.check_original`."""
+    if not isinstance(ensemble, FastEnsemble):
+        return ensemble
+    ensemble.check_original()
+    return ensemble.original
+
+
 def precision_of(ensemble: SelfEnsemble) -> Precision:
     """That an ensemble computes in, as `optimize` names it."""
     return ensemble.precision
