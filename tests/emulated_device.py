@@ -138,6 +138,7 @@ def emulated_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
         patch.setattr(torch, "Generator", _Generator)
         patch.setattr(torch, "lazy", module, raising=False)
         patch.setattr(torch.accelerator, "synchronize", lambda device=None: None)
+        torch.get_device_module.cache_clear()  # it remembers
         # torch.tensor(..., device=DEVICE) makes a tensor of the CPU and moves it where we see it.
         before = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)
@@ -146,5 +147,6 @@ def emulated_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
         try:
             yield DEVICE
         finally:
+            torch.get_device_module.cache_clear()
             torch.__future__.set_swap_module_params_on_conversion(False)
             torch._C._set_only_lift_cpu_tensors(before)

@@ -98,14 +98,18 @@ def state_of(model: nn.Module) -> tuple[Any, ...]:
     return hooks, tensors, [parameter.requires_grad for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", ["in eval mode", "in train mode", "optimised"])
 def test_every_function_from_eight_threads(
-    ensemble: rse.SelfEnsemble, digits: tuple[Tensor, Tensor], tmp_path: Path, training: bool
+    ensemble: rse.SelfEnsemble, digits: tuple[Tensor, Tensor], tmp_path: Path, kind: str
 ) -> None:
-    ensemble.train(training)
+    ensemble.train(kind == "in train mode")
+    if kind == "optimised":
+        ensemble = rse.optimize(ensemble, digits[0][:4])
     work = works(ensemble, *digits, tmp_path)
-    if training:
+    if kind == "in train mode":
         del work["forward"], work["doctor"]  # a step of training; and the doctor says so
+    if kind == "optimised":
+        del work["optimize"]  # it is already
     names = [name for name in work if name != "doctor"] * CALLS
     chosen = names[: CALLS - 4] + ["doctor"] * (4 if "doctor" in work else 0)
     before = state_of(ensemble)

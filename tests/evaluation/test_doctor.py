@@ -59,6 +59,17 @@ def test_honest_models_pass(trained: dict[str, rse.SelfEnsemble], digits: Images
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_a_pass_of_somebody_else_can_still_run_backward(digits: Images) -> None:
+    """Batch statistics that did not change are not written again: a graph holds them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(10)).eval()
+    images = digits[0][:4].clone().requires_grad_()
+    total = model(images).sum()
+    examine(model, digits, steps=1, eot=1, images=5)
+    total.backward()
+    assert images.grad is not None and float(images.grad.abs().max()) > 0
+
+
 def test_an_honest_model_of_another_kind_passes(trained: dict[str, rse.SelfEnsemble], digits: Images) -> None:
     """Dropout at test time, in a module that is none of this library's."""
 

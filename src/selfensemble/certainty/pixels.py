@@ -13,6 +13,7 @@ from ..noise.graphs import uncompiled
 from ..noise.injection import eval_mode, random_layers
 from ..noise.layer import GaussianNoise, RandomLayer
 from ..noise.streams import noise_draw
+from ..runtime.random_state import kept_random_state
 
 _CURE = "put one GaussianNoise(init_std) in front of the whole network"
 
@@ -147,6 +148,6 @@ def _check_alone(network: SelfEnsemble, images: Tensor) -> None:
 
 def _seeded(network: SelfEnsemble, images: Tensor) -> Tensor:
     """Logits of the same draw, whatever the images."""
-    with noise_draw(0, 0, "shared"), torch.random.fork_rng():
+    with noise_draw(0, 0, "shared"), kept_random_state():
         torch.manual_seed(0)
         return check_finite(network.draw_logits(images))

@@ -20,6 +20,7 @@ from ..noise.graphs import as_recorded
 from ..noise.injection import CHILD, call, eval_mode
 from ..noise.layer import GaussianNoise
 from ..noise.streams import drawn_layers, noise_draw
+from ..runtime.random_state import kept_random_state
 
 _COPIES = {torch.ops.aten.clone, torch.ops.aten._to_copy, torch.ops.aten.contiguous}
 
@@ -174,5 +175,5 @@ def _quietly(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         with suppress(NotImplementedError):  # an exported program has the mode that it was exported in
             stack.enter_context(eval_mode(model))
-        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(kept_random_state())
         yield

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..noise.streams import stream_seed
+from ..runtime.random_state import kept_random_state
 
 OTHER_NOISE = 4094  # number of a layer that no network has: noise from torch's global generator
 PASSES = 8  # that show randomness which seldom shows, or none is to be expected
@@ -45,7 +46,7 @@ def answers_differ(forward: Callable[[Tensor], Tensor], inputs: Tensor, passes: 
         passes: at most.
     """
     few = inputs[:2]
-    with numbers_put_back(few.device):
+    with kept_random_state(few.device):
         first = forward(few)
         tolerance = 0.0 if few.device.type == "cpu" else 1e-5 * float(first.abs().max())
         return any(not _same(first, forward(few), tolerance) for _ in range(passes - 1))
@@ -60,24 +61,16 @@ def _same(one: Tensor, other: Tensor, tolerance: float) -> bool:
 @torch.no_grad()
 def draws_numbers(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> set[str]:
     """Operators of a pass that draw random numbers of torch, whatever becomes of them."""
-    with numbers_put_back(inputs.device), RandomOps() as seen:
+    with kept_random_state(inputs.device), RandomOps() as seen:
         forward(inputs[:2])
     names: set[str] = seen.names - USUAL
     return names
 
 
 @contextmanager
-def numbers_put_back(device: torch.device) -> Iterator[None]:
-    """After this context torch's global generators go on as if nothing had been drawn in it."""
-    devices = [device] if device.type != "cpu" else []
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-        yield
-
-
-@contextmanager
 def global_noise(seed: int, device: torch.device) -> Iterator[None]:
     """Numbers of torch's global generators (dropout at test time) from `seed`; the caller's state stays."""
-    with numbers_put_back(device):
+    with kept_random_state(device):
         torch.manual_seed(seed)
         yield
 

@@ -25,6 +25,7 @@ from ..attacks.budget import spend
 from ..attacks.driver import run_attack, single_draw
 from ..attacks.expectation import Forward, Noise, Oracle
 from ..noise.streams import noise_draw, stream_seed
+from ..runtime.random_state import kept_random_state
 
 _TOLERANCE = 1e-4  # how far outside [0, 1] an attack may end: rounding, not a search without a box
 _WARNINGS = r"(torchattacks|foolbox|eagerpy|art)(\.|$)"  # modules whose warnings nobody here can mend
@@ -335,9 +336,8 @@ def _check_settings(
 def _isolated(seed: int | None) -> Iterator[None]:
     """The libraries' warnings off; global generators seeded (but for None), and put back at the end."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices):
+        with warnings.catch_warnings(), kept_random_state():
             warnings.filterwarnings("ignore", module=_WARNINGS)
             warnings.filterwarnings("ignore", message="torch.meshgrid")  # foolbox's, raised in torch
             if seed is not None:

@@ -115,7 +115,7 @@ class Evaluation:
 
     def _try_settings(self) -> None:
         """Every attack on no images: settings that it would refuse are found before any work is done."""
-        classes = self.ensemble.predict(self.inputs[:1], draws=1).probabilities.shape[1]
+        classes = self.ensemble.predict(self.inputs[:2], draws=1).probabilities.shape[1]
         class_numbers(self.labels, self.images, device=self.labels.device, classes=classes)
         for run in self.runs:
             try:

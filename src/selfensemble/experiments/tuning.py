@@ -151,7 +151,7 @@ def tune(
     check_images(inputs)
     if not levels or len(inputs) == 0:
         raise ValueError("tune needs at least one level and one image")
-    classes = ensemble.predict(inputs[:1], draws=1).probabilities.shape[1]
+    classes = ensemble.predict(inputs[:2], draws=1).probabilities.shape[1]
     labels = class_numbers(labels, len(inputs), device=inputs.device, classes=classes)
     if not (math.isfinite(give_up) and 0 <= give_up <= 1):
         raise ValueError(f"give_up must be in [0, 1], got {give_up}")

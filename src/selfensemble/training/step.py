@@ -15,6 +15,7 @@ from ..fast.replay import StepGradients
 from ..fast.small_maps import speed_up_small_maps_
 from ..noise.learned import distance_from_start, parameter_groups
 from ..noise.streams import stream_seed
+from ..runtime.random_state import kept_random_state
 from .batches import Batches
 from .building import build_ensemble, make_scheduler
 from .defenses import Networks
@@ -130,7 +131,7 @@ class TrainingStep:
 
 def _first_ensemble(recipe: Recipe, batches: Batches) -> SelfEnsemble:
     """The network to begin with, laid out as the images are."""
-    with torch.random.fork_rng(), torch.device("cpu"):
+    with kept_random_state(), torch.device("cpu"):
         torch.manual_seed(recipe.seed)
         try:
             ensemble = build_ensemble(recipe, batches.train)

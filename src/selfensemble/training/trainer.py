@@ -28,6 +28,7 @@ from ..runtime.files import write_json
 from ..runtime.interrupts import Interrupted, stop_requests
 from ..runtime.processes import check_restarts
 from ..runtime.provenance import accuracy_record, provenance
+from ..runtime.random_state import kept_random_state
 from .accuracy import count_correct
 from .batches import Batches
 from .building import architecture
@@ -126,7 +127,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step)
         try:
-            with torch.random.fork_rng(), stop_requests() as stop:
+            with kept_random_state(), stop_requests() as stop:
                 while len(self.history) < self.recipe.train.epochs:
                     self._run_epoch(stop)
                     if writer is not None:

@@ -15,6 +15,7 @@ from ...attacks.norms import check_eps, check_norm
 from ...data.labels import class_numbers
 from ...noise.calls import own_modes, set_modes
 from ...noise.streams import noise_draw, stream_seed
+from ...runtime.random_state import kept_random_state
 from ..results import CheckRecord
 from . import attack_checks, noise_checks, output_checks
 from .subject import Subject
@@ -90,7 +91,7 @@ def doctor(
             progress(name, place / len(CHECKS))
             # One seed for all the noise of a check: its calls draw on, each anew, and records repeat.
             own = stream_seed(seed, place, 5)
-            with noise_draw(own), torch.random.fork_rng():
+            with noise_draw(own), kept_random_state():
                 torch.manual_seed(own)
                 record = _examine(check, subject)
             records.append(record.model_copy(update={"name": name}))
@@ -133,4 +134,6 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
         set_modes(modes)
         with torch.no_grad():
             for buffer, before in buffers:
-                buffer.copy_(before)
+                # An equal one is not written: a graph that another thread runs backward may hold it.
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)

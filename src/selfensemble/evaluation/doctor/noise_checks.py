@@ -16,6 +16,7 @@ from ...noise.copies import with_originals
 from ...noise.injection import eval_mode
 from ...noise.layer import GaussianNoise, describe_std
 from ...noise.streams import noise_draw
+from ...runtime.random_state import kept_random_state
 from ..results import CheckRecord
 from .findings import PASSES, ROUNDING, differ, failed, not_applicable, passed
 from .subject import Subject
@@ -127,7 +128,7 @@ def _hidden_modules(model: nn.Module) -> int:
 
 def _frozen(model: nn.Module, subject: Subject) -> Tensor:
     """Logits (B, K) of one draw, always of the same noise."""
-    with noise_draw(0, 0, "shared"), torch.random.fork_rng(), torch.no_grad(), eval_mode(model):
+    with noise_draw(0, 0, "shared"), kept_random_state(subject.device), torch.no_grad(), eval_mode(model):
         torch.manual_seed(0)
         return single_draw(model)(subject.few.to(subject.device)).float()
 
