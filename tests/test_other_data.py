@@ -67,9 +67,10 @@ def test_a_classifier_of_it(
     model, inputs, labels = make()
     ensemble = rse.SelfEnsemble(model, rse.NoiseConfig(0.2, 0.1), bounds=bounds, example_inputs=inputs)
     optimizer = torch.optim.Adam(ensemble.parameters(), lr=0.02)
-    for _ in range(40):
+    for step in range(40):
         optimizer.zero_grad()
-        functional.cross_entropy(ensemble(inputs), labels).backward()
+        with rse.noise_draw(step):
+            functional.cross_entropy(ensemble(inputs), labels).backward()
         optimizer.step()
     ensemble.eval()
     answer = ensemble.predict(inputs, seed=1)
