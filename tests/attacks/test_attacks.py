@@ -247,7 +247,7 @@ def test_draws_of_one_pass_are_those_of_several(
     torch.testing.assert_close(found[0].probabilities, torch.stack(drawn).mean(dim=0))
 
 
-def test_what_only_the_copy_takes_for_a_success_is_moved_on_or_given_up() -> None:
+def test_what_only_the_copy_takes_for_a_success_is_moved_on() -> None:
     """The model's border lies at a mean pixel of .5, the copy's at .45."""
     noise = rse.GaussianNoise(0.01).eval()
 
@@ -268,10 +268,9 @@ def test_what_only_the_copy_takes_for_a_success_is_moved_on_or_given_up() -> Non
     found = nearest.visit(torch.arange(4), visited, estimate)
     assert found.tolist() == [True, True, True, False]
     means = nearest.refined().flatten(1).mean(dim=1)
-    assert 0.5 < means[0] < 0.55  # where the copy changes its mind, then half way back
-    assert means[1].item() == pytest.approx(0.3 + 1.2 * 0.17, abs=1e-3)  # beyond
-    assert means[2:].tolist() == pytest.approx([0.3, 0.3])  # out of reach: counts as not found
-    assert nearest.distance[2:].isinf().all()
+    assert (means > 0.5).all()  # the third and fourth beyond what was visited
+    assert (means < 0.51).all()
+    torch.testing.assert_close(nearest.distance, 8 * (means - 0.3))
 
 
 def test_frozen_noise_is_that_of_a_seeded_prediction(tiny: nn.Module, images: Tensor) -> None:

@@ -111,13 +111,13 @@ def test_results(model: rse.SelfEnsemble, data: ImageData, protocol: Protocol, t
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_nearest_images_are_taken_on_to_the_radius(norm: str) -> None:
-    """In their direction, within ball and bounds; those beyond the radius or not found stay as they were."""
+    """In their direction, within ball and bounds; those beyond are projected, those not found stay."""
     x = torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5], [0.9, 0.5]])
     found = torch.tensor([[0.6, 0.5], [0.8, 0.5], [0.5, 0.5], [0.95, 0.5]])
     images = within(found, x, norm, 0.2, farther=True)
-    torch.testing.assert_close(images, torch.tensor([[0.7, 0.5], [0.5, 0.5], [0.5, 0.5], [1.0, 0.5]]))
+    torch.testing.assert_close(images, torch.tensor([[0.7, 0.5], [0.7, 0.5], [0.5, 0.5], [1.0, 0.5]]))
     images = within(found, x, norm, 0.2, farther=False)
-    torch.testing.assert_close(images, torch.tensor([[0.6, 0.5], [0.5, 0.5], [0.5, 0.5], [0.95, 0.5]]))
+    torch.testing.assert_close(images, torch.tensor([[0.6, 0.5], [0.7, 0.5], [0.5, 0.5], [0.95, 0.5]]))
 
 
 def test_a_worst_case_knows_all_balls_within_its_own() -> None:

@@ -1,7 +1,7 @@
 """The L2 attack of Carlini and Wagner, as the paper ran it and tuned.
 
-Both minimise `||x' - x||^2 + c * f(x')` over w, where x' = (tanh(w) + 1) / 2 keeps pixels in [0, 1] and
-f is the margin of the logits of noisy forward passes.
+Both minimise `||x' - x||^2 - c * f(x')`, where f is the margin of the logits of noisy forward passes: the
+paper by Adam over w, where x' = (tanh(w) + 1) / 2 keeps pixels in [0, 1].
 
 Sources: Carlini & Wagner, Towards Evaluating the Robustness of Neural Networks, S&P 2017; Liu et al.
 2018, section 4.1, and the authors' code.
@@ -17,10 +17,13 @@ from torch import Tensor, nn
 
 from ..ensemble.checks import check_count
 from .driver import run_attack
-from .expectation import Estimate, Noise, NoiseOptions, Oracle
-from .losses import margin
+from .expectation import Noise, NoiseOptions, Oracle
+from .losses import margin, of_labels
 from .nearest import Nearest
+from .norms import largest_eps, per_image, size
 
+_TRAVEL = 8.0  # how far all steps together reach, in distances of a linear network
+_MEAN, _SQUARE = 0.9, 0.99  # Adam's decays
 # The box that tanh spans reaches this far beyond [0, 1], and the image is clamped into [0, 1]. Without
 # it a black or white pixel has w = +-inf and gradient 0, and never moves.
 _BOX_MARGIN = 0.01
@@ -39,43 +42,6 @@ class _TanhBox:
     def chain(self, gradient: Tensor) -> Tensor:
         """Gradient with respect to w; the clamp counts as the identity, so that nothing freezes."""
         return gradient * self.scale * (1 - self.w.tanh().square())
-
-
-def _descend(
-    oracle: Oracle,
-    inputs: Tensor,
-    labels: Tensor,
-    *,
-    c: Tensor,
-    targeted: bool,
-    kappa: float,
-    steps: int,
-    lr: float,
-    decay: bool = False,
-    visit: Callable[[Tensor, Estimate], None] | None = None,
-) -> Tensor:
-    """Adam on w for `steps`; `visit(image, estimate)` sees every iterate; returns the last one.
-
-    `decay`: the learning rate falls linearly to 0, so that the last steps resolve small distances.
-    """
-    box = _TanhBox(inputs)
-    optimizer = torch.optim.Adam([box.w], lr=lr)
-
-    def gain(logits: Tensor) -> Tensor:
-        return c * margin(logits, labels, targeted).clamp(max=kappa)
-
-    for step in range(steps):
-        if decay:
-            optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
-        image = box.image()
-        estimate = oracle.gradient(image, gain)
-        if visit is not None:
-            visit(image, estimate)
-        box.w.grad = box.chain(2 * (image - inputs) - estimate.gradient)
-        # Adam makes its count of steps at the first, names no device, and wants it on the CPU.
-        with torch.device("cpu") if step == 0 else nullcontext():
-            optimizer.step()
-    return box.image()
 
 
 def _check(steps: int, lr: float) -> None:
@@ -125,8 +91,16 @@ def cw_l2_paper(
         raise ValueError(f"c must be finite and >= 0, got {c}")
 
     def run(oracle: Oracle, x: Tensor, y: Tensor) -> Tensor:
-        strength = x.new_full((len(x),), c)
-        return _descend(oracle, x, y, c=strength, targeted=targeted, kappa=0.0, steps=steps, lr=lr)
+        box = _TanhBox(x)
+        optimizer = torch.optim.Adam([box.w], lr=lr)
+        for step in range(steps):
+            image = box.image()
+            gradient = oracle.gradient(image, _gain(x.new_full((len(x),), c), y, targeted, 0.0)).gradient
+            box.w.grad = box.chain(2 * (image - x) - gradient)
+            # Adam makes its count of steps at the first, names no device, and wants it on the CPU.
+            with torch.device("cpu") if step == 0 else nullcontext():
+                optimizer.step()
+        return box.image()
 
     return run_attack(model, inputs, labels, run, Noise(**noise), max_batch)
 
@@ -147,14 +121,19 @@ def cw_l2(
 ) -> Tensor:
     """C&W with binary search over c and the nearest confirmed image kept for each image.
 
-    Each search step starts at the image, and its learning rate falls linearly to 0. An iterate counts
-    as a success when the mean softmax of its own draws gives a wrong class *and* fresh draws confirm it.
-    Images that need no attack, and those whose c is known to 1 %, leave the batch.
+    Nothing depends on the scale of the logits or of distances: c is counted in `2 |f| / ||grad f||^2` and
+    steps in `|f| / ||grad f||` of each image, what a linear network would want at its boundary. Each value
+    of c begins at the image, with steps that fall linearly to 0. An iterate counts as a success when the mean
+    softmax of its own draws gives a wrong class *and* fresh draws confirm it. Images that need no attack, and
+    those whose c is known to 1 %, leave the batch. The search ends on the line through the nearest success,
+    or through the last iterate: see `Lines.crossings`.
 
     Args:
         model, inputs, labels, targeted, steps, max_batch: see `cw_l2_paper`.
-        lr: Adam's first learning rate in tanh space; by default 0.01, and more for fewer than 100 steps.
-        kappa: confidence, the margin of logits to aim beyond.
+        lr: L2 length of the first step; by default 16 / steps of the distance said above, and twice as much
+            each time c becomes 10 times as large.
+        kappa: margin of logits to aim at: above 0, the nearest of the iterates whose every draw shows it is
+            returned, wherever the boundary is.
         initial_c: where the search over c starts; then 10 times more until it succeeds, then bisection.
         binary_search_steps: values of c tried for each image.
         noise: `eot`, `average`, `confirm_draws`, `frozen`, `seed`; see `Noise`.
@@ -162,43 +141,73 @@ def cw_l2(
     Returns:
         (B, C, H, W) the nearest confirmed images; where none was found, the original image.
     """
-    check_count("steps", steps)
-    rate = 0.01 * max(1.0, 100 / steps) if lr is None else lr
-    _check(steps, rate)
+    _check(steps, 1.0 if lr is None else lr)
     check_count("binary_search_steps", binary_search_steps)
     if not (kappa >= 0 and initial_c > 0 and math.isfinite(kappa) and math.isfinite(initial_c)):
         raise ValueError(f"need kappa >= 0 and initial_c > 0, got {kappa} and {initial_c}")
 
     def run(oracle: Oracle, x: Tensor, y: Tensor) -> Tensor:
         nearest = Nearest(oracle, x, y, targeted, "l2")
-        c, low = x.new_full((len(x),), initial_c), x.new_zeros(len(x))
-        high = torch.full_like(c, torch.inf)
+        c, length = _natural(nearest, kappa)
+        c, length = initial_c * c, 2 * _TRAVEL / steps * length if lr is None else torch.full_like(c, lr)
+        low, high = torch.zeros_like(c), torch.full_like(c, torch.inf)
         for _ in range(binary_search_steps):
             active = nearest.active()
             if oracle.may_shrink:
                 active = active[((high - low) > 0.01 * low)[active]]
             if len(active) == 0:
                 break
-            strength = c[active]
-            found = _try(nearest, active, strength, kappa=kappa, steps=steps, lr=rate)
-            high[active] = torch.where(found, torch.minimum(high[active], strength), high[active])
-            low[active] = torch.where(found, low[active], torch.maximum(low[active], strength))
+            tried = c[active]
+            found = _try(nearest, active, tried, length[active], kappa=kappa, steps=steps)
+            high[active] = torch.where(found, torch.minimum(high[active], tried), high[active])
+            low[active] = torch.where(found, low[active], torch.maximum(low[active], tried))
+            if lr is None:
+                length = torch.where(high.isinf(), 2 * length, length)
             c = torch.where(high.isinf(), c * 10, (low + high) / 2)
-        return nearest.refined()
+        return nearest.refined() if kappa == 0 else nearest.best
 
     return run_attack(model, inputs, labels, run, Noise(**noise), max_batch)
 
 
-def _try(nearest: Nearest, active: Tensor, c: Tensor, *, kappa: float, steps: int, lr: float) -> Tensor:
-    """One value of c for each of the images `active`; (len(active),) whether there was a success."""
+def _gain(c: Tensor, labels: Tensor, targeted: bool, kappa: float) -> Callable[[Tensor], Tensor]:
+    return lambda logits: c * margin(logits, labels, targeted).clamp(max=kappa)
+
+
+def _natural(nearest: Nearest, kappa: float) -> tuple[Tensor, Tensor]:
+    """(B,) c with which the objective of a linear network ends at margin kappa, and the distance there."""
+    c, length = nearest.x.new_ones(len(nearest.x)), nearest.x.new_ones(len(nearest.x))
+    active = nearest.active()
+    if len(active):
+        labels, targeted = nearest.y[active], nearest.targeted
+        estimate = nearest.oracle.gradient(nearest.x[active], of_labels(margin, labels, targeted))
+        # Logits may be so large or small that squares leave the range of float32.
+        slope, room = estimate.gradient.flatten(1).norm(dim=1), (estimate.loss - kappa).abs()
+        distance, strength = room / slope, 2 * (room / slope) / slope
+        usable = (distance > 0) & strength.isfinite() & (strength > 0)
+        c[active] = torch.where(usable, strength, torch.ones_like(strength))
+        length[active] = torch.where(usable, distance, torch.ones_like(distance))
+    return c, length.clamp(max=largest_eps("l2", nearest.x[:1].numel()))
+
+
+def _try(nearest: Nearest, active: Tensor, c: Tensor, length: Tensor, *, kappa: float, steps: int) -> Tensor:
+    """One value of c for each of the images `active`; (len(active),) whether there was a success.
+
+    Adam, with one second moment for all pixels of an image: sizes of pixels' gradients are kept, which are
+    what the nearest image is about, and lengths of steps are L2. The box is kept by clamping: where the tanh
+    of the paper is flat, at black and white, pixels hardly move.
+    """
+    origin, labels = nearest.x[active], nearest.y[active]
     found = torch.zeros(len(active), dtype=torch.bool, device=active.device)
-
-    def visit(image: Tensor, estimate: Estimate) -> None:
+    image, mean, square = origin.clone(), torch.zeros_like(origin), torch.zeros_like(length)
+    for step in range(steps):
+        estimate = nearest.oracle.gradient(image, _gain(c, labels, nearest.targeted, kappa))
+        far = estimate.loss >= c * kappa * (1 - 1e-4) if kappa else None
         # A success counts for the search over c even where an earlier c came nearer.
-        found.logical_or_(nearest.visit(active, image, estimate, asked=~found))
-
-    _descend(
-        nearest.oracle, nearest.x[active], nearest.y[active], c=c, targeted=nearest.targeted, kappa=kappa,
-        steps=steps, lr=lr, decay=True, visit=visit,
-    )  # fmt: skip
+        found |= nearest.visit(active, image, estimate, asked=~found, allowed=far)
+        slope = 2 * (image - origin) - estimate.gradient
+        mean = _MEAN * mean + (1 - _MEAN) * slope
+        square = _SQUARE * square + (1 - _SQUARE) * size(slope, "l2").square()
+        root = (square / (1 - _SQUARE ** (step + 1))).sqrt().clamp(min=1e-30)
+        pace = length * (1 - step / steps) / (1 - _MEAN ** (step + 1)) / root
+        image = (image - per_image(pace, image) * mean).clamp(0.0, 1.0)
     return found

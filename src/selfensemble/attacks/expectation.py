@@ -146,11 +146,19 @@ class Oracle:
             return _CONFIRM_DRAWS if self.is_random else 1
         return self.noise.confirm_draws
 
-    def _logits(self, inputs: Tensor, draws: range, *, follow: bool = False, confirm: bool = False) -> Tensor:
+    def _logits(
+        self,
+        inputs: Tensor,
+        draws: range,
+        *,
+        follow: bool = False,
+        confirm: bool = False,
+        pairs: bool = False,
+    ) -> Tensor:
         """(N, B, K) of N consecutive draws of the steps, or of those that confirm, in one pass."""
         forward = self._follow if follow else self._forward
         seed, count = self._confirm_seed if confirm else self._seed, len(draws)
-        antithetic = self._pairs and not confirm
+        antithetic = pairs if confirm else self._pairs
         repeated = inputs if count == 1 else inputs.repeat(count, *[1] * (inputs.dim() - 1))
         with noise_draw(
             seed,
@@ -171,10 +179,20 @@ class Oracle:
         count = max(1, self._room[follow] // max(1, images))
         return [draws[start : start + count] for start in range(0, len(draws), count)]
 
-    def _each(self, inputs: Tensor, draws: range, *, follow: bool = False, confirm: bool = False) -> Tensor:
+    def _each(
+        self,
+        inputs: Tensor,
+        draws: range,
+        *,
+        follow: bool = False,
+        confirm: bool = False,
+        pairs: bool = False,
+    ) -> Tensor:
         """(N, B, K) logits of single draws."""
         passes = self._passes(len(inputs), draws, follow)
-        return torch.cat([self._logits(inputs, part, follow=follow, confirm=confirm) for part in passes])
+        return torch.cat(
+            [self._logits(inputs, part, follow=follow, confirm=confirm, pairs=pairs) for part in passes]
+        )
 
     def _indices(self) -> range:
         """Numbers of the draws of the next step."""
@@ -262,6 +280,51 @@ class Oracle:
         spend(forwards=len(inputs) * draws)
         return _lead(each, labels, targeted, errors if self.is_random else 0.0)
 
+    @torch.no_grad()
+    def side(
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        targeted: bool,
+        errors: float,
+        *,
+        most: int,
+        at_once: bool = False,
+        follow: bool = False,
+    ) -> Tensor:
+        """(B,) 1 where the attack surely has what it wants, -1 where it surely has not, 0 in between.
+
+        Of a random model, `confirm_draws` fresh draws answer, in antithetic pairs; those images that they
+        leave undecided are asked again and again with twice as many in all, up to `most` times the first.
+
+        Args:
+            inputs, labels, targeted, follow: see `lead`.
+            errors: standard errors of the lead that make it sure.
+            most: see above.
+            at_once: ask as many as may be asked from the start: an answer that was looked at once only.
+        """
+        if not self.is_random:
+            return self.lead(inputs, labels, targeted, follow=follow)[1].to(inputs.dtype) * 2 - 1
+        first = self.confirm_draws + self.confirm_draws % 2
+        sides = inputs.new_zeros(len(inputs))
+        pending, units = torch.arange(len(inputs), device=inputs.device), inputs.new_zeros(0)
+        draws = first * most if at_once else first
+        while True:
+            start = self._confirmed + self._confirmed % 2
+            self._confirmed = start + draws
+            each = self._each(
+                inputs[pending], range(start, start + draws), follow=follow, confirm=True, pairs=True
+            )
+            spend(forwards=len(pending) * draws)
+            fresh = each.softmax(dim=2).unflatten(0, (-1, 2)).mean(dim=1)
+            units = torch.cat([units, fresh]) if len(units) else fresh
+            sides[pending] = _side(units, labels[pending], targeted, errors)
+            undecided = sides[pending] == 0
+            draws = 2 * len(units)
+            if 2 * draws > first * most or not undecided.any():
+                return sides
+            pending, units = pending[undecided], units[:, undecided]
+
     def confirmed(
         self,
         inputs: Tensor,
@@ -301,6 +364,13 @@ def _lead(each: Tensor, labels: Tensor, targeted: bool, errors: float) -> tuple[
     if errors and len(each) > 1:
         success &= lead > errors * leads.std(dim=0) / math.sqrt(len(each))
     return lead, success
+
+
+def _side(each: Tensor, labels: Tensor, targeted: bool, errors: float) -> Tensor:
+    """(B,) 1, -1 or 0, see `Oracle.side`, from the softmax of independent draws (N, B, K)."""
+    won = _lead(each, labels, targeted, errors)[1]
+    lost = _lead(each, labels, not targeted, errors)[1]
+    return won.to(each.dtype) - lost.to(each.dtype)
 
 
 def fooled(probabilities: Tensor, labels: Tensor, targeted: bool) -> Tensor:

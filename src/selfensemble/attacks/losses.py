@@ -3,19 +3,29 @@
 Each loss grows as the attack succeeds: untargeted when the label loses, targeted when it wins.
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+_SURE = -60.0
 LossName = Literal["ce", "margin", "dlr"]
 Loss = Callable[[Tensor, Tensor, bool], Tensor]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
-    """`-log softmax_y`, or its negative if targeted."""
-    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    """`-log softmax_y`, or its negative if targeted.
+
+    As `softplus(g)` with `g = logsumexp_j z_j - z_y`, j != y: where a network is sure, `1 - softmax_y` rounds
+    to 0 in the usual form, whose gradient then forgets the true class. Below g = -60 it goes on as a line,
+    for no gradient to vanish.
+    """
+    own = logits.gather(1, labels[:, None]).squeeze(1)
+    gap = logits.scatter(1, labels[:, None], -torch.inf).logsumexp(dim=1) - own
+    sure = gap.clamp(max=_SURE)
+    loss = torch.nn.functional.softplus(gap.clamp(min=_SURE)) + math.exp(_SURE) * (sure - _SURE)
     return -loss if targeted else loss
 
 

@@ -118,7 +118,9 @@ def fmn(
             success = fooled(estimate.probabilities, own, targeted)
             now = size(change, norm)
             found |= success
-            smallest = torch.where(success, torch.minimum(smallest, now), smallest)
+            # Of a random model the smallest distance of a success is that of its luckiest draws.
+            if oracle.exact:
+                smallest = torch.where(success, torch.minimum(smallest, now), smallest)
             # Until the boundary was crossed once: a little farther than a linear model would need.
             ahead = now + estimate.loss.abs() / dual_size(estimate.gradient, norm).clamp(min=1e-12)
             inside, outside = radius * (1 - shrink), torch.where(found, radius, ahead) * (1 + shrink)

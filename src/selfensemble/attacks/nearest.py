@@ -3,31 +3,33 @@
 import torch
 from torch import Tensor
 
+from .boundary import MOST, SETTLED, Lines
 from .expectation import Estimate, Oracle
-from .norms import per_image, size
+from .losses import margin, of_labels
+from .norms import dual_size, largest_eps, per_image, size, steepest
 
-_HALVINGS = 10
-# Shares of the way from where the bisection ended to the image that it began with, and beyond.
-_RETREATS = (0.0, 0.5, 0.75)
-_BEYOND = (1.0, 1.05, 1.1, 1.2)
+# Steps where nothing was confirmed, each in shares of the distance, and standard errors that end them.
+_ASCENT, _STEP, _SURE = 20, 0.15, 4.0
 
 
 class Nearest:
     """Keeps, for B images, the nearest image that fools the model, confirmed on fresh draws.
 
-    Of a random model those are draws of the faster forward, if there is one, until `refined` asks the model.
+    Of a random model those are draws of the faster forward, if there is one, until `refined` asks the model
+    itself. Iterates hover at the boundary, where draws confirm little: the last one is kept, too.
 
     Attributes:
         best: (B, ...) the images; the original where nothing was found.
         distance: (B,) their distances by `norm`, infinite where nothing was found.
+        last: (B, ...) the last iterates.
     """
 
     def __init__(self, oracle: Oracle, x: Tensor, y: Tensor, targeted: bool, norm: str) -> None:
         self.oracle, self.x, self.y, self.targeted, self.norm = oracle, x, y, targeted, norm
-        self.best = x.clone()
+        self.best, self.last = x.clone(), x.clone()
         self.distance = x.new_full((len(x),), torch.inf)
         # Images that the model gets wrong as they are need no attack.
-        self.distance[oracle.lead(x, y, targeted)[1]] = 0.0
+        self.distance[oracle.side(x, y, targeted, SETTLED, most=MOST) > 0] = 0.0
 
     def active(self) -> Tensor:
         """Indices of the images that need an attack; all of them where a batch must stay whole."""
@@ -36,7 +38,13 @@ class Nearest:
         return (self.distance > 0).nonzero().squeeze(1)
 
     def visit(
-        self, active: Tensor, images: Tensor, estimate: Estimate, asked: Tensor | None = None
+        self,
+        active: Tensor,
+        images: Tensor,
+        estimate: Estimate,
+        *,
+        asked: Tensor | None = None,
+        allowed: Tensor | None = None,
     ) -> Tensor:
         """Take note of an iterate of the images `active`.
 
@@ -45,13 +53,17 @@ class Nearest:
             images: (A, ...).
             estimate: of the step.
             asked: (A,) images whose success is to be confirmed even where they are not nearer.
+            allowed: (A,) images that may count as a success; None for all.
 
         Returns:
             (A,) which are confirmed successes; not asked ones are confirmed only where nearer.
         """
+        self.last[active] = images
         distance = size(images - self.x[active], self.norm)
-        nearer = distance < self.distance[active]
-        chosen = (nearer if asked is None else nearer | asked).nonzero().squeeze(1)
+        # The original itself, where attacks begin, was judged by more draws.
+        nearer = (distance > 0) & (distance < self.distance[active])
+        wanted = nearer if asked is None else nearer | asked
+        chosen = (wanted if allowed is None else wanted & allowed).nonzero().squeeze(1)
         success = torch.zeros_like(nearer)
         if len(chosen):
             few = Estimate(estimate.loss[chosen], estimate.draws[:, chosen], estimate.gradient)
@@ -66,43 +78,76 @@ class Nearest:
         self.distance[chosen] = size(images - self.x[chosen], self.norm)
 
     def refined(self) -> Tensor:
-        """The best images, moved towards their originals as far as they still fool the model (bisection)."""
-        found = (self.distance > 0) & self.distance.isfinite()
-        if not found.any():
-            return self.best
-        chosen = self.active() if not self.oracle.may_shrink else found.nonzero().squeeze(1)
-        origin, change, labels = self.x[chosen], self.best[chosen] - self.x[chosen], self.y[chosen]
-        low, high = torch.zeros_like(self.distance[chosen]), torch.ones_like(self.distance[chosen])
+        """The best images, at the boundary; where there is none, from the last iterate on.
 
-        for _ in range(_HALVINGS):
-            middle = (low + high) / 2
-            asked = origin + per_image(middle, change) * change
-            success = self.oracle.lead(asked, labels, self.targeted, follow=True)[1]
-            low, high = torch.where(success, low, middle), torch.where(success, middle, high)
-        if self.oracle.follows:
-            high = self._settled(high, origin, change, labels)
-        moved = (high != 1) & high.isfinite() & found[chosen]
-        self._take(chosen[moved], (origin + per_image(high, change) * change)[moved].clamp(0, 1))
-        lost = chosen[high.isinf() & found[chosen]]
-        self.best[lost], self.distance[lost] = self.x[lost], torch.inf
+        See `Lines.crossings`: the search goes along the line through the nearest confirmed image, or of a
+        random model through the last iterate, where that leads more at the same distance. Where nothing was
+        confirmed, or by luck, the last iterate ascends until a success is sure, and the search begins anew.
+        """
+        if (self.distance > 0).any():
+            exact = not self.oracle.is_random and not self.oracle.follows
+            found = (self.distance > 0) & self.distance.isfinite()
+            self._cross(found, known=exact)
+            lost = self.distance.isinf()
+            if lost.any():
+                self._ascend()
+                self._cross(lost & self.distance.isfinite(), known=exact)
         return self.best
 
-    def _settled(self, share: Tensor, origin: Tensor, change: Tensor, labels: Tensor) -> Tensor:
-        """(C,) shares of `change` that fool the model itself, infinite where none was found.
+    def _cross(self, wanting: Tensor, known: bool) -> None:
+        """Move the best images of `wanting` (B,) to the boundary, or give them up."""
+        if not wanting.any():
+            return
+        chosen = wanting.nonzero().squeeze(1)
+        if not self.oracle.may_shrink:
+            chosen = torch.arange(len(self.x), device=self.x.device)
+        lines = self._lines(chosen)
+        share = lines.crossings(wanting[chosen] & known)
+        found = share.isfinite() & wanting[chosen]
+        images = lines.at(torch.where(found, share, 0.0))
+        self._take(chosen[found], images[found])
+        lost = chosen[~found & wanting[chosen]]
+        self.best[lost], self.distance[lost] = self.x[lost], torch.inf
 
-        What fools the faster forward may not: then further along `change`, and of a random model, whose
-        successes that forward has confirmed, beyond it.
-        """
-        settled = torch.ones_like(share) if not self.oracle.is_random else torch.full_like(share, torch.inf)
-        pending = torch.arange(len(share), device=share.device)
-        steps = [share + part * (1 - share) for part in _RETREATS]
-        if self.oracle.is_random:
-            steps += [torch.full_like(share, part) for part in _BEYOND]
-        for step in steps:
-            asked = origin[pending] + per_image(step[pending], change) * change[pending]
-            fools = self.oracle.lead(asked.clamp(0, 1), labels[pending], self.targeted, 0.0)[1]
-            settled[pending[fools]] = step[pending[fools]]
-            pending = pending[~fools]
+    def _ascend(self) -> None:
+        """Bring the last iterate of each image without a success up the margin, in growing steps."""
+        pending = self.distance.isinf().nonzero().squeeze(1)
+        if not self.oracle.may_shrink:
+            pending = torch.arange(len(self.x), device=self.x.device)
+        images, labels = self.last[pending], self.y[pending]
+        for _ in range(_ASCENT):
+            estimate = self.oracle.gradient(images, of_labels(margin, labels, self.targeted))
+            sure = self.oracle.confirmed(images, estimate, labels, self.targeted, _SURE, follow=True)
+            new = sure & self.distance[pending].isinf()
+            self._take(pending[new], images[new])
+            stay = ~sure if self.oracle.may_shrink else torch.ones_like(sure)
+            pending, images, labels = pending[stay], images[stay], labels[stay]
             if len(pending) == 0:
                 break
-        return settled
+            gradient, origin = estimate.gradient[stay], self.x[pending]
+            ahead = estimate.loss[stay].abs() / dual_size(gradient, self.norm).clamp(min=1e-12)
+            length = torch.maximum(size(images - origin, self.norm), ahead)
+            length = length.clamp(max=largest_eps(self.norm, origin[:1].numel()))
+            images = images + per_image(_STEP * length, images) * steepest(gradient, self.norm)
+            images = images.clamp(0.0, 1.0)
+        self.last[:] = self.best
+
+    def _lines(self, chosen: Tensor) -> Lines:
+        """Of each of the images `chosen`, the better of two lines."""
+        origin, labels = self.x[chosen], self.y[chosen]
+        confirmed, last = self.best[chosen] - origin, self.last[chosen] - origin
+        length, moved = self.distance[chosen], size(last, self.norm) > 0
+        last = at_length(last, torch.where(length.isfinite(), length, 0.0), self.norm)
+        change = confirmed
+        if self.oracle.is_random:
+            leads = [
+                self.oracle.lead((origin + each).clamp(0, 1), labels, self.targeted, follow=True)[0]
+                for each in (confirmed, last)
+            ]
+            change = torch.where(per_image(moved & (leads[1] > leads[0]), last), last, confirmed)
+        return Lines(self.oracle, origin, change, labels, self.targeted)
+
+
+def at_length(change: Tensor, length: Tensor, norm: str) -> Tensor:
+    """Changes (B, ...) scaled to norms (B,); zero stays zero."""
+    return change * per_image(length / size(change, norm).clamp(min=1e-12), change)

@@ -9,6 +9,7 @@ from torch import Tensor
 Norm = Literal["linf", "l2", "l1"]
 _ORDER = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
 _TINY = 1e-12
+_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def check_norm(norm: str, known: tuple[str, ...] = get_args(Norm)) -> None:
@@ -60,8 +61,10 @@ def dual_size(gradient: Tensor, norm: str) -> Tensor:
 
 
 def unit_l2(gradient: Tensor) -> Tensor:
-    """Gradients of Euclidean length 1; zero stays zero."""
-    return gradient / per_image(size(gradient, "l2").clamp(min=_TINY), gradient)
+    """Gradients of Euclidean length 1, however small they are; zero stays zero."""
+    largest = gradient.abs().flatten(1).amax(dim=1)
+    scaled = gradient / per_image(largest.clamp(min=_SMALLEST), gradient)
+    return scaled / per_image(size(scaled, "l2").clamp(min=_TINY), gradient)
 
 
 def steepest(gradient: Tensor, norm: str, share: Tensor | float = 0.05) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..attacks.budget import count_evaluations
-from ..attacks.norms import check_eps, per_image, size
+from ..attacks.norms import check_eps, per_image, project, size
 from ..data.images import ImageData
 from ..data.labels import class_numbers
 from ..ensemble.ensemble import SelfEnsemble
@@ -296,19 +296,21 @@ class Evaluation:
 
 
 def within(found: Tensor, x: Tensor, norm: str, eps: float, farther: bool) -> Tensor:
-    """Attacked images that lie within a radius; the original images in place of the others.
+    """Attacked images brought into a ball: those that lie beyond it are projected onto it.
 
     Args:
         found, x: attacked and original images.
         norm, eps: the ball.
-        farther: take each image on in its direction as far as the ball and [0, 1] allow. The nearest
+        farther: take each image inside on in its direction as far as the ball and [0, 1] allow. The nearest
             image that fools a random network lies where half of its answers are right; whoever may go
             farther will.
     """
     change = found - x
     distance = size(change, norm)
-    inside = distance <= eps * (1 + 1e-5)
+    beyond = distance > eps * (1 + 1e-5)
     if farther:
         factor = torch.where(distance > 0, eps / distance.clamp(min=1e-12), 1.0).clamp(min=1.0)
         found = (x + per_image(factor, change) * change).clamp(0, 1)
-    return torch.where(per_image(inside, x), found, x)
+    if not beyond.any():
+        return found
+    return torch.where(per_image(beyond, x), x + project(change, norm, eps, x), found)
