@@ -174,7 +174,7 @@ def test_evaluations_are_counted(tiny: nn.Module, images: Tensor, targets: int |
     linear, noisy = LinearClassifier(192), rse.SelfEnsemble(tiny).eval()
     with count_evaluations() as budget:
         fab(noisy, images, labels, steps=3, eot=2, targets=targets, seed=0)
-    steps, ascent = 6 * 3 * 2 * classes, 6 * 20 * 2
+    steps, ascent = 6 * 3 * 2 * classes, 6 * 30 * 2
     assert 0 < budget.gradients <= steps + ascent
     with count_evaluations() as budget:
         fab(linear, images, 1 - answers(linear, images))

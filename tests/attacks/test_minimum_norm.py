@@ -77,16 +77,16 @@ def test_what_pgd_breaks_they_break(
     name: str, ensemble: rse.SelfEnsemble, digits: tuple[Tensor, Tensor]
 ) -> None:
     """PGD breaks every digit within 1.6; the question is whether the nearest image is found at all."""
-    inputs, labels = digits
+    inputs, labels = digits[0][:40], digits[1][:40]
     right = ensemble.predict(inputs, draws=100, seed=1).label == labels
-    attacked = pgd(ensemble, inputs, labels, norm="l2", eps=1.6, steps=40, eot=4, seed=0)
+    attacked = pgd(ensemble, inputs, labels, norm="l2", eps=1.6, steps=20, eot=4, seed=0)
     broken = right & (ensemble.predict(attacked, draws=100, seed=2).label != labels)
-    assert int(broken.sum()) > 50
+    assert int(broken.sum()) > 35
     found = ATTACKS[name](ensemble, inputs[broken], labels[broken], eot=2, seed=0)
     assert (length(found - inputs[broken]) > 1e-3).all()
     carried = within(found, inputs[broken], "l2", 1.6, farther=True)
     held = ensemble.predict(carried, draws=100, seed=3).label == labels[broken]
-    assert int(held.sum()) <= 1
+    assert not held.any()
 
 
 @pytest.mark.parametrize("steps", [20, 50])

@@ -11,13 +11,13 @@ from .norms import per_image
 
 _HALVINGS = 10
 _CLOSE = 0.005  # of a share: where the bisection of a random network ends
-MOST, _MOST_SETTLED = 16, 32  # times `confirm_draws` that an answer of a random network may take
+_MOST, _MOST_SETTLED = 16, 32  # times `confirm_draws` that an answer of a random network may take
 # Multiples of a change that are tried until one fools the network, and those that the network itself settles.
 _REACH = (1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0)
 _SETTLE = (1.0, 1.01, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0, 3.0, 5.0)
 _SETTLE_HALVINGS, _FAR = 4, 0.03  # of the way from the last that did not, where that is far
 # Standard errors of the lead with which each answer settles: fourteen together err for 5 % of images at most.
-SETTLED = 2.7
+_SETTLED = 2.7
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Lines:
                 pending &= high - low > _CLOSE * high
             if not pending.any():
                 return
-            verdict = self._halve(low, high, pending, most=MOST)
+            verdict = self._halve(low, high, pending, most=_MOST)
             doubts += pending & (verdict == 0)
 
     def _halve(self, low: Tensor, high: Tensor, pending: Tensor, **asking: Any) -> Tensor:
@@ -84,7 +84,7 @@ class Lines:
 
     def _settled(self, high: Tensor) -> Tensor:
         """(C,) shares of which the network itself is sure: from `high` on, or infinite."""
-        asking: dict[str, Any] = {"most": _MOST_SETTLED, "errors": SETTLED, "follow": False, "at_once": True}
+        asking: dict[str, Any] = {"most": _MOST_SETTLED, "errors": _SETTLED, "follow": False, "at_once": True}
         low, settled = high.clone(), torch.full_like(high, torch.inf)
         for part in _SETTLE:
             pending = settled.isinf() & high.isfinite()

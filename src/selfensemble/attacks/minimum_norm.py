@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..ensemble.checks import check_count
 from .driver import run_attack
 from .expectation import Noise, NoiseOptions, Oracle, fooled
-from .losses import cross_entropy, margin, of_labels
+from .losses import margin, of_labels
 from .nearest import Nearest
 from .norms import Norm, check_norm, dual_size, largest_eps, per_image, project, size, unit_l2
 
@@ -33,7 +33,8 @@ def ddn(
 ) -> Tensor:
     """Decoupled direction and norm: the L2 norm shrinks by `gamma` after a success, else grows by it.
 
-    A step's own draws steer the norm; an image is kept only when fresh draws confirm it.
+    A step's own draws steer the norm; an image is kept only when fresh draws confirm it. The loss is the
+    margin, where the paper has the cross-entropy: no scale of the logits matters then.
 
     Args:
         model, inputs, labels, targeted, max_batch, noise: see `pgd`.
@@ -54,7 +55,7 @@ def ddn(
         images, own = x[active], y[active]
         change, norm = torch.zeros_like(images), images.new_full((len(images),), initial_norm)
         for step in range(steps + 1 if len(active) else 0):
-            estimate = oracle.gradient(images + change, of_labels(cross_entropy, own, targeted))
+            estimate = oracle.gradient(images + change, of_labels(margin, own, targeted))
             nearest.visit(active, images + change, estimate)
             if step == steps:
                 break

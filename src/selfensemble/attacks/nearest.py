@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from .boundary import MOST, SETTLED, Lines
+from .boundary import Lines
 from .expectation import Estimate, Oracle
 from .losses import margin, of_labels
 from .norms import dual_size, largest_eps, per_image, size, steepest
 
 # Steps where nothing was confirmed, each in shares of the distance, and standard errors that end them.
-_ASCENT, _STEP, _SURE = 20, 0.15, 4.0
+_ASCENT, _STEP, _SURE = 30, 0.2, 4.0
 
 
 class Nearest:
@@ -28,8 +28,8 @@ class Nearest:
         self.oracle, self.x, self.y, self.targeted, self.norm = oracle, x, y, targeted, norm
         self.best, self.last = x.clone(), x.clone()
         self.distance = x.new_full((len(x),), torch.inf)
-        # Images that the model gets wrong as they are need no attack.
-        self.distance[oracle.side(x, y, targeted, SETTLED, most=MOST) > 0] = 0.0
+        # Images that the model surely gets wrong as they are need no attack.
+        self.distance[oracle.side(x, y, targeted, _SURE, most=1) > 0] = 0.0
 
     def active(self) -> Tensor:
         """Indices of the images that need an attack; all of them where a batch must stay whole."""
