@@ -88,6 +88,20 @@ def test_attacks_change_what_they_say_they_change(digit: bytes, target: str) -> 
     expected = (0.5 + found["magnified"] * (after - before)).clip(0, 1)
     assert np.abs(change - expected).max() < 0.01
     assert all(each["before"]["label"] == each["after"]["label"] for each in near["answers"])
+    assert near["gradients"] == 40 * (8 if target == "ensemble" else 1)
+
+
+@pytest.mark.parametrize("target", ["plain", "ensemble"])
+def test_cw_fools_its_target_in_a_file(target: str) -> None:
+    """The nearest images lie at the boundary, and those that are sent back have 8 bits."""
+    images = rse.load_data("digits", "test").inputs(slice(6 if target == "plain" else 2))
+    with client(attacks=True) as session:
+        for image in images:
+            asked = {"image": encoded(png(image)), "target": target, "attack": "cw"}
+            found = session.post("/v1/attack", json=asked).json()
+            answer = found["answers"][0 if target == "ensemble" else 1]
+            assert answer["before"]["label"] != answer["after"]["label"]
+            assert 0.05 < found["l2"] < 4
 
 
 def test_what_the_page_may_not_do(digit: bytes, tmp_path: Path) -> None:

@@ -42,6 +42,8 @@ _HEADERS = {
 }
 _SHOWN = 5  # classes
 _SAMPLES = 12
+# Shares of a minimum-norm attack's change that are tried for one that survives rounding to 8 bits.
+_FARTHER = (1.0, 1.02, 1.05, 1.1, 1.2, 1.5)
 
 
 def add_page(app: FastAPI, service: Service) -> None:
@@ -171,14 +173,16 @@ class _Page:
         before = {name: model.predict(inputs) for name, model in self._targets.items()}
         labels = before[asked.target].label.cpu()
         eot = 8 if target.is_random else 1
-        if asked.attack == "pgd":
-            changed = attacks.pgd(
-                target, inputs, labels, norm="l2", eps=asked.eps, steps=40, eot=eot, average="probabilities"
-            )
-        else:
-            changed = attacks.cw_l2(target, inputs, labels, steps=60, binary_search_steps=4, eot=eot)
-        # What is shown and judged is what a file can hold.
-        attacked = (changed * 255).round() / 255
+        with attacks.count_evaluations() as budget:
+            if asked.attack == "pgd":
+                changed = attacks.pgd(
+                    target, inputs, labels, norm="l2", eps=asked.eps, steps=40, eot=eot,
+                    average="probabilities",
+                )  # fmt: skip
+            else:
+                changed = attacks.cw_l2(target, inputs, labels, steps=60, binary_search_steps=4, eot=eot)
+        farther = _FARTHER if asked.attack == "cw" else (1.0,)
+        attacked = self._rounded(target, inputs, changed - inputs, farther)
         difference = attacked - inputs
         largest = float(difference.abs().max())
         factor = max(1, int(0.5 / largest)) if largest > 0 else 1
@@ -193,8 +197,23 @@ class _Page:
         return schemas.Attacked(
             before=_picture(inputs[0]), after=_picture(attacked[0]), magnified=factor,
             change=_picture((0.5 + factor * difference[0]).clamp(0, 1)), l2=float(difference.norm()),
-            answers=answers,
+            answers=answers, gradients=budget.gradients,
         )  # fmt: skip
+
+    def _rounded(
+        self, target: SelfEnsemble, inputs: Tensor, change: Tensor, farther: tuple[float, ...]
+    ) -> Tensor:
+        """The attacked image as a file can hold it, which is what is shown and judged.
+
+        The nearest image that fools a network lies at its boundary, and rounding can bring it back: the
+        change is then taken `farther`, in shares of its length, until the target is fooled.
+        """
+        before = target.predict(inputs).label
+        for share in farther:
+            attacked = ((inputs + share * change).clamp(0, 1) * 255).round() / 255
+            if target.predict(attacked).label != before:
+                break
+        return attacked
 
 
 def _line(value: schemas.Vote) -> bytes:

@@ -170,3 +170,4 @@ class Attacked(BaseModel):
     after: str
     l2: float
     answers: list[Compared]
+    gradients: Annotated[int, Field(description="of the target, what the search cost")]

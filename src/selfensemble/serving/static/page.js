@@ -150,13 +150,14 @@ async function attack(event) {
       const head = cell("th", each.who);
       head.scope = "row";
       const fooled = each.before.label !== each.after.label;
-      const after = cell("td", `${named(each.after)} (${fooled ? "fooled" : "holds"})`, fooled ? "fooled" : "held");
+      const after = cell("td", `${named(each.after)} (${fooled ? "fooled" : "same answer"})`, fooled ? "fooled" : "");
       row.append(head, cell("td", named(each.before)), after);
       return row;
     }));
     const target = found.answers[form.get("target") === "plain" ? 1 : 0];
     $("attacking").textContent = target.before.label !== target.after.label
-      ? "The attack found an image that fools its target." : "The attack did not fool its target.";
+      ? "The attack found an image that fools its target."
+      : `${found.gradients} gradients found no image that fools its target. Another attack may find one.`;
     $("result").hidden = false;
   } catch (error) {
     $("attacking").textContent = "";
