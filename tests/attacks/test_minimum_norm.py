@@ -39,8 +39,8 @@ def ensemble() -> rse.SelfEnsemble:
 def plain(ensemble: rse.SelfEnsemble) -> nn.Module:
     """The network of it without its noise."""
     network = deepcopy(ensemble).model
-    rse.remove_noise_(network)
-    return network.eval()
+    rse.remove_noise_(network).eval()
+    return network
 
 
 def length(change: Tensor) -> Tensor:

@@ -17,12 +17,14 @@ from .expectation import Estimate, Noise, NoiseOptions, Oracle
 from .keeper import Keeper
 from .losses import LossName, check_loss, targeted_dlr
 from .norms import Norm, check_eps, check_norm, per_image, project, random_start, size, steepest
+from .units import in_own_units
 
 _ALPHA = 0.75  # share of the new step in a momentum step
 _L1_DECREASE, _L1_SMALLEST = 1.5, 10.0
 PointLoss = Callable[[Tensor, Tensor], Tensor]  # indices (A,) of the images and logits (A, K) to (A,)
 
 
+@in_own_units("eps")
 def apgd(
     model: nn.Module,
     inputs: Tensor,
@@ -67,6 +69,7 @@ def apgd(
     return run_attack(model, inputs, labels, run, Noise(**noise), max_batch)
 
 
+@in_own_units("eps")
 def apgd_targeted(
     model: nn.Module,
     inputs: Tensor,

@@ -18,8 +18,10 @@ from .keeper import Keeper
 from .losses import margin, of_labels
 from .norms import Norm, check_eps, check_norm, project
 from .square import square
+from .units import in_own_units
 
 
+@in_own_units("eps")
 def autoattack_rand(
     model: nn.Module,
     inputs: Tensor,
@@ -53,6 +55,7 @@ def autoattack_rand(
     return _in_turn(model, inputs, labels, parts, targeted, norm, eps, max_batch, options)
 
 
+@in_own_units("eps")
 def autoattack_standard(
     model: nn.Module,
     inputs: Tensor,

@@ -21,6 +21,7 @@ from .expectation import Noise, NoiseOptions, Oracle
 from .losses import margin, of_labels
 from .nearest import Nearest
 from .norms import largest_eps, per_image, size
+from .units import in_own_units
 
 _TRAVEL = 8.0  # how far all steps together reach, in distances of a linear network
 _MEAN, _SQUARE = 0.9, 0.99  # Adam's decays
@@ -50,6 +51,7 @@ def _check(steps: int, lr: float) -> None:
         raise ValueError(f"lr must be finite and > 0, got {lr}")
 
 
+@in_own_units()
 def cw_l2_paper(
     model: nn.Module,
     inputs: Tensor,
@@ -105,6 +107,7 @@ def cw_l2_paper(
     return run_attack(model, inputs, labels, run, Noise(**noise), max_batch)
 
 
+@in_own_units("lr")
 def cw_l2(
     model: nn.Module,
     inputs: Tensor,

@@ -17,6 +17,7 @@ from ..noise.calls import OwnHooks, without_weight_gradients
 from ..noise.injection import eval_mode, random_layers
 from ..noise.streams import Sampling, fresh_seed, stream_seed
 from .expectation import Forward, Noise, Oracle
+from .units import bounds_of, from_units
 
 
 def run_attack(
@@ -83,7 +84,8 @@ def attacked(model: nn.Module) -> Iterator[tuple[Forward, Forward | None]]:
         torch.enable_grad(),
         exact_float32(),
     ):
-        yield single_draw(original), None if model is original else single_draw(model)
+        own = from_units(single_draw(original))
+        yield own, None if model is original else from_units(single_draw(model))
 
 
 def single_draw(model: nn.Module) -> Forward:
@@ -96,9 +98,12 @@ def single_draw(model: nn.Module) -> Forward:
     return draw if dtype is None else lambda inputs: draw(inputs.to(dtype))
 
 
-def check_batch(inputs: Tensor, labels: Tensor) -> Tensor:
-    """The labels as int64 beside the images; a ValueError or TypeError unless both fit the rules."""
-    check_images(inputs)
+def check_batch(inputs: Tensor, labels: Tensor, model: nn.Module | None = None) -> Tensor:
+    """The labels as int64 beside the images; a ValueError or TypeError unless both fit the rules.
+
+    `model`: whose range the images are to be in; None for [0, 1].
+    """
+    check_images(inputs, (0.0, 1.0) if model is None else bounds_of(model))
     return class_numbers(labels, len(inputs), device=inputs.device)
 
 

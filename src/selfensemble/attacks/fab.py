@@ -16,6 +16,7 @@ from .expectation import Noise, NoiseOptions, Oracle, fooled
 from .losses import margin
 from .nearest import Nearest
 from .norms import Norm, check_eps, check_norm, dual_size, largest_eps, per_image, random_start, size
+from .units import in_own_units
 
 _START = {"linf": 0.3, "l2": 1.0, "l1": 5.0}  # radius of restarts where nothing is known, as published
 _TINY = 1e-12
@@ -23,6 +24,7 @@ _TINY = 1e-12
 Boundary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+@in_own_units("eps")
 def fab(
     model: nn.Module,
     inputs: Tensor,

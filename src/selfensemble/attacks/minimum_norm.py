@@ -17,8 +17,10 @@ from .expectation import Noise, NoiseOptions, Oracle, fooled
 from .losses import margin, of_labels
 from .nearest import Nearest
 from .norms import Norm, check_norm, dual_size, largest_eps, per_image, project, size, unit_l2
+from .units import in_own_units
 
 
+@in_own_units("initial_norm")
 def ddn(
     model: nn.Module,
     inputs: Tensor,
@@ -70,6 +72,7 @@ def ddn(
     return run_attack(model, inputs, labels, run, Noise(**noise), max_batch)
 
 
+@in_own_units("step_size")
 def fmn(
     model: nn.Module,
     inputs: Tensor,

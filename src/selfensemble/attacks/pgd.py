@@ -16,8 +16,10 @@ from .expectation import Noise, NoiseOptions, Oracle
 from .keeper import Keeper
 from .losses import Loss, LossName, check_loss, of_labels
 from .norms import Norm, check_eps, check_norm, project, random_start, steepest
+from .units import in_own_units
 
 
+@in_own_units("eps")
 def fgsm(
     model: nn.Module,
     inputs: Tensor,
@@ -37,6 +39,7 @@ def fgsm(
     )  # fmt: skip
 
 
+@in_own_units("eps", "step_size")
 def pgd(
     model: nn.Module,
     inputs: Tensor,

@@ -11,8 +11,10 @@ from .expectation import Noise, NoiseOptions, Oracle
 from .keeper import Keeper
 from .losses import margin, of_labels
 from .norms import Norm, check_eps, check_norm, per_image, project, random_start, size
+from .units import in_own_units
 
 
+@in_own_units("eps")
 def random_noise(
     model: nn.Module,
     inputs: Tensor,

@@ -17,12 +17,14 @@ from .expectation import Estimate, Noise, NoiseOptions, Oracle
 from .keeper import Keeper
 from .losses import Loss, LossName, check_loss, of_labels
 from .norms import Norm, check_eps, check_norm, per_image, project, size
+from .units import in_own_units
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10000 candidates, where p is halved
 _REDRAWS = 8
 _TINY = 1e-12
 
 
+@in_own_units("eps")
 def square(
     model: nn.Module,
     inputs: Tensor,

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..attacks.budget import spend
 from ..attacks.driver import run_attack, single_draw
 from ..attacks.expectation import Forward, Noise, Oracle
+from ..attacks.units import from_units, in_own_units
 from ..noise.streams import noise_draw, stream_seed
 from ..runtime.random_state import kept_random_state
 
@@ -135,7 +136,8 @@ class LibraryAttack:
 
         Args:
             model: a classifier; of a `SelfEnsemble`, single draws are attacked, or means of `eot`.
-            inputs: (B, C, H, W) in [0, 1].
+            inputs: (B, C, H, W) in [0, 1], or in the bounds of an ensemble. The library gets them in [0, 1]:
+                lengths among its settings are shares of the range.
             labels: (B,) integers, true classes, or wanted ones if `targeted`.
             targeted: reach `labels` rather than leave them, where the attack can.
             eot: noise draws of a pass, in the memory of that many; 1 for a model without noise.
@@ -144,7 +146,7 @@ class LibraryAttack:
                 draw from the operating system besides, and do not repeat (ART's HopSkipJump).
 
         Returns:
-            (B, C, H, W) in [0, 1], on the device and in the dtype of `inputs`.
+            (B, C, H, W) in the range, on the device and in the dtype of `inputs`.
 
         Raises:
             ValueError: inputs or settings the library cannot attack, or its images are not finite, leave
@@ -153,7 +155,9 @@ class LibraryAttack:
 
         def run(oracle: Oracle, x: Tensor, y: Tensor) -> Tensor:
             own = int(torch.randint(2**31, (), generator=oracle.generator, device="cpu"))
-            classifier = LibraryClassifier(single_draw(model), oracle, x.device, stream_seed(own, 0, 0))
+            classifier = LibraryClassifier(
+                from_units(single_draw(model)), oracle, x.device, stream_seed(own, 0, 0)
+            )
             # Of what the library makes without saying where; ART's arrays are NumPy's.
             where = torch.device("cpu") if self.library == "art" else x.device
             try:
@@ -163,7 +167,10 @@ class LibraryAttack:
                 spend(gradients=classifier.gradients, forwards=classifier.forwards)
             return self._checked(images.detach().to(x.device, torch.float32), x)
 
-        return run_attack(model, inputs, labels, run, Noise(eot=eot, seed=seed), max_batch)
+        def attack(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+            return run_attack(model, inputs, labels, run, Noise(eot=eot, seed=seed), max_batch)
+
+        return in_own_units()(attack)(model, inputs, labels)
 
     def _checked(self, images: Tensor, inputs: Tensor) -> Tensor:
         what = f"{self.library}'s {self.name}"

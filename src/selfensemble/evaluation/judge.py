@@ -32,8 +32,8 @@ class Verdict:
         answers: (B, Q) int64, the defender's answers.
         labels: (B,) int64, the true classes, beside the answers.
         lead: (B,) mean over the queries of `max p_j - p_y`, j != y: above 0 the attack has the lead.
-        l2: (B,) Euclidean distance to the originals, in [0, 1] pixels.
-        linf: (B,) largest change of a pixel.
+        l2: (B,) Euclidean distance to the originals, in the units of the images.
+        linf: (B,) largest change of a pixel, likewise.
     """
 
     answers: Tensor
@@ -123,15 +123,16 @@ def judge(
         max_batch: images a forward pass.
 
     Raises:
-        ValueError: shapes differ, or adversarial images leave [0, 1] or the ball, or hold NaN.
+        ValueError: shapes differ, or adversarial images leave the model's range ([0, 1], or the bounds of an
+            ensemble) or the ball, or hold NaN.
     """
-    labels = check_batch(inputs, labels)
+    labels = check_batch(inputs, labels, model)
     check_count("queries", queries)
     if len(inputs) == 0:
         raise ValueError("no images to judge")
     if adversarial.shape != inputs.shape:
         raise ValueError(f"adversarial is {tuple(adversarial.shape)}, inputs {tuple(inputs.shape)}")
-    check_batch(adversarial, labels)
+    check_batch(adversarial, labels, model)
     change = adversarial - inputs
     if eps is not None and (farthest := float(size(change, norm).max())) > eps * (1 + 1e-4) + 1e-6:
         raise ValueError(
