@@ -38,7 +38,7 @@ def ensemble() -> rse.SelfEnsemble:
 @pytest.fixture(scope="module")
 def plain(ensemble: rse.SelfEnsemble) -> nn.Module:
     """The network of it without its noise."""
-    network = deepcopy(ensemble).model
+    network: nn.Module = deepcopy(ensemble).model
     rse.remove_noise_(network).eval()
     return network
 

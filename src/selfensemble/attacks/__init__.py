@@ -3,8 +3,9 @@
 `inputs` are (B, ...) in [0, 1], or in the `bounds` of an ensemble, whose units radii then have: audio in
 [-1, 1], or images that were standardised before. `labels` are (B,) integers, the true classes, or the
 wanted ones where `targeted`. Adversarial images have the shape of `inputs` and stay in that range. An attack
-attacks the model in eval mode and computes gradients with respect to its inputs only. It claims nothing: whether an
-image is adversarial is for `evaluation.judge` to say, on fresh noise. How attacks meet noise: `Noise`.
+attacks the model in eval mode and computes gradients with respect to its inputs only. It claims nothing:
+whether an image is adversarial is for `evaluation.judge` to say, on fresh noise. How attacks meet noise:
+`Noise`.
 """
 
 from collections.abc import Callable

@@ -36,6 +36,10 @@ def evaluate(
     precision: Annotated[
         str | None, typer.Option(help="Of the gradients that attacks follow: float32 or bf16 (faster).")
     ] = None,
+    save_images: Annotated[
+        bool,
+        typer.Option("--save-images", help="Judge attacked images in 8 bits, and keep them as PNG files."),
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run; runs/MODEL-PROTOCOL by default.")
     ] = None,
@@ -44,10 +48,12 @@ def evaluate(
 ) -> None:
     """Attack a model by a protocol, judge it on fresh noise; started again, it goes on where it stopped."""
     from ..artefacts import storage
+    from ..evaluation.eight_bits import write_images
     from ..evaluation.runner import Evaluation
     from ..noise.injection import make_static_
 
     overrides: dict[str, Any] = {"images": n, "seed": seed, "shard": shard, "precision": precision}
+    overrides |= {"bits": 8 if save_images else None}
     plan = _protocol(protocol, c, {key: value for key, value in overrides.items() if value is not None})
     config = storage.read_config(model)
     rank, world, target = this_process(device)
@@ -67,6 +73,9 @@ def evaluate(
             progress=update, rank=rank, world=world,
         )  # fmt: skip
         results = evaluation.run()
+        if save_images and rank == 0:
+            update("writing images", 1.0)
+            write_images(evaluation.shards, folder / "images")
     if rank != 0:
         return
     if as_json:

@@ -55,7 +55,8 @@ class Protocol(Section):
 
     `images`: the first so many of the test set; `shard`: images at a time. `precision`: of the gradients
     that attacks follow, "float32" or "bf16" (on a processor with bfloat16 arithmetic three times as fast);
-    whether an attack succeeds is decided in float32, and so judges the judge.
+    whether an attack succeeds is decided in float32, and so judges the judge. `bits`: 8 to judge attacked
+    images as files hold them, rounded to 256 levels; null for images as the attacks return them.
     """
 
     name: str
@@ -64,9 +65,15 @@ class Protocol(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     shard: Annotated[int, Field(ge=1)] = 100
     precision: Precision = "float32"
+    bits: Literal[8] | None = None
     judge: JudgeSection = JudgeSection()
     checks: bool = False
     attacks: tuple[AttackSpec, ...]
+
+    def record(self) -> dict[str, Any]:
+        """What results and folders of runs hold of it; `bits` where it says something, as older ones do."""
+        values = self.model_dump(mode="json")
+        return values if self.bits is not None else {k: v for k, v in values.items() if k != "bits"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from ..runtime.interrupts import Interrupted
 from ..runtime.processes import wait_for_all
 from ..runtime.provenance import provenance
 from . import collect
+from .eight_bits import in_8_bits
 from .identity import claim, data_record, duration, model_record
 from .judge import judge
 from .protocol import MINIMUM_NORM, Protocol, Run, expand
@@ -100,7 +101,7 @@ class Evaluation:
             {
                 "model": self._identity(),
                 "data": {"digest": self.data_record.digest},
-                "protocol": self.protocol.model_dump(mode="json"),
+                "protocol": self.protocol.record(),
                 # Streams of noise follow the batches, and differ between kinds of devices.
                 "max_batch": self.max_batch,
                 "device": next((p.device.type for p in self.ensemble.parameters()), "cpu"),
@@ -178,6 +179,8 @@ class Evaluation:
                 images = found
                 if plan.norm is not None and plan.eps is not None:
                     images = within(found, x, plan.norm, plan.eps, run.attack in MINIMUM_NORM)
+                if self.protocol.bits is not None:
+                    images = in_8_bits(images, x, plan.norm, plan.eps)
                 seed = self._seed(number, order, 1 + index)
                 self._judge(tensors, plan, x, images, y, self.protocol.judge.seeds, seed)
         else:
@@ -230,7 +233,7 @@ class Evaluation:
             name=self.name,
             model=self.model,
             data=self.data_record,
-            protocol=self.protocol.model_dump(mode="json"),
+            protocol=self.protocol.record(),
             clean=entries[CLEAN],
             attacks=tuple(entries[plan.key] for plan in self.plans if plan.run is not None),
             worst_case=tuple(entries[plan.key] for plan in self.plans if plan.members),

@@ -1,0 +1,69 @@
+"""Attacked images as files hold them: 256 levels a pixel."""
+
+import io
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..attacks.norms import per_image, size
+from ..runtime.files import atomic_write
+from .shards import CLEAN, Shards
+
+_HALVINGS = 12
+_CHANNELS = (1, 3, 4)  # grey, colour, colour and opacity
+
+
+def in_8_bits(found: Tensor, x: Tensor, norm: str | None = None, eps: float | None = None) -> Tensor:
+    """Attacked images rounded to 256 levels, within the ball.
+
+    Where rounding leaves the ball, the change is made a little shorter before it is rounded.
+
+    Args:
+        found, x: (B, ...) attacked and original images, in [0, 1].
+        norm, eps: the ball; None for none.
+
+    Returns:
+        (B, ...) multiples of 1/255. Of an original that is none itself all of them may lie outside of the
+        ball: then it takes their place.
+    """
+
+    def rounded(share: Tensor) -> Tensor:
+        return ((x + per_image(share, x) * (found - x)).clamp(0.0, 1.0) * 255).round() / 255
+
+    low, high = x.new_zeros(len(x)), x.new_ones(len(x))
+    best = rounded(high)
+    if norm is None or eps is None:
+        return best
+    radius = eps * (1 + 1e-5)
+    inside = size(best - x, norm) <= radius
+    best = torch.where(per_image(inside, x), best, x)
+    if inside.all():
+        return best
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        images = rounded(middle)
+        fits = size(images - x, norm) <= radius
+        best = torch.where(per_image(fits & ~inside, x), images, best)
+        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
+    return best
+
+
+def write_images(shards: Shards, folder: Path) -> None:
+    """PNG files of all attacked images: `ENTRY/IMAGE.png`, numbered as in the table of a run.
+
+    Raises:
+        ValueError: images that PNG does not hold.
+    """
+    channels = shards.inputs.shape[1]
+    if shards.inputs.dim() != 4 or channels not in _CHANNELS:
+        shape = tuple(shards.inputs.shape[1:])
+        raise ValueError(f"PNG holds images (C, H, W) of 1, 3 or 4 channels, not {shape}")
+    for plan in shards.plans:
+        for start in shards.starts if plan.key != CLEAN else ():
+            for row, image in enumerate(shards.read(start, plan.key).adversarial):
+                levels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).squeeze(2).numpy()
+                file = io.BytesIO()
+                Image.fromarray(levels).save(file, "png")
+                atomic_write(folder / plan.key / f"{start + row:07d}.png", file.getvalue())
