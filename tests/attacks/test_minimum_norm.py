@@ -39,12 +39,14 @@ def ensemble() -> rse.SelfEnsemble:
 def plain(ensemble: rse.SelfEnsemble) -> nn.Module:
     """The network of it without its noise."""
     network: nn.Module = deepcopy(ensemble).model
-    rse.remove_noise_(network).eval()
+    rse.remove_noise_(network)
+    network.eval()
     return network
 
 
 def length(change: Tensor) -> Tensor:
-    return change.flatten(1).norm(dim=1)
+    norms: Tensor = change.flatten(1).norm(dim=1)
+    return norms
 
 
 @pytest.mark.parametrize("name", ATTACKS)
