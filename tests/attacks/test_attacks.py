@@ -427,7 +427,7 @@ def test_frozen_dropout_falls_to_every_attack(images: Tensor, name: str) -> None
         ({"norm": "l3"}, "norm must be one of"),
         ({"steps": 0}, "steps"),
         ({"restarts": 0}, "restarts"),
-        ({"loss": "mse"}, "loss must be one of ce, margin, dlr"),
+        ({"loss": "mse"}, "loss must be one of ce, margin, dlr, probability-margin"),
         ({"step_size": -1.0}, "step_size"),
         ({"eot": 0}, "eot"),
         ({"average": "logits"}, "average"),

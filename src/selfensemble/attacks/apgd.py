@@ -17,6 +17,7 @@ from .expectation import Estimate, Noise, NoiseOptions, Oracle
 from .keeper import Keeper
 from .losses import LossName, check_loss, targeted_dlr
 from .norms import Norm, check_eps, check_norm, per_image, project, random_start, size, steepest
+from .targets import Order, check_order, wrong_classes
 from .units import in_own_units
 
 _ALPHA = 0.75  # share of the new step in a momentum step
@@ -47,7 +48,7 @@ def apgd(
 
     Args:
         model, inputs, labels, targeted, norm, eps, steps, restarts, early_stop, max_batch, noise: see `pgd`.
-        loss: "ce", "dlr" or "margin".
+        loss: "ce", "dlr", "margin" or "probability-margin".
         rho: share of the steps that must raise the loss, or else the step size is halved.
 
     Returns:
@@ -80,6 +81,7 @@ def apgd_targeted(
     eps: float = 8 / 255,
     steps: int = 100,
     targets: int = 9,
+    order: Order = "likely",
     rho: float = 0.75,
     early_stop: bool = False,
     max_batch: int | None = None,
@@ -89,7 +91,9 @@ def apgd_targeted(
 
     Args:
         labels: the true classes; `targeted=True` is refused, for `apgd` with `targeted` does that.
-        targets: how many wrong classes are tried, the likeliest first.
+        targets: how many wrong classes are tried.
+        order: "likely" for the likeliest first, as published, or "near" for those that a linear network would
+            reach first (MALT); see `wrong_classes`.
         model, inputs, norm, eps, steps, rho, early_stop, max_batch, noise: see `apgd`.
     """
     if targeted:
@@ -97,14 +101,12 @@ def apgd_targeted(
             "apgd_targeted takes the true labels; to reach wanted classes use apgd(targeted=True)"
         )
     check_count("targets", targets)
+    check_order(order)
     _check(norm, eps, inputs, steps, 1, rho)
 
     def run(oracle: Oracle, x: Tensor, y: Tensor) -> Tensor:
         keep = Keeper(oracle, x, y, False)
-        clean = oracle.evaluate(x, lambda z: z[:, 0]).probabilities
-        order = clean.scatter(1, y[:, None], -1.0).argsort(dim=1, descending=True)
-        for rank in range(min(targets, oracle.classes - 1)):
-            goal = order[:, rank]
+        for goal in wrong_classes(oracle, x, y, targets, order, norm).T:
 
             def at(indices: Tensor, logits: Tensor, goal: Tensor = goal) -> Tensor:
                 return targeted_dlr(logits, y[indices], goal[indices])

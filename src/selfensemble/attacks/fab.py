@@ -16,6 +16,7 @@ from .expectation import Noise, NoiseOptions, Oracle, fooled
 from .losses import margin
 from .nearest import Nearest
 from .norms import Norm, check_eps, check_norm, dual_size, largest_eps, per_image, random_start, size
+from .targets import wrong_classes
 from .units import in_own_units
 
 _START = {"linf": 0.3, "l2": 1.0, "l1": 5.0}  # radius of restarts where nothing is known, as published
@@ -174,9 +175,7 @@ def _boundaries(
         return [wanted]
     if targets is None:
         return [nearest]
-    clean = oracle.evaluate(x, lambda z: z[:, 0]).probabilities
-    order = clean.scatter(1, y[:, None], -1.0).argsort(dim=1, descending=True)
-    return [towards(order[:, rank]) for rank in range(min(targets, oracle.classes - 1))]
+    return [towards(goal) for goal in wrong_classes(oracle, x, y, targets, "likely", norm).T]
 
 
 def _walk(

@@ -74,7 +74,7 @@ def pgd(
             from `20 eps / steps`, at most `eps`: constant steps end around the maximum, not in it.
         restarts: runs from a new random start.
         random_starts: begin within the ball rather than at the image (the first restart).
-        loss: "ce", "margin" or "dlr".
+        loss: "ce", "margin", "dlr" or "probability-margin".
         early_stop: an image leaves the batch once a success is confirmed; saves time, but stops at the
             first success rather than the largest loss.
         max_batch: images attacked at a time; None for all. Memory does not depend on `eot`.

@@ -55,7 +55,7 @@ def square(
         queries: queries for each image at most.
         p_init: share of the pixels that the first squares cover; halved 9 times on the published
             schedule, rescaled to `queries`.
-        loss: "margin", "ce" or "dlr".
+        loss: "margin", "ce", "dlr" or "probability-margin".
         early_stop: an image leaves the batch at its first (confirmed) success, as published; otherwise
             the search for a larger loss goes on.
         max_batch: images attacked at a time; a random model meets twice as many in a forward pass.
