@@ -28,11 +28,10 @@ _QUERIES = (1, 10, 100)
 _NONE = "\N{EN DASH}"
 _ABOUT = """\
 Half-width VGG16 unless the scale says otherwise, all trained for the same epochs; those that train under
-attack have one gradient of it a step (N-FGSM in L-inf, for SmoothAdv one step in L2), where their papers
-have 2 to 10. So absolute figures are below those of the papers, and the comparison is between rows, and
-between columns of a row. Accuracies are in % with 95 % Clopper-Pearson intervals over the images, of the
-first of {seeds} seeds of
-the defender's noise; each defense was trained once. The protocol: {attacks}."""
+attack have one gradient of it a step (N-FGSM in L-inf, for SmoothAdv one step in L2), where their papers have
+2 to 10. So the figures are below those of the papers in any case; what the board compares are the rows with
+each other, and the columns of a row. Accuracies are in % with 95 % Clopper-Pearson intervals over the images,
+of the first of {seeds} seeds of the defender's noise; each defense was trained once. Attacks: {attacks}."""
 _CAPTION = """\
 *Claimed* is what the paper says, see below. *One draw* is PGD with {steps} steps of one draw each, the last
 iterate, L-inf 8/255: how most of these were evaluated. *Worst case*: for each image the attack of the honest
@@ -163,7 +162,7 @@ def _least_queries(records: Sequence[Record]) -> int:
 
 
 def kept(record: Record, key: str, count: int) -> Share:
-    """Images whose next `count` answers are all right, with the normal interval over the images.
+    """Images whose next `count` answers are all right, with the normal interval over them, within [0, 1].
 
     Of an image with w wrong answers among Q, `count` of them drawn without replacement are all right with
     probability C(Q - w, count) / C(Q, count), which is unbiased; see `Verdict.persistent`.
@@ -173,7 +172,8 @@ def kept(record: Record, key: str, count: int) -> Share:
         right = asked - record.numbers(f"{key}.wrong")
     else:
         right = record.bits(f"{key}.right").sum(axis=1).astype(float)
-    return mean(all_right(right, asked, count))
+    found = mean(all_right(right, asked, count))
+    return Share(found.value, max(0.0, found.low), min(1.0, found.high))
 
 
 def all_right(right: NDArray[np.float64], asked: int, count: int) -> NDArray[np.float64]:

@@ -13,7 +13,7 @@ from ..training.recipe import public_recipe
 
 # Their protocols are named EXPERIMENT-SCALE.
 EXPERIMENTS = (
-    "headline", "draws", "noise", "targeted", "theory", "honest", "certainty", "certificates",
+    "headline", "draws", "noise", "targeted", "theory", "honest", "board", "certainty", "certificates",
     "certified-noise", "resnext", "stl10",
 )  # fmt: skip
 _NOISE = """\
