@@ -248,7 +248,7 @@ def test_antithetic_draws_are_opposite(name: str, sampling: Sampling) -> None:
 def test_weights_are_drawn_a_few_images_at_a_time(monkeypatch: pytest.MonkeyPatch, digits: Tensor) -> None:
     ensemble = small("bayesian", digits)
     full = _logits(ensemble, digits, "per_image")
-    monkeypatch.setattr("selfensemble.noise.random_weights._ROOM", 1)
+    monkeypatch.setattr("selfensemble.noise.random_weights._ROOM_ON_CPU", 1)
     torch.testing.assert_close(_logits(ensemble, digits, "per_image"), full)
 
 

@@ -88,7 +88,7 @@ class BayesianConfig(Randomness):
 
     places: ClassVar[str] = "convolutions or linear layers"
     name: Literal["bayesian"] = "bayesian"
-    start: float = Field(default=0.02, gt=0, allow_inf_nan=False)
+    start: float = Field(default=0.01, gt=0, allow_inf_nan=False)
     prior_std: float = Field(default=0.05, gt=0, allow_inf_nan=False)
 
     def fits(self, module: nn.Module) -> bool:

@@ -20,7 +20,10 @@ class BayesianTraining(Attacking):
     """Cross-entropy of attacked images, and the divergence from the prior.
 
     Attributes:
-        divergence: weight of the divergence divided by the number of images; the bound has 1.
+        divergence: weight of the divergence divided by the number of images; the bound has 1. Of networks
+            with many more weights than images 1 can leave nothing but the prior: a VGG16 of 230,000 weights
+            on 3,200 images learned nothing in 6 epochs (12.7 %), and with 0.02 and levels from 0.01 nearly
+            what it learned without random weights (27.2 and 31.0 %).
     """
 
     trains: ClassVar[str | None] = "bayesian"
