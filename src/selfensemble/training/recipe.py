@@ -3,6 +3,7 @@
 A recipe is a file, or the name of one shipped in `training/recipes/`.
 """
 
+from collections.abc import Iterator
 from contextlib import suppress
 from importlib import resources
 from pathlib import Path
@@ -254,6 +255,15 @@ def _known_keys(place: tuple[int | str, ...]) -> list[str]:
             section = next(kind for kind in kinds if kind.model_fields["name"].default == part)
             continue
         annotation = section.model_fields[part].annotation
-        kinds = [kind for kind in get_args(annotation) or (annotation,) if hasattr(kind, "model_fields")]
+        kinds = list(_sections(annotation))
         section = kinds[0]
     return list(section.model_fields)
+
+
+def _sections(annotation: Any) -> Iterator[Any]:
+    """The sections that a type allows: one, or several in a union, which may be annotated."""
+    if hasattr(annotation, "model_fields"):
+        yield annotation
+        return
+    for part in get_args(annotation):
+        yield from _sections(part)
