@@ -132,7 +132,9 @@ def emulated_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """Within this context and this thread there is the device."""
     state = torch.Generator("cpu").get_state()
     module = SimpleNamespace(
-        get_rng_state=lambda device=None: state, set_rng_state=lambda value, device=None: None
+        get_rng_state=lambda device=None: state,
+        set_rng_state=lambda value, device=None: None,
+        device_count=lambda: 1,
     )
     with monkeypatch.context() as patch, _Creating():  # type: ignore[no-untyped-call]
         patch.setattr(torch, "Generator", _Generator)

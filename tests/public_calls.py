@@ -214,6 +214,23 @@ TRAINING: dict[str, dict[str, Any]] = {
     "trades": {"defense": {"name": "trades", "steps": 2}},
     "fgsm-retraining": {"defense": {"name": "fgsm-retraining"}},
     "distillation": {"defense": {"name": "distillation", "temperature": 5.0}},
+    "parametric noise": {
+        "defense": {"name": "parametric-noise", "steps": 1, "start": 2, "projected": False},
+        "randomness": {"name": "parametric-noise"},
+    },
+    "bayesian": {
+        "defense": {"name": "bayesian", "steps": 1},
+        "randomness": {"name": "bayesian"},
+        "train": TRAIN | {"optimizer": "adam", "lr": 0.001},
+    },
+    "learned perturbation": {
+        "defense": {"name": "learned-perturbation", "steps": 1, "period": 2},
+        "randomness": {"name": "learned-perturbation"},
+    },
+    "aligned noise": {"defense": {"name": "aligned-noise"}, "randomness": {"name": "aligned-noise"}},
+    "random filters": {"randomness": {"name": "random-filters"}, "noise": {"first": "features"}},
+    "dropout": {"randomness": {"name": "dropout"}},
+    "activation pruning": {"randomness": {"name": "activation-pruning"}},
 }
 CALLS = ASKING | ATTACKING | JUDGING | SETS
 

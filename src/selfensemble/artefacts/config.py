@@ -13,6 +13,7 @@ from ..ensemble.sets import SetRule
 from ..ensemble.stopping import Calibrated
 from ..networks.models import CREATED_AS, Activation, create_model
 from ..noise.layer import RandomLayer
+from ..noise.randomness import AnyRandomness, randomise_, randomness_of
 from ..noise.resize_pad import ResizePadConfig
 from ..noise.streams import Sampling
 
@@ -45,12 +46,14 @@ class Architecture(BaseModel):
 
     @classmethod
     def of(cls, model: nn.Module) -> Self | None:
-        """Of a network that `create_model` made, if nothing but noise was put into it since."""
+        """Of a network that `create_model` made, if nothing but noise and random layers were put into it."""
         arguments = getattr(model, CREATED_AS, None)
         if not isinstance(arguments, dict):
             return None
         with torch.device("meta"):
             fresh = create_model(**arguments)
+            if (randomness := randomness_of(model)) is not None:
+                randomise_(fresh, randomness)
         return cls.model_validate(arguments) if _layers(fresh) == _layers(model) else None
 
 
@@ -102,6 +105,7 @@ class ArtefactConfig(BaseModel):
         noise: standard deviation by fully qualified module name, in the order of the layers; a list
             holds one for each channel.
         resize_pad: random resize-and-pad in front of the network, if any.
+        randomness: its random layers of other kinds and their places, if any.
         classes: names of the classes, where known.
         input_shape: (C, H, W) of one input, where known.
         metrics: figures measured when it was saved, with what they were measured on.
@@ -118,6 +122,7 @@ class ArtefactConfig(BaseModel):
     transformers: TransformersNetwork | None = None
     noise: dict[str, _Level | Annotated[tuple[_Level, ...], Field(min_length=1)]]
     resize_pad: ResizePadConfig | None = None
+    randomness: AnyRandomness | None = None
     draws: Annotated[int, Field(ge=1)]
     sampling: Sampling = "shared"
     bounds: tuple[float, float] | None = (0.0, 1.0)
@@ -132,4 +137,5 @@ class ArtefactConfig(BaseModel):
     def is_random(self) -> bool:
         """Whether two answers of the network can differ."""
         levels = [np.max(level) for level in self.noise.values()]
-        return self.resize_pad is not None or any(level > 0 for level in levels)
+        others = self.randomness is not None and not self.randomness.fixed
+        return others or self.resize_pad is not None or any(level > 0 for level in levels)

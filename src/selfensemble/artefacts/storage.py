@@ -21,7 +21,8 @@ from ..fast.ensemble import checked_original
 from ..networks.models import create_model
 from ..noise.copies import OptimizedCopy
 from ..noise.injection import attach_noise_, noise_layers
-from ..noise.layer import NoiseConfig, RandomLayer
+from ..noise.layer import GaussianNoise, NoiseConfig
+from ..noise.randomness import randomise_, randomness_of
 from ..noise.resize_pad import ResizePadConfig, ResizePadNetwork
 from ..runtime.files import atomic_pair, atomic_write, digest_of, read_versioned, to_json
 from .config import FORMAT_VERSION, Architecture, ArtefactConfig, TransformersNetwork
@@ -73,6 +74,7 @@ def save(
         transformers=None if architecture is not None else TransformersNetwork.of(model),
         noise={fqn: layer.std for fqn, layer in noise_layers(model).items()},
         resize_pad=resize_pad,
+        randomness=randomness_of(model),
         draws=ensemble.draws,
         sampling=ensemble.sampling,
         bounds=ensemble.bounds,
@@ -179,9 +181,9 @@ def _check_rounding(ensemble: SelfEnsemble, exact: dict[str, Tensor], stored: di
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict that `model` has without its random layers; learned levels are in the config."""
+    """The state dict that `model` has without its injected noise, whose levels are in the config."""
     names = model.named_modules(remove_duplicate=False)
-    random = tuple(f"{fqn}." for fqn, module in names if isinstance(module, RandomLayer))
+    random = tuple(f"{fqn}." for fqn, module in names if isinstance(module, GaussianNoise))
     return {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(random)}
 
 
@@ -231,16 +233,23 @@ def read_weights(folder: str | Path, config: ArtefactConfig) -> dict[str, Tensor
 
 
 def _built(config: ArtefactConfig, folder: str | Path) -> nn.Module:
-    """The network with fresh weights."""
+    """The network with fresh weights and its random layers, but for injected noise."""
     if config.transformers is not None:
-        return config.transformers.build()
+        return _randomised(config.transformers.build(), config)
     if config.architecture is None:
         raise ValueError(f"{folder} holds a network of your own: pass it, load(folder, model=...)")
     try:
-        return create_model(**config.architecture.model_dump())
+        return _randomised(create_model(**config.architecture.model_dump()), config)
     except (TypeError, RuntimeError) as error:  # of sizes beyond all bounds
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"the network that {folder} describes cannot be built: {reason}") from error
+
+
+def _randomised(model: nn.Module, config: ArtefactConfig) -> nn.Module:
+    """The network with the random layers that it was saved with, if it has none."""
+    if config.randomness is None or randomness_of(model) == config.randomness:
+        return model
+    return randomise_(model, config.randomness)
 
 
 def load(folder: str | Path, model: nn.Module | None = None) -> SelfEnsemble:
@@ -265,6 +274,8 @@ def load(folder: str | Path, model: nn.Module | None = None) -> SelfEnsemble:
             raise ValueError(f"{path} does not fit the network that {CONFIG} describes: restore both")
         with torch.device("cpu"):  # whatever the program's default is
             model = _built(config, folder)
+    else:
+        model = _randomised(model, config)
     if any(tensor.device.type == "meta" for tensor in model.state_dict().values()):
         raise ValueError(
             "the network that was passed lies on the meta device, which keeps no weights: make it "

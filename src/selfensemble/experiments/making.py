@@ -60,22 +60,27 @@ def making_tables(records: Sequence[Record], command: str, about_scale: str) -> 
 
 def _network_row(facts: Facts) -> list[str]:
     recipe, training = facts.recipe, facts.training
-    noise, test = recipe["noise"], None if facts.changed else training.get("test")
+    test = None if facts.changed else training.get("test")
     seconds = training.get("seconds")
     return [
         facts.title,
         f"`{recipe['name']}`",
         f"{recipe['model']['width']:g}",
         f"{recipe['train']['epochs']}",
-        _levels(noise) + (f", then {facts.changed}" if facts.changed else ""),
+        _levels(recipe) + (f", then {facts.changed}" if facts.changed else ""),
         f"{facts.draws}",
         Share(test["accuracy"], test["low"], test["high"]).text if test else "unknown",
         f"{seconds / 60:.0f} min" if seconds is not None else "unknown",
     ]
 
 
-def _levels(noise: dict[str, Any]) -> str:
-    return f"{noise['init_std']:g}, {noise['inner_std']:g}" + (", learned" if noise.get("learn") else "")
+def _levels(recipe: dict[str, Any]) -> str:
+    noise, other = recipe["noise"], recipe.get("randomness")
+    if other is not None:
+        return str(other["name"])
+    where = ", behind the first convolution" if noise.get("first") == "features" else ""
+    learned = ", learned" if noise.get("learn") else ""
+    return f"{noise['init_std']:g}, {noise['inner_std']:g}{learned}{where}"
 
 
 def _settings(facts: Facts) -> str:

@@ -13,6 +13,7 @@ from ..evaluation.identity import model_record
 from ..report.page import Page
 from ..training.recipe import differing_keys, public_recipe
 from .base import Experiment, Report, Setting
+from .board import Board
 from .certainty import Certainty
 from .certificates import Certificates
 from .curves import Curves
@@ -37,6 +38,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         Targeted(),
         Theory(),
         Honest(),
+        Board(),
         Certainty(),
         Certificates("certificates", "Certificates", "rse", "ours", "gaussian", "smoothadv"),
         Certificates("certified-noise", "Does noise inside the network help a certificate?"),

@@ -85,6 +85,13 @@ class CertaintyScale(Section):
     robust_draws: Annotated[int, Field(ge=2)]
 
 
+class BoardScale(Section):
+    """`steps`: of PGD with one draw a step; `queries`: of a persistent attacker."""
+
+    steps: Count
+    queries: Count
+
+
 class Scale(Section):
     """One entry of `scales.yaml`.
 
@@ -96,7 +103,7 @@ class Scale(Section):
         seeds: of the defender's noise.
         strengths: c of the paper's attack.
         precision: of the gradients that attacks follow; success is decided in float32.
-        honest: protocol of the experiment `honest`.
+        honest: protocol of the experiments `honest` and `board`.
     """
 
     name: str
@@ -118,6 +125,7 @@ class Scale(Section):
     certified_noise: CertificateScale
     certainty: CertaintyScale
     honest: str
+    board: BoardScale
 
 
 def load_scale(name: str) -> Scale:

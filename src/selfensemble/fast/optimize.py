@@ -192,7 +192,8 @@ def _fold_(graph: fx.GraphModule) -> None:
             continue
         convolution = once[before]
         kinds = is_convolution(convolution) and isinstance(batch_norm, nn.modules.batchnorm._BatchNorm)
-        if not (kinds and batch_norm.track_running_stats):
+        # Of random weights the levels would have to be folded as well.
+        if not (kinds and batch_norm.track_running_stats) or isinstance(convolution, RandomLayer):
             continue
         transposed = isinstance(convolution, nn.modules.conv._ConvTransposeNd)
         fused = fuse_conv_bn_eval(convolution, batch_norm, transpose=transposed)  # type: ignore[type-var,arg-type]
@@ -214,7 +215,7 @@ def _prepack_(graph: fx.GraphModule, first: str) -> None:
         if not can_prepack(convolution) or any(uses[each] > 1 for each in convolution.parameters()):
             continue
         (after,) = node.users if len(node.users) == 1 else (node,)
-        relu = after is not node and (_is_relu(after) or isinstance(once.get(after), nn.ReLU))
+        relu = after is not node and (_is_relu(after) or _is_plain_relu(once.get(after)))
         name = str(node.target)
         graph.set_submodule(name, PrepackedConvolution(convolution, relu, exact_inputs=name == first))
         if relu:
@@ -230,6 +231,11 @@ def _overwrite_(graph: fx.GraphModule) -> None:
         before = node.args[0]
         if isinstance(noise, GaussianNoise) and isinstance(before, fx.Node) and len(before.users) == 1:
             noise.overwrites = isinstance(once.get(before), (PrepackedConvolution, nn.MaxPool2d))
+
+
+def _is_plain_relu(module: nn.Module | None) -> bool:
+    """Whether nothing is called with it: a random layer in front of it or behind it would be lost."""
+    return isinstance(module, nn.ReLU) and not (module._forward_pre_hooks or module._forward_hooks)
 
 
 def _is_relu(node: fx.Node) -> bool:

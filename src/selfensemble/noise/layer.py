@@ -37,7 +37,8 @@ class RandomLayer(nn.Module):
         layer: number of the layer within its network; seeded streams of two layers differ by it.
         sampling: "per_image" gives every image of a batch its own randomness. "shared" gives all images
             of a batch the same in eval mode, which costs 1 / batch of the random numbers and leaves the
-            distribution of each image's output as it is. Training is always per image.
+            distribution of each image's output as it is. Training is always per image, but for layers with
+            random weights, which say so.
         enabled: False switches it off for everybody; `noise_disabled` switches it off for a call.
         identity: a number that no other layer of the process has, copies included.
         is_continuous: whether no two draws are ever equal.
@@ -47,6 +48,10 @@ class RandomLayer(nn.Module):
 
     def __init__(self, layer: int, sampling: Sampling) -> None:
         super().__init__()
+        self.begin_(layer, sampling)
+
+    def begin_(self, layer: int, sampling: Sampling) -> None:
+        """Set the attributes that every random layer has."""
         self.layer = layer
         self.sampling: Sampling = check_sampling(sampling)
         self.enabled = True
@@ -77,6 +82,10 @@ class RandomLayer(nn.Module):
     def fix_(self) -> None:
         """Take the randomness out for good."""
         raise NotImplementedError
+
+    def levels_learned(self) -> list[nn.Parameter]:
+        """Parameters that say how much noise there is: weight decay must leave them alone."""
+        return []
 
 
 class GaussianNoise(RandomLayer):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .graphs import forget_graphs
-from .injection import CHILD, device_of_parameters, noise_layers
+from .injection import CHILD, device_of_parameters, noise_layers, random_layers
 from .layer import GaussianNoise
 from .levels import Std, check_stds
 from .streams import Sampling
@@ -70,6 +70,9 @@ class LearnedNoise(GaussianNoise):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # Past GaussianNoise's: a constant level is none that has been learned.
         nn.Module._load_from_state_dict(self, *args, **kwargs)
+
+    def levels_learned(self) -> list[nn.Parameter]:
+        return [self.raw]
 
     def levels(self) -> Tensor:
         return functional.softplus(self._scale * self.raw.float())
@@ -124,8 +127,8 @@ def distance_from_start(model: nn.Module) -> Tensor:
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, object]]:
-    """Parameters for an optimiser: the levels, if any are learned, in a group without weight decay."""
-    levels = [layer.raw for layer in learned_layers(model)]
+    """Parameters for an optimiser: levels, if any are learned, in a group without weight decay."""
+    levels = [level for layer in random_layers(model) for level in layer.levels_learned()]
     known = {id(level) for level in levels}
     others = [parameter for parameter in model.parameters() if id(parameter) not in known]
     groups: list[dict[str, object]] = [{"params": others}]

@@ -78,9 +78,7 @@ class ResizePad(RandomLayer):
                 f"{tuple(inputs.shape)}: raise resize_pad.largest, or crop the images"
             )
         if not self.is_active:
-            before = (largest - side) // 2
-            after = largest - side - before
-            return functional.pad(inputs, (before, after, before, after))
+            return pad_to(inputs, largest)
         shared = self.sampling == "shared" and not self.training
         draw, call = (_placement, call_number(self.identity)) if is_recording() else (_draw_placement, -1)
         placement: Tensor = draw(inputs.detach(), self.config.smallest, largest, self.layer, shared, call)
@@ -89,6 +87,14 @@ class ResizePad(RandomLayer):
     def extra_repr(self) -> str:
         state = ("" if self.enabled else ", off") + ("" if self.varies else ", fixed")
         return f"{self.config.smallest} to {self.config.largest}, sampling={self.sampling}{state}"
+
+
+def pad_to(inputs: Tensor, largest: int) -> Tensor:
+    """(B, C, largest, largest), the images in the middle of zeros."""
+    side = inputs.shape[-1]
+    before = (largest - side) // 2
+    after = largest - side - before
+    return functional.pad(inputs, (before, after, before, after))
 
 
 def resize_and_place(inputs: Tensor, placement: Tensor, largest: int) -> Tensor:

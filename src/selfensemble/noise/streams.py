@@ -228,6 +228,21 @@ class Source:
         if opposite:
             noise.neg_()
 
+    def fill_images_(self, noise: Tensor) -> None:
+        """Gaussian noise of level 1, an entry an image, which does not depend on the images behind it."""
+        draw = self.draw
+        if draw.antithetic and draw.count > 1:
+            raise ValueError("antithetic draws with noise of each image's own go into batches of one draw")
+        if draw.seed is None:
+            noise.normal_(generator=self.generator())
+            return
+        opposite = self._is_opposite(draw.index)
+        generator = self.generator(draw.index - opposite)
+        for one in noise:
+            one.normal_(generator=generator)
+        if opposite:
+            noise.neg_()
+
     def _fill_(self, noise: Tensor, std: float, number: int) -> None:
         """With the stream of a draw, in the order of the memory of `noise`."""
         if noise.device.type == "cpu" and noise.dtype in _HALVES:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import yaml
 
 from ..artefacts.config import ArtefactConfig
@@ -13,7 +14,7 @@ from ..training.recipe import public_recipe
 
 # Their protocols are named EXPERIMENT-SCALE.
 EXPERIMENTS = (
-    "headline", "draws", "noise", "targeted", "theory", "honest", "certainty", "certificates",
+    "headline", "draws", "noise", "targeted", "theory", "honest", "board", "certainty", "certificates",
     "certified-noise", "resnext", "stl10",
 )  # fmt: skip
 _NOISE = """\
@@ -82,8 +83,12 @@ def _facts(config: ArtefactConfig) -> str:
     if config.classes is not None:
         lines.append(f"classes: {', '.join(config.classes)}")
     levels = [describe_std(std) for std in config.noise.values()]
-    if config.is_random and levels:
-        lines.append(f"noise: std {levels[0]} on the image, {', '.join(dict.fromkeys(levels[1:]))} inside")
+    if any(np.max(level) > 0 for level in config.noise.values()):
+        recipe = config.recipe or {}
+        first = "image" if recipe.get("noise", {}).get("first") != "features" else "first features"
+        lines.append(f"noise: std {levels[0]} on the {first}, {', '.join(dict.fromkeys(levels[1:]))} inside")
+    if config.randomness is not None and not config.randomness.fixed:
+        lines.append(f"random layers: {config.randomness.name}")
     lines.append(f"a prediction averages {config.draws} noise draw{'s' * (config.draws != 1)}")
     return "\n".join(f"- {line}" for line in lines)
 

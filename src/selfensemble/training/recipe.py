@@ -3,6 +3,7 @@
 A recipe is a file, or the name of one shipped in `training/recipes/`.
 """
 
+from collections.abc import Iterator
 from contextlib import suppress
 from importlib import resources
 from pathlib import Path
@@ -14,6 +15,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from ..networks.models import MODELS, Activation
 from ..noise.layer import NoiseConfig
 from ..noise.learned import Granularity
+from ..noise.randomness import AnyRandomness
 from ..noise.resize_pad import ResizePadConfig
 from ..runtime.schema import Count, NonNegative, Positive, Section
 from .defenses import AnyDefense, CrossEntropy
@@ -49,12 +51,15 @@ class ModelSection(Section):
 class NoiseSection(Section):
     """Noise levels and draws a prediction; both levels 0 is the plain network.
 
-    `learn`: levels are learned from there, one a layer or one a channel; `hold`: the weight of what keeps
-    them up, see `selfensemble.noise.learned`.
+    `first`: where the noise of `init_std` is added, to the "image" as the paper says, or to "features",
+    those of the first convolution, as the authors' code does; the image then has no noise, and nothing can
+    be certified. `learn`: levels are learned from there, one a layer or one a channel; `hold`: the weight of
+    what keeps them up, see `selfensemble.noise.learned`.
     """
 
     init_std: NonNegative = NoiseConfig().init_std
     inner_std: NonNegative = NoiseConfig().inner_std
+    first: Literal["image", "features"] = "image"
     learn: Granularity | None = None
     hold: NonNegative = 0.1
     draws: Count = 10
@@ -70,8 +75,9 @@ class NoiseSection(Section):
 
 
 class TrainSection(Section):
-    """SGD and its schedule.
+    """The optimiser and its schedule.
 
+    `optimizer`: "adam" has torch's settings but for `lr` and `weight_decay`; momentum is for "sgd" alone.
     `stages`: lengths of the stages between which the learning rate falls by 10, relative to each other:
     they are stretched to `epochs`. `average`: what is kept of the averaged weights at each step, e.g.
     0.999; with it the average is validated and saved (Polyak averaging); 0 saves the last weights.
@@ -81,6 +87,7 @@ class TrainSection(Section):
     epochs: Count = 30
     batch_size: Count = 128
     lr: Positive = 0.1
+    optimizer: Literal["sgd", "adam"] = "sgd"
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
     weight_decay: NonNegative = 5e-4
@@ -98,7 +105,8 @@ class TrainSection(Section):
 class Recipe(Section):
     """Everything a training run depends on, but for the machine.
 
-    `resize_pad`: random resize-and-pad in front of the network, in training and at test time.
+    `resize_pad`: random resize-and-pad in front of the network, in training and at test time. `randomness`:
+    random layers of another kind within it, see `selfensemble.noise.randomness`.
     """
 
     name: str
@@ -107,9 +115,20 @@ class Recipe(Section):
     data: DataSection = DataSection()
     model: ModelSection = ModelSection()
     resize_pad: ResizePadConfig | None = None
+    randomness: AnyRandomness | None = None
     noise: NoiseSection = NoiseSection()
     defense: AnyDefense = CrossEntropy()
     train: TrainSection = TrainSection()
+
+    @model_validator(mode="after")
+    def _has_what_its_defense_trains(self) -> Self:
+        needed, name = self.defense.trains, None if self.randomness is None else self.randomness.name
+        if needed is not None and name != needed:
+            raise ValueError(
+                f"defense {self.defense.name} trains random layers of the kind {needed}: set "
+                f"randomness: {{name: {needed}}}"
+            )
+        return self
 
     def teacher(self) -> "Recipe | None":
         """The recipe of a network that has to be trained first, if the defense wants one."""
@@ -236,6 +255,15 @@ def _known_keys(place: tuple[int | str, ...]) -> list[str]:
             section = next(kind for kind in kinds if kind.model_fields["name"].default == part)
             continue
         annotation = section.model_fields[part].annotation
-        kinds = [kind for kind in get_args(annotation) or (annotation,) if hasattr(kind, "model_fields")]
+        kinds = list(_sections(annotation))
         section = kinds[0]
     return list(section.model_fields)
+
+
+def _sections(annotation: Any) -> Iterator[Any]:
+    """The sections that a type allows: one, or several in a union, which may be annotated."""
+    if hasattr(annotation, "model_fields"):
+        yield annotation
+        return
+    for part in get_args(annotation):
+        yield from _sections(part)

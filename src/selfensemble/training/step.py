@@ -13,11 +13,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..ensemble.ensemble import SelfEnsemble
 from ..fast.replay import StepGradients
 from ..fast.small_maps import speed_up_small_maps_
-from ..noise.learned import distance_from_start, parameter_groups
+from ..noise.learned import distance_from_start
 from ..noise.streams import stream_seed
 from ..runtime.random_state import kept_random_state
 from .batches import Batches
-from .building import build_ensemble, make_scheduler
+from .building import build_ensemble, make_optimizer, make_scheduler
 from .defenses import Networks
 from .recipe import Recipe
 
@@ -42,13 +42,7 @@ class TrainingStep:
         self._recipe, self._batches, self._accelerator, self._seed = recipe, batches, accelerator, seed
         self.teacher: SelfEnsemble | None = None
         ensemble = _first_ensemble(recipe, batches)
-        optimizer = torch.optim.SGD(
-            parameter_groups(ensemble),
-            lr=recipe.train.lr,
-            momentum=recipe.train.momentum,
-            weight_decay=recipe.train.weight_decay,
-            nesterov=recipe.train.nesterov,
-        )
+        optimizer = make_optimizer(ensemble, recipe.train)
         self._model, self._optimizer = accelerator.prepare(ensemble, optimizer)
         self._scheduler = make_scheduler(optimizer, recipe.train, steps)
         self._averaged: AveragedModel | None = None
@@ -100,7 +94,7 @@ class TrainingStep:
         """The loss of the images of these numbers with the surroundings' noise; adds to the gradients."""
         inputs, labels = self._batches.batch(index)
         with self._accelerator.autocast():
-            networks = Networks(self._model, self.network, self.teacher)
+            networks = Networks(self._model, self.network, self.teacher, len(self._batches.train_indices))
             loss = self._recipe.defense.loss(networks, inputs, labels)
             if self._recipe.noise.learn is not None:
                 loss = loss + self._recipe.noise.hold * distance_from_start(self.network)

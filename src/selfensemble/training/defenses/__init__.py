@@ -5,24 +5,41 @@ from typing import Annotated
 from pydantic import Field
 
 from .adversarial import Adversarial, Trades
+from .alignment import AlignmentTraining
 from .base import Defense, Networks
+from .bayesian import BayesianTraining
 from .cross_entropy import CrossEntropy
 from .distillation import Distillation, Temperature
 from .fgsm_retraining import FgsmRetraining
+from .parametric_noise import ParametricNoiseTraining
+from .perturbation import PerturbationTraining
 
 AnyDefense = Annotated[
-    CrossEntropy | Adversarial | Trades | FgsmRetraining | Distillation | Temperature,
+    CrossEntropy
+    | Adversarial
+    | Trades
+    | FgsmRetraining
+    | Distillation
+    | Temperature
+    | ParametricNoiseTraining
+    | BayesianTraining
+    | PerturbationTraining
+    | AlignmentTraining,
     Field(discriminator="name"),
 ]
 
 __all__ = [
     "Adversarial",
+    "AlignmentTraining",
     "AnyDefense",
+    "BayesianTraining",
     "CrossEntropy",
     "Defense",
     "Distillation",
     "FgsmRetraining",
     "Networks",
+    "ParametricNoiseTraining",
+    "PerturbationTraining",
     "Temperature",
     "Trades",
 ]

@@ -35,6 +35,8 @@ def maximise(
     step_size: float,
     eot: int = 1,
     random_start: bool = True,
+    start: float = 1.0,
+    projected: bool = True,
 ) -> Tensor:
     """Projected gradient ascent, with input gradients alone.
 
@@ -49,13 +51,15 @@ def maximise(
         steps, step_size: of the ascent.
         eot: noise draws of one step.
         random_start: begin within the ball rather than at the images.
+        start: radius of the ball that starts are drawn from, in `eps`.
+        projected: bring each iterate into the ball.
 
     Returns:
-        (B, C, H, W), in the ball and in [0, 1].
+        (B, C, H, W), in [0, 1] and, where projected, in the ball.
     """
     change = torch.zeros_like(inputs)
     if random_start:
-        change = norms.random_start(inputs, norm, eps, _global_generator(inputs.device))
+        change = norms.random_start(inputs, norm, start * eps, _global_generator(inputs.device))
     draws = eot if ensemble.is_random else 1
     with eval_mode(ensemble):
         for _ in range(steps):
@@ -63,7 +67,8 @@ def maximise(
             each = [ensemble.draw_logits(leaf).float().log_softmax(dim=1) for _ in range(draws)]
             over = torch.stack(each).logsumexp(dim=0) - math.log(draws)
             (gradient,) = torch.autograd.grad(loss(over), leaf)
-            change = project(change + step_size * steepest(gradient.float(), norm), norm, eps, inputs)
+            change = change + step_size * steepest(gradient.float(), norm)
+            change = project(change, norm, eps, inputs) if projected else change.clamp(-inputs, 1 - inputs)
     return (inputs + change).detach()
 
 
@@ -74,7 +79,7 @@ def _global_generator(device: torch.device) -> torch.Generator:
     return torch.default_generator
 
 
-class _Attack(Defense):
+class Attacking(Defense):
     """The attack within the training step.
 
     Attributes:
@@ -84,6 +89,9 @@ class _Attack(Defense):
         eot: noise draws of one gradient step.
         random_start: begin within the ball rather than at the images. A single step in L2 does better
             without: a random direction uses up the radius.
+        start: radius of the ball that random starts are drawn from, in `eps`.
+        projected: bring each iterate into the ball. N-FGSM (de Jorge et al., NeurIPS 2022) is one step of
+            length `eps` from a start within 2 `eps`, not projected: as good as several steps of PGD.
         least: each image goes a share of the way to its attacked one, uniform between `least` and 1, so
             that training meets distances up to eps rather than eps alone.
     """
@@ -94,21 +102,44 @@ class _Attack(Defense):
     step_size: Positive | None = None
     eot: Count = 1
     random_start: bool = True
+    start: Positive = 1.0
+    projected: bool = True
     least: Annotated[float, Field(ge=0, le=1)] = 1.0
+
+    @model_validator(mode="after")
+    def _stays_near(self) -> Self:
+        if not self.projected and self.steps > 1:
+            raise ValueError("an attack of several steps must be projected: set projected: true, or steps: 1")
+        return self
 
     def attack(self, ensemble: SelfEnsemble, inputs: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
         step_size = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
         attacked = maximise(
             ensemble, inputs, loss, norm=self.norm, eps=self.eps, steps=self.steps, step_size=step_size,
-            eot=self.eot, random_start=self.random_start,
+            eot=self.eot, random_start=self.random_start, start=self.start, projected=self.projected,
         )  # fmt: skip
         if self.least == 1:
             return attacked
         share = inputs.new_empty(len(inputs), *[1] * (inputs.dim() - 1)).uniform_(self.least, 1)
         return inputs.lerp(attacked, share)
 
+    def attack_labels(self, ensemble: SelfEnsemble, inputs: Tensor, labels: Tensor) -> Tensor:
+        """`inputs` attacked by the cross-entropy of their labels."""
 
-class Adversarial(_Attack):
+        def loss(over: Tensor) -> Tensor:
+            return functional.nll_loss(over, targets(labels, over))
+
+        return self.attack(ensemble, inputs, loss)
+
+    def half_attacked(self, networks: Networks, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Half the cross-entropy of the images and half that of the attacked ones, in one pass over both."""
+        attacked = self.attack_labels(networks.ensemble, inputs, labels)
+        logits = logits_in_train_mode(networks, torch.cat([inputs, attacked]))
+        labels = targets(labels, logits[: len(inputs)])
+        return functional.cross_entropy(logits, labels.repeat(2))
+
+
+class Adversarial(Attacking):
     """Cross-entropy of attacked images.
 
     Attributes:
@@ -123,15 +154,12 @@ class Adversarial(_Attack):
         return True
 
     def loss(self, networks: Networks, inputs: Tensor, labels: Tensor) -> Tensor:
-        def loss(over: Tensor) -> Tensor:
-            return functional.nll_loss(over, targets(labels, over))
-
-        attacked = self.attack(networks.ensemble, inputs, loss)
+        attacked = self.attack_labels(networks.ensemble, inputs, labels)
         logits = logits_in_train_mode(networks, attacked)
         return functional.cross_entropy(logits, targets(labels, logits), label_smoothing=self.label_smoothing)
 
 
-class Trades(_Attack):
+class Trades(Attacking):
     """Cross-entropy of the images, and how far the answer moves under attack (Zhang et al., ICML 2019).
 
     Attributes:

@@ -1,7 +1,7 @@
 """What a defense by training is: a section of a recipe that knows its loss."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -19,15 +19,22 @@ class Networks:
             wanted. A distributed run needs it to be called just once a step.
         ensemble: the same network without the wrapper of a distributed run.
         teacher: the network that `Defense.teacher` asked for, in eval mode.
+        images: how many there are to learn from.
     """
 
     model: nn.Module
     ensemble: SelfEnsemble
     teacher: SelfEnsemble | None = None
+    images: int | None = None
 
 
 class Defense(Section):
-    """The section `defense` of a recipe. Subclasses set `name`, their settings, and the loss."""
+    """The section `defense` of a recipe. Subclasses set `name`, their settings, and the loss.
+
+    `trains`: the kind of random layers (`randomness.name` of the recipe) that its loss is about, if it is.
+    """
+
+    trains: ClassVar[str | None] = None
 
     def loss(self, networks: Networks, inputs: Tensor, labels: Tensor) -> Tensor:
         """The loss of one step, a scalar.
