@@ -16,9 +16,18 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from selfensemble.evaluation.certified import CERTIFIED, Certified, Point
-from selfensemble.evaluation.results import RESULTS, CheckRecord, DataRecord, Entry, ModelRecord, Results
+from selfensemble.evaluation.certified import CERTIFIED, Certified, Point, read_certified
+from selfensemble.evaluation.results import (
+    RESULTS,
+    CheckRecord,
+    DataRecord,
+    Entry,
+    ModelRecord,
+    Results,
+    read_results,
+)
 from selfensemble.report.html import GALLERY, write_report
+from selfensemble.report.shown import between
 from selfensemble.runtime.files import write_json
 from selfensemble.runtime.provenance import binomial_interval
 
@@ -260,6 +269,24 @@ def a_certification(folder: Path, digest: str, source: str) -> Path:
     return folder
 
 
+def test_a_network_lies_between_its_certificates_and_what_attacks_leave(tmp_path: Path) -> None:
+    """Between two radii of the curve the certified share is that of the larger; of attacks the worst."""
+    results = read_results(a_run(tmp_path / "run"))
+    certified = read_certified(a_certification(tmp_path / "mine", results.model.digest, "cifar10:test"))
+    attacks = tuple(
+        results.clean.model_copy(update={"norm": "l2", "eps": eps, "accuracy": accuracy})
+        for eps, accuracy in ((0.12, 0.6), (0.12, 0.55), (0.2, 0.5), (0.9, 0.1))
+    )
+    found = between(certified, {"run": results.model_copy(update={"attacks": (), "worst_case": attacks})})
+    rows = [
+        (row.radius, row.certified and round(row.certified.radius, 2), row.attacked.accuracy)
+        for row in found["run"]
+    ]
+    assert rows == [(0.12, 0.15, 0.55), (0.2, 0.2, 0.5), (0.9, None, 0.1)]
+    other = results.model_copy(update={"model": results.model.model_copy(update={"digest": "beef"})})
+    assert between(certified, {"run": other}) == {}
+
+
 def test_certificates_stand_beside_attacks_and_published_curves(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run")
     mine = a_certification(tmp_path / "mine", "0123abcd", "cifar10:test")
@@ -267,8 +294,10 @@ def test_certificates_stand_beside_attacks_and_published_curves(tmp_path: Path) 
     assert page.mistakes == []
     for expected in ("mine, certified by vote", "run, under attack", "Cohen et al., std 0.25", "0.137"):
         assert expected in page.text, expected
+    assert "between certificate and attack" in page.text
     _, alone = report(a_certification(tmp_path / "other", "beef", "digits:test"))
     assert alone.mistakes == []
+    assert "between certificate and attack" not in alone.text
     assert "other, certified by vote" in alone.text
     assert "Cohen" not in alone.text
     with pytest.raises(ValueError, match="twice"):

@@ -22,7 +22,7 @@ from ..evaluation.certified import CERTIFIED, Certified, read_certified
 from ..evaluation.results import Entry, ModelRecord, Results, read_results
 from ..noise.layer import describe_std
 from ..runtime.files import atomic_write
-from .shown import certified_plot, protocol_plots, row_title, threat_model
+from .shown import between, certified_plot, protocol_plots, row_title, threat_model
 from .svg import VIEW_BOX, Plot
 
 GALLERY = "gallery.safetensors"
@@ -138,8 +138,13 @@ def _certificates(certified: Mapping[str, Certified], runs: Mapping[str, _Run]) 
     """Runs of `certify`, with what attacks leave of the same networks."""
     if not certified:
         return None
-    plot = certified_plot(certified, {label: run.results for label, run in runs.items()})
-    return {"runs": list(certified.items()), "plots": [_shown(plot, "plot-certified")]}
+    results = {label: run.results for label, run in runs.items()}
+    plot = certified_plot(certified, results)
+    return {
+        "runs": list(certified.items()),
+        "between": [(label, each, between(each, results)) for label, each in certified.items()],
+        "plots": [_shown(plot, "plot-certified")],
+    }
 
 
 def _notes(members: Sequence[Results]) -> list[str]:

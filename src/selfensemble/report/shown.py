@@ -1,8 +1,10 @@
 """Which plots a report shows of its runs."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from ..evaluation.certified import Certified
+from ..evaluation.certified import Point as CertifiedPoint
 from ..evaluation.results import Entry, Results
 from .published import COHEN, is_theirs
 from .svg import Line, Plot, Point, line
@@ -67,11 +69,8 @@ def certified_plot(certified: Mapping[str, Certified], runs: Mapping[str, Result
     ]  # fmt: skip
     digests = [each.model.digest for each in certified.values()]
     for label, results in runs.items():
-        entries = [each for each in (*results.attacks, *results.worst_case) if each.norm == "l2" and each.eps]
-        if results.model.digest in digests and entries:
-            lowest: dict[float, Entry] = {}
-            for entry in sorted(entries, key=lambda each: (each.eps or 0, each.accuracy)):
-                lowest.setdefault(entry.eps or 0, entry)
+        lowest = _lowest(results)
+        if results.model.digest in digests and lowest:
             points = (_point(0, results.clean), *(_point(eps, entry) for eps, entry in lowest.items()))
             number = digests.index(results.model.digest)
             lines.append(line(number, 1, f"{label}, under attack", points, 2, dash=_CLEAN_DASH))
@@ -85,6 +84,45 @@ def certified_plot(certified: Mapping[str, Certified], runs: Mapping[str, Result
         "Bars: 95 % intervals."
     )
     return Plot("Certified accuracy", caption, "L2 radius (images in [0, 1])", "accuracy", tuple(lines))
+
+
+@dataclass(frozen=True)
+class Between:
+    """What is known of a network at a radius: at least `certified`, at most `attacked`.
+
+    Attributes:
+        radius: L2.
+        certified: share that is answered rightly with a certificate of that radius or a larger one; None
+            where the curve ends before.
+        attacked: the attack that leaves least.
+    """
+
+    radius: float
+    certified: CertifiedPoint | None
+    attacked: Entry
+
+
+def between(certified: Certified, runs: Mapping[str, Results]) -> dict[str, list[Between]]:
+    """By labels of the evaluations of the same network, a row for each radius that was attacked."""
+    found = {}
+    for label, results in runs.items():
+        lowest = _lowest(results)
+        if results.model.digest == certified.model.digest and lowest:
+            found[label] = [Between(eps, _at_least(certified, eps), entry) for eps, entry in lowest.items()]
+    return found
+
+
+def _at_least(certified: Certified, eps: float) -> CertifiedPoint | None:
+    return next((point for point in certified.curve if point.radius >= eps - 1e-9), None)
+
+
+def _lowest(results: Results) -> dict[float, Entry]:
+    """By L2 radius, what leaves least within it."""
+    entries = [each for each in (*results.attacks, *results.worst_case) if each.norm == "l2" and each.eps]
+    lowest: dict[float, Entry] = {}
+    for entry in sorted(entries, key=lambda each: (each.eps or 0, each.accuracy)):
+        lowest.setdefault(entry.eps or 0, entry)
+    return lowest
 
 
 def _against_c(runs: Mapping[str, Results]) -> Plot:
