@@ -127,6 +127,30 @@ def test_a_seed_holds_for_what_torch_draws_as_well(kind: Callable[[], nn.Module]
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_seed_holds_for_a_compiled_network() -> None:
+    torch.compiler.reset()
+    ran: list[bool] = []
+
+    def backend(graph: torch.fx.GraphModule, example: list[Tensor]) -> Callable[..., Any]:
+        def run(*args: Tensor) -> Any:
+            ran.append(True)
+            return graph(*args)
+
+        return run
+
+    net, (x, _) = trained(Dropped), images()
+    ensemble = rse.SelfEnsemble(torch.compile(net, backend=backend), rse.NoiseConfig(0, 0), draws=3)  # type: ignore[arg-type]
+    plain = rse.SelfEnsemble(net, draws=3)
+    ensemble.predict(x)
+    state = torch.get_rng_state()
+    one, same = (each.predict(x, seed=1).probabilities for each in (ensemble, plain))
+    assert torch.equal(one, same)
+    assert torch.equal(torch.get_rng_state(), state)
+    ran.clear()
+    ensemble.predict(x)
+    assert ran  # the graph is there as before
+
+
 def test_randomness_that_is_switched_on_later_is_found() -> None:
     class Switched(Dropped):
         on = False

@@ -12,8 +12,8 @@ from ..noise.calls import OwnHooks
 from ..noise.graphs import uncompiled
 from ..noise.injection import eval_mode, random_layers
 from ..noise.layer import GaussianNoise, RandomLayer
+from ..noise.own_numbers import OwnNumbers
 from ..noise.streams import noise_draw
-from ..runtime.random_state import kept_random_state
 
 _CURE = "put one GaussianNoise(init_std) in front of the whole network"
 
@@ -148,6 +148,5 @@ def _check_alone(network: SelfEnsemble, images: Tensor) -> None:
 
 def _seeded(network: SelfEnsemble, images: Tensor) -> Tensor:
     """Logits of the same draw, whatever the images."""
-    with noise_draw(0, 0, "shared"), kept_random_state():
-        torch.manual_seed(0)
+    with noise_draw(0, 0, "shared"), OwnNumbers(0):
         return check_finite(network.draw_logits(images))

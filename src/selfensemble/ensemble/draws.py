@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from ..noise.streams import Sampling, derived_seed, fresh_seed, noise_draw
-from ..runtime.random_state import kept_random_state
 from .checks import explain_shape
 from .classifier import RandomClassifier
 from .randomness import global_noise, other_seed
@@ -107,7 +106,7 @@ class Draws:
                     known[shape] = False
                     return False
                 for step in (1, 2):
-                    with kept_random_state(self.device), noise_draw(0, 0, "shared", count=2, step=step):
+                    with noise_draw(0, 0, "shared", count=2, step=step):
                         repeated = few.repeat(2, *[1] * (few.dim() - 1))
                         answers.append(self.ensemble.draw_logits(repeated)[: len(few)])
             except (RuntimeError, ValueError):  # a pass of one draw will say what is the matter, if anything

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from ..attacks.budget import spend
 from ..attacks.driver import run_attack, single_draw
 from ..attacks.expectation import Forward, Noise, Oracle
+from ..noise.own_numbers import OwnNumbers
 from ..noise.streams import noise_draw, stream_seed
-from ..runtime.random_state import kept_random_state
 
 _TOLERANCE = 1e-4  # how far outside [0, 1] an attack may end: rounding, not a search without a box
 _WARNINGS = r"(torchattacks|foolbox|eagerpy|art)(\.|$)"  # modules whose warnings nobody here can mend
@@ -337,13 +337,12 @@ def _isolated(seed: int | None) -> Iterator[None]:
     """The libraries' warnings off; global generators seeded (but for None), and put back at the end."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
-        with warnings.catch_warnings(), kept_random_state():
+        with warnings.catch_warnings(), OwnNumbers(seed):
             warnings.filterwarnings("ignore", module=_WARNINGS)
             warnings.filterwarnings("ignore", message="torch.meshgrid")  # foolbox's, raised in torch
             if seed is not None:
                 random.seed(seed)
                 np.random.seed(seed)  # noqa: NPY002
-                torch.manual_seed(seed)
             yield
     finally:
         random.setstate(python)

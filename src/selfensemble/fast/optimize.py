@@ -21,8 +21,8 @@ from ..noise.copies import OptimizedCopy
 from ..noise.graphs import original_modules
 from ..noise.injection import execution_order, is_convolution
 from ..noise.layer import GaussianNoise, RandomLayer
+from ..noise.own_numbers import OwnNumbers
 from ..noise.streams import noise_draw
-from ..runtime.random_state import kept_random_state
 from .ensemble import FastEnsemble, Precision, original_of, precision_of
 from .exact import exact_float32 as exact_float32  # for those who import it from here
 from .prepacked import FEW, PrepackedConvolution, can_prepack
@@ -242,8 +242,7 @@ def _same(network: nn.Module, other: nn.Module, inputs: Tensor, tolerance: float
     """Whether both give the same logits with the same noise."""
     outputs = []
     for each in (network, other):
-        with noise_draw(0, sampling="shared"), kept_random_state(inputs.device):
-            torch.manual_seed(0)
+        with noise_draw(0, sampling="shared"), OwnNumbers(0):
             outputs.append(logits_of(each(inputs), len(inputs)).float())
     ours, theirs = outputs
     return torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * float(ours.abs().max()))
