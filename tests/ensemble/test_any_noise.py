@@ -151,6 +151,82 @@ def test_a_seed_holds_for_a_compiled_network() -> None:
     assert ran  # the graph is there as before
 
 
+class Switchable(Dropped):
+    """Dropout that a program switches on in a network in eval mode, by its module or one around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Identity(), nn.Sequential(nn.BatchNorm1d(512)), nn.Dropout(0.3))
+        self.other = nn.Sequential(nn.Dropout(0.0), nn.Dropout(0.3))
+
+    def noisy(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self.other(self.block(hidden))
+        return out
+
+
+def on(net: nn.Module, *names: str) -> nn.Module:
+    for name in names:
+        net.get_submodule(name).train()
+    return net
+
+
+@pytest.mark.parametrize("names", [("block.2",), ("other",)])
+def test_dropout_that_is_switched_on_by_itself_stays_on(names: tuple[str, ...]) -> None:
+    """Before the ensemble is made or after it, whatever stands around the network."""
+    net, (x, y) = trained(Switchable), images()
+    assert rse.SelfEnsemble(net, rse.NoiseConfig(0, 0)).predict(x).draws.unique().tolist() == [1]
+    on(net, *names)
+    wrapped = nn.Sequential(nn.Identity(), net)  # made in train mode, as modules are
+    for model in (net, wrapped):
+        ensemble = rse.SelfEnsemble(rse.remove_noise_(model), rse.NoiseConfig(0, 0), draws=20)
+        assert ensemble.predict(x).spread.max() > 0.01
+        assert ensemble.model.training == (model is wrapped)
+        assert torch.equal(*(ensemble.predict(x, seed=1).probabilities for _ in range(2)))
+    ensemble = rse.SelfEnsemble(rse.remove_noise_(net), rse.NoiseConfig(0, 0), draws=20)
+    assert rse.optimize(ensemble, x, "float32").predict(x).spread.max() > 0.01
+    assert rse.judge(net, x, x, y, queries=20).answers.unique(dim=1).shape[1] > 1
+    net.train()  # as a whole: a network in training, which predicts in eval mode
+    assert ensemble.predict(x).draws.unique().tolist() == [1]
+    assert all(module.training for module in net.modules())
+    ensemble.eval()
+    assert ensemble.predict(x).draws.unique().tolist() == [1]
+
+
+def test_batch_norm_is_not_switched_on() -> None:
+    net, (x, _) = on(trained(Switchable), "block"), images()
+    ensemble = rse.SelfEnsemble(net, rse.NoiseConfig(0, 0), draws=20)
+    before = net.block[1][0].running_mean.clone()  # type: ignore[union-attr, index]
+    assert ensemble.predict(x).draws.unique().tolist() == [1]
+    assert torch.equal(before, net.block[1][0].running_mean)  # type: ignore[union-attr, index]
+    assert net.block[2].training  # type: ignore[index, union-attr]
+    assert [each.rule for each in rse.validate(net, x)] == ["mixed-modes"]
+
+
+def test_modes_of_the_networks_parts_stay_when_an_ensemble_is_made_of_it() -> None:
+    net = trained(Switchable).train()
+    net.block.eval()  # type: ignore[union-attr]
+    modes = [module.training for module in net.modules()]
+    rse.SelfEnsemble(net, rse.NoiseConfig(0, 0))
+    rse.remove_noise_(net)
+    assert [module.training for module in net.modules()] == modes
+
+
+def test_mixing_that_is_switched_on_later_is_found() -> None:
+    class Mixing(Dropped):
+        mixes = False
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            out: Tensor = self.net(inputs)
+            return out - 5 * out.mean(dim=0, keepdim=True) if self.mixes else out
+
+    net, (x, _) = trained(Mixing), images()
+    ensemble = rse.SelfEnsemble(net, rse.NoiseConfig(0.3, 0.1), draws=8)
+    ensemble.predict(x[:2])
+    net.mixes = True  # type: ignore[assignment]
+    found = ensemble.predict(x[:2], seed=1).probabilities
+    assert torch.allclose(found, rse.SelfEnsemble(net, draws=8).predict(x[:2], seed=1).probabilities)
+
+
 def test_randomness_that_is_switched_on_later_is_found() -> None:
     class Switched(Dropped):
         on = False

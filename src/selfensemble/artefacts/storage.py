@@ -19,6 +19,7 @@ from ..ensemble.sets import SetRule
 from ..ensemble.stopping import Calibrated
 from ..fast.ensemble import checked_original
 from ..networks.models import create_model
+from ..noise.calls import to_eval_mode_
 from ..noise.copies import OptimizedCopy
 from ..noise.injection import attach_noise_, noise_layers
 from ..noise.layer import NoiseConfig, RandomLayer
@@ -282,4 +283,5 @@ def load(folder: str | Path, model: nn.Module | None = None) -> SelfEnsemble:
     levels = None if config.noise else NoiseConfig(0, 0)
     ensemble = SelfEnsemble(model, levels, draws=config.draws, sampling=config.sampling, bounds=config.bounds)
     ensemble.stopping, ensemble.sets = config.stopping, config.sets
-    return ensemble.eval()
+    to_eval_mode_(ensemble)
+    return ensemble

@@ -1,10 +1,11 @@
 """A classifier whose passes may differ, one noise draw at a time."""
 
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from ..noise.calls import restore_copy_, state_of_copy, switch_mode
 from ..noise.injection import noise_disabled, random_layers
 from ..noise.streams import Sampling, check_sampling, noise_draw
 from .checks import floating_dtype, logits_of
@@ -28,7 +29,8 @@ class RandomClassifier(nn.Module):
         sampling: how draws are sampled in eval mode, see `GaussianNoise`.
 
     Attributes:
-        folds: by shape of an image, whether one pass can hold several draws; found out when it is wanted.
+        folds: by shape of an image and `settings`, whether one pass can hold several draws; found out when it
+            is wanted.
         precision: that it computes in, as `optimize` names it.
         copied: what an optimised copy was made of; None of another.
     """
@@ -39,11 +41,12 @@ class RandomClassifier(nn.Module):
     has_half_activations = False
     precision: Precision = "float32"
     copied: Copied | None = None
+    asks_calls = True  # its own mode stays what it is, whatever calls of other threads want
 
     def __init__(self, model: nn.Module, sampling: Sampling) -> None:
         super().__init__()
         self.model = model
-        self.folds: dict[tuple[int, ...], bool] = {}
+        self.folds: dict[tuple[tuple[int, ...], int], bool] = {}
         self._others: dict[tuple[int, ...], bool] = {}
         self.sampling = sampling
 
@@ -84,8 +87,30 @@ class RandomClassifier(nn.Module):
         return logits_of(self.model(inputs), inputs.shape[0])
 
     def train(self, mode: bool = True) -> Self:
-        self._others = {}
-        return super().train(mode)
+        """What `nn.Module.train` does; beside calls that want eval mode, as soon as none does any more."""
+        self._others, self.folds = {}, {}
+        switch_mode(self, mode)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_copied": state_of_copy(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        own = state.pop("_copied", None)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if own is not None:
+            restore_copy_(self, own)
+
+    def settings(self) -> int:
+        """A number that changes with the modules, their modes, and what is set on them as plain values."""
+        values = [
+            (name, value)
+            for module in self.model.modules()
+            for name, value in [("", type(module)), *vars(module).items()]
+            if value is None or isinstance(value, bool | int | float | str | type)
+        ]
+        return hash(tuple(values))
 
     def varies(self, inputs: Tensor) -> bool:
         """Whether two passes over images like these differ, by noise of any kind, whoever draws it.

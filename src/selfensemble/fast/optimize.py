@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..ensemble.checks import logits_of
 from ..ensemble.ensemble import SelfEnsemble
-from ..noise.calls import copied
+from ..noise.calls import copied, to_eval_mode_
 from ..noise.copies import OptimizedCopy
 from ..noise.graphs import original_modules
 from ..noise.injection import execution_order, is_convolution
@@ -89,7 +89,7 @@ def optimize(
     """
     original = cast(SelfEnsemble, original_of(ensemble))
     # A graph that is compiled would not follow what is done to its modules.
-    network = original_modules(copied(original.model)).eval().requires_grad_(False)
+    network = to_eval_mode_(original_modules(copied(original.model))).requires_grad_(False)
     device = next((parameter.device for parameter in network.parameters()), example_inputs.device)
     precision = precision or faster_precision(device)
     example_inputs = example_inputs[:2].to(device)
@@ -111,7 +111,8 @@ def optimize(
     if ensemble is not original:
         fast.draws, fast.bounds, fast.stopping = ensemble.draws, ensemble.bounds, ensemble.stopping
         fast.sets = ensemble.sets
-    return fast.eval()
+    to_eval_mode_(fast)
+    return fast
 
 
 # torch.fx puts its own functions into nn.Module while it traces, for all threads.

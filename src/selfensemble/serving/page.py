@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import attacks
 from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.stopping import Fixed
+from ..noise.calls import to_eval_mode_
 from ..noise.injection import make_static_, noise_disabled
 from ..noise.streams import noise_draw
 from . import schemas
@@ -162,7 +163,8 @@ class _Page:
 
     def _attack(self, inputs: Tensor, asked: schemas.Attack) -> schemas.Attacked:
         if not self._targets:
-            ensemble = copy.deepcopy(self.service.ensemble).eval()
+            ensemble = copy.deepcopy(self.service.ensemble)
+            to_eval_mode_(ensemble)
             plain = copy.deepcopy(ensemble)
             make_static_(plain)
             plain.draws = 1
