@@ -151,6 +151,61 @@ def test_a_seed_holds_for_a_compiled_network() -> None:
     assert ran  # the graph is there as before
 
 
+class Multiplied(nn.Module):
+    """Noise of numpy that multiplies, and no bias: black images show none."""
+
+    numbers = np.random.default_rng(0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.ReLU(), nn.Flatten())
+        self.last = nn.Linear(512, 10)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.net(inputs)
+        numbers = torch.from_numpy(self.numbers.standard_normal(hidden.shape))
+        out: Tensor = self.last(hidden * (1 + 0.5 * numbers.float()))
+        return out
+
+
+def test_black_images_do_not_hide_randomness() -> None:
+    net, (x, _) = trained(Multiplied), images()
+    mixed = torch.cat([torch.zeros(2, 1, 8, 8), x])
+    answer = rse.SelfEnsemble(net, rse.NoiseConfig(0, 0), draws=20).predict(mixed)
+    assert answer.draws.unique().tolist() == [20]
+    assert answer.spread[2:].amax(dim=1).min() > 0
+    ensemble = rse.SelfEnsemble(net, draws=20)
+    with Batcher(ensemble, torch.zeros(1, 1, 8, 8)) as batcher:
+        (served,) = batcher.submit(x[:1], Fixed(20))
+        assert served.result(timeout=60).draws == 20
+
+
+def test_a_server_asks_again() -> None:
+    class Late(Dropped):
+        on = False
+
+        def noisy(self, hidden: Tensor) -> Tensor:
+            return functional.dropout(hidden, 0.3, training=True) if self.on else hidden
+
+    net, (x, _) = trained(Late), images()
+    ensemble = rse.SelfEnsemble(net, rse.NoiseConfig(0, 0), draws=20)
+    with Batcher(ensemble, x[:1]) as batcher:
+        assert batcher.submit(x[:1], Fixed(20))[0].result(timeout=60).draws == 1
+        net.on = True  # type: ignore[assignment]
+        assert batcher.submit(x[:1], Fixed(20))[0].result(timeout=60).draws == 20
+
+
+@pytest.mark.parametrize("kind", [Dropped, OfNumpy])
+def test_calibration_asks_itself(kind: Callable[[], nn.Module]) -> None:
+    ensemble = rse.SelfEnsemble(trained(kind), rse.NoiseConfig(0, 0), draws=8)
+    inputs = rse.load_data("digits", "test").inputs(slice(300))
+    rule = rse.calibrate(ensemble, inputs, epsilon=0.2, reference_draws=40, most=6, seed=0)
+    assert 1 <= rule.mean_draws <= 6
+    quiet = rse.SelfEnsemble(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), rse.NoiseConfig(0, 0))
+    with pytest.raises(ValueError, match="no noise"):
+        rse.calibrate(quiet, inputs)
+
+
 class Switchable(Dropped):
     """Dropout that a program switches on in a network in eval mode, by its module or one around it."""
 

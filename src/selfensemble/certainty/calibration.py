@@ -93,11 +93,12 @@ def calibrate(
     Raises:
         ValueError: no noise, too few images, or no rule passes; the message says what to do.
     """
-    if not ensemble.is_random:
-        raise ValueError("the ensemble has no noise: one draw is its answer, there is nothing to calibrate")
     if len(inputs) < 2 * _LEAST:
         raise ValueError(f"calibration needs {2 * _LEAST} images or more, got {len(inputs)}")
     check_images(inputs, ensemble.bounds)
+    with eval_mode(ensemble):
+        if not Draws(ensemble, inputs).varies():
+            raise ValueError("the ensemble has no noise: one draw is its answer, nothing is to be calibrated")
     _check_shares(epsilon=epsilon, delta=delta)
     about = origin(ensemble)
     most, reference_draws = check_count("most", most), check_count("reference_draws", reference_draws)

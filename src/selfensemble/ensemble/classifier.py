@@ -123,21 +123,32 @@ class RandomClassifier(nn.Module):
     def has_other_noise(self, inputs: Tensor) -> bool:
         """Whether they differ by anything but the random layers of this package.
 
-        Dropout at test time, Bayesian layers, random transforms, noise of numpy. Passes are compared: some at
+        Dropout at test time, Bayesian layers, random transforms, noise of numpy. Passes are compared, over
+        the first images and over random ones, for noise that multiplies shows nothing of black ones: some at
         first, two ever after where they were equal, for what is off may be switched on.
         """
         if len(inputs) == 0:
             return any(self._others.values())
         shape = tuple(inputs.shape[1:])
         if not self._others.get(shape, False):
-            passes = 2 if shape in self._others else PASSES
+            passes, images = (2, 1) if shape in self._others else (PASSES, 2)
+            asked = self._with_random_images(inputs[:images])
             with noise_draw(0, 0), torch.no_grad():
-                found = answers_differ(self._held, inputs, passes)
+                found = answers_differ(self._held, asked, passes, len(asked))
             if not found and passes == PASSES:
                 with noise_disabled(self):
-                    found = bool(draws_numbers(self.draw_logits, inputs))
+                    found = bool(draws_numbers(self.draw_logits, asked))
             self._others[shape] = found
         return self._others[shape]
+
+    def _with_random_images(self, images: Tensor) -> Tensor:
+        """As many random images beside them, where they are images."""
+        if not images.is_floating_point():
+            return images
+        low, high = getattr(self, "bounds", None) or (0.0, 1.0)
+        generator = torch.Generator("cpu").manual_seed(0)
+        numbers = torch.rand(images.shape, generator=generator, dtype=torch.float32, device="cpu")
+        return torch.cat([images, (low + (high - low) * numbers).to(images.dtype).to(images.device)])
 
     def _held(self, inputs: Tensor) -> Tensor:
         """A pass whose random layers draw what they drew before."""

@@ -13,17 +13,20 @@ PASSES = 8  # that show randomness which seldom shows, or none is to be expected
 
 
 @torch.no_grad()
-def answers_differ(forward: Callable[[Tensor], Tensor], inputs: Tensor, passes: int = 2) -> bool:
+def answers_differ(
+    forward: Callable[[Tensor], Tensor], inputs: Tensor, passes: int = 2, most: int = 2
+) -> bool:
     """Whether passes over the same images differ, up to the rounding of kernels that add in any order.
 
     They take none of the numbers of torch's global generators.
 
     Args:
         forward: one pass, in the mode that is asked about.
-        inputs: (B, ...), of which two are used.
+        inputs: (B, ...).
         passes: at most.
+        most: of the images that are used.
     """
-    few = inputs[:2]
+    few = inputs[:most]
     with OwnNumbers():
         first = forward(few)
         tolerance = 0.0 if few.device.type == "cpu" else 1e-5 * float(first.abs().max())
