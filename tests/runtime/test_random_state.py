@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import selfensemble as rse
+from selfensemble import attacks
 from selfensemble.evaluation import doctor
 from selfensemble.evaluation.doctor import examination
 from selfensemble.noise.own_numbers import OwnNumbers
@@ -172,6 +173,8 @@ BESIDE: dict[str, tuple[float, Callable[[rse.SelfEnsemble, Tensor, Tensor], obje
     "optimize": (0.0, lambda e, x, y: rse.optimize(e, x, "float32")),
     "validate": (0.0, lambda e, x, y: rse.validate(e.model, x)),
     "certify": (0.0, lambda e, x, y: rse.certify(e, x[:1], n0=5, n=20)),
+    "pgd": (0.3, lambda e, x, y: attacks.pgd(e, x, y, steps=1, eot=2)),
+    "pgd, a network": (0.0, lambda e, x, y: attacks.pgd(e.model, x, y, steps=1, eot=2)),
     "inject": (0.0, lambda e, x, y: rse.inject_noise_(rse.remove_noise_(e.model), example_inputs=x)),
 }
 
