@@ -244,6 +244,13 @@ def _built(config: ArtefactConfig, folder: str | Path) -> nn.Module:
         raise ValueError(f"the network that {folder} describes cannot be built: {reason}") from error
 
 
+def _in_float32_(model: nn.Module) -> None:
+    """What was made in the program's default dtype, as it would have been made in torch's."""
+    for own in [*model.parameters(), *model.buffers()]:
+        if own.dtype == torch.get_default_dtype():
+            own.data = own.data.to(torch.float32)
+
+
 def load(folder: str | Path, model: nn.Module | None = None) -> SelfEnsemble:
     """Read a saved ensemble, in eval mode, on the CPU.
 
@@ -266,6 +273,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> SelfEnsemble:
             raise ValueError(f"{path} does not fit the network that {CONFIG} describes: restore both")
         with torch.device("cpu"):  # whatever the program's default is
             model = _built(config, folder)
+        _in_float32_(model)
     if any(tensor.device.type == "meta" for tensor in model.state_dict().values()):
         raise ValueError(
             "the network that was passed lies on the meta device, which keeps no weights: make it "

@@ -155,7 +155,7 @@ def _in_pixels(network: SelfEnsemble, first: GaussianNoise, images: Tensor) -> f
 
 def _probes(images: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator("cpu").manual_seed(0)
-    chance = torch.rand(images.shape, generator=generator, device="cpu").to(images)
+    chance = torch.rand(images.shape, generator=generator, dtype=torch.float32, device="cpu").to(images)
     return torch.full_like(images, low), torch.full_like(images, high), low + (high - low) * chance
 
 

@@ -174,7 +174,7 @@ def moments(draws: Draws, group: Tensor, rule: Rule, number: int = 0) -> tuple[T
     group = draws.prepared(group)
     active = torch.arange(len(group), device=group.device)
     used = torch.zeros_like(active)
-    mean = squares = torch.empty(0, device=group.device)
+    mean = squares = torch.empty(0, dtype=torch.float32, device=group.device)
     index = 0
     while index < rule.most:
         count = draws.at_once(len(active), worth_taking(rule, index))

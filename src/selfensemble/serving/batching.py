@@ -204,8 +204,8 @@ class _Active:
 
     def __init__(self) -> None:
         self._waits: list[_Waiting] = []
-        self.images = torch.empty(0, device="cpu")
-        self._mean = self._squares = torch.empty(0, device="cpu")
+        self.images = torch.empty(0, dtype=torch.float32, device="cpu")
+        self._mean = self._squares = torch.empty(0, dtype=torch.float32, device="cpu")
         self._used = torch.zeros(0, dtype=torch.int64, device="cpu")
 
     def __len__(self) -> int:

@@ -105,7 +105,7 @@ class _Page:
         service = self.service
         plain = schemas.Vote(plain=self._answer(await service.run(lambda: self._without_noise(inputs))))
         yield _line(plain)
-        total = votes = torch.zeros(len(service.classes), device="cpu")
+        total = votes = torch.zeros(len(service.classes), dtype=torch.float32, device="cpu")
         for number in range(1, draws + 1):
             try:
                 one = await self._draw(inputs, seed, number - 1)
@@ -113,7 +113,9 @@ class _Page:
                 yield _line(schemas.Vote(error=str(error.detail)))
                 return
             total = total + one
-            votes = votes.scatter_add(0, one.argmax().unsqueeze(0), torch.ones(1, device="cpu"))
+            votes = votes.scatter_add(
+                0, one.argmax().unsqueeze(0), torch.ones(1, dtype=torch.float32, device="cpu")
+            )
             mean = total / number
             order = (votes + mean).argsort(descending=True)[:_SHOWN].tolist()
             yield _line(
