@@ -67,6 +67,43 @@ def test_the_default_device_is_nobody_s_business(name: str, tmp_path: Path) -> N
     assert plain(found) == expected
 
 
+@pytest.fixture
+def _double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+# In these the test itself makes tensors of the default dtype; ddn is not done.
+OF_THE_PROGRAM = {"save", "of a library", "ddn"}
+
+
+@pytest.mark.parametrize("name", [name for name in DEFAULT if name not in OF_THE_PROGRAM])
+def test_nor_is_the_default_dtype(name: str, tmp_path: Path) -> None:
+    here, there = (case(tmp_path / place) for place in ("here", "there"))
+    expected = plain(DEFAULT[name](here))
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = DEFAULT[name](there)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert plain(found) == expected
+
+
+@pytest.mark.usefixtures("_double")
+def test_saved_networks_have_the_dtype_they_were_made_in(tmp_path: Path) -> None:
+    ensemble = rse.load("digits-rse")
+    assert {parameter.dtype for parameter in ensemble.parameters()} == {torch.float32}
+    inputs = rse.load_data("digits", "test").inputs(slice(4))
+    assert inputs.dtype == torch.float32
+    assert rse.export_onnx(ensemble, tmp_path / "it.onnx", inputs).is_file()
+    wide = rse.SelfEnsemble(rse.create_model("small-cnn", channels=1).eval())
+    assert wide.input_dtype == torch.float64
+    with pytest.raises(ValueError, match="float64, which bfloat16"):
+        rse.optimize(wide, inputs, "bf16")
+    assert rse.optimize(wide, inputs).precision == "float32"
+
+
 @pytest.mark.parametrize("name", TRAINING)
 def test_training_whatever_the_default_device(name: str, tmp_path: Path) -> None:
     expected = plain(trained(name, tmp_path / "here"))

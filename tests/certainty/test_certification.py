@@ -1,5 +1,6 @@
 """Certified radii against what is known of them."""
 
+import random
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -340,6 +341,57 @@ def test_random_resizing_before_the_noise_is_refused_every_time() -> None:
     for _ in range(20):
         with pytest.raises(ValueError, match="at random before the first noise"):
             pixel_std(ensemble, torch.rand(2, 1, 8, 8))
+
+
+OWN = random.Random(0)
+CHANCES: dict[str, Callable[[], bool]] = {
+    "torch": lambda: bool(torch.rand(()) < 1e-4),
+    "python": lambda: random.random() < 1e-4,
+    "numpy": lambda: float(np.random.rand()) < 1e-4,  # noqa: NPY002
+    "a generator of its own": lambda: OWN.random() < 0.3,
+}
+
+
+@pytest.mark.parametrize("chance", CHANCES)
+def test_random_transforms_before_the_noise_are_refused_however_rare(
+    chance: str, tiny: nn.Module, images: Tensor
+) -> None:
+    class Brighter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = tiny
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            out: Tensor = self.net(3 * inputs if CHANCES[chance]() else inputs)
+            return out
+
+    state = torch.get_rng_state()
+    for _ in range(3):
+        ensemble = rse.SelfEnsemble(rse.remove_noise_(Brighter()), rse.NoiseConfig(STD, 0)).eval()
+        with pytest.raises(ValueError, match="random numbers are drawn before the first noise"):
+            certify(ensemble, images[:1], n0=5, n=20)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_other_noise_behind_the_first_is_no_way_around_it(kind: str, tiny: nn.Module, images: Tensor) -> None:
+    class Shaken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = tiny
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            logits: Tensor = self.net(inputs)
+            if kind == "torch":
+                return logits + 0.1 * torch.randn_like(logits)
+            return logits + 0.1 * torch.from_numpy(np.random.standard_normal(logits.shape)).float()  # noqa: NPY002
+
+    ensemble = rse.SelfEnsemble(Shaken(), rse.NoiseConfig(STD, 0)).eval()
+    if kind == "torch":
+        assert certify(ensemble, images[:1], n0=5, n=20).radius.shape == (1,)
+        return
+    with pytest.raises(ValueError, match="random numbers that no seed holds"):
+        certify(ensemble, images[:1], n0=5, n=20)
 
 
 def test_slopes_may_be_negative_and_bounds_others(tiny: nn.Module) -> None:

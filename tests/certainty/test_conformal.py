@@ -44,6 +44,12 @@ def held(sets: ConformalSets, images: Tensor, labels: Tensor) -> float:
     return float(found.gather(1, labels[:, None]).double().mean())
 
 
+def test_labels_without_values_are_refused() -> None:
+    images, labels = sampled(99, 1)
+    with pytest.raises(ValueError, match="meta device"):
+        conformal_sets(ensemble(), images, labels.to("meta"))
+
+
 @pytest.mark.parametrize("alpha", [0.05, 0.2])
 def test_sets_hold_the_right_label_as_often_as_promised(alpha: float) -> None:
     """Over 30 calibrations of 99 images each, the mean coverage is 1 - alpha, at most 1 / 100 above it."""

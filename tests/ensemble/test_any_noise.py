@@ -127,6 +127,161 @@ def test_a_seed_holds_for_what_torch_draws_as_well(kind: Callable[[], nn.Module]
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_seed_holds_for_a_compiled_network() -> None:
+    torch.compiler.reset()
+    ran: list[bool] = []
+
+    def backend(graph: torch.fx.GraphModule, example: list[Tensor]) -> Callable[..., Any]:
+        def run(*args: Tensor) -> Any:
+            ran.append(True)
+            return graph(*args)
+
+        return run
+
+    net, (x, _) = trained(Dropped), images()
+    ensemble = rse.SelfEnsemble(torch.compile(net, backend=backend), rse.NoiseConfig(0, 0), draws=3)  # type: ignore[arg-type]
+    plain = rse.SelfEnsemble(net, draws=3)
+    ensemble.predict(x)
+    state = torch.get_rng_state()
+    one, same = (each.predict(x, seed=1).probabilities for each in (ensemble, plain))
+    assert torch.equal(one, same)
+    assert torch.equal(torch.get_rng_state(), state)
+    ran.clear()
+    ensemble.predict(x)
+    assert ran  # the graph is there as before
+
+
+class Multiplied(nn.Module):
+    """Noise of numpy that multiplies, and no bias: black images show none."""
+
+    numbers = np.random.default_rng(0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.ReLU(), nn.Flatten())
+        self.last = nn.Linear(512, 10)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.net(inputs)
+        numbers = torch.from_numpy(self.numbers.standard_normal(hidden.shape))
+        out: Tensor = self.last(hidden * (1 + 0.5 * numbers.float()))
+        return out
+
+
+def test_black_images_do_not_hide_randomness() -> None:
+    net, (x, _) = trained(Multiplied), images()
+    mixed = torch.cat([torch.zeros(2, 1, 8, 8), x])
+    answer = rse.SelfEnsemble(net, rse.NoiseConfig(0, 0), draws=20).predict(mixed)
+    assert answer.draws.unique().tolist() == [20]
+    assert answer.spread[2:].amax(dim=1).min() > 0
+    ensemble = rse.SelfEnsemble(net, draws=20)
+    with Batcher(ensemble, torch.zeros(1, 1, 8, 8)) as batcher:
+        (served,) = batcher.submit(x[:1], Fixed(20))
+        assert served.result(timeout=60).draws == 20
+
+
+def test_a_server_asks_again() -> None:
+    class Late(Dropped):
+        on = False
+
+        def noisy(self, hidden: Tensor) -> Tensor:
+            return functional.dropout(hidden, 0.3, training=True) if self.on else hidden
+
+    net, (x, _) = trained(Late), images()
+    ensemble = rse.SelfEnsemble(net, rse.NoiseConfig(0, 0), draws=20)
+    with Batcher(ensemble, x[:1]) as batcher:
+        assert batcher.submit(x[:1], Fixed(20))[0].result(timeout=60).draws == 1
+        net.on = True  # type: ignore[assignment]
+        assert batcher.submit(x[:1], Fixed(20))[0].result(timeout=60).draws == 20
+
+
+@pytest.mark.parametrize("kind", [Dropped, OfNumpy])
+def test_calibration_asks_itself(kind: Callable[[], nn.Module]) -> None:
+    ensemble = rse.SelfEnsemble(trained(kind), rse.NoiseConfig(0, 0), draws=8)
+    inputs = rse.load_data("digits", "test").inputs(slice(300))
+    rule = rse.calibrate(ensemble, inputs, epsilon=0.2, reference_draws=40, most=6, seed=0)
+    assert 1 <= rule.mean_draws <= 6
+    quiet = rse.SelfEnsemble(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), rse.NoiseConfig(0, 0))
+    with pytest.raises(ValueError, match="no noise"):
+        rse.calibrate(quiet, inputs)
+
+
+class Switchable(Dropped):
+    """Dropout that a program switches on in a network in eval mode, by its module or one around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Identity(), nn.Sequential(nn.BatchNorm1d(512)), nn.Dropout(0.3))
+        self.other = nn.Sequential(nn.Dropout(0.0), nn.Dropout(0.3))
+
+    def noisy(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self.other(self.block(hidden))
+        return out
+
+
+def on(net: nn.Module, *names: str) -> nn.Module:
+    for name in names:
+        net.get_submodule(name).train()
+    return net
+
+
+@pytest.mark.parametrize("names", [("block.2",), ("other",)])
+def test_dropout_that_is_switched_on_by_itself_stays_on(names: tuple[str, ...]) -> None:
+    """Before the ensemble is made or after it, whatever stands around the network."""
+    net, (x, y) = trained(Switchable), images()
+    assert rse.SelfEnsemble(net, rse.NoiseConfig(0, 0)).predict(x).draws.unique().tolist() == [1]
+    on(net, *names)
+    wrapped = nn.Sequential(nn.Identity(), net)  # made in train mode, as modules are
+    for model in (net, wrapped):
+        ensemble = rse.SelfEnsemble(rse.remove_noise_(model), rse.NoiseConfig(0, 0), draws=20)
+        assert ensemble.predict(x).spread.max() > 0.01
+        assert ensemble.model.training == (model is wrapped)
+        assert torch.equal(*(ensemble.predict(x, seed=1).probabilities for _ in range(2)))
+    ensemble = rse.SelfEnsemble(rse.remove_noise_(net), rse.NoiseConfig(0, 0), draws=20)
+    assert rse.optimize(ensemble, x, "float32").predict(x).spread.max() > 0.01
+    assert rse.judge(net, x, x, y, queries=20).answers.unique(dim=1).shape[1] > 1
+    net.train()  # as a whole: a network in training, which predicts in eval mode
+    assert ensemble.predict(x).draws.unique().tolist() == [1]
+    assert all(module.training for module in net.modules())
+    ensemble.eval()
+    assert ensemble.predict(x).draws.unique().tolist() == [1]
+
+
+def test_batch_norm_is_not_switched_on() -> None:
+    net, (x, _) = on(trained(Switchable), "block"), images()
+    ensemble = rse.SelfEnsemble(net, rse.NoiseConfig(0, 0), draws=20)
+    before = net.block[1][0].running_mean.clone()  # type: ignore[union-attr, index]
+    assert ensemble.predict(x).draws.unique().tolist() == [1]
+    assert torch.equal(before, net.block[1][0].running_mean)  # type: ignore[union-attr, index]
+    assert net.block[2].training  # type: ignore[index, union-attr]
+    assert [each.rule for each in rse.validate(net, x)] == ["mixed-modes"]
+
+
+def test_modes_of_the_networks_parts_stay_when_an_ensemble_is_made_of_it() -> None:
+    net = trained(Switchable).train()
+    net.block.eval()  # type: ignore[union-attr]
+    modes = [module.training for module in net.modules()]
+    rse.SelfEnsemble(net, rse.NoiseConfig(0, 0))
+    rse.remove_noise_(net)
+    assert [module.training for module in net.modules()] == modes
+
+
+def test_mixing_that_is_switched_on_later_is_found() -> None:
+    class Mixing(Dropped):
+        mixes = False
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            out: Tensor = self.net(inputs)
+            return out - 5 * out.mean(dim=0, keepdim=True) if self.mixes else out
+
+    net, (x, _) = trained(Mixing), images()
+    ensemble = rse.SelfEnsemble(net, rse.NoiseConfig(0.3, 0.1), draws=8)
+    ensemble.predict(x[:2])
+    net.mixes = True  # type: ignore[assignment]
+    found = ensemble.predict(x[:2], seed=1).probabilities
+    assert torch.allclose(found, rse.SelfEnsemble(net, draws=8).predict(x[:2], seed=1).probabilities)
+
+
 def test_randomness_that_is_switched_on_later_is_found() -> None:
     class Switched(Dropped):
         on = False

@@ -1,11 +1,13 @@
 """One ensemble, many threads: what one call wants of it is no other call's."""
 
+import copy
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -173,6 +175,109 @@ def test_noise_is_off_in_its_own_thread_alone(
             pass
         assert not ensemble.is_random
     assert ensemble.is_random
+
+
+class Interrupted(nn.Module):
+    """In each pass another thread does something."""
+
+    meanwhile: ClassVar[Callable[[], object]]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Flatten())
+        self.last = nn.Linear(256, 10)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        thread = threading.Thread(target=type(self).meanwhile)
+        thread.start()
+        thread.join()
+        out: Tensor = self.last(self.net(inputs))
+        return out
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_mode_that_is_set_beside_a_prediction_holds(
+    digits: tuple[Tensor, Tensor], training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def meanwhile() -> None:
+        own.train(training)
+        seen.append(own.training)
+
+    monkeypatch.setattr(Interrupted, "meanwhile", meanwhile, raising=False)
+    own = rse.SelfEnsemble(Interrupted(), rse.NoiseConfig(0.3, 0.1), draws=2)
+    own.train(not training)
+    before = [buffer.clone() for buffer in own.buffers()]
+    own.predict(digits[0])
+    assert seen.count(training) == len(seen) > 0
+    assert all(module.training == training for module in own.modules())
+    assert all(torch.equal(one, other) for one, other in zip(before, own.buffers(), strict=True))
+    network = own.model
+    if training:  # of a network that is no ensemble, train() alone can be seen
+        monkeypatch.setattr(Interrupted, "meanwhile", network.train)
+        network.eval()
+        rse.judge(network, digits[0], digits[0], digits[1], queries=1)
+        assert all(module.training for module in network.modules())
+
+
+@pytest.mark.parametrize("kind", ["deepcopy", "pickle"])
+def test_copies_made_beside_calls_are_in_train_mode_as_their_original(
+    digits: tuple[Tensor, Tensor], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[rse.SelfEnsemble] = []
+
+    def meanwhile() -> None:
+        as_pickle = kind == "pickle"
+        made.append(pickle.loads(pickle.dumps(own)) if as_pickle else copy.deepcopy(own))
+
+    monkeypatch.setattr(Interrupted, "meanwhile", meanwhile, raising=False)
+    own = rse.SelfEnsemble(Interrupted(), rse.NoiseConfig(0.3, 0.1), draws=1)
+    frozen = own.get_parameter("model.last.weight").requires_grad_(False)
+    own.predict(digits[0])
+    attacks.pgd(own, *digits, steps=1, eot=1)
+    assert len(made) > 2
+    for each in made:
+        assert all(module.training for module in each.modules())
+        wanted = {name for name, parameter in each.named_parameters() if parameter.requires_grad}
+        assert wanted == {name for name, parameter in own.named_parameters() if parameter is not frozen}
+
+
+class Merging(nn.Conv2d):
+    """A low-rank adapter that `eval()` merges into the weights, as loralib's do."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 4, 3, padding=1)
+        self.weight.requires_grad_(False)
+        self.adapter = nn.Parameter(0.1 * torch.ones(4, 9))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> "Merging":
+        super().train(mode)
+        if self.merged == mode:
+            sign = -1 if mode else 1
+            self.weight.data += sign * self.adapter.detach().view_as(self.weight)
+            self.merged = not mode
+        return self
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        weight = self.weight if self.merged else self.weight + self.adapter.view_as(self.weight)
+        return nn.functional.conv2d(inputs, weight, self.bias, padding=1)
+
+
+def test_modules_whose_train_acts_come_back_by_it(digits: tuple[Tensor, Tensor]) -> None:
+    adapter = Merging()
+    ensemble = rse.SelfEnsemble(nn.Sequential(adapter, nn.Flatten(), nn.Linear(256, 10)))
+    before = adapter.weight.clone()
+    merged: list[bool] = []
+    adapter.register_forward_hook(lambda module, args, output: merged.append(adapter.merged))
+    ensemble.predict(digits[0])
+    assert all(merged)
+    assert not adapter.merged
+    assert torch.allclose(adapter.weight, before, atol=1e-6)
+    nn.functional.cross_entropy(ensemble(digits[0]), digits[1]).backward()
+    assert adapter.adapter.grad is not None
+    assert adapter.adapter.grad.any()
 
 
 def test_a_compiled_network_is_switched_off_when_it_runs(

@@ -89,7 +89,9 @@ def export_onnx(
     with eval_mode(original), torch.no_grad():
         with explain_shape(original, example_inputs):
             original.draw_logits(example_inputs[:2])
-        model = _translated(_Exported(original, draws).eval(), example_inputs, draws)
+        exported = _Exported(original, draws)
+        exported.training = False
+        model = _translated(exported, example_inputs, draws)
     active = {name: layer.std for name, layer in noise_layers(original.model).items() if layer.is_active}
     found = sum(node.op_type == NOISE for node in model.graph.node)
     if found < len(active):

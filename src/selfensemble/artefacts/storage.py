@@ -19,6 +19,7 @@ from ..ensemble.sets import SetRule
 from ..ensemble.stopping import Calibrated
 from ..fast.ensemble import checked_original
 from ..networks.models import create_model
+from ..noise.calls import to_eval_mode_
 from ..noise.copies import OptimizedCopy
 from ..noise.injection import attach_noise_, noise_layers
 from ..noise.layer import GaussianNoise, NoiseConfig
@@ -252,6 +253,13 @@ def _randomised(model: nn.Module, config: ArtefactConfig) -> nn.Module:
     return randomise_(model, config.randomness)
 
 
+def _in_float32_(model: nn.Module) -> None:
+    """What was made in the program's default dtype, as it would have been made in torch's."""
+    for own in [*model.parameters(), *model.buffers()]:
+        if own.dtype == torch.get_default_dtype():
+            own.data = own.data.to(torch.float32)
+
+
 def load(folder: str | Path, model: nn.Module | None = None) -> SelfEnsemble:
     """Read a saved ensemble, in eval mode, on the CPU.
 
@@ -274,6 +282,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> SelfEnsemble:
             raise ValueError(f"{path} does not fit the network that {CONFIG} describes: restore both")
         with torch.device("cpu"):  # whatever the program's default is
             model = _built(config, folder)
+        _in_float32_(model)
     else:
         model = _randomised(model, config)
     if any(tensor.device.type == "meta" for tensor in model.state_dict().values()):
@@ -293,4 +302,5 @@ def load(folder: str | Path, model: nn.Module | None = None) -> SelfEnsemble:
     levels = None if config.noise else NoiseConfig(0, 0)
     ensemble = SelfEnsemble(model, levels, draws=config.draws, sampling=config.sampling, bounds=config.bounds)
     ensemble.stopping, ensemble.sets = config.stopping, config.sets
-    return ensemble.eval()
+    to_eval_mode_(ensemble)
+    return ensemble

@@ -15,6 +15,7 @@ from ..fast.ensemble import FastEnsemble, original_of
 from ..fast.exact import exact_float32
 from ..noise.calls import OwnHooks, without_weight_gradients
 from ..noise.injection import eval_mode, random_layers
+from ..noise.own_numbers import OwnNumbers
 from ..noise.streams import Sampling, fresh_seed, stream_seed
 from .expectation import Forward, Noise, Oracle
 from .units import bounds_of, from_units
@@ -115,9 +116,8 @@ def device_of(model: nn.Module, inputs: Tensor) -> torch.device:
 @torch.no_grad()
 def _probe(model: nn.Module, forward: Forward, inputs: Tensor) -> tuple[int, bool, bool]:
     """Number of classes, whether two passes differ, and whether they use torch's global generators."""
-    before = _global_states(inputs.device)
-    first = forward(inputs)
-    after = _global_states(inputs.device)
+    with OwnNumbers() as numbers:
+        first = forward(inputs)
     if not torch.isfinite(first).all():
         raise ValueError("the model returns NaN or infinite logits: mend it before attacking it")
     if looks_like_probabilities(first):
@@ -125,8 +125,7 @@ def _probe(model: nn.Module, forward: Forward, inputs: Tensor) -> tuple[int, boo
             "the model returns probabilities, and attacks need logits: leave out its final softmax, or wrap "
             "it in a module that returns their logarithm"
         )
-    reseed = any(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
-    _restore(before, inputs.device)
+    reseed = numbers.drew
     noise = any(layer.is_active for layer in random_layers(model))
     return first.shape[1], reseed or noise or answers_differ(forward, inputs, PASSES), reseed
 
@@ -140,12 +139,10 @@ def _sampling_of(model: nn.Module, forward: Forward, inputs: Tensor) -> Sampling
     if not layers:
         return "shared"
     few, rows = inputs[:2], list[int]()
-    with OwnHooks() as hooks:
+    with OwnNumbers(), OwnHooks() as hooks:
         for layer in random_layers(model):
             hooks.add(layer.register_forward_pre_hook, lambda module, args: rows.append(len(args[0])))
-        before = _global_states(inputs.device)
         forward(few)
-        _restore(before, inputs.device)
     return "per_image" if any(count != len(few) for count in rows) else "shared"
 
 
@@ -164,16 +161,3 @@ def looks_like_probabilities(outputs: Tensor) -> bool:
     """Whether every row of outputs (B, K) is a distribution."""
     sums = outputs.float().sum(dim=1)
     return bool((outputs >= 0).all() and torch.allclose(sums, torch.ones_like(sums), atol=1e-3))
-
-
-def _global_states(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    if device.type not in ("cpu", "meta"):
-        states.append(torch.get_device_module(device).get_rng_state(device))
-    return states
-
-
-def _restore(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    for state in states[1:]:
-        torch.get_device_module(device).set_rng_state(state, device)

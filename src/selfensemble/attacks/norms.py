@@ -79,7 +79,7 @@ def steepest(gradient: Tensor, norm: str, share: Tensor | float = 0.05) -> Tenso
         return unit_l2(gradient)
     flat = gradient.abs().flatten(1)
     count = flat.shape[1]
-    keep = torch.as_tensor(share, device=gradient.device).expand(len(flat)) * count
+    keep = torch.as_tensor(share, device=gradient.device, dtype=torch.float32).expand(len(flat)) * count
     rank = count - keep.long().clamp(1, count)
     threshold = flat.sort(dim=1).values.gather(1, rank[:, None])
     sparse = gradient.sign() * (gradient.abs() >= per_image(threshold.squeeze(1), gradient))
@@ -138,7 +138,7 @@ def random_start(inputs: Tensor, norm: str, eps: float, generator: torch.Generat
         signs = torch.empty_like(values).uniform_(-1, 1, generator=generator).sign()
         direction = signs * values.exponential_(generator=generator)
     direction = direction.to(inputs.device, inputs.dtype)
-    radius = torch.rand(len(inputs), generator=generator, device=generator.device)
+    radius = torch.rand(len(inputs), generator=generator, device=generator.device, dtype=torch.float32)
     radius = radius.to(inputs.device, inputs.dtype)
     radius = eps * radius ** (1 / max(1, inputs[:1].numel()))
     unit = direction / per_image(size(direction, norm).clamp(min=_TINY), direction)

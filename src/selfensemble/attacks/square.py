@@ -230,7 +230,7 @@ class _Proposals:
     def _pattern(self, side: int, like: Tensor) -> Tensor:
         """(2, side, side) of norm 1: a positive and a negative bump, one above or beside the other."""
         half = side // 2
-        pattern = torch.zeros(side, side, device="cpu")
+        pattern = torch.zeros(side, side, dtype=torch.float32, device="cpu")
         for rows, sign in ((slice(0, half), 1.0), (slice(half, side), -1.0)):
             if rows.stop > rows.start:
                 bump = _bump(rows.stop - rows.start, side)

@@ -93,11 +93,10 @@ def calibrate(
     Raises:
         ValueError: no noise, too few images, or no rule passes; the message says what to do.
     """
-    if not ensemble.is_random:
-        raise ValueError("the ensemble has no noise: one draw is its answer, there is nothing to calibrate")
     if len(inputs) < 2 * _LEAST:
         raise ValueError(f"calibration needs {2 * _LEAST} images or more, got {len(inputs)}")
     check_images(inputs, ensemble.bounds)
+    _check_noise(ensemble, inputs)
     _check_shares(epsilon=epsilon, delta=delta)
     about = origin(ensemble)
     most, reference_draws = check_count("most", most), check_count("reference_draws", reference_draws)
@@ -115,6 +114,12 @@ def calibrate(
             )
     rule = choose(first, second, epsilon, delta, reference_draws)
     return rule.model_copy(update=about | {"antithetic": antithetic, "draws": ensemble.draws})
+
+
+def _check_noise(ensemble: SelfEnsemble, inputs: Tensor) -> None:
+    with eval_mode(ensemble):
+        if not Draws(ensemble, inputs).varies():
+            raise ValueError("the ensemble has no noise: one draw is its answer, nothing is to be calibrated")
 
 
 def _check_shares(**shares: float | None) -> None:
@@ -197,7 +202,7 @@ def _record(
         return check_finite(torch.cat(parts))
 
     with eval_mode(ensemble):
-        nothing = torch.zeros((), device="cpu")
+        nothing = torch.zeros((), dtype=torch.float32, device="cpu")
         label = sum((draw(own, index) for index in range(reference_draws)), nothing).argmax(dim=1)
         others = sum((draw(independent, index) for index in range(ensemble.draws)), nothing)
         total_so_far = nothing

@@ -208,6 +208,8 @@ def _checked(labels: Tensor, images: int) -> Tensor:
         raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels must be integers, numbers of classes, got {labels.dtype}")
+    if labels.device.type == "meta":
+        raise ValueError("labels are on the meta device, where tensors have no values: make them on the CPU")
     if tuple(labels.shape) != (images,) or images == 0:
         raise ValueError(
             f"calibration needs a label an image, got {images} images, labels of shape {tuple(labels.shape)}"

@@ -165,7 +165,7 @@ def _decide(
     active = torch.arange(len(group), device="cpu")
     label, used, leader = torch.full_like(active, ABSTAINED), torch.zeros_like(active), active.clone()
     low, high = torch.zeros(2, len(group), dtype=torch.float64, device="cpu")
-    history = torch.zeros(most, len(group), classes, device="cpu")
+    history = torch.zeros(most, len(group), classes, dtype=torch.float32, device="cpu")
     block = math.ceil(math.log2(1 / alpha)) + 2  # of draws in one pass: about the fewest that decide
     index = 0
     while index < most and len(active):

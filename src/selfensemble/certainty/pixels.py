@@ -1,20 +1,24 @@
 """What the first noise is worth in pixels, or why no radius can be certified."""
 
 import math
+import pickle
+import random
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ensemble.draws import check_finite
 from ..ensemble.ensemble import SelfEnsemble
+from ..ensemble.randomness import PASSES
 from ..noise.calls import OwnHooks
-from ..noise.graphs import uncompiled
 from ..noise.injection import eval_mode, random_layers
 from ..noise.layer import GaussianNoise, RandomLayer
+from ..noise.own_numbers import OwnNumbers
 from ..noise.streams import noise_draw
-from ..runtime.random_state import kept_random_state
 
+_PASSES = 32  # that show randomness before the first noise, of generators that cannot be watched
 _CURE = "put one GaussianNoise(init_std) in front of the whole network"
 
 
@@ -29,16 +33,18 @@ def pixel_std(ensemble: SelfEnsemble, example_inputs: Tensor) -> float:
         example_inputs: (B, ...) images of the kind to be certified; at most two are used.
 
     Raises:
-        ValueError: there is no such noise, what lies before it is no affine map of each pixel, the image has
-            a way around it, or the answer to an image depends on what else is in the batch.
+        ValueError: there is no such noise, what lies before it is no affine map of each pixel or draws random
+            numbers, the image has a way around it, the network draws numbers that no seed holds, or the
+            answer to an image depends on what else is in the batch.
     """
     if not example_inputs.is_floating_point():
         raise ValueError(f"radii are about floating-point images, got {example_inputs.dtype}")
     device = next((parameter.device for parameter in ensemble.parameters()), example_inputs.device)
     images = example_inputs[:2].to(device, ensemble.input_dtype or example_inputs.dtype)
-    # A compiled graph would not see the hooks below, or keep them.
-    with torch.no_grad(), eval_mode(ensemble), uncompiled():
+    # Nor compiled graphs, which would not see the hooks below, or keep them.
+    with torch.no_grad(), eval_mode(ensemble), OwnNumbers():
         first = first_noise(ensemble, images)
+        _check_fixed(ensemble, first, images)
         std = _in_pixels(ensemble, first, images)
         _check_no_way_around(ensemble, first, images)
         _check_alone(ensemble, images)
@@ -76,9 +82,47 @@ def arrives_at(network: SelfEnsemble, first: GaussianNoise, images: Tensor) -> T
     """What arrives at the first noise."""
     seen: list[Tensor] = []
     with OwnHooks() as hooks:
-        hooks.add(first.register_forward_pre_hook, lambda module, args: seen.append(args[0]))
+        hooks.add(first.register_forward_pre_hook, lambda module, args: seen.append(args[0].clone()))
         network.draw_logits(images)
     return seen[0]
+
+
+def _check_fixed(network: SelfEnsemble, first: GaussianNoise, images: Tensor) -> None:
+    """What arrives at the first noise depends on the image alone."""
+    arrivals = [_arrival(network, first, images) for _ in range(_PASSES)]
+    differ = not all(torch.equal(arrivals[0].images, each.images) for each in arrivals)
+    # Other threads may use the numbers of numpy and Python as well, but hardly in every pass.
+    if differ or any(each.of_torch for each in arrivals) or all(each.of_others for each in arrivals):
+        raise ValueError(
+            "random numbers are drawn before the first noise, which is then not the only noise on the image: "
+            + _CURE
+        )
+
+
+class _Arrival(NamedTuple):
+    """What arrives at the first noise, and whose random numbers were drawn on the way to it."""
+
+    images: Tensor
+    of_torch: bool
+    of_others: bool
+
+
+def _arrival(network: SelfEnsemble, first: GaussianNoise, images: Tensor) -> _Arrival:
+    seen: list[_Arrival] = []
+    before = _states_of_others()
+
+    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(_Arrival(args[0].clone(), numbers.drew, _states_of_others() != before))
+
+    with OwnNumbers() as numbers, OwnHooks() as hooks:
+        hooks.add(first.register_forward_pre_hook, note)
+        network.draw_logits(images)
+    return seen[0]
+
+
+def _states_of_others() -> tuple[object, ...]:
+    """Where the generators of Python and of numpy stand, to be compared."""
+    return random.getstate(), pickle.dumps(np.random.get_state(legacy=False))  # noqa: NPY002
 
 
 def _in_pixels(network: SelfEnsemble, first: GaussianNoise, images: Tensor) -> float:
@@ -111,7 +155,7 @@ def _in_pixels(network: SelfEnsemble, first: GaussianNoise, images: Tensor) -> f
 
 def _probes(images: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator("cpu").manual_seed(0)
-    chance = torch.rand(images.shape, generator=generator, device="cpu").to(images)
+    chance = torch.rand(images.shape, generator=generator, dtype=torch.float32, device="cpu").to(images)
     return torch.full_like(images, low), torch.full_like(images, high), low + (high - low) * chance
 
 
@@ -122,6 +166,12 @@ def _check_no_way_around(network: SelfEnsemble, first: GaussianNoise, images: Te
         with OwnHooks() as hooks:
             hooks.add(first.register_forward_hook, lambda module, args, output, fixed=fixed: fixed)
             answers = [_seeded(network, each) for each in probes]
+            again = [_seeded(network, probes[0]) for _ in range(PASSES)]
+        if not all(torch.equal(answers[0], other) for other in again):
+            raise ValueError(
+                "the network draws random numbers that no seed holds (numpy's, Python's or of a generator of "
+                "its own): whether the image has a way around the first noise cannot be told: draw by torch"
+            )
         if not all(torch.equal(answers[0], other) for other in answers[1:]):
             raise ValueError(
                 "the image has a way around the first noise (a second branch that reads it, such as a "
@@ -148,6 +198,5 @@ def _check_alone(network: SelfEnsemble, images: Tensor) -> None:
 
 def _seeded(network: SelfEnsemble, images: Tensor) -> Tensor:
     """Logits of the same draw, whatever the images."""
-    with noise_draw(0, 0, "shared"), kept_random_state():
-        torch.manual_seed(0)
+    with noise_draw(0, 0, "shared"), OwnNumbers(0):
         return check_finite(network.draw_logits(images))

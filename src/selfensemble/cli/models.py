@@ -120,7 +120,7 @@ def export(
     config = storage.read_config(model)
     if config.input_shape is None:
         raise InputError(f"{model} does not say the shape of its inputs: use the Python interface")
-    example = torch.zeros(2, *config.input_shape, device="cpu")
+    example = torch.zeros(2, *config.input_shape, dtype=torch.float32, device="cpu")
     written = export_onnx(storage.load(model), out, example, draws=draws, classes=config.classes)
     terminal.out.print(f"Written to {written}", soft_wrap=True)
 

@@ -90,7 +90,7 @@ def _loaded(
         raise InputError(f"{model} does not say the shape of its inputs, so that nothing can be sent to it")
     target = device_named(device)
     ensemble = storage.load(model).to(target)
-    example = torch.zeros(2, *config.input_shape, device="cpu")
+    example = torch.zeros(2, *config.input_shape, dtype=torch.float32, device="cpu")
     # Rules are about a precision; without --precision it is theirs, first of all that of the stops.
     rules = [rule.precision for rule in (ensemble.stopping, ensemble.sets) if rule is not None]
     ensemble = in_precision(ensemble, example, precision or [*rules, faster_precision(target)][0])

@@ -1,10 +1,11 @@
 """A classifier whose passes may differ, one noise draw at a time."""
 
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from ..noise.calls import restore_copy_, state_of_copy, switch_mode
 from ..noise.injection import noise_disabled, random_layers
 from ..noise.streams import Sampling, check_sampling, noise_draw
 from .checks import floating_dtype, logits_of
@@ -28,7 +29,8 @@ class RandomClassifier(nn.Module):
         sampling: how draws are sampled in eval mode, see `GaussianNoise`.
 
     Attributes:
-        folds: by shape of an image, whether one pass can hold several draws; found out when it is wanted.
+        folds: by shape of an image and `settings`, whether one pass can hold several draws; found out when it
+            is wanted.
         precision: that it computes in, as `optimize` names it.
         copied: what an optimised copy was made of; None of another.
     """
@@ -39,11 +41,12 @@ class RandomClassifier(nn.Module):
     has_half_activations = False
     precision: Precision = "float32"
     copied: Copied | None = None
+    asks_calls = True  # its own mode stays what it is, whatever calls of other threads want
 
     def __init__(self, model: nn.Module, sampling: Sampling) -> None:
         super().__init__()
         self.model = model
-        self.folds: dict[tuple[int, ...], bool] = {}
+        self.folds: dict[tuple[tuple[int, ...], int], bool] = {}
         self._others: dict[tuple[int, ...], bool] = {}
         self.sampling = sampling
 
@@ -84,8 +87,30 @@ class RandomClassifier(nn.Module):
         return logits_of(self.model(inputs), inputs.shape[0])
 
     def train(self, mode: bool = True) -> Self:
-        self._others = {}
-        return super().train(mode)
+        """What `nn.Module.train` does; beside calls that want eval mode, as soon as none does any more."""
+        self._others, self.folds = {}, {}
+        switch_mode(self, mode)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_copied": state_of_copy(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        own = state.pop("_copied", None)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if own is not None:
+            restore_copy_(self, own)
+
+    def settings(self) -> int:
+        """A number that changes with the modules, their modes, and what is set on them as plain values."""
+        values = [
+            (name, value)
+            for module in self.model.modules()
+            for name, value in [("", type(module)), *vars(module).items()]
+            if value is None or isinstance(value, bool | int | float | str | type)
+        ]
+        return hash(tuple(values))
 
     def varies(self, inputs: Tensor) -> bool:
         """Whether two passes over images like these differ, by noise of any kind, whoever draws it.
@@ -98,21 +123,32 @@ class RandomClassifier(nn.Module):
     def has_other_noise(self, inputs: Tensor) -> bool:
         """Whether they differ by anything but the random layers of this package.
 
-        Dropout at test time, Bayesian layers, random transforms, noise of numpy. Passes are compared: some at
+        Dropout at test time, Bayesian layers, random transforms, noise of numpy. Passes are compared, over
+        the first images and over random ones, for noise that multiplies shows nothing of black ones: some at
         first, two ever after where they were equal, for what is off may be switched on.
         """
         if len(inputs) == 0:
             return any(self._others.values())
         shape = tuple(inputs.shape[1:])
         if not self._others.get(shape, False):
-            passes = 2 if shape in self._others else PASSES
+            passes, images = (2, 1) if shape in self._others else (PASSES, 2)
+            asked = self._with_random_images(inputs[:images])
             with noise_draw(0, 0), torch.no_grad():
-                found = answers_differ(self._held, inputs, passes)
+                found = answers_differ(self._held, asked, passes, len(asked))
             if not found and passes == PASSES:
                 with noise_disabled(self):
-                    found = bool(draws_numbers(self.draw_logits, inputs))
+                    found = bool(draws_numbers(self.draw_logits, asked))
             self._others[shape] = found
         return self._others[shape]
+
+    def _with_random_images(self, images: Tensor) -> Tensor:
+        """As many random images beside them, where they are images."""
+        if not images.is_floating_point():
+            return images
+        low, high = getattr(self, "bounds", None) or (0.0, 1.0)
+        generator = torch.Generator("cpu").manual_seed(0)
+        numbers = torch.rand(images.shape, generator=generator, dtype=torch.float32, device="cpu")
+        return torch.cat([images, (low + (high - low) * numbers).to(images.dtype).to(images.device)])
 
     def _held(self, inputs: Tensor) -> Tensor:
         """A pass whose random layers draw what they drew before."""

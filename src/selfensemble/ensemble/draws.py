@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from ..noise.streams import Sampling, derived_seed, fresh_seed, noise_draw
-from ..runtime.random_state import kept_random_state
 from .checks import explain_shape
 from .classifier import RandomClassifier
 from .randomness import global_noise, other_seed
@@ -70,6 +69,7 @@ class Draws:
             self.capacity = 1
         self._shared = shared
         self._reseeds: bool | None = None
+        self._folds: bool | None = None
 
     def groups(self, inputs: Tensor) -> list[Tensor]:
         """`inputs` in parts that are taken to the device as a whole."""
@@ -95,26 +95,34 @@ class Draws:
     def folds(self) -> bool:
         """Whether draws in one batch are those of their own: not if the network rearranges its batch.
 
-        The first draw of a batch must not notice which is the second. Found out once for each shape.
+        The first draw of a batch must not notice which is the second. Found out once for each shape, and
+        again when something was set on the network.
         """
-        shape = tuple(self._example.shape[1:])
-        known = self.ensemble.folds
-        if len(self._example) and shape not in known:
+        if self._folds is None:
+            self._folds = self._find_folds()
+        return self._folds
+
+    def _find_folds(self) -> bool:
+        shape, known = tuple(self._example.shape[1:]), self.ensemble.folds
+        key = shape, self.ensemble.settings()
+        if len(self._example) and key not in known:
+            for old in [each for each in known if each[0] == shape]:
+                known.pop(old, None)
             few = self.prepared(self._example[:2])
             answers = []
             try:
                 if self.ensemble.has_other_noise(few):  # which a pass may draw once for all that is in it
-                    known[shape] = False
+                    known[key] = False
                     return False
                 for step in (1, 2):
-                    with kept_random_state(self.device), noise_draw(0, 0, "shared", count=2, step=step):
+                    with noise_draw(0, 0, "shared", count=2, step=step):
                         repeated = few.repeat(2, *[1] * (few.dim() - 1))
                         answers.append(self.ensemble.draw_logits(repeated)[: len(few)])
             except (RuntimeError, ValueError):  # a pass of one draw will say what is the matter, if anything
-                known[shape] = False
+                known[key] = False
             else:
-                known[shape] = torch.equal(*answers)
-        return known.get(shape, False)
+                known[key] = torch.equal(*answers)
+        return known.get(key, False)
 
     def at_once(self, images: int, left: int) -> int:
         """Draws that go into one pass, of those that are left: several where there are few images."""
@@ -166,7 +174,7 @@ def moments(draws: Draws, group: Tensor, rule: Rule, number: int = 0) -> tuple[T
     group = draws.prepared(group)
     active = torch.arange(len(group), device=group.device)
     used = torch.zeros_like(active)
-    mean = squares = torch.empty(0, device=group.device)
+    mean = squares = torch.empty(0, dtype=torch.float32, device=group.device)
     index = 0
     while index < rule.most:
         count = draws.at_once(len(active), worth_taking(rule, index))

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..noise.calls import in_eval_mode_now
+from ..noise.graphs import is_recording
 from ..noise.injection import FilterFn, eval_mode, inject_noise_, is_convolution, random_layers
 from ..noise.layer import NoiseConfig
 from ..noise.streams import Sampling
@@ -80,10 +82,12 @@ class SelfEnsemble(Promising):
         super().__init__(model, sampling)
         self.draws = check_count("draws", draws)
         self.bounds = bounds
-        self.train(model.training)
+        self.training = model.training
+        for layer in random_layers(model):  # wherever in the network they are, and whatever its parts' modes
+            layer.training = model.training
 
     def forward(self, inputs: Tensor) -> Tensor:
-        if self.training:
+        if self.training and (is_recording() or not in_eval_mode_now(self)):
             return self.draw_logits(inputs)
         draws = self.draws if self.is_random or self._asks(inputs) else 1
         each = [self.draw_logits(inputs).float().log_softmax(dim=-1) for _ in range(draws)]

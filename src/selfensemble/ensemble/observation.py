@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..noise.calls import OwnHooks
 from ..noise.graphs import as_recorded
 from ..noise.injection import CHILD, call, eval_mode
 from ..noise.layer import GaussianNoise
+from ..noise.own_numbers import OwnNumbers
 from ..noise.streams import drawn_layers, noise_draw
+from ..runtime.dispatch import DispatchMode
 from ..runtime.random_state import kept_random_state
 
 _COPIES = {torch.ops.aten.clone, torch.ops.aten._to_copy, torch.ops.aten.contiguous}
@@ -54,7 +55,7 @@ class Trace:
     repeats: bool = False
 
 
-class _Observer(TorchDispatchMode):
+class _Observer(DispatchMode):
     """Follows the image until it is read, and sees convolutions that no module announces."""
 
     def __init__(self, trace: Trace, matched: set[str], inputs: Any) -> None:
@@ -144,7 +145,8 @@ def observe(model: nn.Module, example_inputs: Any, matched: set[str]) -> Trace:
             hooks.add(
                 module.register_forward_hook, lambda m, args, output: observer.leave(), always_call=True
             )
-        stack.enter_context(_quietly(model))
+        stack.enter_context(_in_eval_mode(model))
+        numbers = stack.enter_context(OwnNumbers())
         stack.enter_context(torch.no_grad())
         stack.enter_context(observer)
         try:
@@ -152,15 +154,20 @@ def observe(model: nn.Module, example_inputs: Any, matched: set[str]) -> Trace:
         except Exception as error:  # whatever the user's network raises is a finding, not a crash
             trace.failure = error
     if trace.failure is None:
-        _run_by_itself(model, example_inputs, trace)
+        _run_by_itself(model, example_inputs, trace, numbers.drew)
     return trace
 
 
-def _run_by_itself(model: nn.Module, example_inputs: Any, trace: Trace) -> None:
+def _run_by_itself(model: nn.Module, example_inputs: Any, trace: Trace, drew: bool) -> None:
     # Graphs differ by whether gradients are wanted. With them first: weight_norm keeps the last graph.
-    modes = (True, False, False) if "torch._dynamo" in sys.modules else (False, False)
+    compiled = "torch._dynamo" in sys.modules
+    modes = (True, False, False) if compiled else (False, False)
     outputs = []
-    with _quietly(model), noise_draw(None), as_recorded():
+    with ExitStack() as stack:
+        if drew:  # graphs as they are know no numbers but the process's
+            stack.enter_context(kept_random_state() if compiled else OwnNumbers())
+        for context in (_in_eval_mode(model), noise_draw(None), as_recorded()):
+            stack.enter_context(context)
         for grad in modes:
             with torch.set_grad_enabled(grad), drawn_layers() as drawn:
                 outputs.append(tree_leaves(call(model, example_inputs)))
@@ -170,10 +177,8 @@ def _run_by_itself(model: nn.Module, example_inputs: Any, trace: Trace) -> None:
 
 
 @contextmanager
-def _quietly(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and no trace in torch's global random state."""
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         with suppress(NotImplementedError):  # an exported program has the mode that it was exported in
             stack.enter_context(eval_mode(model))
-        stack.enter_context(kept_random_state())
         yield

@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
+from ..noise.calls import own_modes
 from ..noise.copies import OptimizedCopy
 from ..noise.graphs import closed_parts
 from ..noise.injection import CHILD, FilterFn, is_convolution, noise_layers, random_layers
@@ -114,6 +116,17 @@ def _without_noise(model: nn.Module, matched: list[str]) -> Iterator[Issue]:
             yield Issue(
                 "partly-noisy", "warning", fqn, "other modules have noise in front of them, this has not",
                 "Call remove_noise_(model) and inject again with the filter_fn you mean",
+            )  # fmt: skip
+
+
+def _mixed_modes(model: nn.Module, matched: list[str]) -> Iterator[Issue]:
+    """Batch norm that a network in eval mode has in train mode, which predictions do not leave so."""
+    modes = dict(own_modes(model))
+    for fqn, module in model.named_modules():
+        if isinstance(module, _NormBase) and modes[module] and not modes.get(model, True):
+            yield Issue(
+                "mixed-modes", "warning", fqn, "it is in train mode, the network is not: predictions put "
+                "it into eval mode, and what it is part of", "Call model.eval(), then train() of dropout",
             )  # fmt: skip
 
 
@@ -238,7 +251,7 @@ def _range(images: list[Tensor]) -> Iterator[Issue]:
 
 
 _STATIC_RULES: tuple[Callable[[nn.Module, list[str]], Iterator[Issue]], ...] = (
-    _nothing, _without_noise,
+    _nothing, _without_noise, _mixed_modes,
 )  # fmt: skip
 _TRACE_RULES: tuple[Callable[[Trace, list[str]], Iterator[Issue]], ...] = (
     _functional, _not_called, _first_noise,

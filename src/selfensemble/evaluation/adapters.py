@@ -25,8 +25,8 @@ from ..attacks.budget import spend
 from ..attacks.driver import run_attack, single_draw
 from ..attacks.expectation import Forward, Noise, Oracle
 from ..attacks.units import from_units, in_own_units
+from ..noise.own_numbers import OwnNumbers
 from ..noise.streams import noise_draw, stream_seed
-from ..runtime.random_state import kept_random_state
 
 _TOLERANCE = 1e-4  # how far outside [0, 1] an attack may end: rounding, not a search without a box
 _WARNINGS = r"(torchattacks|foolbox|eagerpy|art)(\.|$)"  # modules whose warnings nobody here can mend
@@ -61,7 +61,9 @@ class LibraryClassifier(nn.Module):
 
     def __init__(self, forward: Forward, oracle: Oracle, device: torch.device, seed: int) -> None:
         super().__init__()
-        self.device = nn.Parameter(torch.empty(0, device=device), requires_grad=False)  # libraries ask it
+        self.device = nn.Parameter(
+            torch.empty(0, dtype=torch.float32, device=device), requires_grad=False
+        )  # libraries ask it
         self.answers_probabilities = False
         self.gradients = self.forwards = 0
         self._single_draw: Forward = forward
@@ -344,13 +346,12 @@ def _isolated(seed: int | None) -> Iterator[None]:
     """The libraries' warnings off; global generators seeded (but for None), and put back at the end."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
-        with warnings.catch_warnings(), kept_random_state():
+        with warnings.catch_warnings(), OwnNumbers(seed):
             warnings.filterwarnings("ignore", module=_WARNINGS)
             warnings.filterwarnings("ignore", message="torch.meshgrid")  # foolbox's, raised in torch
             if seed is not None:
                 random.seed(seed)
                 np.random.seed(seed)  # noqa: NPY002
-                torch.manual_seed(seed)
             yield
     finally:
         random.setstate(python)

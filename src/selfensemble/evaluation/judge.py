@@ -1,8 +1,7 @@
 """The judge: whether images fool a model is decided here, on fresh noise, never by the attack."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +16,11 @@ from ..data.labels import class_numbers
 from ..ensemble.checks import check_count, floating_dtype
 from ..ensemble.draws import Draws
 from ..ensemble.ensemble import SelfEnsemble
-from ..ensemble.randomness import global_noise
+from ..ensemble.randomness import takes_numbers
 from ..fast.exact import exact_float32
 from ..noise.injection import eval_mode
-from ..noise.streams import fresh_seed, noise_draw, stream_seed
+from ..noise.own_numbers import OwnNumbers
+from ..noise.streams import noise_draw, stream_seed
 from ..runtime.provenance import binomial_interval
 
 
@@ -140,10 +140,11 @@ def judge(
             "the attack broke its budget"
         )
     fixed = isinstance(model, SelfEnsemble) and not _varies(model, inputs)
+    reseed = _takes_numbers(model, inputs)
     answers, leads = [], []
     for query in range(1 if fixed else queries):
         own = None if seed is None else stream_seed(seed, query, 0)
-        probabilities = _answer(model, adversarial, draws, own, max_batch)
+        probabilities = _answer(model, adversarial, draws, own, max_batch, reseed)
         _check_answer(probabilities, labels)
         answers.append(probabilities.argmax(dim=1))
         leads.append(margin(probabilities, labels, False))
@@ -161,6 +162,12 @@ def _varies(model: SelfEnsemble, inputs: Tensor) -> bool:
         return Draws(model, inputs).varies()
 
 
+def _takes_numbers(model: nn.Module, inputs: Tensor) -> bool:
+    few = inputs[:2].to(floating_dtype(model) or inputs.dtype).to(device_of(model, inputs))
+    with eval_mode(model), exact_float32():
+        return takes_numbers(single_draw(model), few)
+
+
 def _check_answer(probabilities: Tensor, labels: Tensor) -> None:
     if not torch.isfinite(probabilities).all():
         raise ValueError("the model returns NaN or infinite logits: its answers cannot be judged")
@@ -168,19 +175,28 @@ def _check_answer(probabilities: Tensor, labels: Tensor) -> None:
 
 
 def _answer(
-    model: nn.Module, images: Tensor, draws: int | None, seed: int | None, max_batch: int | None
+    model: nn.Module,
+    images: Tensor,
+    draws: int | None,
+    seed: int | None,
+    max_batch: int | None,
+    reseed: bool,
 ) -> Tensor:
-    """Mean softmax (B, K) of one query."""
+    """Mean softmax (B, K) of one query.
+
+    A network that takes numbers from torch's global generators gets its own, whatever the program has seeded.
+    """
+    numbers = OwnNumbers(seed) if reseed else nullcontext()
     device = device_of(model, images)
     if isinstance(model, SelfEnsemble):
-        with _global_noise(seed, device), exact_float32():
+        with numbers, exact_float32():
             return model.predict_proba(
                 images, draws=draws, seed=seed, max_batch=max_batch, sampling="per_image"
             )
     forward, dtype = single_draw(model), floating_dtype(model) or images.dtype
     with (
         eval_mode(model),
-        _global_noise(seed, device),
+        numbers,
         noise_draw(seed, sampling="per_image"),
         exact_float32(),
     ):
@@ -189,16 +205,6 @@ def _answer(
             for part in images.split(max_batch or max(1, len(images)))
         ]
     return torch.cat(parts)
-
-
-@contextmanager
-def _global_noise(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Noise of torch's global generators (dropout at test time) from `seed`; the caller's state stays."""
-    if seed is None:
-        with noise_draw(None):  # a seed in the surroundings is none of the judge's
-            seed = fresh_seed()
-    with global_noise(seed, device):
-        yield
 
 
 @torch.no_grad()

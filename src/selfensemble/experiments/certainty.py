@@ -143,11 +143,16 @@ def other_images(setting: Setting, inputs: Tensor) -> dict[str, Tensor]:
     generator = torch.Generator("cpu").manual_seed(stream_seed(setting.seed, 0, 41))
     patch = max(1, height // 4)
     cut = inputs.unfold(2, patch, patch).unfold(3, patch, patch).flatten(2, 3)  # (B, C, N, p, p)
-    order = torch.rand(count, cut.shape[2], generator=generator, device="cpu").argsort(dim=1)
+    order = torch.rand(count, cut.shape[2], generator=generator, dtype=torch.float32, device="cpu").argsort(
+        dim=1
+    )
     mixed = cut.gather(2, order[:, None, :, None, None].expand_as(cut))
     side = height // patch
     mixed = mixed.unflatten(2, (side, side)).permute(0, 1, 2, 4, 3, 5).reshape(count, channels, height, width)
-    found = {"noise": torch.rand(inputs.shape, generator=generator, device="cpu"), "shuffled": mixed}
+    found = {
+        "noise": torch.rand(inputs.shape, generator=generator, dtype=torch.float32, device="cpu"),
+        "shuffled": mixed,
+    }
     if channels == 3:
         digits = load_data("digits", "train")
         chosen = torch.arange(count, device="cpu") % len(digits)

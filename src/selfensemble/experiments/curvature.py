@@ -91,7 +91,9 @@ def second_order_term(
 
 def _by_channel(std: Std, like: Tensor) -> Tensor:
     """The level, or that of each channel, to be multiplied with (B, C, ...)."""
-    return torch.as_tensor(std, device="cpu").to(like).reshape(-1, *[1] * (like.dim() - 2))
+    return (
+        torch.as_tensor(std, dtype=torch.float32, device="cpu").to(like).reshape(-1, *[1] * (like.dim() - 2))
+    )
 
 
 @torch.no_grad()
@@ -149,7 +151,7 @@ def local_lipschitz(
     generator = torch.Generator("cpu").manual_seed(seed)
     with torch.no_grad():
         here = log_mean_softmax(ensemble, inputs, draws, seed).exp()
-    change = torch.randn(inputs.shape, generator=generator, device="cpu").to(inputs)
+    change = torch.randn(inputs.shape, generator=generator, dtype=torch.float32, device="cpu").to(inputs)
     change = change * (0.1 * radius / change.flatten(1).norm(dim=1)).reshape(-1, *[1] * (inputs.dim() - 1))
     best = inputs.new_zeros(len(inputs))
     for step in range(steps + 1):

@@ -65,7 +65,9 @@ class ScaledLogits(nn.Module):
     def __init__(self, model: nn.Module, factor: float) -> None:
         super().__init__()
         self.model = model
-        self.register_buffer("factor", torch.tensor(factor, device="cpu"))  # a part of the network's digest
+        self.register_buffer(
+            "factor", torch.tensor(factor, dtype=torch.float32, device="cpu")
+        )  # a part of the network's digest
 
     def forward(self, inputs: Tensor) -> Tensor:
         logits: Tensor = self.model(inputs)

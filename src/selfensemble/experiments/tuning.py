@@ -15,10 +15,11 @@ from ..attacks import pgd
 from ..attacks.norms import Norm
 from ..data.labels import class_numbers
 from ..ensemble.checks import check_images
+from ..ensemble.draws import Draws
 from ..ensemble.ensemble import SelfEnsemble
 from ..evaluation.judge import judge
 from ..fast.optimize import optimize
-from ..noise.injection import noise_layers, set_levels_
+from ..noise.injection import eval_mode, noise_layers, set_levels_
 from ..noise.layer import NoiseConfig
 from ..report.figures import Line, Panel, draw
 from ..report.intervals import Share, share
@@ -162,7 +163,8 @@ def tune(
         candidate = copy.deepcopy(ensemble)
         candidate.stopping = candidate.sets = None  # calibrated at one level
         set_levels_(candidate.model, noise)
-        candidate.draws = ensemble.draws if candidate.is_random else 1
+        with eval_mode(candidate):
+            candidate.draws = ensemble.draws if Draws(candidate, inputs).varies() else 1
         if fine_tune is not None:
             candidate = fine_tune(candidate.train()) or candidate
         found.append(_measured(candidate.eval(), noise, inputs, labels, norm, eps, steps, eot, seed))

@@ -14,15 +14,15 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..ensemble.checks import logits_of
+from ..ensemble.checks import floating_dtype, logits_of
 from ..ensemble.ensemble import SelfEnsemble
-from ..noise.calls import copied
+from ..noise.calls import copied, to_eval_mode_
 from ..noise.copies import OptimizedCopy
 from ..noise.graphs import original_modules
 from ..noise.injection import execution_order, is_convolution
 from ..noise.layer import GaussianNoise, RandomLayer
+from ..noise.own_numbers import OwnNumbers
 from ..noise.streams import noise_draw
-from ..runtime.random_state import kept_random_state
 from .ensemble import FastEnsemble, Precision, original_of, precision_of
 from .exact import exact_float32 as exact_float32  # for those who import it from here
 from .prepacked import FEW, PrepackedConvolution, can_prepack
@@ -46,7 +46,7 @@ def _wait(device: torch.device) -> None:
 def faster_precision(device: torch.device) -> Precision:
     """The precision in which a convolution of 64 channels takes less time on this device; measured once."""
     generator = torch.Generator("cpu").manual_seed(0)
-    images = torch.rand(16, 64, 32, 32, generator=generator, device="cpu").to(device)
+    images = torch.rand(16, 64, 32, 32, generator=generator, dtype=torch.float32, device="cpu").to(device)
     seconds: dict[Precision, float] = {}
     for precision, dtype in _DTYPES.items():
         convolution = nn.Conv2d(64, 64, 3, padding=1, device=device, dtype=dtype)
@@ -89,10 +89,13 @@ def optimize(
     """
     original = cast(SelfEnsemble, original_of(ensemble))
     # A graph that is compiled would not follow what is done to its modules.
-    network = original_modules(copied(original.model)).eval().requires_grad_(False)
+    network = to_eval_mode_(original_modules(copied(original.model))).requires_grad_(False)
     device = next((parameter.device for parameter in network.parameters()), example_inputs.device)
-    precision = precision or faster_precision(device)
-    example_inputs = example_inputs[:2].to(device)
+    wide = floating_dtype(network) == torch.float64
+    if wide and precision == "bf16":
+        raise ValueError("the network is float64, which bfloat16 cannot stand for: optimize ensemble.float()")
+    precision = precision or ("float32" if wide else faster_precision(device))
+    example_inputs = example_inputs[:2].to(original.input_dtype or example_inputs.dtype).to(device)
     network = _rewritten(network, _fold_, example_inputs, 1e-3)
     convolutions = [fqn for fqn, module in network.named_modules() if is_convolution(module)]
     order = execution_order(network, convolutions, example_inputs[:1]) if convolutions else []
@@ -111,7 +114,8 @@ def optimize(
     if ensemble is not original:
         fast.draws, fast.bounds, fast.stopping = ensemble.draws, ensemble.bounds, ensemble.stopping
         fast.sets = ensemble.sets
-    return fast.eval()
+    to_eval_mode_(fast)
+    return fast
 
 
 # torch.fx puts its own functions into nn.Module while it traces, for all threads.
@@ -248,8 +252,7 @@ def _same(network: nn.Module, other: nn.Module, inputs: Tensor, tolerance: float
     """Whether both give the same logits with the same noise."""
     outputs = []
     for each in (network, other):
-        with noise_draw(0, sampling="shared"), kept_random_state(inputs.device):
-            torch.manual_seed(0)
+        with noise_draw(0, sampling="shared"), OwnNumbers(0):
             outputs.append(logits_of(each(inputs), len(inputs)).float())
     ours, theirs = outputs
     return torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * float(ours.abs().max()))

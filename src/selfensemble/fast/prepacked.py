@@ -186,7 +186,9 @@ class PrepackedConvolution(nn.Conv2d):
         def make() -> tuple[Tensor, Tensor | None, torch.Size]:
             channels, height, width = shape[1:]
             size = channels * height * width
-            columns = torch.eye(size, device=self.weight.device).view(size, height, width, channels)
+            columns = torch.eye(size, dtype=torch.float32, device=self.weight.device).view(
+                size, height, width, channels
+            )
             # Each number out is one weight, so that float32 changes nothing, and see `_reads_outside`.
             outputs = self._by_torch(columns.permute(0, 3, 1, 2), torch.float32, None)
             flat = outputs.permute(0, 2, 3, 1).reshape(size, -1).to(torch.bfloat16)

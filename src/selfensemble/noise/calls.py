@@ -13,11 +13,15 @@ from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from .graphs import uncompiled
 
 _numbers = itertools.count()
 _off: ContextVar[frozenset[int]] = ContextVar("selfensemble_off", default=frozenset())
+
+
+_evaluated: ContextVar[frozenset[int]] = ContextVar("selfensemble_evaluated", default=frozenset())
 
 
 def new_identity() -> int:
@@ -41,7 +45,10 @@ def switched_off(identities: Iterable[int]) -> Iterator[None]:
 
 
 class _Held:
-    """An attribute that calls want to be False: how many do, and the value that comes back after the last."""
+    """An attribute that calls want to be False: how many do, and the value that comes back after the last.
+
+    Who sets it to True meanwhile finds it so afterwards.
+    """
 
     def __init__(self, attribute: str) -> None:
         self.attribute, self.lock = attribute, threading.RLock()
@@ -49,40 +56,130 @@ class _Held:
 
     def enter(self, things: Iterable[Any]) -> None:
         for thing in things:
-            entry = self.held.setdefault(id(thing), [0, getattr(thing, self.attribute), thing])
+            entry = self.held.setdefault(id(thing), [0, False, thing])
             entry[0] += 1
+            entry[1] = entry[1] or getattr(thing, self.attribute)
 
     def leave(self, things: Iterable[Any]) -> None:
         for thing in things:
             entry = self.held[id(thing)]
             entry[0] -= 1
             if entry[0] == 0:
-                setattr(thing, self.attribute, entry[1])
+                value = self.own(thing)
                 del self.held[id(thing)]
+                self.put(thing, value)
 
     def own(self, thing: Any) -> bool:
         """The value without what calls want."""
         entry = self.held.get(id(thing))
-        return bool(getattr(thing, self.attribute) if entry is None else entry[1])
+        return bool(getattr(thing, self.attribute) or (entry is not None and entry[1]))
+
+    def put(self, thing: Any, value: bool) -> None:
+        """Set the value."""
+        setattr(thing, self.attribute, value)
 
 
-_modes, _gradients = _Held("training"), _Held("requires_grad")
+_PLAIN = ("torch", __name__.partition(".")[0])
+
+
+class _HeldModes(_Held):
+    """Modes of modules: those whose `train` does something (merges weights, say) get theirs by it."""
+
+    def put(self, thing: nn.Module, value: bool) -> None:
+        acts = thing.train.__module__.partition(".")[0] not in _PLAIN or "export" in thing.train.__module__
+        if acts and thing.training != value:
+            thing.train(value)
+        thing.training = value
+
+
+_modes, _gradients = _HeldModes("training"), _Held("requires_grad")
+
+
+def _with_modes(model: nn.Module) -> list[nn.Module]:
+    """Frozen TorchScript modules have none."""
+    return [module for module in model.modules() if hasattr(module, "training")]
+
+
+def _switched_on(model: nn.Module) -> set[nn.Module]:
+    """Modules in train mode under one in eval mode: they are meant so (dropout at test time).
+
+    But for those that hold batch norm in train mode: they were being trained.
+    """
+    network, found = model, set[nn.Module]()
+    if not any(_modes.own(module) for module in _with_modes(model)):
+        return found
+    while len(children := list(network.children())) == 1 and any(children[0].children()):
+        network = children[0]  # whose own mode tells, not that of what it was wrapped into
+
+    def search(module: nn.Module, below: bool) -> None:
+        own = hasattr(module, "training") and _modes.own(module)
+        if own and not below:
+            if not any(isinstance(each, _NormBase) and _modes.own(each) for each in module.modules()):
+                found.update(each for each in module.modules() if not _is_noise(each))
+        else:
+            for child in module.children():
+                search(child, own)
+
+    search(network, True)
+    return found
+
+
+def _is_noise(module: nn.Module) -> bool:
+    """A random layer of this package, whose train mode says how it samples."""
+    return isinstance(vars(module).get("identity"), int)
+
+
+def switched_on(model: nn.Module) -> int:
+    """How many modules are in train mode and stay so when `model` predicts; see `in_eval_mode`."""
+    with _modes.lock:
+        return len(_switched_on(model))
+
+
+def to_eval_mode_(model: nn.Module) -> nn.Module:
+    """What `eval()` does, but that modules switched on by themselves stay; see `in_eval_mode`."""
+    with _modes.lock:
+        _leave_train_mode_(_with_modes(model), _switched_on(model))
+    return model
+
+
+def _leave_train_mode_(modules: list[nn.Module], stay: set[nn.Module]) -> None:
+    for module in modules:
+        if module not in stay and module.training:
+            _modes.put(module, False)
+    for module in stay:  # what `train` of one above them may have changed
+        _modes.put(module, True)
 
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Within this context `model` is in eval mode; each module's own comes back when no call wants it."""
-    # Frozen TorchScript modules have no mode.
-    modules = [module for module in model.modules() if hasattr(module, "training")]
+    """Within this context `model` is in eval mode; each module's own comes back when no call wants it.
+
+    Modules that are in train mode by themselves, under others in eval mode, stay so: dropout at test time is
+    switched on like this. Batch norm does not.
+
+    Modules that are `asks_calls` keep the mode they have, and ask `in_eval_mode_now` as well.
+    """
+    modules = [module for module in _with_modes(model) if not getattr(module, "asks_calls", False)]
+    asking = {id(module) for module in model.modules() if getattr(module, "asks_calls", False)}
     with _modes.lock:
         _modes.enter(modules)
-        if any(module.training for module in modules):
-            model.eval()
+        try:
+            _leave_train_mode_(modules, _switched_on(model))
+        except BaseException:
+            _modes.leave(modules)
+            raise
+    token = _evaluated.set(_evaluated.get() | asking)
     try:
         yield
     finally:
+        _evaluated.reset(token)
         with _modes.lock:
             _modes.leave(modules)
+
+
+def in_eval_mode_now(module: nn.Module) -> bool:
+    """Whether the current context wants a module that `asks_calls` to be in eval mode."""
+    return id(module) in _evaluated.get()
 
 
 @contextmanager
@@ -103,7 +200,13 @@ def without_weight_gradients(model: nn.Module) -> Iterator[None]:
 def own_modes(model: nn.Module) -> list[tuple[nn.Module, bool]]:
     """Each module and whether it is in train mode, or will be when no call wants eval mode any more."""
     with _modes.lock:
-        return [(each, _modes.own(each)) for each in model.modules() if hasattr(each, "training")]
+        return [(each, _modes.own(each)) for each in _with_modes(model)]
+
+
+def own_gradients(model: nn.Module) -> list[bool]:
+    """Of each parameter, whether it wants a gradient, or will when no call forbids it any more."""
+    with _gradients.lock:
+        return [_gradients.own(parameter) for parameter in model.parameters()]
 
 
 def set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
@@ -112,8 +215,33 @@ def set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
         for module, training in modes:
             if id(module) in _modes.held:
                 _modes.held[id(module)][1] = training
+                module.training = module.training and training
             else:
-                module.training = training
+                _modes.put(module, training)
+
+
+def switch_mode(model: nn.Module, training: bool) -> None:
+    """What `nn.Module.train` does; where calls want eval mode, when none does any more."""
+    with _modes.lock:
+        modules = _with_modes(model)
+        if any(id(module) in _modes.held for module in modules):
+            set_modes((module, training) for module in modules)
+        else:
+            nn.Module.train(model, training)
+
+
+def state_of_copy(model: nn.Module) -> dict[str, Any]:
+    """The network's own modes and wishes for gradients, for copies that are made while calls change them."""
+    return {"modes": [mode for _, mode in own_modes(model)], "gradients": own_gradients(model)}
+
+
+def restore_copy_(copied: nn.Module, state: dict[str, Any]) -> None:
+    """Give a copy what `state_of_copy` said of its original."""
+    for module, training in zip(_with_modes(copied), state["modes"], strict=False):
+        _modes.put(module, training)
+    for parameter, wanted in zip(copied.parameters(), state["gradients"], strict=False):
+        if parameter.requires_grad != wanted:
+            parameter.requires_grad_(wanted)
 
 
 class _Handle(Protocol):
@@ -126,9 +254,11 @@ _structure = threading.RLock()
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy, without the hooks that calls of other threads have put into it."""
+    """A deep copy, without what calls of other threads want of it: hooks, eval mode, no gradients."""
     with _structure:
-        return copy.deepcopy(model)
+        state, made = state_of_copy(model), copy.deepcopy(model)
+    restore_copy_(made, state)
+    return made
 
 
 class _OwnHook:

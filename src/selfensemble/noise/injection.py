@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..runtime.random_state import kept_random_state
 from .calls import OwnHooks, in_eval_mode, switched_off
 from .copies import with_originals
 from .graphs import closed_parts, forget_graphs
 from .layer import GaussianNoise, RandomLayer
 from .levels import NoiseConfig, Std
+from .own_numbers import OwnNumbers
 from .records import forget_, remember_, saved_levels
 
 CHILD = "gaussian_noise"
@@ -90,7 +90,7 @@ def execution_order(model: nn.Module, fqns: list[str], example_inputs: Any) -> l
     with OwnHooks() as hooks:
         for fqn in fqns:
             hooks.add(model.get_submodule(fqn).register_forward_pre_hook, note(fqn))
-        with torch.no_grad(), kept_random_state(), eval_mode(model), noise_disabled(model):
+        with torch.no_grad(), OwnNumbers(), eval_mode(model), noise_disabled(model):
             call(model, example_inputs)
     return order
 

@@ -133,7 +133,7 @@ class GaussianNoise(RandomLayer):
         self._std = check_stds("std", std)
         self._number = self._std if isinstance(self._std, float) else None
         self._varies = bool(np.max(self._std) > 0)
-        levels = torch.tensor(self._std, device="cpu") if self._number is None else None
+        levels = torch.tensor(self._std, dtype=torch.float32, device="cpu") if self._number is None else None
         # A buffer moves to the device of the network; one that is not persistent is in no state dict.
         self.register_buffer("_levels", levels, persistent=False)
         if self.record is not None:

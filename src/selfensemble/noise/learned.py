@@ -56,7 +56,7 @@ class LearnedNoise(GaussianNoise):
     @std.setter
     def std(self, std: Std) -> None:
         device = self.raw.device if hasattr(self, "raw") else torch.device("cpu")
-        levels = torch.tensor(check_stds("std", std), device=device)
+        levels = torch.tensor(check_stds("std", std), dtype=torch.float32, device=device)
         if not bool((levels > 0).all()):
             raise ValueError(f"a level that is to be learned must start above 0, got {std}")
         self._number, self._varies = None, True
@@ -123,7 +123,7 @@ def learned_layers(model: nn.Module) -> list[LearnedNoise]:
 def distance_from_start(model: nn.Module) -> Tensor:
     """Mean `log(level / start)^2` of each layer, summed over layers: a scalar, 0 without any."""
     each = [layer.distance_from_start() for layer in learned_layers(model)]
-    return torch.stack(each).sum() if each else torch.zeros((), device="cpu")
+    return torch.stack(each).sum() if each else torch.zeros((), dtype=torch.float32, device="cpu")
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, object]]:

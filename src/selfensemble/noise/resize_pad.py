@@ -131,16 +131,18 @@ def _draw_placement(
     if called_off(call):
         own = inputs.shape[-1]
         middle = [float(own), float((largest - own) // 2), float((largest - own) // 2)]
-        return torch.tensor(middle, device=inputs.device).repeat(len(inputs), 1)
+        return torch.tensor(middle, dtype=torch.float32, device=inputs.device).repeat(len(inputs), 1)
     source = random_source(layer, shared, inputs.device)
     if source.shared:
         source.check_batch(len(inputs))
-        each = torch.empty(source.count, 3, device=inputs.device)
+        each = torch.empty(source.count, 3, dtype=torch.float32, device=inputs.device)
         for one, generator in source.split(each):
             one.uniform_(generator=generator)
         chance = each.repeat_interleave(len(inputs) // source.count, dim=0)
     else:
-        chance = torch.rand(len(inputs), 3, generator=source.generator(), device=inputs.device)
+        chance = torch.rand(
+            len(inputs), 3, generator=source.generator(), dtype=torch.float32, device=inputs.device
+        )
     side = smallest + (chance[:, :1] * (largest - smallest + 1)).floor()
     offsets = (chance[:, 1:] * (largest - side + 1)).floor()
     return torch.cat([side, offsets], dim=1)

@@ -21,7 +21,7 @@ def device_named(name: str) -> "torch.device":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = torch.device(name)
-        (torch.ones(1, device=device) + 1).item()
+        (torch.ones(1, dtype=torch.float32, device=device) + 1).item()
     except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
         raise InputError(f"cannot use device {name!r}: {str(error)[:200]}") from error
     return device

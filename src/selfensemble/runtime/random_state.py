@@ -10,6 +10,9 @@ import torch
 def kept_random_state(device: torch.device | None = None) -> Iterator[None]:
     """Within this context torch's global generators may be seeded; afterwards they stand as they did.
 
+    What other threads draw meanwhile they draw again afterwards: where there may be some, `OwnNumbers` (in
+    `noise`) is what is wanted.
+
     `torch.manual_seed` seeds those of the CPU and of every device that there is; `torch.random.fork_rng` by
     itself puts back the CPU's and CUDA's alone.
 

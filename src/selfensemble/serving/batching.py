@@ -104,8 +104,6 @@ class Batcher:
             raise TypeError(f"images must be {'' if self._floating else 'no '}floats, got {images.dtype}")
         if tuple(images.shape[1:]) != self._shape:
             raise ValueError(f"images must have shape {self._shape}, got {tuple(images.shape[1:])}")
-        if not self.ensemble.is_random:
-            rule = Fixed(1)
         prepared = [_Waiting(image, rule) for image in self._draws.prepared(images)]
         with self._changed:
             if self._closing:
@@ -158,10 +156,17 @@ class Batcher:
                     _call(*job)
                 try:
                     active.admit(taken)
+                    self._fix(taken)
                     if len(active):
                         self._step(active)
                 except Exception as error:  # of the network: those who asked are told, others go on
                     active.fail(error)
+
+    def _fix(self, taken: "list[_Waiting]") -> None:
+        """One draw is enough of a network that answers these images alike however often it is asked."""
+        if taken and not self.ensemble.varies(torch.stack([each.image for each in taken[:2]])):
+            for each in taken:
+                each.rule = Fixed(1)
 
     def _step(self, active: "_Active") -> None:
         """One pass, or a pair of them."""
@@ -199,8 +204,8 @@ class _Active:
 
     def __init__(self) -> None:
         self._waits: list[_Waiting] = []
-        self.images = torch.empty(0, device="cpu")
-        self._mean = self._squares = torch.empty(0, device="cpu")
+        self.images = torch.empty(0, dtype=torch.float32, device="cpu")
+        self._mean = self._squares = torch.empty(0, dtype=torch.float32, device="cpu")
         self._used = torch.zeros(0, dtype=torch.int64, device="cpu")
 
     def __len__(self) -> int:

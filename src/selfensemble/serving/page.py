@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import attacks
 from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.stopping import Fixed
+from ..noise.calls import to_eval_mode_
 from ..noise.injection import make_static_, noise_disabled
 from ..noise.streams import noise_draw
 from . import schemas
@@ -106,7 +107,7 @@ class _Page:
         service = self.service
         plain = schemas.Vote(plain=self._answer(await service.run(lambda: self._without_noise(inputs))))
         yield _line(plain)
-        total = votes = torch.zeros(len(service.classes), device="cpu")
+        total = votes = torch.zeros(len(service.classes), dtype=torch.float32, device="cpu")
         for number in range(1, draws + 1):
             try:
                 one = await self._draw(inputs, seed, number - 1)
@@ -114,7 +115,9 @@ class _Page:
                 yield _line(schemas.Vote(error=str(error.detail)))
                 return
             total = total + one
-            votes = votes.scatter_add(0, one.argmax().unsqueeze(0), torch.ones(1, device="cpu"))
+            votes = votes.scatter_add(
+                0, one.argmax().unsqueeze(0), torch.ones(1, dtype=torch.float32, device="cpu")
+            )
             mean = total / number
             order = (votes + mean).argsort(descending=True)[:_SHOWN].tolist()
             yield _line(
@@ -164,7 +167,8 @@ class _Page:
 
     def _attack(self, inputs: Tensor, asked: schemas.Attack) -> schemas.Attacked:
         if not self._targets:
-            ensemble = copy.deepcopy(self.service.ensemble).eval()
+            ensemble = copy.deepcopy(self.service.ensemble)
+            to_eval_mode_(ensemble)
             plain = copy.deepcopy(ensemble)
             make_static_(plain)
             plain.draws = 1

@@ -61,7 +61,9 @@ class Service:
     def start(self) -> None:
         """Begin to take requests."""
         self.batcher = Batcher(
-            self.ensemble, torch.zeros(1, *self.shape, device="cpu"), self.settings.max_waiting
+            self.ensemble,
+            torch.zeros(1, *self.shape, dtype=torch.float32, device="cpu"),
+            self.settings.max_waiting,
         )
 
     def stop(self) -> None:

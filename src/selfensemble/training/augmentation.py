@@ -23,7 +23,7 @@ def augmentation(config: DataSection) -> Callable[[Tensor], Tensor]:
         count, _, height, width = images.shape
         rows, columns = (torch.arange(side, device=images.device) for side in (height, width))
         if flip:
-            chosen = torch.rand(count, 1, device=images.device) < 0.5
+            chosen = torch.rand(count, 1, dtype=torch.float32, device=images.device) < 0.5
             columns = torch.where(chosen, width - 1 - columns, columns)
         top, left = torch.randint(2 * padding + 1, (2, count, 1), device=images.device)
         each = torch.arange(count, device=images.device)[:, None, None]

@@ -14,8 +14,8 @@ from ..ensemble.ensemble import SelfEnsemble
 from ..fast.replay import StepGradients
 from ..fast.small_maps import speed_up_small_maps_
 from ..noise.learned import distance_from_start
+from ..noise.own_numbers import OwnNumbers
 from ..noise.streams import stream_seed
-from ..runtime.random_state import kept_random_state
 from .batches import Batches
 from .building import build_ensemble, make_optimizer, make_scheduler
 from .defenses import Networks
@@ -125,8 +125,7 @@ class TrainingStep:
 
 def _first_ensemble(recipe: Recipe, batches: Batches) -> SelfEnsemble:
     """The network to begin with, laid out as the images are."""
-    with kept_random_state(), torch.device("cpu"):
-        torch.manual_seed(recipe.seed)
+    with OwnNumbers(recipe.seed), torch.device("cpu"):
         try:
             ensemble = build_ensemble(recipe, batches.train)
         except RuntimeError as error:

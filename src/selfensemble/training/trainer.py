@@ -161,7 +161,7 @@ class Trainer:
         order = self.batches.order(epoch)
         every = self.recipe.train.checkpoint_steps
         started = time.monotonic()
-        loss_sum = torch.tensor(self._epoch_loss, device=self.accelerator.device)
+        loss_sum = torch.tensor(self._epoch_loss, dtype=torch.float32, device=self.accelerator.device)
         for number in range(first, self.batches.in_epoch):
             loss_sum += self.training_step(self.batches.numbers(order, number), self.step)
             self.step += 1

@@ -6,7 +6,7 @@ Sense of Security, ICML 2018, section 3.1.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ...attacks.norms import check_eps, check_norm
 from ...data.labels import class_numbers
 from ...noise.calls import own_modes, set_modes
+from ...noise.own_numbers import OwnNumbers
 from ...noise.streams import noise_draw, stream_seed
-from ...runtime.random_state import kept_random_state
 from ..results import CheckRecord
 from . import attack_checks, noise_checks, output_checks
 from .subject import Subject
@@ -85,14 +85,14 @@ def doctor(
         expect_random=expect_random, max_batch=max_batch, seed=seed,
     )  # fmt: skip
     class_numbers(labels, len(inputs), device=inputs.device, classes=_classes(subject))
+    takes_numbers = _takes_numbers(subject)
     records = []
     with _left_as_it_was(model):
         for place, (name, check) in enumerate(CHECKS.items()):
             progress(name, place / len(CHECKS))
             # One seed for all the noise of a check: its calls draw on, each anew, and records repeat.
             own = stream_seed(seed, place, 5)
-            with noise_draw(own), kept_random_state():
-                torch.manual_seed(own)
+            with noise_draw(own), OwnNumbers(own) if takes_numbers else nullcontext():
                 record = _examine(check, subject)
             records.append(record.model_copy(update={"name": name}))
     progress("done", 1.0)
@@ -108,6 +108,17 @@ def _classes(subject: Subject) -> int | None:
         raise
     except Exception:  # the model is a stranger's, and may fail in any way
         return None
+
+
+def _takes_numbers(subject: Subject) -> bool:
+    """Whether the model takes numbers from torch's global generators; where it fails, it may."""
+    try:
+        with _left_as_it_was(subject.model):
+            return subject.takes_numbers
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # see above
+        return True
 
 
 def _examine(check: Callable[[Subject], CheckRecord], subject: Subject) -> CheckRecord:

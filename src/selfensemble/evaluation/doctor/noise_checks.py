@@ -9,14 +9,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from ...attacks.driver import single_draw
-from ...ensemble.randomness import RandomOps
 from ...fast.ensemble import FastEnsemble
 from ...noise.calls import OwnHooks, copied, without_weight_gradients
 from ...noise.copies import with_originals
 from ...noise.injection import eval_mode
 from ...noise.layer import GaussianNoise, describe_std
+from ...noise.own_numbers import OwnNumbers
 from ...noise.streams import noise_draw
-from ...runtime.random_state import kept_random_state
 from ..results import CheckRecord
 from .findings import PASSES, ROUNDING, differ, failed, not_applicable, passed
 from .subject import Subject
@@ -67,7 +66,7 @@ def _random_in_training(subject: Subject) -> bool:
     for module in model.modules():
         usual = isinstance(module, _DropoutNd | _BatchNorm) or "drop" in type(module).__name__.lower()
         module.training = not usual
-    with torch.no_grad(), RandomOps() as mode:
+    with torch.no_grad(), OwnNumbers() as mode:
         model(subject.few.to(subject.device, subject.dtype))
     return bool(mode.names & _NOISE)
 
@@ -128,8 +127,7 @@ def _hidden_modules(model: nn.Module) -> int:
 
 def _frozen(model: nn.Module, subject: Subject) -> Tensor:
     """Logits (B, K) of one draw, always of the same noise."""
-    with noise_draw(0, 0, "shared"), kept_random_state(subject.device), torch.no_grad(), eval_mode(model):
-        torch.manual_seed(0)
+    with noise_draw(0, 0, "shared"), OwnNumbers(0), torch.no_grad(), eval_mode(model):
         return single_draw(model)(subject.few.to(subject.device)).float()
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...attacks.losses import cross_entropy, margin
-from ...noise.calls import own_modes
+from ...noise.calls import own_modes, switched_on
 from ...noise.streams import noise_draw
 from ..results import CheckRecord
 from .findings import PASSES, ROUNDING, differ, failed, not_applicable, passed, share
@@ -22,6 +22,8 @@ def eval_mode_on(subject: Subject) -> CheckRecord:
     whole, training = modes[0][1], sum(norms)
     figure = f"model in {'training' if whole else 'eval'} mode"
     figure += f", {training} of {len(norms)} batch-norm layers in training mode"
+    if on := switched_on(subject.model):
+        figure += f", {on} other modules in training mode by themselves"
     if whole or training:
         return failed(figure, "call model.eval(): in training mode answers depend on the batch, and change")
     return passed(figure)

@@ -11,7 +11,7 @@ from ...attacks.driver import attacked, check_batch, device_of, looks_like_proba
 from ...attacks.pgd import pgd
 from ...ensemble.checks import floating_dtype
 from ...ensemble.ensemble import SelfEnsemble
-from ...ensemble.randomness import draws_numbers
+from ...ensemble.randomness import draws_numbers, takes_numbers
 from ...fast.optimize import original_of
 from ...noise.injection import eval_mode, random_layers
 from ...noise.layer import GaussianNoise, RandomLayer
@@ -72,6 +72,11 @@ class Subject:
     def is_random(self) -> bool:
         """Whether those differ."""
         return any(not torch.equal(self.outputs[0], other) for other in self.outputs[1:])
+
+    @cached_property
+    def takes_numbers(self) -> bool:
+        """Whether it takes numbers from torch's global generators, in eval mode."""
+        return takes_numbers(self.once, self.few)
 
     @cached_property
     def random_ops(self) -> set[str]:

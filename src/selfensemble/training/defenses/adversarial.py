@@ -60,8 +60,8 @@ def maximise(
     change = torch.zeros_like(inputs)
     if random_start:
         change = norms.random_start(inputs, norm, start * eps, _global_generator(inputs.device))
-    draws = eot if ensemble.is_random else 1
     with eval_mode(ensemble):
+        draws = eot if eot > 1 and ensemble.varies(inputs) else 1
         for _ in range(steps):
             leaf = (inputs + change).requires_grad_()
             each = [ensemble.draw_logits(leaf).float().log_softmax(dim=1) for _ in range(draws)]
