@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ensemble.classifier import Copied
+from ..ensemble.classifier import Copied, Digests
 from ..ensemble.classifier import Precision as Precision
 from ..ensemble.ensemble import SelfEnsemble
-from ..ensemble.fingerprint import fingerprint, weights_digest
+from ..ensemble.fingerprint import fingerprint, own_digests
 from ..noise.copies import OptimizedCopy
 from ..noise.injection import CHILD, random_layers
 from ..noise.layer import NoiseConfig, RandomLayer
@@ -36,7 +36,8 @@ class FastEnsemble(OptimizedCopy, SelfEnsemble):
             model, config, draws=original.draws, sampling=original.sampling, bounds=original.bounds
         )
         self.precision = precision
-        self.copied = Copied(fingerprint(original).weights, weights_digest(model))
+        theirs = fingerprint(original)
+        self.copied = Copied(Digests(theirs.weights, theirs.noise), own_digests(self))
         self.stopping, self.sets = original.stopping, original.sets
         if precision == "bf16":
             self.chunk, self.has_half_activations = 4 * original.chunk, True

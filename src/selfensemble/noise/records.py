@@ -32,7 +32,7 @@ def remember_(model: nn.Module, layers: Mapping[str, GaussianNoise]) -> None:
         name, holder = within[0] if within else _outermost(model)
         if name not in entries:
             known = [entry for entry in _entries(holder) if id(entry) in held]
-            if not known and _is_pretrained(holder):
+            if not known and is_pretrained(holder):
                 _own_config_(holder)
             entries[name] = known
             setattr(_place(holder), KEY, known)
@@ -101,7 +101,8 @@ def _held(model: nn.Module) -> set[int]:
     return {id(module.record) for module in model.modules() if isinstance(module, GaussianNoise)}
 
 
-def _is_pretrained(module: nn.Module) -> bool:
+def is_pretrained(module: nn.Module) -> bool:
+    """Whether it is a network of transformers."""
     theirs = sys.modules.get("transformers.modeling_utils")  # imported, if it made the network
     return theirs is not None and isinstance(module, theirs.PreTrainedModel)
 
@@ -110,7 +111,7 @@ def _pretrained(model: nn.Module) -> dict[str, nn.Module]:
     """Networks of transformers by name; of those within others the outermost."""
     found: dict[str, nn.Module] = {}
     for fqn, module in model.named_modules():
-        if _is_pretrained(module) and not any(_is_within(fqn, name) for name in found):
+        if is_pretrained(module) and not any(_is_within(fqn, name) for name in found):
             found[fqn] = module
     return found
 
@@ -127,7 +128,7 @@ def _outermost(model: nn.Module) -> tuple[str, nn.Module]:
 
 def _place(module: nn.Module) -> Any:
     """The object that the record is an attribute of."""
-    return vars(module).get("config") if _is_pretrained(module) else module
+    return vars(module).get("config") if is_pretrained(module) else module
 
 
 def _entries(module: nn.Module) -> list[Record]:
