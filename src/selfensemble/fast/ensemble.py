@@ -20,8 +20,8 @@ class FastEnsemble(OptimizedCopy, SelfEnsemble):
 
     What is saved or exported of it is its original, with the draws, bounds and stopping rule of the copy.
     `noise_disabled`, `set_levels_`, `remove_noise_` and `make_static_` act on both, and so does `to` another
-    device. Levels that are set in only one of them are an error where it would matter. Weights are those that
-    the original had: after training it further, optimise it again.
+    device. Levels that are set in only one of them are an error where it would matter, and so are weights:
+    those of the copy are what the original had; after training it further, optimise it again.
 
     Args:
         model: the rewritten network.
@@ -74,7 +74,7 @@ class FastEnsemble(OptimizedCopy, SelfEnsemble):
         return applied
 
     def check_original(self) -> None:
-        """Raise a ValueError unless the original has the noise of the copy, and lies on its device."""
+        """Raise a ValueError unless the original has noise, weights and device of the copy."""
         here, there = _device_of(self), _device_of(self.original)
         if here != there:
             raise ValueError(
@@ -92,6 +92,11 @@ class FastEnsemble(OptimizedCopy, SelfEnsemble):
                 f"an optimised copy and its original differ in their noise ({', '.join(differing[:3])}): "
                 "change it with set_levels_, remove_noise_ or make_static_, which change both, or optimize "
                 "the original again"
+            )
+        if fingerprint(self).weights != fingerprint(self.original).weights:
+            raise ValueError(
+                "an optimised copy and its original differ in their weights or layers, as one of them was "
+                "changed since the copy was made (trained on, say): optimize the original again"
             )
 
 
