@@ -27,6 +27,8 @@ from .operators import (
 )
 from .streams import Sampling, check_sampling, random_source
 
+CHILD = "gaussian_noise"  # by which a module has the layer in front of it
+
 
 class RandomLayer(nn.Module):
     """A layer that draws random numbers at every call, in training and at test time.
