@@ -59,11 +59,12 @@ def export_onnx(
 ) -> Path:
     """Write an ensemble as an ONNX file whose noise is that of a seed, another one at every run.
 
-    The graph takes `images`, (B, ...) float32 (or float16, as the network) in the bounds of the ensemble, and
-    `seed`, (4,) uint32: 128 bits that have to be fresh at every run, as `OnnxEnsemble` has them. (A network without noise takes no
-    seed.) It gives `probabilities`, (B, K), the mean softmax over the draws, and with more than one draw
-    `spread`, (B, K), its standard deviation over them. Every image and draw has noise of its own. The number
-    of draws is part of the graph, which needs the memory of `draws` times the images of a run.
+    The graph takes `images`, (B, ...) float32 (or float16, as the network) in the bounds of the ensemble,
+    and `seed`, (4,) uint32: 128 bits that have to be fresh at every run, as `OnnxEnsemble` has them. (A
+    network without noise takes no seed.) It gives `probabilities`, (B, K), the mean softmax over the draws,
+    and with more than one draw `spread`, (B, K), its standard deviation over them. Every image and draw has
+    noise of its own. The number of draws is part of the graph, which needs the memory of `draws` times the
+    images of a run.
 
     What stays behind: the streams of `noise_draw` (the same seed is other noise here), rules that stop
     drawing, decisions and certificates.
