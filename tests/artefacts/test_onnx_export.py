@@ -108,6 +108,26 @@ def test_other_kinds_of_noise(images: Tensor, tmp_path: Path, kind: str) -> None
     assert spread == pytest.approx(expected.spread.numpy(), rel=0.35)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("part", ["all", "convolution"])
+def test_precisions_that_no_runtime_convolves_in_are_refused(
+    tiny: nn.Module, images: Tensor, tmp_path: Path, dtype: torch.dtype, part: str
+) -> None:
+    ensemble = rse.SelfEnsemble(tiny, draws=2)
+    inputs = images.to(dtype) if part == "all" else images
+    if part == "all":
+        ensemble.to(dtype)
+    else:
+        tiny.get_submodule("3").to(dtype)
+        tiny.get_submodule("3").register_forward_pre_hook(lambda module, args: args[0].to(dtype))
+        tiny.get_submodule("3").register_forward_hook(lambda module, args, output: output.float())
+    with pytest.raises(ValueError, match=r"computes in torch\.(float64|bfloat16).*ensemble\.float\(\)"):
+        rse.export_onnx(ensemble, tmp_path / "file.onnx", inputs)
+    assert list(tmp_path.iterdir()) == []
+    if part == "all":
+        rse.export_onnx(ensemble.float(), tmp_path / "file.onnx", images)
+
+
 def test_what_onnx_cannot_say_is_refused(tiny: nn.Module, images: Tensor, tmp_path: Path) -> None:
     """And a file that is there stays as it was."""
     path = tmp_path / "x.onnx"

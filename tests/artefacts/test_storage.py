@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -51,6 +52,59 @@ def test_round_trip_keeps_answers_levels_and_order(tmp_path: Path, images: Tenso
     assert {k: v.layer for k, v in rse.noise_layers(loaded.model).items()} == {"stem": 0, "inner": 1}
     with pytest.raises(ValueError, match="model="):
         rse.load(tmp_path)
+
+
+def _whole(network: nn.Module) -> Any:
+    return torch.compile(network, backend="eager")
+
+
+def _in_place(network: nn.Module) -> Any:
+    network.compile(backend="eager")
+    return network
+
+
+def _part(network: nn.Module) -> Any:
+    network.add_module("stem", _whole(network.get_submodule("stem")))
+    return network
+
+
+def _both(network: nn.Module) -> Any:
+    return _whole(_part(network))
+
+
+COMPILED: dict[str, Callable[[nn.Module], Any]] = {
+    "not": lambda network: network, "whole": _whole, "in place": _in_place, "part": _part, "both": _both,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("into", COMPILED)
+@pytest.mark.parametrize("how", COMPILED)
+def test_compiled_networks_are_saved_as_what_they_compile(
+    tmp_path: Path, images: Tensor, how: str, into: str
+) -> None:
+    network = COMPILED[how](OutOfOrder())
+    ensemble = rse.SelfEnsemble(network, rse.NoiseConfig(0.3, 0.7), draws=2, example_inputs=images).eval()
+    plain = set(OutOfOrder().state_dict())
+    ensemble.stopping = Calibrated(
+        thresholds=(0.5, 0.0), epsilon=0.1, delta=0.05, mean_draws=1.5, disagreement=0.05, images=500,
+        reference_draws=200,
+    )  # fmt: skip
+    rse.save(ensemble, tmp_path)
+    assert set(safetensors.torch.load_file(tmp_path / "model.safetensors")) == plain
+    assert read_config(tmp_path).noise == {"stem": 0.3, "inner": 0.7}
+    loaded = rse.load(tmp_path, COMPILED[into](OutOfOrder()))
+    assert loaded.stopping is not None
+    assert loaded.stopping.differences(loaded) == []  # nor has the ensemble other weights, then
+    assert [layer.std for layer in rse.noise_layers(loaded.model).values()] == [0.3, 0.7]
+
+
+def test_a_compiled_network_of_ours_is_known_by_its_name(tmp_path: Path) -> None:
+    network = rse.create_model("small-cnn", channels=1, width=0.25)
+    expected = Architecture.of(network)
+    network.add_module("0", _whole(network.get_submodule("0")))
+    rse.save(rse.SelfEnsemble(_whole(network)), tmp_path)
+    assert read_config(tmp_path).architecture == expected is not None
+    assert len(rse.noise_layers(rse.load(tmp_path).model)) == 4
 
 
 def test_levels_by_channel_survive(tmp_path: Path, images: Tensor) -> None:

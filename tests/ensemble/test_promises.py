@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor, nn
+from transformers import ResNetConfig, ResNetForImageClassification
 
 import selfensemble as rse
 from selfensemble.artefacts import storage
@@ -18,7 +19,7 @@ from selfensemble.artefacts.config import Architecture
 from selfensemble.ensemble import fingerprint as fingerprints
 from selfensemble.ensemble.fingerprint import fingerprint
 from selfensemble.ensemble.stopping import Calibrated
-from selfensemble.noise.injection import set_levels_
+from selfensemble.noise.injection import attach_noise_, set_levels_
 from selfensemble.noise.learned import learn_noise_, learned_layers
 from selfensemble.noise.resize_pad import ResizePadConfig, ResizePadNetwork
 
@@ -188,6 +189,131 @@ def test_it_is_what_an_ensemble_is_that_counts(ensemble: rse.SelfEnsemble, image
     rse.noise_layers(ensemble.model)["0"].sampling = "per_image"
     with pytest.raises(ValueError, match="other noise"):
         ensemble.predict(images, stop="calibrated")
+
+
+class Told(nn.Module):
+    """What it computes depends on all kinds of things that are no weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late, self.early = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(3, 4, 3)
+        self.norm, self.act, self.drop = nn.BatchNorm2d(4), nn.LeakyReLU(0.1), nn.Dropout(0.5)
+        self.scale, self.means = 1.0, [0.5, 0.5, 0.5]
+        self.options = {"pool": "mean"}
+        self.last: Callable[[Tensor], Tensor] = torch.relu
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.act(self.norm(self.early(inputs * self.scale)))
+        logits: Tensor = self.last(self.drop(self.late(hidden))).mean(dim=(2, 3))
+        return logits
+
+
+def _dimmed(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    return (args[0] * 0.3,)
+
+
+def _told(network: nn.Module, fqn: str, **settings: object) -> None:
+    for name, value in settings.items():
+        setattr(network.get_submodule(fqn), name, value)
+
+
+SETTINGS: dict[str, Callable[[nn.Module], object]] = {
+    "slope": lambda each: _told(each, "act", negative_slope=0.9),
+    "eps": lambda each: _told(each, "norm", eps=1.0),
+    "dilation": lambda each: _told(each, "late", dilation=(2, 2), padding=(2, 2)),
+    "padding": lambda each: _told(each, "late", padding_mode="circular"),
+    "dropout": lambda each: _told(each, "drop", p=0.9),
+    "attribute of the whole": lambda each: _told(each, "", scale=0.3),
+    "in a list": lambda each: each.means.__setitem__(0, 0.4),  # type: ignore[operator]
+    "in a dict": lambda each: each.options.update(pool="max"),  # type: ignore[union-attr, operator]
+    "function": lambda each: _told(each, "", last=torch.sigmoid),
+    "forward": lambda each: _told(each, "norm", forward=lambda inputs: inputs),
+    "hook": lambda each: each.register_forward_pre_hook(_dimmed),
+    "hook on a layer": lambda each: each.get_submodule("act").register_forward_hook(lambda *args: None),
+    "hook on noise": lambda each: rse.noise_layers(each)["early"].register_forward_hook(lambda *args: None),
+    "the first number, by NumPy": lambda each: (
+        each.get_parameter("late.weight").detach().numpy()[0, 0].fill(1)
+    ),
+    "noise elsewhere": lambda each: rse.inject_noise_(
+        rse.remove_noise_(each), rse.NoiseConfig(0.3, 0.2), example_inputs=torch.rand(2, 3, 8, 8)
+    ),
+    "the same levels elsewhere": lambda each: attach_noise_(
+        rse.remove_noise_(each), {"early": 0.3, "late": 0.2}
+    ),
+}
+
+
+@pytest.mark.parametrize("change", SETTINGS)
+@pytest.mark.parametrize("fast", [False, True])
+def test_settings_hooks_and_places_count(images: Tensor, change: str, fast: bool) -> None:
+    torch.manual_seed(0)
+    ensemble = rse.SelfEnsemble(Told().eval(), rse.NoiseConfig(0.3, 0.2), sampling="per_image")
+    ensemble.stopping = early()
+    form = rse.optimize(ensemble, images, "float32") if fast else ensemble
+    assert form.predict(images, stop="calibrated").draws.max() <= 2
+    SETTINGS[change](ensemble.model)
+    form = rse.optimize(ensemble, images, "float32") if fast else ensemble
+    with pytest.raises(ValueError, match="noise" if "where" in change else "weights or layers|noise"):
+        form.predict(images, stop="calibrated")
+
+
+def test_wrappers_and_passes_change_nothing(images: Tensor, tmp_path: Path) -> None:
+    ensemble = rse.SelfEnsemble(Told().eval(), rse.NoiseConfig(0.3, 0.2), draws=10)
+    before = fingerprint(ensemble)
+    network = ensemble.model
+    wrappers: list[Any] = [nn.DataParallel(network), torch.compile(network, backend="eager")]
+    for wrapped in wrappers:
+        ensemble.model = wrapped
+        assert fingerprint(ensemble) == before
+        wrapped.register_forward_pre_hook(_dimmed)
+        assert fingerprint(ensemble) != before
+    ensemble.model = network
+    rse.certify(ensemble, images, n0=2, n=4)
+    rse.validate(network, images)
+    ensemble.predict(images, seed=1)
+    network.compile(backend="eager")
+    network.train(True).train(False)
+    assert fingerprint(ensemble) == before
+    ensemble.stopping = early()
+    rse.save(ensemble, tmp_path)
+    assert rse.load(tmp_path, Told()).predict(images, stop="calibrated").draws.max() <= 2
+
+
+def test_networks_of_transformers_keep_their_rule(tmp_path: Path) -> None:
+    config = ResNetConfig(
+        num_channels=3, embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic", num_labels=4
+    )
+    ensemble = rse.SelfEnsemble(ResNetForImageClassification(config).eval())
+    ensemble.stopping = early()
+    inputs = torch.rand(2, 3, 16, 16)
+    ensemble.save_pretrained(tmp_path / "ours")
+    assert rse.load(tmp_path / "ours").predict(inputs, stop="calibrated").draws.max() <= 2
+    ensemble.model.save_pretrained(tmp_path / "theirs")  # type: ignore[operator]
+    again = rse.SelfEnsemble(ResNetForImageClassification.from_pretrained(tmp_path / "theirs"))
+    again.stopping = ensemble.stopping
+    assert again.eval().predict(inputs, stop="calibrated").draws.max() <= 2
+
+
+class Counted(nn.Module):
+    """Changes an attribute in every pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.passes = nn.Conv2d(3, 4, 3), 0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.passes += 1
+        logits: Tensor = self.conv(inputs).mean(dim=(2, 3))
+        return logits
+
+
+def test_a_network_that_changes_itself_is_not_calibrated() -> None:
+    ensemble = rse.SelfEnsemble(Counted(), draws=2).eval()
+    inputs = torch.rand(200, 3, 4, 4)
+    with pytest.raises(ValueError, match=r"change attributes of its modules \(counters"):
+        rse.calibrate(ensemble, inputs, epsilon=0.5, reference_draws=2, most=2)
+    with pytest.raises(ValueError, match="another one than when its calibration began"):
+        rse.conformal_sets(ensemble, inputs, torch.zeros(200, dtype=torch.int64))
 
 
 def test_memory_that_was_given_back_is_not_mistaken(ensemble: rse.SelfEnsemble) -> None:

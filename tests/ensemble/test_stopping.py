@@ -223,6 +223,48 @@ def test_other_networks_get_several(ensemble: rse.SelfEnsemble, images: Tensor) 
     assert list(ensemble.folds.values()) == [True]
 
 
+class Recorder(nn.Module):
+    """Keeps what the noise in front of it made of pixel 1, by pixel 0, the number of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(1, 1, 1)
+        self.passes: list[dict[float, float]] = []
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        noisy = self.conv(inputs[:, None, 1:])[:, 0]
+        self.passes.append(dict(zip(inputs[:, 0].tolist(), noisy[:, 0].tolist(), strict=True)))
+        return torch.cat([4 * noisy, -4 * noisy], dim=1)
+
+
+@pytest.mark.parametrize("max_batch", [None, 7])
+def test_images_that_leave_leave_the_others_their_own_opposite_noise(max_batch: int | None) -> None:
+    """Noise of each image's own is negated by place, so that nobody may move within a pair."""
+    network = Recorder()
+    with torch.no_grad():
+        network.conv.weight.fill_(1.0)
+        assert network.conv.bias is not None
+        network.conv.bias.zero_()
+    ensemble = rse.SelfEnsemble(network, rse.NoiseConfig(0.5, 0), sampling="per_image", bounds=None).eval()
+    ensemble.stopping = halving(6).model_copy(update={"antithetic": True})
+    numbers = torch.arange(40.0)
+    inputs = torch.stack([numbers, torch.linspace(-1, 1, 40)], dim=1)
+    answer = ensemble.predict(inputs, stop="calibrated", max_batch=max_batch)
+    assert (answer.draws == 1).sum() > 5 < (answer.draws > 1).sum()  # some leave within the first pair
+    noise: list[dict[float, float]] = []
+    clean = dict(inputs.tolist())
+    for each in network.passes:
+        own = {number: noisy - clean[number] for number, noisy in each.items()}
+        if not noise or own.keys() & noise[-1].keys() or max_batch is None:
+            noise.append(own)
+        else:
+            noise[-1] |= own  # the next part of a draw
+    draws = {number: [own[number] for own in noise if number in own] for number in numbers.tolist()}
+    for number, used in zip(numbers.tolist(), answer.draws.tolist(), strict=True):
+        for first, second in zip(draws[number][0:used:2], draws[number][1:used:2], strict=False):
+            assert first == pytest.approx(-second, abs=1e-5)
+
+
 def test_exact_predictions_of_a_network() -> None:
     ensemble = rse.SelfEnsemble(Coin(), bounds=None).eval()
     inputs = torch.linspace(-2, 2, 81).unsqueeze(1)

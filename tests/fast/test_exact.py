@@ -1,7 +1,9 @@
 """Float32 in float32, and the switches of the program as they were, whichever interface it used."""
 
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from subprocess import run
 from typing import Any
 
 import pytest
@@ -176,6 +178,35 @@ def test_every_switch_reads_as_before(program: str, later: str) -> None:
     assert now() == before
     LATER[later]()
     assert now() == expected
+
+
+FRESH = """
+import os, sys, warnings
+import torch
+from selfensemble.fast.exact import _PARTS, _get, exact_float32
+warnings.simplefilter("ignore")
+torch.empty(0)
+for number, program in enumerate(sys.argv[1:]):
+    if os.fork() == 0:
+        exec(program)
+        before = {part: _get(part) for part in _PARTS}
+        with exact_float32():
+            assert {_get(part) for part in _PARTS} == {"ieee"}
+        after = {part: _get(part) for part in _PARTS}
+        changed = {part: (value, after[part]) for part, value in before.items() if after[part] != value}
+        print(program, changed, flush=True)
+        os._exit(bool(changed))
+    assert os.wait()[1] == 0, program
+"""
+
+
+def test_what_nobody_set_still_gives_way() -> None:
+    """Convolutions of cuDNN have TF32 until somebody speaks of them, or of all; in a process of its own."""
+    everything = ["ieee", "tf32", "bf16"]
+    programs = [f"torch.backends.fp32_precision = {value!r}" for value in everything]
+    programs += [f"{each}; torch.backends.cudnn.rnn.fp32_precision = 'tf32'" for each in programs]
+    programs += ["pass", "torch.set_float32_matmul_precision('high')"]
+    run([sys.executable, "-c", FRESH, *programs], check=True, timeout=100)
 
 
 def test_an_error_switches_back() -> None:

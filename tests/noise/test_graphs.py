@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import itertools
 import pickle
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import selfensemble as rse
 from selfensemble.fast.optimize import optimize
+from selfensemble.noise import operators
 from selfensemble.noise.graphs import AfterImport
 from selfensemble.noise.injection import make_static_, set_levels_
 from selfensemble.noise.learned import learn_noise_
@@ -295,6 +297,25 @@ def test_graphs_that_are_recorded_with_noise_draw_it_afresh(
     with rse.noise_draw(1):
         torch.testing.assert_close(graph(images), expected)
     assert "unlisted-noise" in rules(graph, images)
+
+
+@pytest.mark.parametrize("how", ["traced", "exported", "make_fx"])
+def test_graphs_of_another_process_take_no_orders_of_this_one(
+    net: nn.Sequential, images: Tensor, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process numbers its calls; nothing else of another process is known here, as in a fresh one."""
+
+    def in_a_new_process(model: nn.Module) -> nn.Module:
+        monkeypatch.setattr(operators, "_calls", itertools.count())
+        monkeypatch.setattr(operators, "_layer_of_call", {})
+        return CLOSED[how][1](model, images)
+
+    loaded = in_a_new_process(rse.inject_noise_(copy.deepcopy(net)))
+    rse.inject_noise_(net)
+    ours = in_a_new_process(net)
+    with rse.noise_disabled(net):
+        assert torch.equal(ours(images), ours(images))
+        assert not torch.equal(loaded(images), loaded(images))
 
 
 def test_scripting_noise_is_refused_by_torch(net: nn.Sequential) -> None:

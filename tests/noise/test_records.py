@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import selfensemble as rse
-from selfensemble.noise.injection import make_static_, set_levels_
+from selfensemble.noise.injection import attach_noise_, make_static_, set_levels_
 from selfensemble.noise.learned import learn_noise_
 from selfensemble.noise.records import KEY
 
@@ -120,6 +121,48 @@ def test_copies_and_removal(network: Any, images: Tensor, tmp_path: Path) -> Non
     assert lost(other, images)
     rse.remove_noise_(other)
     assert rse.validate(other, images) == []
+
+
+@pytest.mark.parametrize("how", ["set_levels_", "by hand", "of a copy"])
+def test_a_module_that_is_copied_into_its_place_is_known(
+    network: Any, images: Tensor, tmp_path: Path, how: str
+) -> None:
+    rse.inject_noise_(network, rse.NoiseConfig(0.31, 0.07), example_inputs=images)
+    embedder = network.resnet.embedder.embedder
+    embedder.convolution = copy.deepcopy(embedder.convolution)
+    assert how == "by hand" or lost(network, images) == []
+    network = copy.deepcopy(network) if how == "of a copy" else network
+    if how == "set_levels_":
+        set_levels_(network, rse.NoiseConfig(0.5, 0.6))
+    else:
+        rse.noise_layers(network)[STEM].std = 0.5
+    other = rse.SelfEnsemble(reloaded(network, tmp_path)).model
+    assert levels(other) == levels(network)
+    assert levels(other)[STEM] == 0.5
+    assert lost(network, images) == []
+    rse.remove_noise_(network)
+    assert not hasattr(network.config, KEY)
+    assert lost(network, images) == []
+    assert "save_pretrained" not in vars(network)
+    rse.inject_noise_(network)
+    network.resnet.embedder.embedder.convolution = nn.Conv2d(3, 4, 7, stride=2, padding=3)
+    assert lost(network, images) == [STEM]
+
+
+def test_convolutions_that_torch_fuses_keep_their_noise(images: Tensor) -> None:
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 6), nn.Flatten()
+    ).eval()
+    rse.inject_noise_(network)
+    network[0] = fuse_conv_bn_eval(network[0], network[1])  # type: ignore[type-var, arg-type]
+    network[1] = nn.Identity()
+    assert rse.validate(network, images) == []
+    # Noise that is put there anew is known once.
+    network[0] = nn.Conv2d(3, 4, 3)
+    assert lost(network, images) == ["0"]
+    attach_noise_(network, {"0": 0.3})
+    assert rse.validate(network, images) == []
+    assert len(vars(network)[KEY]) == 2
 
 
 def test_levels_that_are_being_learned_are_refused(network: Any, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Modules that are wrapped, parametrised or replaced, before noise came and after."""
 
 import copy
+import importlib
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import selfensemble as rse
+from selfensemble.noise.resize_pad import ResizePadConfig, ResizePadNetwork
 
 from .acting import compiled, convolutions, layers_that_draw, rules
 
@@ -148,6 +150,30 @@ def test_wrappers(net: nn.Sequential, images: Tensor, name: str, before: bool) -
     rse.remove_noise_(model)
     assert layers_that_draw(model, images) == 0
     assert not any(module.__dict__.get("selfensemble_noise") for module in model.modules())
+
+
+def test_data_parallel_on_several_devices_is_refused(
+    net: nn.Sequential, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It makes a replica for each device and runs them in threads, where no call is known; here on a CPU."""
+    module = importlib.import_module("torch.nn.parallel.replicate")
+
+    def broadcast(tensors: list[Tensor], devices: list[int], detach: bool = False) -> list[list[Tensor]]:
+        return [tensors for _ in devices]
+
+    monkeypatch.setattr(module, "_broadcast_coalesced_reshape", broadcast)
+    resizing = ResizePadNetwork(net, ResizePadConfig(smallest=7, largest=8))
+    rse.inject_noise_(net)
+    for model in (net, resizing):
+        for context in (rse.noise_draw(1), rse.noise_draw(sampling="shared"), rse.noise_disabled(net)):
+            with pytest.raises(ValueError, match=r"own.*DistributedDataParallel, or give it one"), context:
+                module.replicate(model, [0, 1])
+        assert len(module.replicate(model, [0, 1])) == 2  # a loop that trains wants noise, and no more
+    rse.remove_noise_(net)
+    with pytest.raises(ValueError, match="threads of its own"), rse.noise_draw(1):
+        module.replicate(resizing, [0, 1])
+    with rse.noise_draw(1):
+        assert len(module.replicate(net, [0, 1])) == 2
 
 
 @pytest.mark.parametrize("other", [nn.Conv2d(8, 6, 3), nn.Sequential(nn.Conv2d(8, 6, 3)), nn.MaxPool2d(3)])

@@ -104,6 +104,37 @@ def test_a_checkpoint_brings_its_noise_back(loader: Any, tmp_path: Path, by: str
         )
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [lambda labels: labels[:, None], lambda labels: torch.eye(10)[labels], lambda labels: labels + 10],
+)
+def test_labels_that_are_no_class_numbers_are_refused(wrong: Any) -> None:
+    """(B, 1) would be compared with each image's label, and log about a tenth."""
+    data = rse.load_data("digits", "test")
+    images, labels = data.inputs(slice(40)), data.labels[:40]
+    module = Classifier()
+
+    class InAColumn(lightning_api.RandomSelfEnsemble):  # type: ignore[misc, name-defined]
+        def batch_of(self, batch: Any) -> Any:
+            return batch[0], batch[1][:, 0]
+
+    def validated(kind: Any, labels: Tensor) -> float:
+        run = trainer(kind(module.network))
+        loader = DataLoader(TensorDataset(images, labels), batch_size=10)
+        run.validate(module, loader, verbose=False)
+        return float(run.callback_metrics["val_ensemble_accuracy"])
+
+    with torch.no_grad():  # always class 3
+        last: Any = next(each for each in reversed(list(module.network.modules())) if hasattr(each, "bias"))
+        last.weight.zero_()
+        last.bias.copy_(torch.eye(10)[3])
+    expected = float((labels == 3).float().mean())
+    assert validated(lightning_api.RandomSelfEnsemble, labels.to(torch.int32)) == pytest.approx(expected)
+    assert validated(InAColumn, labels[:, None]) == pytest.approx(expected)
+    with pytest.raises(ValueError, match=r"labels must be .*override batch_of"):
+        validated(lightning_api.RandomSelfEnsemble, wrong(labels))
+
+
 def test_a_run_is_resumed_with_the_noise_of_its_checkpoint(loader: Any, tmp_path: Path) -> None:
     module, defense, run = trained(loader)
     rse.noise_layers(module.network)["3"].std = (0.1, 0.2, 0.3, 0.4)

@@ -12,6 +12,7 @@ from torch import nn
 from ..ensemble.sets import SetRule
 from ..ensemble.stopping import Calibrated
 from ..networks.models import CREATED_AS, Activation, create_model
+from ..noise.graphs import plain_name, unwrapped
 from ..noise.layer import RandomLayer
 from ..noise.randomness import AnyRandomness, randomise_, randomness_of
 from ..noise.resize_pad import ResizePadConfig
@@ -26,11 +27,11 @@ _Level = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 def _layers(model: nn.Module) -> list[tuple[object, ...]]:
     """What a network consists of, but for random layers: names, kinds, settings, shapes of weights."""
     return [
-        (name, type(module), module.extra_repr(), [
+        (plain_name(name), type(module), module.extra_repr(), [
             (own, tensor.shape) for own, tensor in module.named_parameters(recurse=False)
         ])
         for name, module in model.named_modules()
-        if not isinstance(module, RandomLayer)
+        if not isinstance(module, RandomLayer) and unwrapped(module) is module
     ]  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from ..ensemble.checks import check_count, explain_shape
 from ..ensemble.ensemble import SelfEnsemble
@@ -58,11 +59,12 @@ def export_onnx(
 ) -> Path:
     """Write an ensemble as an ONNX file whose noise is that of a seed, another one at every run.
 
-    The graph takes `images`, (B, ...) float32 in the bounds of the ensemble, and `seed`, (4,) uint32: 128
-    bits that have to be fresh at every run, as `OnnxEnsemble` has them. (A network without noise takes no
-    seed.) It gives `probabilities`, (B, K), the mean softmax over the draws, and with more than one draw
-    `spread`, (B, K), its standard deviation over them. Every image and draw has noise of its own. The number
-    of draws is part of the graph, which needs the memory of `draws` times the images of a run.
+    The graph takes `images`, (B, ...) float32 (or float16, as the network) in the bounds of the ensemble,
+    and `seed`, (4,) uint32: 128 bits that have to be fresh at every run, as `OnnxEnsemble` has them. (A
+    network without noise takes no seed.) It gives `probabilities`, (B, K), the mean softmax over the draws,
+    and with more than one draw `spread`, (B, K), its standard deviation over them. Every image and draw has
+    noise of its own. The number of draws is part of the graph, which needs the memory of `draws` times the
+    images of a run.
 
     What stays behind: the streams of `noise_draw` (the same seed is other noise here), rules that stop
     drawing, decisions and certificates.
@@ -79,13 +81,14 @@ def export_onnx(
 
     Raises:
         ValueError: there are random layers that ONNX cannot express, the network draws random numbers of its
-            own, or it cannot be exported.
+            own, computes in float64 or bfloat16, or cannot be exported.
         ImportError: onnx or onnxscript is missing: `pip install 'selfensemble[onnx]'`.
     """
     onnx = _onnx()
     original = checked_original(ensemble)
     draws = ensemble.draws if draws is None else check_count("draws", draws)
     _check_layers(original)
+    _check_dtypes(original)
     with eval_mode(original), torch.no_grad():
         with explain_shape(original, example_inputs):
             original.draw_logits(example_inputs[:2])
@@ -120,6 +123,17 @@ def _onnx() -> ModuleType:
             f"ONNX files need more packages ({error.name} is missing): pip install 'selfensemble[onnx]'"
         ) from error
     return onnx
+
+
+def _check_dtypes(ensemble: SelfEnsemble) -> None:
+    """Raise a ValueError for what ONNX has no operators for, or onnxruntime none that it can run."""
+    computing = [module.weight.dtype for module in ensemble.modules() if isinstance(module, _ConvNd)]
+    for dtype in (ensemble.input_dtype, *computing):
+        if dtype not in (None, torch.float32, torch.float16):
+            raise ValueError(
+                f"the network computes in {dtype}, in which runtimes of ONNX have no convolutions: export it "
+                "in float32 (ensemble.float(), and example_inputs in float32), or in float16"
+            )
 
 
 def _check_layers(ensemble: SelfEnsemble) -> None:

@@ -21,6 +21,7 @@ from ..fast.ensemble import checked_original
 from ..networks.models import create_model
 from ..noise.calls import to_eval_mode_
 from ..noise.copies import OptimizedCopy
+from ..noise.graphs import plain_name, unwrapped
 from ..noise.injection import attach_noise_, noise_layers
 from ..noise.layer import GaussianNoise, NoiseConfig
 from ..noise.randomness import randomise_, randomness_of
@@ -73,7 +74,7 @@ def save(
         weights=digest_of(content),
         architecture=architecture,
         transformers=None if architecture is not None else TransformersNetwork.of(model),
-        noise={fqn: layer.std for fqn, layer in noise_layers(model).items()},
+        noise={plain_name(fqn): layer.std for fqn, layer in noise_layers(model).items()},
         resize_pad=resize_pad,
         randomness=randomness_of(model),
         draws=ensemble.draws,
@@ -99,8 +100,8 @@ def _to_save(ensemble: SelfEnsemble) -> tuple[nn.Module, ResizePadConfig | None]
             "a part of this network is an optimised copy, which no other process could build: put its "
             "original there, save that, and optimize what is loaded"
         )
-    model = original.model
-    return (model.network, model.config) if isinstance(model, ResizePadNetwork) else (model, None)
+    model = unwrapped(original.model)
+    return (unwrapped(model.network), model.config) if isinstance(model, ResizePadNetwork) else (model, None)
 
 
 def save_stopping(folder: str | Path, stopping: Calibrated, *, of: ArtefactConfig | None = None) -> None:
@@ -182,10 +183,14 @@ def _check_rounding(ensemble: SelfEnsemble, exact: dict[str, Tensor], stored: di
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict that `model` has without its injected noise, whose levels are in the config."""
+    """The state dict that `model` has without its injected noise, whose levels are in the config.
+
+    Names are those of the network, whatever is compiled in it.
+    """
     names = model.named_modules(remove_duplicate=False)
     random = tuple(f"{fqn}." for fqn, module in names if isinstance(module, GaussianNoise))
-    return {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(random)}
+    state = model.state_dict().items()
+    return {plain_name(key): tensor for key, tensor in state if not key.startswith(random)}
 
 
 def read_config(folder: str | Path) -> ArtefactConfig:
@@ -290,9 +295,12 @@ def load(folder: str | Path, model: nn.Module | None = None) -> SelfEnsemble:
             "the network that was passed lies on the meta device, which keeps no weights: make it "
             "on the CPU, e.g. within `with torch.device('cpu'):`"
         )
+    keys = {plain_name(key): key for key in model.state_dict()}  # of what is compiled in it
+    names = {plain_name(fqn): fqn for fqn, _ in model.named_modules()}  # what is wrapped comes last
+    plain = {plain_name(key): tensor for key, tensor in tensors.items()}
     try:
-        model.load_state_dict(tensors)
-        attach_noise_(model, config.noise)
+        model.load_state_dict({keys.get(key, key): tensor for key, tensor in plain.items()})
+        attach_noise_(model, {names.get(fqn, fqn): std for fqn, std in config.noise.items()})
     except (RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} does not fit the network: {reason}") from error

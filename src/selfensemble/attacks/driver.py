@@ -72,7 +72,7 @@ def attacked(model: nn.Module) -> Iterator[tuple[Forward, Forward | None]]:
     Of an optimised copy it is that of its original, and second the copy's own, to follow its gradients.
 
     Raises:
-        ValueError: a copy and its original differ in their noise.
+        ValueError: a copy and its original differ, see `FastEnsemble.check_original`.
     """
     original = original_of(model)
     if isinstance(model, FastEnsemble):

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..ensemble.checks import check_count, check_images
 from ..ensemble.draws import Draws, check_finite
 from ..ensemble.ensemble import SelfEnsemble
-from ..ensemble.fingerprint import origin
+from ..ensemble.fingerprint import origin, still
 from ..ensemble.stopping import Calibrated, margin
 from ..noise.injection import eval_mode
 
@@ -93,15 +93,13 @@ def calibrate(
     Raises:
         ValueError: no noise, too few images, or no rule passes; the message says what to do.
     """
-    if len(inputs) < 2 * _LEAST:
-        raise ValueError(f"calibration needs {2 * _LEAST} images or more, got {len(inputs)}")
     check_images(inputs, ensemble.bounds)
+    _check_shares(len(inputs), epsilon=epsilon, delta=delta)
     _check_noise(ensemble, inputs)
-    _check_shares(epsilon=epsilon, delta=delta)
     about = origin(ensemble)
     most, reference_draws = check_count("most", most), check_count("reference_draws", reference_draws)
     entropy = np.random.SeedSequence(seed)
-    seeds = [int(state) for state in entropy.generate_state(2)]
+    seeds: list[int] = entropy.generate_state(2).tolist()
     paths, fixed = _record(ensemble, inputs, most, reference_draws, antithetic, seeds, progress)
     order = np.random.default_rng(entropy).permutation(len(inputs))
     first, second = (paths.of(half) for half in np.array_split(order, 2))
@@ -113,7 +111,8 @@ def calibrate(
                 "does: set epsilon, or give more images"
             )
     rule = choose(first, second, epsilon, delta, reference_draws)
-    return rule.model_copy(update=about | {"antithetic": antithetic, "draws": ensemble.draws})
+    about = {**still(ensemble, about), "antithetic": antithetic, "draws": ensemble.draws}
+    return rule.model_copy(update=about)
 
 
 def _check_noise(ensemble: SelfEnsemble, inputs: Tensor) -> None:
@@ -122,7 +121,9 @@ def _check_noise(ensemble: SelfEnsemble, inputs: Tensor) -> None:
             raise ValueError("the ensemble has no noise: one draw is its answer, nothing is to be calibrated")
 
 
-def _check_shares(**shares: float | None) -> None:
+def _check_shares(images: int, **shares: float | None) -> None:
+    if images < 2 * _LEAST:
+        raise ValueError(f"calibration needs {2 * _LEAST} images or more, got {images}")
     for name, share in shares.items():
         if share is not None and not 0 < share < 1:
             raise ValueError(f"{name} must lie between 0 and 1, got {share}")

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..ensemble.checks import check_count, check_images
 from ..ensemble.draws import Draws, check_finite
 from ..ensemble.ensemble import SelfEnsemble
-from ..ensemble.fingerprint import origin
+from ..ensemble.fingerprint import origin, still
 from ..ensemble.promises import check_sets
 from ..ensemble.sets import SetRule
 from ..noise.injection import eval_mode
@@ -168,7 +168,7 @@ def conformal_sets(
     values = torch.cat(lowest).sort(descending=True).values
     rule = SetRule(
         alpha=alpha, radius=radius, std=std, draws=draws, beta=beta, images=len(values),
-        threshold=float(values[_rank(len(values), alpha - 2 * beta) - 1]), **about,
+        threshold=float(values[_rank(len(values), alpha - 2 * beta) - 1]), **still(ensemble, about),
     )  # fmt: skip
     return ConformalSets(ensemble, rule)
 

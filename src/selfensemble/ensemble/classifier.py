@@ -14,11 +14,18 @@ from .randomness import PASSES, answers_differ, draws_numbers
 Precision = Literal["float32", "bf16"]
 
 
-class Copied(NamedTuple):
-    """Digests of the weights of an optimised copy when it was made: its original's, and its own."""
+class Digests(NamedTuple):
+    """Of what an ensemble consists of, see `Fingerprint`."""
 
-    original: str
-    own: str
+    weights: str
+    noise: str
+
+
+class Copied(NamedTuple):
+    """Digests of an optimised copy when it was made: its original's, and its own."""
+
+    original: Digests
+    own: Digests
 
 
 class RandomClassifier(nn.Module):

@@ -30,6 +30,7 @@ class Draws:
     Attributes:
         size: images a pass, of one draw.
         capacity: images a pass where it holds several draws of few images.
+        pairs_by_place: whether opposite noise goes to the image in the same place of the next pass.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Draws:
         self._by_part = seed is not None and not shared
         if self._by_part:
             self.capacity = 1
+        self.pairs_by_place = antithetic and not shared
         self._shared = shared
         self._reseeds: bool | None = None
         self._folds: bool | None = None
@@ -172,14 +174,18 @@ def moments(draws: Draws, group: Tensor, rule: Rule, number: int = 0) -> tuple[T
         (B, K), (B, K) and (B,) int64, where the ensemble is.
     """
     group = draws.prepared(group)
-    active = torch.arange(len(group), device=group.device)
+    active = present = torch.arange(len(group), device=group.device)
     used = torch.zeros_like(active)
     mean = squares = torch.empty(0, dtype=torch.float32, device=group.device)
     index = 0
     while index < rule.most:
         count = draws.at_once(len(active), worth_taking(rule, index))
-        images = group if len(active) == len(group) else group[active]
+        if not (draws.pairs_by_place and index % 2):
+            present = active  # otherwise who is settled stays until the pair is whole
+        images = group if len(present) == len(group) else group[present]
         outputs = draws.take(images, index, count, number)
+        if len(active) < len(present):
+            outputs = outputs[:, torch.isin(present, active)]
         if index == 0:
             mean, squares = outputs.new_zeros((2, *outputs.shape[1:]))
         for later in range(count):

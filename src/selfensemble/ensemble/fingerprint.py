@@ -15,14 +15,15 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from ..noise.copies import OptimizedCopy
 from ..noise.layer import GaussianNoise, RandomLayer
 from ..noise.learned import LearnedNoise
 from ..noise.streams import Sampling
-from .classifier import Precision, RandomClassifier
+from .classifier import Digests, Precision, RandomClassifier
+from .settings import Settings, as_text, hooks_of, settings_of
 
 _SPOTS = 16  # numbers of each tensor that are looked at every time
-_PLAIN = (bool, int, float, str, tuple)
-_PASSING = ("training", "identity", "_is_full_backward_hook")
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # which compute nothing
 _USUAL = (Tensor, nn.Parameter)
 
 
@@ -30,9 +31,9 @@ class Fingerprint(BaseModel):
     """What tells an ensemble from others.
 
     Attributes:
-        weights: digest of parameters and buffers in their order, and of the kinds of layers. Of an optimised
-            copy, those that the original had when the copy was made.
-        noise: digest of the random layers that are on: kinds, levels, sampling.
+        weights: digest of parameters and buffers in their order, and of the kinds of modules and their
+            settings. Of an optimised copy, those that the original had when the copy was made.
+        noise: digest of the random layers that are on: names, kinds, levels, sampling. Of a copy, likewise.
         sampling: of the ensemble.
     """
 
@@ -113,31 +114,41 @@ def origin(ensemble: RandomClassifier) -> dict[str, Any]:
     return {"precision": ensemble.precision, "fingerprint": fingerprint(ensemble)}
 
 
+def still(ensemble: RandomClassifier, about: dict[str, Any]) -> dict[str, Any]:
+    """`about`, an earlier `origin`, or a ValueError where `ensemble` has changed since."""
+    if fingerprint(ensemble) != about["fingerprint"]:
+        raise ValueError(
+            "the ensemble is another one than when its calibration began: leave it alone meanwhile; if its "
+            "own passes change attributes of its modules (counters, lists), keep those elsewhere"
+        )
+    return about
+
+
 def fingerprint(ensemble: RandomClassifier) -> Fingerprint:
     """That of an ensemble as it is now.
 
     Weights are read again only where their tensors are others, where torch knows that one was written to, or
     where one of a few numbers of each changed: torch knows nothing of writing through `.data`, or by NumPy.
     """
-    parts = _parts_of(ensemble.model)
-    key = (parts.kinds, [_place(each) for each in parts.tensors], parts.noise, ensemble.sampling)
+    parts = _parts_of(ensemble)
+    key = (parts.modules, [_place(each) for each in parts.tensors], parts.noise, ensemble.sampling)
     known = _known.get(ensemble)
     if known is not None and known.key == key and known.looks_the_same():
         return known.found
     spots = _spots(parts.tensors)  # before all is read: what changes meanwhile is then noticed
     values = _looked_at(spots)
-    weights = _digest(parts)
-    if ensemble.copied is not None and weights == ensemble.copied.own:
-        weights = ensemble.copied.original
-    noise = _named(json.dumps(sorted(parts.noise, key=lambda layer: layer[0])).encode())
+    weights, noise = _digests(parts)
+    if (copied := ensemble.copied) is not None:
+        weights = copied.original.weights if weights == copied.own.weights else weights
+        noise = copied.original.noise if noise == copied.own.noise else noise
     found = Fingerprint(weights=weights, noise=noise, sampling=ensemble.sampling)
     _known[ensemble] = _Known(key, spots, values, found)
     return found
 
 
-def weights_digest(model: nn.Module) -> str:
-    """Digest of the weights and of the kinds of layers of a network, its noise left aside."""
-    return _digest(_parts_of(model))
+def own_digests(ensemble: RandomClassifier) -> Digests:
+    """Those of an ensemble itself, whatever it is a copy of."""
+    return _digests(_parts_of(ensemble))
 
 
 @dataclass
@@ -160,43 +171,54 @@ _known: WeakKeyDictionary[RandomClassifier, _Known] = WeakKeyDictionary()
 class _Parts:
     """What a network consists of: modules, their parameters and buffers, and the noise that is on."""
 
-    kinds: list[type[nn.Module]]
+    modules: list[tuple[type[nn.Module], Settings]]
     tensors: list[Tensor]
     noise: list[tuple[Any, ...]]
 
 
-def _parts_of(model: nn.Module) -> _Parts:
-    """In the order of `model.modules()`, which itself takes twice the time."""
-    kinds, tensors, noise = list[type[nn.Module]](), list[Tensor](), list[tuple[Any, ...]]()
-    waiting, seen = [model], set[nn.Module]()
+def _parts_of(ensemble: RandomClassifier) -> _Parts:
+    """In the order of `ensemble.model.modules()`, which itself takes twice the time."""
+    modules, tensors = list[tuple[type[nn.Module], Settings]](), list[Tensor]()
+    noise = list[tuple[Any, ...]]()
+    waiting, seen = [("", ensemble.model)], set[nn.Module]()
+    within = "network." if isinstance(ensemble, OptimizedCopy) else ""  # where the names are its original's
     while waiting:
-        module = waiting.pop()
+        fqn, module = waiting.pop()
         if module in seen:
             continue
         seen.add(module)
-        children = [child for child in module._modules.values() if child is not None]
-        waiting += reversed(children)
+        if (wrapped := _wrapped(module)) is not None:
+            waiting.append((fqn, wrapped))
+            if hooks := hooks_of(module):
+                modules.append((type(module), hooks))
+            continue
+        children = [(fqn + name, child) for name, child in module._modules.items() if child is not None]
+        waiting += [(f"{name}.", child) for name, child in reversed(children)]
         if isinstance(module, RandomLayer):
             if module.is_active:
-                noise.append(_settings(module))
+                noise.append((fqn.removeprefix(within), *_settings(module)))
             if isinstance(module, GaussianNoise):
                 continue  # whose tensors are its levels
-        elif not children or (len(children) == 1 and isinstance(children[0], RandomLayer)):
-            kinds.append(type(module))  # of layers: containers and wrappers compute nothing
+        else:
+            modules.append((type(module), settings_of(module)))
         for own in (module._parameters, module._buffers):
             if own:
                 tensors += [each for each in own.values() if each is not None]
-    return _Parts(kinds, tensors, noise)
+    return _Parts(modules, tensors, noise)
+
+
+def _wrapped(module: nn.Module) -> nn.Module | None:
+    """What a module passes its inputs on to, if it does nothing else: it is no part of the network."""
+    return module._modules.get("module" if isinstance(module, _WRAPPERS) else "_orig_mod")  # of torch.compile
 
 
 def _settings(layer: RandomLayer) -> tuple[Any, ...]:
-    """What a random layer does, its number first. Learned levels are those that are saved."""
+    """What a random layer does. Learned levels are those that are saved."""
     if isinstance(layer, GaussianNoise):
         kind = "GaussianNoise" if type(layer) is LearnedNoise else type(layer).__name__
-        return layer.layer, kind, layer.sampling, layer.std
-    plain = {name: value for name, value in vars(layer).items() if isinstance(value, _PLAIN)}
-    kept = {name: value for name, value in plain.items() if name not in _PASSING}
-    return layer.layer, type(layer).__name__, repr(kept), layer.extra_repr()
+        return layer.layer, kind, layer.sampling, layer.std, *hooks_of(layer)
+    kept = tuple(each for each in settings_of(layer) if each[0] != "identity")
+    return layer.layer, type(layer).__name__, as_text(kept), layer.extra_repr()
 
 
 def _place(tensor: Tensor) -> tuple[object, ...]:
@@ -211,7 +233,7 @@ def _place(tensor: Tensor) -> tuple[object, ...]:
 
 
 def _spots(tensors: list[Tensor]) -> list[list[Tensor]]:
-    """Views of a few numbers in the middle of each tensor of floats, those of one kind together."""
+    """Views of a few numbers all over each tensor of floats, the first among them, by kinds."""
     groups: dict[tuple[object, ...], list[Tensor]] = defaultdict(list)
     for tensor in tensors:
         usual = type(tensor) in _USUAL and tensor.layout is torch.strided and not tensor.is_meta
@@ -221,8 +243,8 @@ def _spots(tensors: list[Tensor]) -> list[list[Tensor]]:
             # Of one that is expanded there is less memory than numbers.
             room = min(data.numel(), data.untyped_storage().nbytes() // data.element_size() - offset)
             count = min(_SPOTS, room)
-            place = offset + (room - count) // 2
-            groups[data.dtype, data.device].append(data.as_strided((count,), (1,), place))
+            apart = max(1, (room - 1) // max(1, count - 1))
+            groups[data.dtype, data.device].append(data.as_strided((count,), (apart,), offset))
     return list(groups.values())
 
 
@@ -231,8 +253,15 @@ def _looked_at(spots: list[list[Tensor]]) -> list[Tensor]:
     return [torch.cat(each).view(torch.uint8) for each in spots]
 
 
+def _digests(parts: _Parts) -> Digests:
+    noise = json.dumps(sorted(parts.noise, key=lambda layer: layer[0]))
+    return Digests(_digest(parts), _named(noise.encode()))
+
+
 def _digest(parts: _Parts) -> str:
-    digest = hashlib.sha256(" ".join(kind.__name__ for kind in parts.kinds).encode())
+    digest = hashlib.sha256()
+    for kind, settings in parts.modules:
+        digest.update(f"{kind.__name__}{as_text(settings)}".encode())
     for tensor in parts.tensors:
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
         if not tensor.is_meta:

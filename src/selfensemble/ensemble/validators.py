@@ -59,10 +59,12 @@ def validate(model: nn.Module, example_inputs: Any, *, filter_fn: FilterFn = is_
     Returns:
         The issues, errors first; an empty list when all is well.
     """
+    issues = list[Issue]()
     if isinstance(model, OptimizedCopy):
+        issues += _parted(model)
         model = model.original
     matched = [fqn for fqn, module in model.named_modules() if filter_fn(module, fqn)]
-    issues = [issue for rule in _STATIC_RULES for issue in rule(model, matched)]
+    issues += [issue for rule in _STATIC_RULES for issue in rule(model, matched)]
     issues += _closed(model, filter_fn)
     trace = observe(model, example_inputs, set(matched))
     if trace.failure is not None:
@@ -79,6 +81,13 @@ def validate(model: nn.Module, example_inputs: Any, *, filter_fn: FilterFn = is_
         images = images_of(example_inputs)
         issues += [*_output(trace, images), *_folded(trace, images), *_range(images)]
     return sorted(issues, key=lambda issue: issue.severity)
+
+
+def _parted(model: OptimizedCopy) -> Iterator[Issue]:
+    try:
+        model.check_original()
+    except ValueError as error:
+        yield Issue("other-original", "error", "", str(error), "See optimize")
 
 
 def _nothing(model: nn.Module, matched: list[str]) -> Iterator[Issue]:

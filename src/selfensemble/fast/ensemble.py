@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ensemble.classifier import Copied
+from ..ensemble.classifier import Copied, Digests
 from ..ensemble.classifier import Precision as Precision
 from ..ensemble.ensemble import SelfEnsemble
-from ..ensemble.fingerprint import fingerprint, weights_digest
+from ..ensemble.fingerprint import fingerprint, own_digests
 from ..noise.copies import OptimizedCopy
 from ..noise.injection import CHILD, random_layers
 from ..noise.layer import NoiseConfig, RandomLayer
@@ -20,8 +20,8 @@ class FastEnsemble(OptimizedCopy, SelfEnsemble):
 
     What is saved or exported of it is its original, with the draws, bounds and stopping rule of the copy.
     `noise_disabled`, `set_levels_`, `remove_noise_` and `make_static_` act on both, and so does `to` another
-    device. Levels that are set in only one of them are an error where it would matter. Weights are those that
-    the original had: after training it further, optimise it again.
+    device. Levels that are set in only one of them are an error where it would matter, and so are weights:
+    those of the copy are what the original had; after training it further, optimise it again.
 
     Args:
         model: the rewritten network.
@@ -36,7 +36,8 @@ class FastEnsemble(OptimizedCopy, SelfEnsemble):
             model, config, draws=original.draws, sampling=original.sampling, bounds=original.bounds
         )
         self.precision = precision
-        self.copied = Copied(fingerprint(original).weights, weights_digest(model))
+        theirs = fingerprint(original)
+        self.copied = Copied(Digests(theirs.weights, theirs.noise), own_digests(self))
         self.stopping, self.sets = original.stopping, original.sets
         if precision == "bf16":
             self.chunk, self.has_half_activations = 4 * original.chunk, True
@@ -73,7 +74,7 @@ class FastEnsemble(OptimizedCopy, SelfEnsemble):
         return applied
 
     def check_original(self) -> None:
-        """Raise a ValueError unless the original has the noise of the copy, and lies on its device."""
+        """Raise a ValueError unless the original has noise, weights and device of the copy."""
         here, there = _device_of(self), _device_of(self.original)
         if here != there:
             raise ValueError(
@@ -91,6 +92,11 @@ class FastEnsemble(OptimizedCopy, SelfEnsemble):
                 f"an optimised copy and its original differ in their noise ({', '.join(differing[:3])}): "
                 "change it with set_levels_, remove_noise_ or make_static_, which change both, or optimize "
                 "the original again"
+            )
+        if fingerprint(self).weights != fingerprint(self.original).weights:
+            raise ValueError(
+                "an optimised copy and its original differ in their weights or layers, as one of them was "
+                "changed since the copy was made (trained on, say): optimize the original again"
             )
 
 

@@ -5,6 +5,10 @@ its switches. The old one is `allow_tf32` of cuBLAS and cuDNN, and `set_float32_
 torch 2.9 each backend has a `fp32_precision`, and so has each kind of operator of it. Both write to the same
 table, the old one keeps values of its own besides, and reading it raises where the two differ. So both are
 set within the context, and afterwards both are as they were, in all the parts that torch keeps.
+
+One thing cannot be put back: as long as nobody set them, cuDNN's convolutions and recurrent layers have TF32,
+and give way to what all backends are told. Once set they read as before, and no longer give way to what is
+told to all backends later: a program that wants none says so before, or to `torch.backends.cudnn.conv`.
 """
 
 import threading
@@ -31,13 +35,16 @@ class _Switches:
     Attributes:
         matmul: "highest", "high" or "medium".
         cudnn, onednn: whether TF32 was allowed; the second is None where torch has no such switch.
-        parts: what each was told itself, of those of torch 2.9.
+        parts: what each was told itself, of those of torch 2.9; what nobody told a part, but torch has for it
+            until somebody does, looks the same.
+        effective: what held for each.
     """
 
     matmul: str
     cudnn: bool
     onednn: bool | None
     parts: dict[_Part, str]
+    effective: dict[_Part, str]
 
 
 def _get(part: _Part) -> str:
@@ -50,7 +57,7 @@ def _set(part: _Part, value: str) -> None:
 
 def _switch_off() -> _Switches:
     """Float32 is exact from here on; returns how the switches stood."""
-    parts = {}
+    effective, parts = {part: _get(part) for part in _PARTS}, {}
     for part in _PARTS:
         # What is above it is "none" by now: this is what the part was told itself.
         parts[part] = _get(part)
@@ -63,7 +70,7 @@ def _switch_off() -> _Switches:
     except RuntimeError:
         cudnn = True
     onednn = torch._C._get_onednn_allow_tf32() if hasattr(torch._C, "_get_onednn_allow_tf32") else None
-    before = _Switches(matmul, cudnn, onednn, parts)
+    before = _Switches(matmul, cudnn, onednn, parts, effective)
     _set_old("highest", False, False if onednn else None)
     _all_exact()
     return before
@@ -87,6 +94,8 @@ def _switch_back(before: _Switches) -> None:
     _set_old(before.matmul, before.cudnn, before.onednn or None)
     for part, value in before.parts.items():
         _set(part, value)
+        if _get(part) != before.effective[part]:  # it gave way to what is above it
+            _set(part, "none")
 
 
 class _Exact:

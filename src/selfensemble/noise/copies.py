@@ -20,6 +20,10 @@ class OptimizedCopy:
         """What this is a copy of."""
         return self._original[0]
 
+    def check_original(self) -> None:
+        """Raise a ValueError where the two are not the same network any more."""
+        raise NotImplementedError
+
 
 def with_originals(model: nn.Module) -> list[nn.Module]:
     """`model`, and the networks that it or modules within it are copies of."""

@@ -127,6 +127,16 @@ def original_modules(model: nn.Module) -> nn.Module:
     return model if wrapped is None else wrapped
 
 
+def plain_name(fqn: str) -> str:
+    """The name of a module or tensor without the wrappers of `torch.compile` that it lies in."""
+    return ".".join(part for part in fqn.split(".") if part != "_orig_mod")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """What `torch.compile` wrapped, if `model` is its wrapper; parts of it are left wrapped."""
+    return model._modules.get("_orig_mod") or model
+
+
 def is_recording() -> bool:
     """Whether a graph is being recorded: noise must be an operator in it, not the numbers of one draw."""
     return (

@@ -15,12 +15,12 @@ from torch.nn.modules.conv import _ConvNd
 from .calls import OwnHooks, in_eval_mode, switched_off
 from .copies import with_originals
 from .graphs import closed_parts, forget_graphs
+from .layer import CHILD as CHILD
 from .layer import GaussianNoise, RandomLayer
 from .levels import NoiseConfig, Std
 from .own_numbers import OwnNumbers
-from .records import forget_, remember_, saved_levels
+from .records import forget_, remember_, renew_, saved_levels
 
-CHILD = "gaussian_noise"
 FilterFn = Callable[[nn.Module, str], bool]
 
 
@@ -232,6 +232,7 @@ def set_levels_(model: nn.Module, config: NoiseConfig) -> nn.Module:
     if not noise_layers(model):
         raise ValueError("the network has no noise layers: inject_noise_ first")
     for network in with_originals(model):
+        renew_(network)
         for number, layer in enumerate(noise_layers(network).values()):
             layer.std = config.inner_std if number else config.init_std
     forget_graphs()

@@ -25,7 +25,9 @@ from .operators import (
     scalable_noise,
     unit_noise,
 )
-from .streams import Sampling, check_sampling, random_source
+from .streams import Sampling, check_sampling, is_within_a_draw, random_source
+
+CHILD = "gaussian_noise"  # by which a module has the layer in front of it
 
 
 class RandomLayer(nn.Module):
@@ -60,6 +62,14 @@ class RandomLayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.identity = new_identity()
+
+    def _replicate_for_data_parallel(self) -> Any:
+        if self.enabled and self.varies and (is_within_a_draw() or is_off(self.identity)):
+            raise ValueError(
+                "nn.DataParallel runs its devices in threads of its own, which know nothing of draws of a "
+                "prediction, of seeds and noise_disabled: use DistributedDataParallel, or give it one device"
+            )
+        return super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
 
     @property
     def is_on(self) -> bool:

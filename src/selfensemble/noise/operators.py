@@ -1,6 +1,7 @@
 """Adding noise to a batch, in eager mode and as operators that a compiler does not look into."""
 
 import itertools
+import secrets
 from typing import Any
 
 import torch
@@ -153,10 +154,15 @@ def call_number(identity: int) -> int:
     The compiler's common-subexpression elimination merges calls of custom operators with equal
     arguments, tagged as random or not; the draws of an ensemble would share their first noise.
 
+    Graphs that are exported or traced may run in another process, which must not take their calls for its
+    own: those numbers are random. Compiled ones stay here, and are counted, so that compilers find them in
+    their caches again.
+
     Args:
         identity: of the layer that is called, which the operator asks for when it runs.
     """
-    number = next(_calls)
+    stays = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    number = next(_calls) if stays else secrets.randbits(62)
     _layer_of_call[number] = identity
     return number
 

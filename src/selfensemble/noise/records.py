@@ -3,19 +3,23 @@
 Noise is in no state dict, and a module that is replaced takes its noise along. So the network that noise was
 put into keeps a list of it, which each layer keeps up to date. A network of transformers keeps it in its
 configuration, which its `save_pretrained` writes and its `from_pretrained` reads.
+
+A copy of a module knows nothing of the list. Where one was put into the place of another, it is found by its
+name: when the list is read, and before a network of transformers is saved.
 """
 
 import copy
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
-from .layer import GaussianNoise
+from .layer import CHILD, GaussianNoise
 from .levels import Record, Std, check_stds
 
 KEY = "selfensemble_noise"
+_SAVING = "save_pretrained"
 
 
 def remember_(model: nn.Module, layers: Mapping[str, GaussianNoise]) -> None:
@@ -25,17 +29,20 @@ def remember_(model: nn.Module, layers: Mapping[str, GaussianNoise]) -> None:
         model: that noise was put into.
         layers: by the fully qualified name of the module that each precedes, in their order.
     """
-    held, entries = _held(model), dict[str, list[Record]]()
+    renew_(model, layers.values())
+    held, entries = _ids_of_records(model), dict[str, list[Record]]()
     pretrained = _pretrained(model)
     for fqn, layer in layers.items():
         within = [(name, network) for name, network in pretrained.items() if _is_within(fqn, name)]
         name, holder = within[0] if within else _outermost(model)
         if name not in entries:
             known = [entry for entry in _entries(holder) if id(entry) in held]
-            if not known and _is_pretrained(holder):
+            if not known and is_pretrained(holder):
                 _own_config_(holder)
             entries[name] = known
             setattr(_place(holder), KEY, known)
+            if is_pretrained(holder):
+                vars(holder)[_SAVING] = _Saving(holder)
         layer.record = {"module": fqn.removeprefix(name).removeprefix("."), "std": layer.std}
         entries[name].append(layer.record)
 
@@ -52,6 +59,53 @@ def forget_(model: nn.Module, layers: Mapping[str, GaussianNoise]) -> None:
             layer.record.clear()  # so that a network around `model` knows, too
     for module in model.modules():
         vars(_place(module)).pop(KEY, None)
+        vars(module).pop(_SAVING, None)
+
+
+def renew_(model: nn.Module, but: Iterable[GaussianNoise] = ()) -> None:
+    """Have the layers that stand where `model` knows of some keep what it knows, whose copies they may be.
+
+    Args:
+        model: that noise was put into.
+        but: layers that it is about to know.
+
+    Raises:
+        ValueError: what it knows is damaged.
+    """
+    left_out, pretrained = {id(layer) for layer in but}, _pretrained(model)
+    for fqn, module in model.named_modules():
+        if KEY not in vars(module) and fqn not in pretrained:
+            continue
+        for entry in _entries(module):
+            layer = _layer_before(module, entry["module"]) if entry else None
+            if layer is None or id(layer) in left_out or layer.record is entry:
+                continue
+            entry["std"] = None if layer._parameters else layer.std  # none that is being learned
+            layer.record = entry
+
+
+def _layer_before(network: nn.Module, fqn: str) -> GaussianNoise | None:
+    try:
+        child = network.get_submodule(fqn)._modules.get(CHILD)
+    except AttributeError:
+        return None
+    return child if isinstance(child, GaussianNoise) else None
+
+
+class _Saving:
+    """In place of `save_pretrained` of a network of transformers, which writes what the list says.
+
+    Args:
+        network: whose method it is.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        renew_(self.network)
+        method: Any = getattr(type(self.network), _SAVING)
+        return method(self.network, *args, **kwargs)
 
 
 def saved_levels(model: nn.Module) -> dict[str, Std]:
@@ -97,11 +151,17 @@ def lost_noise(model: nn.Module) -> Iterator[str]:
 
 
 def _held(model: nn.Module) -> set[int]:
-    """Of the records of layers that are there."""
+    """The records of layers that are there, by their ids."""
+    renew_(model)
+    return _ids_of_records(model)
+
+
+def _ids_of_records(model: nn.Module) -> set[int]:
     return {id(module.record) for module in model.modules() if isinstance(module, GaussianNoise)}
 
 
-def _is_pretrained(module: nn.Module) -> bool:
+def is_pretrained(module: nn.Module) -> bool:
+    """Whether it is a network of transformers."""
     theirs = sys.modules.get("transformers.modeling_utils")  # imported, if it made the network
     return theirs is not None and isinstance(module, theirs.PreTrainedModel)
 
@@ -110,7 +170,7 @@ def _pretrained(model: nn.Module) -> dict[str, nn.Module]:
     """Networks of transformers by name; of those within others the outermost."""
     found: dict[str, nn.Module] = {}
     for fqn, module in model.named_modules():
-        if _is_pretrained(module) and not any(_is_within(fqn, name) for name in found):
+        if is_pretrained(module) and not any(_is_within(fqn, name) for name in found):
             found[fqn] = module
     return found
 
@@ -127,7 +187,7 @@ def _outermost(model: nn.Module) -> tuple[str, nn.Module]:
 
 def _place(module: nn.Module) -> Any:
     """The object that the record is an attribute of."""
-    return vars(module).get("config") if _is_pretrained(module) else module
+    return vars(module).get("config") if is_pretrained(module) else module
 
 
 def _entries(module: nn.Module) -> list[Record]:

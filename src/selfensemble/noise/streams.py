@@ -56,7 +56,13 @@ class _Draw:
 
 
 # Without a seed there are no streams to keep, so that sharing the default is safe.
-_current: ContextVar[_Draw] = ContextVar("selfensemble_draw", default=_Draw())  # noqa: B039
+_DEFAULT = _Draw()
+_current: ContextVar[_Draw] = ContextVar("selfensemble_draw", default=_DEFAULT)
+
+
+def is_within_a_draw() -> bool:
+    """Whether a `noise_draw` says what noise is to be, in the current context."""
+    return _current.get() is not _DEFAULT
 
 
 @contextmanager

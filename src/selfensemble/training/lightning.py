@@ -10,6 +10,7 @@ try:
 except ImportError as error:
     raise ImportError("this module needs Lightning: pip install lightning") from error
 
+from ..data.labels import class_numbers
 from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.validators import validate
 from ..noise.injection import random_layers
@@ -57,7 +58,7 @@ class RandomSelfEnsemble(Callback):
 
     The noise is put in when the callback is made. Steps of the module see single draws, in training as in
     validation; after each batch of validation `val_ensemble_accuracy` is logged, of the mean of the draws.
-    Batches are (images, labels), or whatever `batch_of` makes of them.
+    Batches are (images, labels), labels of shape (B,), or whatever `batch_of` makes of them.
 
     Args:
         network: the classifier within the module, which returns logits.
@@ -93,7 +94,7 @@ class RandomSelfEnsemble(Callback):
         self.limit = limit
 
     def batch_of(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Images in [0, 1] and labels of a batch of validation."""
+        """Images in [0, 1] and class numbers (B,) of a batch of validation."""
         images, labels = batch
         return images, labels
 
@@ -118,10 +119,22 @@ class RandomSelfEnsemble(Callback):
     def on_validation_batch_end(
         self, trainer: Any, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *rest: int
     ) -> None:
-        """Log the accuracy of the ensemble on this batch."""
+        """Log the accuracy of the ensemble on this batch.
+
+        Raises:
+            ValueError: what `batch_of` gives are no class numbers of shape (B,).
+        """
         del trainer, outputs, rest
         if self.limit is not None and batch_idx >= self.limit:
             return
         images, labels = self.batch_of(batch)
-        right = (self.ensemble.predict(images).label == labels).float().mean()
+        answer = self.ensemble.predict(images)
+        classes = answer.probabilities.shape[1]
+        try:
+            labels = class_numbers(labels, len(images), device=answer.label.device, classes=classes)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{error}: override batch_of, which is to give images and class numbers"
+            ) from error
+        right = (answer.label == labels).float().mean()
         pl_module.log("val_ensemble_accuracy", right, on_step=False, on_epoch=True, batch_size=len(labels))

@@ -139,7 +139,7 @@ def _unlike_its_original(subject: Subject) -> CheckRecord | None:
     try:
         copied.check_original()
     except ValueError as error:
-        return failed("another noise than its original's", str(error))
+        return failed("it is no copy of its original any more", str(error))
     ours, again, theirs = (_frozen(each, subject) for each in (copied, copied, copied.original))
     if not torch.equal(ours, again):
         return None  # noise that no seed freezes tells nothing
