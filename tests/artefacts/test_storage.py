@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 import selfensemble as rse
 from selfensemble.artefacts.config import Architecture
-from selfensemble.artefacts.storage import read_config, save_stopping
+from selfensemble.artefacts.storage import read_config, read_weights, save_stopping
 from selfensemble.artefacts.upload import push
 from selfensemble.artefacts.zoo import zoo
 from selfensemble.ensemble.stopping import Calibrated
@@ -220,6 +222,43 @@ rse.save(ensemble, sys.argv[1])
 """
 
 
+def test_the_last_of_two_who_save_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second begins when the first has replaced one of its two files."""
+    fcntl, replace = pytest.importorskip("fcntl"), Path.replace
+    between, second_is_at_it = threading.Event(), threading.Event()
+    lock, second = fcntl.flock, 0
+
+    def slowly(self: Path, target: Path) -> Path:
+        if threading.get_ident() != second and target.name == "model.safetensors":
+            between.set()
+            assert second_is_at_it.wait(60)
+        return replace(self, target)
+
+    def seen(handle: int, operation: int) -> None:
+        if threading.get_ident() == second:
+            second_is_at_it.set()
+        lock(handle, operation)
+
+    def later() -> None:
+        nonlocal second
+        second = threading.get_ident()
+        assert between.wait(60)
+        try:
+            rse.save(of_seed(1), tmp_path / "net")
+        finally:
+            second_is_at_it.set()
+
+    rse.save(of_seed(2), tmp_path / "net")
+    monkeypatch.setattr(fcntl, "flock", seen)
+    monkeypatch.setattr(Path, "replace", slowly)
+    with ThreadPoolExecutor(1) as threads:
+        done = threads.submit(later)
+        rse.save(of_seed(0), tmp_path / "net")
+        done.result()
+    assert torch.equal(next(rse.load(tmp_path / "net").parameters()), next(of_seed(1).parameters()))
+    assert {path.name for path in (tmp_path / "net").iterdir()} == {"config.json", "model.safetensors"}
+
+
 @pytest.mark.parametrize(
     ("earlier", "replaced"),
     [("digest", 0), ("digest", 1), ("digest", 2), ("no digest", 1), ("nothing", 1)],
@@ -357,7 +396,9 @@ def test_a_file_that_is_replaced_while_it_is_read_is_refused(
 
     monkeypatch.setattr(safetensors.torch, "load_file", slowly)
     with pytest.raises(ValueError, match="is not the file"):
-        rse.load(folder)
+        read_weights(folder, read_config(folder))
+    monkeypatch.setattr(safetensors.torch, "load_file", slowly)
+    assert torch.equal(next(rse.load(folder).parameters()), next(of_seed(1).parameters()))
 
 
 def test_both_files_are_of_one_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,7 @@ def test_a_copy_of_what_its_original_is_no_more(
     """What is saved, exported or attacked is the original; what answers is the copy."""
     images, labels = digits[0][:4], digits[1][:4]
     fast = copied(images, "float32")
-    assert rse.validate(fast, images) == []
+    assert rse.validate(fast, images) == rse.validate(fast.model, images) == []
     pgd(fast, images, labels, eps=0.1, steps=1)
     PARTED[how](fast)
     uses: list[Callable[[], object]] = [

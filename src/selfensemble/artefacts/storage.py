@@ -26,7 +26,7 @@ from ..noise.injection import attach_noise_, noise_layers
 from ..noise.layer import GaussianNoise, NoiseConfig
 from ..noise.randomness import randomise_, randomness_of
 from ..noise.resize_pad import ResizePadConfig, ResizePadNetwork
-from ..runtime.files import atomic_pair, atomic_write, digest_of, read_versioned, to_json
+from ..runtime.files import atomic_pair, atomic_write, digest_of, only_writer, read_versioned, to_json
 from .config import FORMAT_VERSION, Architecture, ArtefactConfig, TransformersNetwork
 from .zoo import locate
 
@@ -46,7 +46,8 @@ def save(
 ) -> None:
     """Write `ensemble` to `folder`; both files are replaced as a whole or not at all.
 
-    A process that is killed just between the two leaves files of two networks, which `load` refuses.
+    A process that is killed just between the two leaves files of two networks, which `load` refuses. Several
+    may save to one folder: the last one's is there in the end, and `load` waits for who is at it.
 
     Args:
         ensemble: what to save; of an optimised copy its original, with draws, bounds and stopping rule of the
@@ -138,8 +139,11 @@ def _save_rule(folder: str | Path, name: str, rule: Calibrated | SetRule, of: Ar
                 f"the rule was calibrated on other {', other '.join(different)} than {folder} holds: "
                 "calibrate what rse.load returns"
             )
-    config = config.model_copy(update={name: rule})
-    atomic_write(locate(folder) / CONFIG, to_json(config.model_dump(mode="json")))
+    place, named = locate(folder), config.model_copy(update={name: rule})
+    with only_writer(place):
+        if read_config(place) != config:
+            raise ValueError(f"{folder} was written anew just now: calibrate what is there")
+        atomic_write(place / CONFIG, to_json(named.model_dump(mode="json")))
 
 
 def copy_weights_(source: str | Path, ensemble: SelfEnsemble) -> None:
@@ -238,6 +242,19 @@ def read_weights(folder: str | Path, config: ArtefactConfig) -> dict[str, Tensor
     return tensors
 
 
+def _read(folder: Path) -> tuple[ArtefactConfig, dict[str, Tensor]]:
+    """Both files of a saved ensemble; while somebody saves, when they have."""
+    try:
+        config = read_config(folder)
+        return config, read_weights(folder, config)
+    except (FileNotFoundError, ValueError):
+        if not folder.is_dir():
+            raise
+    with only_writer(folder):
+        config = read_config(folder)
+        return config, read_weights(folder, config)
+
+
 def _built(config: ArtefactConfig, folder: str | Path) -> nn.Module:
     """The network with fresh weights and its random layers, but for injected noise."""
     if config.transformers is not None:
@@ -278,8 +295,8 @@ def load(folder: str | Path, model: nn.Module | None = None) -> SelfEnsemble:
         FileNotFoundError, ValueError: files missing, damaged, foreign, or of another network.
     """
     folder = locate(folder)  # once, for on the Hub the next one may be another
-    config = read_config(folder)
-    path, tensors = folder / WEIGHTS, read_weights(folder, config)
+    config, tensors = _read(folder)
+    path = folder / WEIGHTS
     if model is None:
         with torch.device("meta"):  # takes no memory, whatever sizes a damaged configuration asks for
             planned = _weights(_built(config, folder))

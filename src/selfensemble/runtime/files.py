@@ -12,6 +12,11 @@ from typing import Any, BinaryIO, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
+
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
@@ -35,27 +40,45 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Within this context no other thread or process is in the same one of `folder`, which may be waited for.
+
+    Where the system or the file system has no such locks, nothing is held.
+    """
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None:
+            handle = os.open(folder, os.O_RDONLY)  # the folder itself: nothing is left in it
+            stack.callback(os.close, handle)
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
 def atomic_pair(first: Path, second: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """The same for two files that belong together: both are on the disk before either takes its place.
 
     `first` is replaced first, and put back should `second` not be replaceable. Only a process that is killed
-    between the two leaves a new `first` beside an old `second`: let the first hold `digest_of` the second.
+    between the two leaves a new `first` beside an old `second`: let the first hold `digest_of` the second. Of
+    several writers at once, each replaces both before the next does.
     """
-    before = first.read_bytes() if first.is_file() else None
-    placed = False
-    try:
-        with atomic_file(second) as other:
-            with atomic_file(first) as file:
-                yield file, other
-                sync(file)
-                sync(other)
-            placed = True
-    except Exception:
-        if placed and before is None:
-            first.unlink()
-        elif placed and before is not None:
-            atomic_write(first, before)
-        raise
+    before, placed = None, False
+    with contextlib.ExitStack() as alone:
+        try:
+            with atomic_file(second) as other:
+                with atomic_file(first) as file:
+                    yield file, other
+                    sync(file)
+                    sync(other)
+                    alone.enter_context(only_writer(first.parent))
+                    before = first.read_bytes() if first.is_file() else None
+                placed = True
+        except Exception:
+            if placed and before is None:
+                first.unlink()
+            elif placed and before is not None:
+                atomic_write(first, before)
+            raise
 
 
 def digest_of(content: bytes) -> str:
