@@ -180,7 +180,7 @@ def test_noise_is_off_in_its_own_thread_alone(
 class Interrupted(nn.Module):
     """In each pass another thread does something."""
 
-    meanwhile: ClassVar[Callable[[], object]]
+    meanwhile: ClassVar[Callable[[], object]] = staticmethod(lambda: None)
 
     def __init__(self) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ def test_a_mode_that_is_set_beside_a_prediction_holds(
         own.train(training)
         seen.append(own.training)
 
-    monkeypatch.setattr(Interrupted, "meanwhile", meanwhile, raising=False)
+    monkeypatch.setattr(Interrupted, "meanwhile", staticmethod(meanwhile))
     own = rse.SelfEnsemble(Interrupted(), rse.NoiseConfig(0.3, 0.1), draws=2)
     own.train(not training)
     before = [buffer.clone() for buffer in own.buffers()]
@@ -215,7 +215,7 @@ def test_a_mode_that_is_set_beside_a_prediction_holds(
     assert all(torch.equal(one, other) for one, other in zip(before, own.buffers(), strict=True))
     network = own.model
     if training:  # of a network that is no ensemble, train() alone can be seen
-        monkeypatch.setattr(Interrupted, "meanwhile", network.train)
+        monkeypatch.setattr(Interrupted, "meanwhile", staticmethod(network.train))
         network.eval()
         rse.judge(network, digits[0], digits[0], digits[1], queries=1)
         assert all(module.training for module in network.modules())
@@ -231,7 +231,7 @@ def test_copies_made_beside_calls_are_in_train_mode_as_their_original(
         as_pickle = kind == "pickle"
         made.append(pickle.loads(pickle.dumps(own)) if as_pickle else copy.deepcopy(own))
 
-    monkeypatch.setattr(Interrupted, "meanwhile", meanwhile, raising=False)
+    monkeypatch.setattr(Interrupted, "meanwhile", staticmethod(meanwhile))
     own = rse.SelfEnsemble(Interrupted(), rse.NoiseConfig(0.3, 0.1), draws=1)
     frozen = own.get_parameter("model.last.weight").requires_grad_(False)
     own.predict(digits[0])
@@ -278,6 +278,33 @@ def test_modules_whose_train_acts_come_back_by_it(digits: tuple[Tensor, Tensor])
     nn.functional.cross_entropy(ensemble(digits[0]), digits[1]).backward()
     assert adapter.adapter.grad is not None
     assert adapter.adapter.grad.any()
+
+
+def test_a_train_of_its_own_has_the_last_word(digits: tuple[Tensor, Tensor]) -> None:
+    """Over the modes of what is below it, and none over those of an ensemble there."""
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ensemble = rse.SelfEnsemble(Interrupted(), draws=1)
+
+        def train(self, mode: bool = True) -> "Whole":
+            super().train(mode)
+            self.ensemble.model.get_submodule("net.1").eval()  # its batch norm is frozen
+            return self
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            seen.append([module.training for module in self.ensemble.model.modules()])
+            out: Tensor = self.ensemble.draw_logits(inputs)
+            return out
+
+    seen: list[list[bool]] = []
+    whole = Whole().train()
+    before = [module.training for module in whole.modules()]
+    assert before.count(False) == 1
+    rse.judge(whole, digits[0], digits[0], digits[1], queries=1)
+    assert not any(map(any, seen))
+    assert [module.training for module in whole.modules()] == before
 
 
 def test_a_compiled_network_is_switched_off_when_it_runs(

@@ -61,9 +61,8 @@ class LibraryClassifier(nn.Module):
 
     def __init__(self, forward: Forward, oracle: Oracle, device: torch.device, seed: int) -> None:
         super().__init__()
-        self.device = nn.Parameter(
-            torch.empty(0, dtype=torch.float32, device=device), requires_grad=False
-        )  # libraries ask it
+        nothing = torch.empty(0, dtype=torch.float32, device=device)
+        self.device = nn.Parameter(nothing, requires_grad=False)  # libraries ask it
         self.answers_probabilities = False
         self.gradients = self.forwards = 0
         self._single_draw: Forward = forward

@@ -160,11 +160,7 @@ def tune(
     for number, noise in enumerate(levels):
         if progress is not None:
             progress(f"noise {noise.init_std:g}:{noise.inner_std:g}", number / len(levels))
-        candidate = copy.deepcopy(ensemble)
-        candidate.stopping = candidate.sets = None  # calibrated at one level
-        set_levels_(candidate.model, noise)
-        with eval_mode(candidate):
-            candidate.draws = ensemble.draws if Draws(candidate, inputs).varies() else 1
+        candidate = _candidate(ensemble, noise, inputs)
         if fine_tune is not None:
             candidate = fine_tune(candidate.train()) or candidate
         found.append(_measured(candidate.eval(), noise, inputs, labels, norm, eps, steps, eot, seed))
@@ -175,6 +171,16 @@ def tune(
     )
     settings = {"norm": norm, "eps": eps, "steps": steps, "eot": eot, "images": len(inputs), "seed": seed}
     return Sweep(tuple(found), best, give_up, settings)
+
+
+def _candidate(ensemble: SelfEnsemble, noise: NoiseConfig, inputs: Tensor) -> SelfEnsemble:
+    """A copy with other levels, and no more draws than differ."""
+    candidate = copy.deepcopy(ensemble)
+    candidate.stopping = candidate.sets = None  # calibrated at one level
+    set_levels_(candidate.model, noise)
+    with eval_mode(candidate):
+        candidate.draws = ensemble.draws if Draws(candidate, inputs).varies() else 1
+    return candidate
 
 
 def _measured(

@@ -85,11 +85,26 @@ _PLAIN = ("torch", __name__.partition(".")[0])
 class _HeldModes(_Held):
     """Modes of modules: those whose `train` does something (merges weights, say) get theirs by it."""
 
+    switching = False  # while such a `train` is called, which calls that of all below it
+
     def put(self, thing: nn.Module, value: bool) -> None:
-        acts = thing.train.__module__.partition(".")[0] not in _PLAIN or "export" in thing.train.__module__
-        if acts and thing.training != value:
-            thing.train(value)
+        if thing.training != value and _acts(thing):
+            self.switch(thing, value)
         thing.training = value
+
+    def switch(self, thing: nn.Module, value: bool) -> None:
+        """Call `train`; ensembles below it keep their own modes."""
+        before, self.switching = self.switching, True
+        try:
+            thing.train(value)
+        finally:
+            self.switching = before
+
+
+def _acts(module: nn.Module) -> bool:
+    """Whether `train` is another than torch's and ours."""
+    where = module.train.__module__
+    return where.partition(".")[0] not in _PLAIN or "export" in where
 
 
 _modes, _gradients = _HeldModes("training"), _Held("requires_grad")
@@ -143,9 +158,15 @@ def to_eval_mode_(model: nn.Module) -> nn.Module:
 
 
 def _leave_train_mode_(modules: list[nn.Module], stay: set[nn.Module]) -> None:
+    done = set[nn.Module]()
     for module in modules:
-        if module not in stay and module.training:
-            _modes.put(module, False)
+        if module in stay or module in done or not module.training:
+            continue
+        if _acts(module):  # and says what becomes of those below it
+            _modes.switch(module, False)
+            done.update(module.modules())
+        else:
+            module.training = False
     for module in stay:  # what `train` of one above them may have changed
         _modes.put(module, True)
 
@@ -224,7 +245,10 @@ def switch_mode(model: nn.Module, training: bool) -> None:
     """What `nn.Module.train` does; where calls want eval mode, when none does any more."""
     with _modes.lock:
         modules = _with_modes(model)
-        if any(id(module) in _modes.held for module in modules):
+        if _modes.switching:
+            for child in model.children():
+                child.train(training)
+        elif any(id(module) in _modes.held for module in modules):
             set_modes((module, training) for module in modules)
         else:
             nn.Module.train(model, training)
