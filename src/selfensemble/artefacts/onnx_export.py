@@ -96,12 +96,7 @@ def export_onnx(
         exported.training = False
         model = _translated(exported, example_inputs, draws)
     active = {name: layer.std for name, layer in noise_layers(original.model).items() if layer.is_active}
-    found = sum(node.op_type == NOISE for node in model.graph.node)
-    if found < len(active):
-        raise ValueError(
-            f"the exported graph has {found} of {len(active)} noise layers: it would be no defense, and is "
-            "not written"
-        )
+    _check_graph(model, len(active))
     model = seed_noise(model)
     facts: dict[str, Any] = {"version": version("selfensemble"), "draws": draws, "noise": active}
     facts |= {"bounds": ensemble.bounds, "classes": classes}
@@ -111,6 +106,14 @@ def export_onnx(
     with atomic_file(path) as file:
         file.write(model.SerializeToString())
     return path
+
+
+def _check_graph(model: Any, layers: int) -> None:
+    found = sum(node.op_type == NOISE for node in model.graph.node)
+    if found < layers:
+        raise ValueError(
+            f"the exported graph has {found} of {layers} noise layers: it would be no defense, and is not written"
+        )
 
 
 def _onnx() -> ModuleType:
