@@ -112,7 +112,8 @@ def _check_graph(model: Any, layers: int) -> None:
     found = sum(node.op_type == NOISE for node in model.graph.node)
     if found < layers:
         raise ValueError(
-            f"the exported graph has {found} of {layers} noise layers: it would be no defense, and is not written"
+            f"the exported graph has {found} of {layers} noise layers: it would be no defense, and is not "
+            "written"
         )
 
 
