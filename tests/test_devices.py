@@ -74,8 +74,8 @@ def _double() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
-# In these the test itself makes tensors of the default dtype; ddn is not done.
-OF_THE_PROGRAM = {"save", "of a library", "ddn"}
+# In these the test itself makes tensors of the default dtype.
+OF_THE_PROGRAM = {"save", "of a library"}
 
 
 @pytest.mark.parametrize("name", [name for name in DEFAULT if name not in OF_THE_PROGRAM])

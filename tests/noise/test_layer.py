@@ -440,6 +440,7 @@ def test_antithetic_draws_need_a_seed_and_leave_other_randomness_alone() -> None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_whole_pairs_need_no_seed(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    """Noise without a seed: seven figures within five standard errors, 6e-7 each."""
     layer = rse.GaussianNoise(0.5).eval()
     zeros = torch.zeros(8, 3, 40, 40, dtype=dtype).contiguous(
         memory_format=memory_format
@@ -453,9 +454,9 @@ def test_whole_pairs_need_no_seed(dtype: torch.dtype, memory_format: torch.memor
         assert torch.equal(draws[::2], -draws[1::2])
     separate = [draws[number, 0].float().flatten() for draws in calls for number in (0, 2)]
     for one, other in itertools.combinations(separate, 2):
-        assert abs(correlation(one, other)) < 4 / math.sqrt(one.numel())
+        assert abs(correlation(one, other)) < 5 / math.sqrt(one.numel())
     numbers = torch.cat(separate)
-    assert abs(numbers.std().item() / 0.5 - 1) < 4 / math.sqrt(2 * len(numbers))
+    assert abs(numbers.std().item() / 0.5 - 1) < 5 / math.sqrt(2 * len(numbers))
     with pytest.raises(ValueError, match="whole pairs"), rse.noise_draw(index=1, count=2, antithetic=True):
         pass
 

@@ -63,7 +63,7 @@ def ddn(
                 break
             success = fooled(estimate.probabilities, own, targeted)
             if step > 0:
-                norm = norm * torch.where(success, 1 - gamma, 1 + gamma)
+                norm = torch.where(success, norm * (1 - gamma), norm * (1 + gamma))
             change = change + _half_cosine(1.0, 0.01, step, steps) * unit_l2(estimate.gradient)
             change = change * per_image(norm / size(change, "l2").clamp(min=1e-12), change)
             change = (images + change).clamp(0.0, 1.0) - images
