@@ -135,6 +135,7 @@ def emulated_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
         get_rng_state=lambda device=None: state,
         set_rng_state=lambda value, device=None: None,
         device_count=lambda: 1,
+        current_device=lambda: 0,
     )
     with monkeypatch.context() as patch, _Creating():  # type: ignore[no-untyped-call]
         patch.setattr(torch, "Generator", _Generator)

@@ -151,25 +151,32 @@ def cw_l2(
 
     def run(oracle: Oracle, x: Tensor, y: Tensor) -> Tensor:
         nearest = Nearest(oracle, x, y, targeted, "l2")
-        c, length = _natural(nearest, kappa)
-        c, length = initial_c * c, 2 * _TRAVEL / steps * length if lr is None else torch.full_like(c, lr)
-        low, high = torch.zeros_like(c), torch.full_like(c, torch.inf)
-        for _ in range(binary_search_steps):
-            active = nearest.active()
-            if oracle.may_shrink:
-                active = active[((high - low) > 0.01 * low)[active]]
-            if len(active) == 0:
-                break
-            tried = c[active]
-            found = _try(nearest, active, tried, length[active], kappa=kappa, steps=steps)
-            high[active] = torch.where(found, torch.minimum(high[active], tried), high[active])
-            low[active] = torch.where(found, low[active], torch.maximum(low[active], tried))
-            if lr is None:
-                length = torch.where(high.isinf(), 2 * length, length)
-            c = torch.where(high.isinf(), c * 10, (low + high) / 2)
+        _search(nearest, initial_c, binary_search_steps, kappa=kappa, steps=steps, lr=lr)
         return nearest.refined() if kappa == 0 else nearest.best
 
     return run_attack(model, inputs, labels, run, Noise(**noise), max_batch)
+
+
+def _search(
+    nearest: Nearest, initial_c: float, searches: int, *, kappa: float, steps: int, lr: float | None
+) -> None:
+    """Binary search over c, and what each of them found."""
+    c, length = _natural(nearest, kappa)
+    c, length = initial_c * c, 2 * _TRAVEL / steps * length if lr is None else torch.full_like(c, lr)
+    low, high = torch.zeros_like(c), torch.full_like(c, torch.inf)
+    for _ in range(searches):
+        active = nearest.active()
+        if nearest.oracle.may_shrink:
+            active = active[((high - low) > 0.01 * low)[active]]
+        if len(active) == 0:
+            return
+        tried = c[active]
+        found = _try(nearest, active, tried, length[active], kappa=kappa, steps=steps)
+        high[active] = torch.where(found, torch.minimum(high[active], tried), high[active])
+        low[active] = torch.where(found, low[active], torch.maximum(low[active], tried))
+        if lr is None:
+            length = torch.where(high.isinf(), 2 * length, length)
+        c = torch.where(high.isinf(), c * 10, (low + high) / 2)
 
 
 def _gain(c: Tensor, labels: Tensor, targeted: bool, kappa: float) -> Callable[[Tensor], Tensor]:

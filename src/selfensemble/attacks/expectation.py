@@ -3,7 +3,6 @@
 Source: Athalye et al., Synthesizing Robust Adversarial Examples, ICML 2018 (EOT).
 """
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from ..ensemble.checks import check_count
 from ..ensemble.randomness import global_noise, other_seed
 from ..noise.streams import Sampling, noise_draw, stream_seed
 from .budget import spend
+from .leads import lead_of, mean_log, side_of
 
 Forward = Callable[[Tensor], Tensor]
 Average = Literal["losses", "probabilities"]
@@ -208,7 +208,7 @@ class Oracle:
         over = None
         if self.noise.average == "probabilities" and len(indices) > 1:
             # The draws twice: for the mean, and then each with its share in the gradient of the mean.
-            over = _mean_log(self._each(inputs, indices, follow=True)).requires_grad_()
+            over = mean_log(self._each(inputs, indices, follow=True)).requires_grad_()
             spend(forwards=len(inputs) * len(indices))
             with torch.enable_grad():
                 (outer,) = torch.autograd.grad(loss(over).sum(), over)
@@ -245,7 +245,7 @@ class Oracle:
         each = self._each(inputs, indices)
         spend(forwards=len(inputs) * len(each))
         if self.noise.average == "probabilities":
-            value = loss(_mean_log(each))
+            value = loss(mean_log(each))
         else:
             value = torch.stack([loss(logits) for logits in each]).mean(dim=0)
         return Estimate(value, self._units(each.softmax(dim=2)), inputs.new_empty(0))
@@ -278,7 +278,7 @@ class Oracle:
         fresh = range(start, start + draws)
         each = self._each(inputs, fresh, follow=follow, confirm=not self.noise.frozen).softmax(dim=2)
         spend(forwards=len(inputs) * draws)
-        return _lead(each, labels, targeted, errors if self.is_random else 0.0)
+        return lead_of(each, labels, targeted, errors if self.is_random else 0.0)
 
     @torch.no_grad()
     def side(
@@ -318,7 +318,7 @@ class Oracle:
             spend(forwards=len(pending) * draws)
             fresh = each.softmax(dim=2).unflatten(0, (-1, 2)).mean(dim=1)
             units = torch.cat([units, fresh]) if len(units) else fresh
-            sides[pending] = _side(units, labels[pending], targeted, errors)
+            sides[pending] = side_of(units, labels[pending], targeted, errors)
             undecided = sides[pending] == 0
             draws = 2 * len(units)
             if 2 * draws > first * most or not undecided.any():
@@ -340,40 +340,9 @@ class Oracle:
         Fresh draws cost as much as a step: they are asked where the lead of the step's own draws is at
         least half as sure.
         """
-        claims = _lead(estimate.draws, labels, targeted, errors / 2 if self.is_random else 0.0)[1]
+        claims = lead_of(estimate.draws, labels, targeted, errors / 2 if self.is_random else 0.0)[1]
         if not claims.any() or self.exact:
             return claims
         chosen = claims.nonzero().squeeze(1)
         claims[chosen] = self.lead(inputs[chosen], labels[chosen], targeted, errors, follow=follow)[1]
         return claims
-
-
-def _mean_log(each: Tensor) -> Tensor:
-    """Log of the mean softmax (B, K), from the logits of single draws (N, B, K)."""
-    return each.log_softmax(dim=2).logsumexp(dim=0) - math.log(len(each))
-
-
-def _lead(each: Tensor, labels: Tensor, targeted: bool, errors: float) -> tuple[Tensor, Tensor]:
-    """(B,) the lead of an attack in the mean of independent draws (N, B, K), and whether it is sure."""
-    mean = each.mean(dim=0)
-    rival = mean.scatter(1, labels[:, None], -torch.inf).argmax(dim=1)
-    image = torch.arange(len(labels), device=labels.device)
-    leads = each[:, image, rival] - each[:, image, labels]
-    leads = -leads if targeted else leads
-    lead, success = leads.mean(dim=0), fooled(mean, labels, targeted)
-    if errors and len(each) > 1:
-        success &= lead > errors * leads.std(dim=0) / math.sqrt(len(each))
-    return lead, success
-
-
-def _side(each: Tensor, labels: Tensor, targeted: bool, errors: float) -> Tensor:
-    """(B,) 1, -1 or 0, see `Oracle.side`, from the softmax of independent draws (N, B, K)."""
-    won = _lead(each, labels, targeted, errors)[1]
-    lost = _lead(each, labels, not targeted, errors)[1]
-    return won.to(each.dtype) - lost.to(each.dtype)
-
-
-def fooled(probabilities: Tensor, labels: Tensor, targeted: bool) -> Tensor:
-    """(B,) whether the largest probability is what the attack wants."""
-    answers = probabilities.argmax(dim=1)
-    return answers == labels if targeted else answers != labels

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..ensemble.checks import check_count
 from .driver import run_attack
-from .expectation import Noise, NoiseOptions, Oracle, fooled
+from .expectation import Noise, NoiseOptions, Oracle
+from .leads import fooled
 from .losses import margin
 from .nearest import Nearest
 from .norms import Norm, check_eps, check_norm, dual_size, largest_eps, per_image, random_start, size

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .expectation import Estimate, Oracle, fooled
+from .expectation import Estimate, Oracle
+from .leads import fooled
 
 # Standard errors of the lead above which an attack on a random model rests. One that rested at two would
 # leave images that are answered rightly again one time in ten.

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..ensemble.checks import check_count
 from .driver import run_attack
-from .expectation import Noise, NoiseOptions, Oracle, fooled
+from .expectation import Noise, NoiseOptions, Oracle
+from .leads import fooled
 from .losses import margin, of_labels
 from .nearest import Nearest
 from .norms import Norm, check_norm, dual_size, largest_eps, per_image, project, size, unit_l2
@@ -123,8 +124,7 @@ def fmn(
             now = size(change, norm)
             found |= success
             # Of a random model the smallest distance of a success is that of its luckiest draws.
-            if oracle.exact:
-                smallest = torch.where(success, torch.minimum(smallest, now), smallest)
+            smallest = torch.where(success & oracle.exact, torch.minimum(smallest, now), smallest)
             # Until the boundary was crossed once: a little farther than a linear model would need.
             ahead = now + estimate.loss.abs() / dual_size(estimate.gradient, norm).clamp(min=1e-12)
             inside, outside = radius * (1 - shrink), torch.where(found, radius, ahead) * (1 + shrink)

@@ -14,6 +14,7 @@ from .base import Data, Device, Json, Model, app, resumable
 
 if TYPE_CHECKING:
     from ..evaluation.protocol import Protocol
+    from ..evaluation.results import Results
 
 
 _UNSOUND = 3
@@ -53,7 +54,7 @@ def evaluate(
     from ..noise.injection import make_static_
 
     overrides: dict[str, Any] = {"images": n, "seed": seed, "shard": shard, "precision": precision}
-    overrides |= {"bits": 8 if save_images else None}
+    overrides["bits"] = 8 if save_images else None
     plan = _protocol(protocol, c, {key: value for key, value in overrides.items() if value is not None})
     config = storage.read_config(model)
     rank, world, target = this_process(device)
@@ -76,8 +77,11 @@ def evaluate(
         if save_images and rank == 0:
             update("writing images", 1.0)
             write_images(evaluation.shards, folder / "images")
-    if rank != 0:
-        return
+    if rank == 0:
+        _show(results, folder, as_json)
+
+
+def _show(results: "Results", folder: Path, as_json: bool) -> None:
     if as_json:
         terminal.print_json(results.model_dump(mode="json"))
         return

@@ -12,8 +12,9 @@ Settings = tuple[tuple[str, Any], ...]
 
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype})
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-# What every module has, what compilers leave, and what transformers notes about where weights came from.
-_PASSING = {*vars(nn.Module()), KEY, "_compiled_call_impl", "_is_torch_compile"}
+# What every module has, what compilers leave (Lightning around them, too), and what transformers notes about
+# where weights came from.
+_PASSING = {*vars(nn.Module()), KEY, "_compiled_call_impl", "_is_torch_compile", "_compile_kwargs"}
 _PASSING |= {"name_or_path", "_is_hf_initialized"}
 _OURS = f"{__name__.partition('.')[0]}."
 _MOST, _DEEPEST = 100, 4  # of tuples, lists and dicts; longer ones are tables

@@ -10,10 +10,7 @@ mean softmax over `eot` fresh draws a pass. What it calls a success counts for l
 import importlib
 import inspect
 import math
-import random
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +22,10 @@ from ..attacks.budget import spend
 from ..attacks.driver import run_attack, single_draw
 from ..attacks.expectation import Forward, Noise, Oracle
 from ..attacks.units import from_units, in_own_units
-from ..noise.own_numbers import OwnNumbers
 from ..noise.streams import noise_draw, stream_seed
+from .isolation import isolated
 
 _TOLERANCE = 1e-4  # how far outside [0, 1] an attack may end: rounding, not a search without a box
-_WARNINGS = r"(torchattacks|foolbox|eagerpy|art)(\.|$)"  # modules whose warnings nobody here can mend
 
 _INSTALL = {
     "torchattacks": "pip install --no-deps torchattacks (its metadata asks for packages it never imports)",
@@ -162,7 +158,7 @@ class LibraryAttack:
             # Of what the library makes without saying where; ART's arrays are NumPy's.
             where = torch.device("cpu") if self.library == "art" else x.device
             try:
-                with _isolated(own), torch.enable_grad(), where:
+                with isolated(own), torch.enable_grad(), where:
                     images = self.run(classifier, x.clamp(0.0, 1.0), y, targeted, oracle.classes, own)
             finally:
                 spend(gradients=classifier.gradients, forwards=classifier.forwards)
@@ -338,20 +334,3 @@ def _check_settings(
     if missing := [key for key in needed if key not in settings]:
         raise ValueError(f"{library}'s {name} needs the setting {', '.join(missing)}")
     return set(parameters)
-
-
-@contextmanager
-def _isolated(seed: int | None) -> Iterator[None]:
-    """The libraries' warnings off; global generators seeded (but for None), and put back at the end."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with warnings.catch_warnings(), OwnNumbers(seed):
-            warnings.filterwarnings("ignore", module=_WARNINGS)
-            warnings.filterwarnings("ignore", message="torch.meshgrid")  # foolbox's, raised in torch
-            if seed is not None:
-                random.seed(seed)
-                np.random.seed(seed)  # noqa: NPY002
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002

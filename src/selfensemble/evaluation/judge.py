@@ -123,8 +123,7 @@ def judge(
         max_batch: images a forward pass.
 
     Raises:
-        ValueError: shapes differ, or adversarial images leave the model's range ([0, 1], or the bounds of an
-            ensemble) or the ball, or hold NaN.
+        ValueError: shapes differ, or adversarial images leave the model's range or the ball, or hold NaN.
     """
     labels = check_batch(inputs, labels, model)
     check_count("queries", queries)

@@ -95,7 +95,9 @@ def optimize(
     if wide and precision == "bf16":
         raise ValueError("the network is float64, which bfloat16 cannot stand for: optimize ensemble.float()")
     precision = precision or ("float32" if wide else faster_precision(device))
-    example_inputs = example_inputs[:2].to(original.input_dtype or example_inputs.dtype).to(device)
+    floating = example_inputs.is_floating_point()  # tokens stay what they are
+    dtype = (original.input_dtype if floating else None) or example_inputs.dtype
+    example_inputs = example_inputs[:2].to(dtype).to(device)
     network = _rewritten(network, _fold_, example_inputs, 1e-3)
     convolutions = [fqn for fqn, module in network.named_modules() if is_convolution(module)]
     order = execution_order(network, convolutions, example_inputs[:1]) if convolutions else []

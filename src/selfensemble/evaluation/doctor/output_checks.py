@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ...attacks.losses import cross_entropy, margin
+from ...attacks.losses import margin
 from ...noise.calls import own_modes, switched_on
 from ...noise.streams import noise_draw
 from ..results import CheckRecord
@@ -119,13 +119,19 @@ def logits(subject: Subject) -> CheckRecord:
     return passed(figure)
 
 
+def _cross_entropy(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
+    """As everybody has it, where that of this package's attacks keeps a gradient."""
+    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    return -loss if targeted else loss
+
+
 def gradients(subject: Subject) -> CheckRecord:
     """Gradients exist, are not zero, and predict what a small step does."""
     images, labels = subject.clean
     # A little inside the box, so that small steps stay in it.
     images, labels = images[:32].clamp(_STEP, 1 - _STEP), labels[:32].to(subject.device)
     zero = {}
-    for name, loss in (("cross-entropy", cross_entropy), ("margin", margin)):
+    for name, loss in (("cross-entropy", _cross_entropy), ("margin", margin)):
         outputs, leaf = subject.with_gradient(images)
         if not outputs.requires_grad:
             return failed(

@@ -1,0 +1,37 @@
+"""What noise draws say of an attack: who leads, and whether that is sure."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def mean_log(each: Tensor) -> Tensor:
+    """Log of the mean softmax (B, K), from the logits of single draws (N, B, K)."""
+    return each.log_softmax(dim=2).logsumexp(dim=0) - math.log(len(each))
+
+
+def lead_of(each: Tensor, labels: Tensor, targeted: bool, errors: float) -> tuple[Tensor, Tensor]:
+    """(B,) the lead of an attack in the mean of independent draws (N, B, K), and whether it is sure."""
+    mean = each.mean(dim=0)
+    rival = mean.scatter(1, labels[:, None], -torch.inf).argmax(dim=1)
+    image = torch.arange(len(labels), device=labels.device)
+    leads = each[:, image, rival] - each[:, image, labels]
+    leads = -leads if targeted else leads
+    lead, success = leads.mean(dim=0), fooled(mean, labels, targeted)
+    if errors and len(each) > 1:
+        success &= lead > errors * leads.std(dim=0) / math.sqrt(len(each))
+    return lead, success
+
+
+def side_of(each: Tensor, labels: Tensor, targeted: bool, errors: float) -> Tensor:
+    """(B,) 1, -1 or 0, see `Oracle.side`, from the softmax of independent draws (N, B, K)."""
+    won = lead_of(each, labels, targeted, errors)[1]
+    lost = lead_of(each, labels, not targeted, errors)[1]
+    return won.to(each.dtype) - lost.to(each.dtype)
+
+
+def fooled(probabilities: Tensor, labels: Tensor, targeted: bool) -> Tensor:
+    """(B,) whether the largest probability is what the attack wants."""
+    answers = probabilities.argmax(dim=1)
+    return answers == labels if targeted else answers != labels
