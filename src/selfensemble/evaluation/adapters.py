@@ -304,7 +304,7 @@ def art_attack(name: str, **settings: Any) -> LibraryAttack:
 def _import(library: str, module: str) -> Any:
     """The module, imported without its warnings and without a trace in the random states."""
     try:
-        with _isolated(None):
+        with isolated(None):
             return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(f"{library} cannot be imported ({error}): {_INSTALL[library]}") from error
