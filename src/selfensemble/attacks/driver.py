@@ -50,7 +50,7 @@ def run_attack(
         for number, (x, y) in enumerate(zip(inputs.split(size), labels.split(size), strict=True)):
             own = seed if number == 0 or noise.frozen else stream_seed(seed, number, 1)
             oracle = Oracle(
-                forward, noise, seed=own, is_random=is_random, classes=classes, device=device, reseed=reseed,
+                forward, noise, seed=own, is_random=is_random, classes=classes, reseed=reseed,
                 follow=follow, room=(rooms[0], rooms[1]), sampling=sampling,
             )  # fmt: skip
             # In float32, whatever the model computes in: smaller types cannot hold small changes.

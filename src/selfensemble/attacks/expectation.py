@@ -95,7 +95,6 @@ class Oracle:
         seed: of this oracle's draws.
         is_random: whether two passes can differ.
         classes: K.
-        device: of the model; where not the CPU, its global generator counts too.
         reseed: draw noise of torch's global generators from the seed as well (dropout at test time).
         follow: a faster forward whose gradients stand for those of `forward`, which decides about success.
         room: images that a pass of several draws may hold, of `forward` and of `follow`.
@@ -110,7 +109,6 @@ class Oracle:
         seed: int,
         is_random: bool = True,
         classes: int = 0,
-        device: torch.device | None = None,
         reseed: bool = False,
         follow: Forward | None = None,
         room: tuple[int, int] = (0, 0),
@@ -133,7 +131,6 @@ class Oracle:
         self._seed = seed if noise.frozen else stream_seed(seed, 1, 0)
         self._confirm_seed = stream_seed(seed, 2, 0)
         self._drawn = self._confirmed = 0
-        self._devices = [device] if device is not None and device.type != "cpu" else []
         self._reseed = reseed
         self._room = room
         # Pairs of each image's own noise go into batches of one draw, which an odd draw would begin.
@@ -160,18 +157,18 @@ class Oracle:
         seed, count = self._confirm_seed if confirm else self._seed, len(draws)
         antithetic = pairs if confirm else self._pairs
         repeated = inputs if count == 1 else inputs.repeat(count, *[1] * (inputs.dim() - 1))
-        with noise_draw(
-            seed,
-            draws.start,
-            self._sampling,
-            count=count,
-            antithetic=antithetic,
-            portable=self.noise.frozen,
+        with (
+            noise_draw(
+                seed,
+                draws.start,
+                self._sampling,
+                count=count,
+                antithetic=antithetic,
+                portable=self.noise.frozen,
+            ),
+            global_noise(other_seed(seed, draws.start)) if self._reseed else nullcontext(),
         ):
-            device = self._devices[0] if self._devices else torch.device("cpu")
-            others = global_noise(other_seed(seed, draws.start), device) if self._reseed else nullcontext()
-            with others:
-                logits = forward(repeated)
+            logits = forward(repeated)
         return logits.float().view(count, len(inputs), -1)
 
     def _passes(self, images: int, draws: range, follow: bool) -> list[range]:
@@ -179,20 +176,10 @@ class Oracle:
         count = max(1, self._room[follow] // max(1, images))
         return [draws[start : start + count] for start in range(0, len(draws), count)]
 
-    def _each(
-        self,
-        inputs: Tensor,
-        draws: range,
-        *,
-        follow: bool = False,
-        confirm: bool = False,
-        pairs: bool = False,
-    ) -> Tensor:
-        """(N, B, K) logits of single draws."""
+    def _each(self, inputs: Tensor, draws: range, *, follow: bool = False, **kind: bool) -> Tensor:
+        """(N, B, K) logits of single draws; `kind`: see `_logits`."""
         passes = self._passes(len(inputs), draws, follow)
-        return torch.cat(
-            [self._logits(inputs, part, follow=follow, confirm=confirm, pairs=pairs) for part in passes]
-        )
+        return torch.cat([self._logits(inputs, part, follow=follow, **kind) for part in passes])
 
     def _indices(self) -> range:
         """Numbers of the draws of the next step."""

@@ -155,7 +155,7 @@ class Draws:
                 stack.enter_context(self._explained(self._example))
                 if self.seed is not None and self.reseeds():
                     own_seed = other_seed(derived_seed(self.seed, group * _PASSES + part, 1), index)
-                    stack.enter_context(global_noise(own_seed, self.device))
+                    stack.enter_context(global_noise(own_seed))
                 outputs = self.ensemble.draw_logits(repeated).float().softmax(dim=-1)
             passes.append(outputs.view(count, len(few), outputs.shape[-1]))
         return torch.cat(passes, dim=1)

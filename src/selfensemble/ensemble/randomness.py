@@ -58,9 +58,8 @@ def takes_numbers(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> bool:
     return False
 
 
-def global_noise(seed: int, device: torch.device) -> OwnNumbers:
+def global_noise(seed: int) -> OwnNumbers:
     """Within it torch's random operators (dropout at test time) give what they would after `seed`."""
-    del device  # numbers come from wherever the operators compute
     return OwnNumbers(seed)
 
 

@@ -74,7 +74,7 @@ def frozen_noise_falls(subject: Subject) -> CheckRecord:
     with torch.no_grad():
         for part in images.split(subject.max_batch):
             for store in (answers, again):
-                with noise_draw(seed, 0, subject.sampling), global_noise(other_seed(seed, 0), subject.device):
+                with noise_draw(seed, 0, subject.sampling), global_noise(other_seed(seed, 0)):
                     store.append(subject.once(part).argmax(dim=1).cpu())
     if not torch.equal(torch.cat(answers), torch.cat(again)):
         return not_applicable("the noise comes from a source that a seed does not freeze")
