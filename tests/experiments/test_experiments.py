@@ -182,7 +182,7 @@ def test_stopped_anywhere_it_ends_the_same(done: Done, tmp_path: Path) -> None:
 def test_mistakes_are_named(done: Done, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no experiment 'nothing': choose among headline, .*, all"):
         done.reproduction().run(["nothing"])
-    with pytest.raises(ValueError, match="no scale 'huge': choose one of quick, half, wide, full"):
+    with pytest.raises(ValueError, match="no scale 'huge': choose one of quick, half, quarter, wide, full"):
         Reproduction("huge").run(["headline"])
     with pytest.raises(ValueError, match=r"no network 'nobody' here: choose among .*plain"):
         done.reproduction(only=("nobody",)).run(["headline"])

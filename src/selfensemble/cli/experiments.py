@@ -62,7 +62,7 @@ def reproduce(
             "certified-noise, resnext, stl10; or all."
         ),
     ],
-    scale: Annotated[str, typer.Option(help="quick, half, wide or full: how much work.")] = "half",
+    scale: Annotated[str, typer.Option(help="quick, quarter, half, wide or full: how much work.")] = "half",
     quick: Annotated[bool, typer.Option("--quick", help="The same as --scale quick.")] = False,
     data: Annotated[
         str | None, typer.Option(help="CIFAR-10 (or of stl10 alone): a folder of parquet files, or a hub id.")
