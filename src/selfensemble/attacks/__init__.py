@@ -13,7 +13,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from .apgd import apgd, apgd_targeted
-from .autoattack import autoattack_rand, autoattack_standard
+from .autoattack import autoattack_rand, autoattack_standard, published_rule
 from .budget import Budget, count_evaluations
 from .cw import cw_l2, cw_l2_paper
 from .expectation import Noise
@@ -40,6 +40,7 @@ __all__ = [
     "fgsm",
     "fmn",
     "pgd",
+    "published_rule",
     "random_noise",
     "square",
     "transfer",

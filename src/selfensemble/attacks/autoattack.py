@@ -4,7 +4,9 @@ Source: Croce & Hein, Reliable evaluation of adversarial robustness with an ense
 parameter-free attacks, ICML 2020: versions "rand" and "standard".
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Unpack
 
 import torch
@@ -19,6 +21,27 @@ from .losses import margin, of_labels
 from .norms import Norm, check_eps, check_norm, project
 from .square import square
 from .units import in_own_units
+
+_robust: ContextVar[list[Tensor] | None] = ContextVar("selfensemble_published_rule", default=None)
+
+
+@contextmanager
+def published_rule() -> Iterator[list[Tensor]]:
+    """Collect what the published code would call robust, batch by batch of the calls within this context.
+
+    There one forward pass decides: robust is an image that a single draw answers rightly without attack, and
+    another after each part that it meets. Of a random model that counts lucky draws as successes, and so the
+    verdict can lie below what the same images leave when they are judged again.
+
+    Yields:
+        A list to which every batch adds its (B,) bool.
+    """
+    found: list[Tensor] = []
+    token = _robust.set(found)
+    try:
+        yield found
+    finally:
+        _robust.reset(token)
 
 
 @in_own_units("eps")
@@ -106,6 +129,10 @@ def _in_turn(
 
     def run(oracle: Oracle, x: Tensor, y: Tensor) -> Tensor:
         keep = Keeper(oracle, x, y, targeted)
+        verdicts = _robust.get()
+        if verdicts is not None:
+            robust = oracle.answers(x) == y
+            verdicts.append(robust)
         for part in parts:
             left = keep.candidates(early_stop=True)
             if len(left) == 0:
@@ -116,6 +143,8 @@ def _in_turn(
             images = part(model, x[left], y[left], norm=norm, eps=eps, early_stop=True, **options)
             # FAB looks for the nearest image, wherever that is.
             images = x[left] + project(images - x[left], norm, eps, x[left])
+            if verdicts is not None:
+                robust[left] &= oracle.answers(images) == y[left]
             keep.finish(left, images, of_labels(margin, y[left], targeted))
         return keep.best
 

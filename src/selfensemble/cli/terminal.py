@@ -60,6 +60,8 @@ def print_results(results: "Results") -> None:
     from rich.table import Table
 
     title = f"{results.name}: {results.data.images} test images, protocol {results.protocol['name']}"
+    if (edition := results.protocol.get("version", 1)) > 1:
+        title += f", edition {edition}"
     seeds = len(results.clean.seeds)
     table = Table(title=title, caption="accuracy: first seed, 95 % interval; upper bounds of the robustness")
     table.add_column("attack")
@@ -68,8 +70,11 @@ def print_results(results: "Results") -> None:
     for entry in (results.clean, *results.attacks, *results.worst_case):
         where = f", {entry.norm} {entry.eps:.4g}" if entry.eps is not None else ""
         where += f", c = {entry.c:g}" if entry.c is not None else ""
+        accuracy = percent(entry.model_dump())
+        if entry.published is not None:
+            accuracy += f"\n{100 * entry.published:.1f} % by AutoAttack's own rule"
         cells = (
-            percent(entry.model_dump()), f"{100 * entry.all_seeds:.1f} %", f"{entry.rms_l2:.3f}",
+            accuracy, f"{100 * entry.all_seeds:.1f} %", f"{entry.rms_l2:.3f}",
             f"{entry.gradients:.0f}",
         )  # fmt: skip
         table.add_row(entry.title + where, *cells, style="bold" if entry.attack == "worst case" else None)

@@ -54,6 +54,7 @@ def entry(shards: Shards, plan: Plan, labels: Tensor, seeds: int) -> Entry:
         max_linf=float(verdict.linf.max()),
         gradients=gradients / len(labels),
         forwards=forwards / len(labels),
+        published=shards.published(plan),
     )
 
 

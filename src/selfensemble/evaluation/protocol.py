@@ -41,13 +41,15 @@ class AttackSpec(BaseModel):
     """One attack: its name and its settings. Lists of settings are crossed.
 
     `surrogate`: "base" makes the images on the same network with its noise off (transfer). `title`: for
-    people; made from the settings where it is missing. Numbers may be written as fractions, `8/255`.
+    people; made from the settings where it is missing. `everywhere`: of attacks that go in turn, this one
+    sees all images nonetheless. Numbers may be written as fractions, `8/255`.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
     attack: str
     title: str | None = None
     surrogate: Literal["base"] | None = None
+    everywhere: bool = False
 
 
 class Protocol(Section):
@@ -57,23 +59,34 @@ class Protocol(Section):
     that attacks follow, "float32" or "bf16" (on a processor with bfloat16 arithmetic three times as fast);
     whether an attack succeeds is decided in float32, and so judges the judge. `bits`: 8 to judge attacked
     images as files hold them, rounded to 256 levels; null for images as the attacks return them.
+    `in_turn`: an attack sees only the images that no earlier one within its ball surely fools, and takes
+    over the others: budgets go where they can change something, and its figures are those of all until then.
+    `version`: edition of a protocol of this name.
     """
 
     name: str
     description: str = ""
+    version: Annotated[int, Field(ge=1)] = 1
     images: Annotated[int, Field(ge=1)] = 1000
     seed: Annotated[int, Field(ge=0)] = 0
     shard: Annotated[int, Field(ge=1)] = 100
     precision: Precision = "float32"
     bits: Literal[8] | None = None
+    in_turn: bool = False
     judge: JudgeSection = JudgeSection()
     checks: bool = False
     attacks: tuple[AttackSpec, ...]
 
     def record(self) -> dict[str, Any]:
-        """What results and folders of runs hold of it; `bits` where it says something, as older ones do."""
+        """What results and folders of runs hold of it; newer keys only where they say something."""
         values = self.model_dump(mode="json")
-        return values if self.bits is not None else {k: v for k, v in values.items() if k != "bits"}
+        values["attacks"] = [_said(attack, {"everywhere": False}) for attack in values["attacks"]]
+        return _said(values, {"version": 1, "bits": None, "in_turn": False})
+
+
+def _said(values: dict[str, Any], unsaid: dict[str, Any]) -> dict[str, Any]:
+    """`values` without those of `unsaid` that are as there."""
+    return {key: value for key, value in values.items() if key not in unsaid or value != unsaid[key]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +99,7 @@ class Run:
         settings: keyword arguments of the attack, `eps` among them where it binds the attack.
         norm: of the distances judged, or None.
         radii: where empty, images are judged wherever they are.
+        everywhere: whether it sees all images where attacks go in turn.
     """
 
     key: str
@@ -95,6 +109,7 @@ class Run:
     settings: dict[str, Any]
     norm: str | None
     radii: tuple[float, ...]
+    everywhere: bool = False
 
     def call(self) -> Callable[..., Tensor]:
         """The attack itself."""
@@ -205,6 +220,7 @@ def _runs(place: int, spec: AttackSpec) -> Iterator[Run]:
             settings,
             norm,
             bound,
+            spec.everywhere,
         )
 
 

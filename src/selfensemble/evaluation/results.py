@@ -40,6 +40,8 @@ class Entry(Record):
             wrongly: the mean of `1 - (1 - p)^k`.
         rms_l2, median_l2, mean_linf, max_linf: distances to the originals, in [0, 1] pixels.
         gradients, forwards: evaluations an image that the attack spent, one noise draw each.
+        published: of AutoAttack, the share of the images that are robust by the published code's own rule, a
+            single pass for each part; see `attacks.published_rule`.
     """
 
     key: str
@@ -63,6 +65,7 @@ class Entry(Record):
     max_linf: float
     gradients: float
     forwards: float
+    published: float | None = None
 
 
 class CheckRecord(Record):

@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..attacks.autoattack import published_rule
 from ..attacks.budget import count_evaluations
 from ..attacks.norms import check_eps, per_image, project, size
 from ..data.images import ImageData
@@ -36,7 +37,8 @@ from .identity import claim, data_record, duration, model_record
 from .judge import judge
 from .protocol import MINIMUM_NORM, Protocol, Run, expand
 from .results import RESULTS, CheckRecord, Results, read_results
-from .shards import CLEAN, Plan, Shards, plans_of
+from .shards import CLEAN, PUBLISHED, Plan, Shards, plans_of
+from .turns import earlier, left_over
 
 RUN, SHARDS, TIMINGS, TABLE, GALLERY, CHECKS = (
     "run.json",
@@ -166,14 +168,11 @@ class Evaluation:
         tensors: dict[str, Tensor] = {}
         if isinstance(work, Run):
             run = work
-            with count_evaluations() as budget, ExitStack() as base:
-                for model in (self.ensemble, self.attacked) if run.surrogate is not None else ():
-                    base.enter_context(noise_disabled(model))
-                found = run.call()(
-                    self.attacked, x, y, seed=self._seed(number, order, 0), max_batch=self.max_batch,
-                    **run.settings,
-                )  # fmt: skip
+            with count_evaluations() as budget, published_rule() as robust:
+                found = self._attack(run, start, x, y, self._seed(number, order, 0))
             tensors["budget"] = torch.tensor([budget.gradients, budget.forwards], device="cpu")
+            if robust and sum(map(len, robust)) == len(x):
+                tensors[PUBLISHED] = torch.cat(robust).cpu()
             plans = [plan for plan in self.plans if plan.run is run]
             for index, plan in enumerate(plans):
                 images = found
@@ -189,6 +188,22 @@ class Evaluation:
         path = self.shards.path(work, start)
         atomic_write(path, safetensors.torch.save(tensors))
         write_json(path.with_suffix(".json"), {"seconds": round(time.monotonic() - began, 3)})
+
+    def _attack(self, run: Run, start: int, x: Tensor, y: Tensor, seed: int) -> Tensor:
+        """The images of one attack; where they go in turn, those that need no more as they were found."""
+        found, rows = x, torch.arange(len(x), device="cpu")
+        if self.protocol.in_turn and not run.everywhere:
+            keys = earlier(self.plans, self.runs, run, x[0].numel())
+            members = [self.shards.read(start, key) for key in keys]
+            left = left_over(members, y, self.protocol.judge.seeds)
+            found, rows = left.best.clone(), rows[left.open]
+        with ExitStack() as base:
+            for model in (self.ensemble, self.attacked) if run.surrogate is not None else ():
+                base.enter_context(noise_disabled(model))
+            images = run.call()(
+                self.attacked, x[rows], y[rows], seed=seed, max_batch=self.max_batch, **run.settings
+            )
+        return found.index_copy(0, rows, images)
 
     def _many(self) -> int:
         return max(self.protocol.judge.seeds, self.protocol.judge.queries)
@@ -233,7 +248,7 @@ class Evaluation:
             name=self.name,
             model=self.model,
             data=self.data_record,
-            protocol=self.protocol.record(),
+            protocol=self.protocol.record() | {"version": self.protocol.version},
             clean=entries[CLEAN],
             attacks=tuple(entries[plan.key] for plan in self.plans if plan.run is not None),
             worst_case=tuple(entries[plan.key] for plan in self.plans if plan.members),

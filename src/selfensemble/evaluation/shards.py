@@ -12,6 +12,7 @@ from ..attacks.norms import enclosing_radius
 from .protocol import MINIMUM_NORM, Run
 
 CLEAN, WORST = "clean", "worst"
+PUBLISHED = "published"
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,16 @@ def plans_of(runs: list[Run], pixels: int) -> Iterator[Plan]:
                 threats.setdefault((run.norm, eps), []).append(key)
     for number, (norm, eps) in enumerate(threats):
         within = [
-            keys
-            for (other, radius), keys in threats.items()
-            if enclosing_radius(radius, other, norm, pixels) <= eps * (1 + 1e-9)
+            keys for (other, radius), keys in threats.items() if encloses(norm, eps, other, radius, pixels)
         ]
         members = [key for keys in within for key in keys]
         if len(members) > 1:
             yield Plan(f"{WORST}-{number:02d}", "worst case", None, eps, norm, tuple(members))
+
+
+def encloses(norm: str, eps: float, other: str, radius: float, pixels: int) -> bool:
+    """Whether the ball of `norm` and `eps` holds that of `other` and `radius`."""
+    return enclosing_radius(radius, other, norm, pixels) <= eps * (1 + 1e-9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,3 +123,15 @@ class Shards:
             with safetensors.safe_open(self.path(plan.run, start), "pt") as file:
                 total += file.get_tensor("budget")
         return int(total[0]), int(total[1])
+
+    def published(self, plan: Plan) -> float | None:
+        """Share of the images that the published rule calls robust; None where that was not asked."""
+        if plan.run is None:
+            return None
+        found = 0
+        for start in self.starts:
+            with safetensors.safe_open(self.path(plan.run, start), "pt") as file:
+                if PUBLISHED not in file.keys():  # noqa: SIM118
+                    return None
+                found += int(file.get_tensor(PUBLISHED).sum())
+        return found / len(self.inputs)

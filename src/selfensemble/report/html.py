@@ -121,6 +121,9 @@ def _sections(runs: Mapping[str, _Run]) -> list[dict[str, Any]]:
             {
                 "id": f"protocol-{number}",
                 "name": name,
+                "edition": max(int(each.protocol.get("version", 1)) for each in members.values()),
+                "in_turn": any(each.protocol.get("in_turn") for each in members.values()),
+                "published": any(e.published is not None for each in members.values() for e in each.attacks),
                 "runs": list(members.items()),
                 "notes": _notes(list(members.values())),
                 "groups": _summary(list(members.values())),
