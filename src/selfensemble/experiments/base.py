@@ -100,6 +100,10 @@ class Experiment:
         """In the order of the tables; by default those of `names` in `networks.yaml`."""
         return [network(name) for name in self.names]
 
+    def edition(self, scale: Scale) -> int:  # noqa: ARG002
+        """Edition of the protocol that it measures by; figures of two of them are not comparable."""
+        return 1
+
     def measure(self, setting: Setting) -> Measured:
         """Measure one network; units of work that are done are not repeated."""
         raise NotImplementedError

@@ -18,9 +18,10 @@ from ..report.intervals import Share, mean
 from ..report.page import Page, Picture, Table
 from ..runtime.schema import Section
 from .base import Experiment, Measured, Setting
-from .honest import honest_protocol, worst_keys
+from .honest import edition_text, honest_protocol, own_rule, worst_keys
 from .judged import accuracy, evaluate
 from .records import Record
+from .scales import Scale
 
 LINF, L2 = 8 / 255, 0.5
 _ONE_DRAW = "PGD, one draw a step"
@@ -34,8 +35,9 @@ each other, and the columns of a row. Accuracies are in % with 95 % Clopper-Pear
 of the first of {seeds} seeds of the defender's noise; each defense was trained once. Attacks: {attacks}."""
 _CAPTION = """\
 *Claimed* is what the paper says, see below. *One draw* is PGD with {steps} steps of one draw each, the last
-iterate, L-inf 8/255: how most of these were evaluated. *Worst case*: for each image the attack of the honest
-protocol that leads most, judged again on fresh noise."""
+iterate, L-inf 8/255: how most of these were evaluated. *AutoAttack's own rule* calls robust what a single
+draw answers rightly without attack and after each of its parts. *Worst case*: for each image the attack of the
+honest protocol that leads most, judged again on fresh noise."""
 
 
 class Claim(Section):
@@ -69,7 +71,7 @@ def board_protocol(setting: Setting) -> Protocol:
     single = AttackSpec.model_validate(
         {
             "attack": "pgd", "title": _ONE_DRAW, "norm": "linf", "eps": [LINF],
-            "steps": scale.board.steps, "step_size": 2 / 255, "eot": 1,
+            "steps": scale.board.steps, "step_size": 2 / 255, "eot": 1, "everywhere": True,
         }
     )  # fmt: skip
     judge = honest.judge.model_copy(update={"queries": scale.board.queries})
@@ -95,6 +97,9 @@ class Board(Experiment):
     name = "board"
     names = tuple(claims())
 
+    def edition(self, scale: Scale) -> int:
+        return honest_protocol(scale, 0).version
+
     def measure(self, setting: Setting) -> Measured:
         return evaluate(setting, board_protocol(setting))
 
@@ -102,6 +107,7 @@ class Board(Experiment):
         protocol = records[0].facts.settings["protocol"]
         titles = dict.fromkeys(f"{each['title']} ({each.get('norm', 'l2')})" for each in protocol["attacks"])
         about = _ABOUT.format(seeds=protocol["judge"]["seeds"], attacks=", ".join(titles))
+        about += edition_text(protocol)
         parts: list[Table | Picture] = [_board(records, protocol["attacks"][-1]["steps"])]
         counts = sorted({1, *np.unique(np.geomspace(1, _least_queries(records), 20).astype(int)).tolist()})
         lines = [
@@ -128,6 +134,12 @@ def _one_draw(record: Record) -> str | None:
     return next((key for key, entry in entries if entry["title"] == _ONE_DRAW), None)
 
 
+def _rule(record: Record) -> str:
+    """AutoAttack's own verdict at the board's radius in L-inf."""
+    found = [entry for entry in record.facts.entries.values() if entry["attack"] == "autoattack-rand"]
+    return next((own_rule(entry) for entry in found if entry["norm"] == "linf"), _NONE)
+
+
 def _text(record: Record, key: str | None) -> str:
     return _NONE if key is None else accuracy(record, key).text
 
@@ -140,6 +152,7 @@ def _board(records: Sequence[Record], steps: int) -> Table:
             known[record.facts.network].text,
             accuracy(record, "clean").text,
             _text(record, _one_draw(record)),
+            _rule(record),
             _text(record, _worst(record, "linf")),
             _text(record, _worst(record, "l2")),
             *(_kept_text(record, _worst(record, "linf"), count) for count in _QUERIES[1:]),
@@ -147,7 +160,7 @@ def _board(records: Sequence[Record], steps: int) -> Table:
         for record in records
     ]
     head = ["defense", "claimed, clean / attacked", "no attack", "one draw, L-inf 8/255"]
-    head += ["worst case, L-inf 8/255", "worst case, L2 0.5"]
+    head += ["AutoAttack's own rule, L-inf 8/255", "worst case, L-inf 8/255", "worst case, L2 0.5"]
     head += [f"{count} queries, L-inf 8/255" for count in _QUERIES[1:]]
     return Table("The board", _CAPTION.format(steps=steps), head, rows)
 

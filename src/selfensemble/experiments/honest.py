@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from importlib import resources
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +11,7 @@ from ..evaluation.protocol import Protocol, load_protocol
 from ..report.figures import Line, Panel, draw
 from ..report.page import Page, Picture, Table
 from .base import Experiment, Measured, Setting
-from .distances import distance_lines, distance_table, gain_table
+from .distances import by_radius, distance_lines, distance_table, gain_table
 from .judged import accuracy, all_seeds, evaluate, seed_range
 from .records import Record
 from .scales import Scale
@@ -25,6 +26,12 @@ one that leads most, judged again on fresh noise. Accuracies are those of the fi
 defender's noise, with 95 % Clopper-Pearson intervals over the images; each defense was trained once, and how
 much another training would differ is in no interval. They are upper bounds of the robustness. The attacks:
 {attacks}."""
+_TURNS = """\
+; each attack saw the images that no earlier one within its ball surely fooled, and took over the others,
+so that its figures are those of all attacks until then"""
+_RULE = """\
+ AutoAttack's own rule: the share of the images that one draw answers rightly without attack and one after
+each of its parts, which counts lucky draws as successes; the accuracy beside it is judged on fresh noise."""
 _WORST = """\
 Accuracy in %: for each image the attack that leads most among those of this radius and all balls within it,
 L-inf ones in L2 included. It is judged again on fresh noise, so that it can lie above the accuracy that one
@@ -62,6 +69,9 @@ class Honest(Experiment):
     name = "honest"
     names = _DEFENSES
 
+    def edition(self, scale: Scale) -> int:
+        return honest_protocol(scale, 0).version
+
     def measure(self, setting: Setting) -> Measured:
         return evaluate(setting, honest_protocol(setting.scale, setting.seed))
 
@@ -69,18 +79,35 @@ class Honest(Experiment):
         protocol = records[0].facts.settings["protocol"]
         titles = dict.fromkeys(f"{each['title']} ({each.get('norm', 'l2')})" for each in protocol["attacks"])
         about = _ABOUT.format(seeds=protocol["judge"]["seeds"], attacks=", ".join(titles))
+        about += edition_text(protocol)
         parts: list[Table | Picture] = [_worst_table(records, "l2"), _worst_table(records, "linf")]
         panels = [
             Panel("worst case" if norm == "l2" else "worst case, L-inf", x_label, "accuracy, %", lines)
             for norm, x_label in (("l2", "L2 distance"), ("linf", "L-inf distance, in 1/255"))
             if (lines := worst_lines(records, norm))
         ]
-        nearest = Panel("C&W with binary search", "L2 distance", "accuracy, %", distance_lines(records))
-        figure = draw([[panels[0], nearest], panels[1:]])
+        searched = [record for record in records if len(by_radius(record)) > 1]
+        figure = draw([panels])
+        if searched:
+            nearest = Panel("C&W with binary search", "L2 distance", "accuracy, %", distance_lines(searched))
+            figure = draw([[panels[0], nearest], panels[1:]])
         parts.append(Picture("accuracy", "Accuracy against the distance; bars: 95 % intervals.", figure))
-        parts += [*distance_table(records), *gain_table(records, _gains), _seeds_table(records)]
+        parts += [*(distance_table(searched) if searched else ()), *gain_table(records, _gains)]
+        parts.append(_seeds_table(records))
         parts.append(_attacks_table(records))
         return Page("Every defense under the honest protocol", about, parts)
+
+
+def edition_text(protocol: dict[str, Any]) -> str:
+    """What is to be said of a later edition of the protocol."""
+    if protocol.get("version", 1) == 1:
+        return ""
+    text = f"\n\nThis is edition {protocol['version']} of the protocol"
+    if protocol.get("in_turn"):
+        text += _TURNS
+    if protocol.get("bits"):
+        text += f"; images are judged as files of {protocol['bits']} bits hold them"
+    return text + "."
 
 
 def _gains(record: Record) -> dict[str, str]:
@@ -150,7 +177,8 @@ def _wrong(record: Record, key: str) -> NDArray[np.float64]:
 
 
 def _attacks_table(records: Sequence[Record]) -> Table:
-    """What each attack achieved by itself, and what it spent."""
+    """What each attack achieved, and what it spent."""
+    ruled = any(entry.get("published") is not None for r in records for entry in r.facts.entries.values())
     rows = []
     for record in records:
         for key, entry in record.facts.entries.items():
@@ -160,9 +188,18 @@ def _attacks_table(records: Sequence[Record]) -> Table:
                 [
                     f"{record.facts.title}, {entry['title']}, {_radius(entry['norm'], entry['eps'])}",
                     accuracy(record, key).text,
+                    *([own_rule(entry)] if ruled else []),
                     f"{entry['gradients']:.0f}",
                     f"{entry['forwards']:.0f}",
                 ]
             )
-    head = ["attack", "accuracy", "gradients an image", "forward passes an image"]
-    return Table("Attack by attack", "Accuracy in %; evaluations of one image by one draw.", head, rows)
+    rule = ["AutoAttack's own rule"] if ruled else []
+    head = ["attack", "accuracy", *rule, "gradients an image", "forward passes an image"]
+    caption = "Accuracy in %; evaluations of one image by one draw." + (_RULE if ruled else "")
+    return Table("Attack by attack", caption, head, rows)
+
+
+def own_rule(entry: dict[str, Any]) -> str:
+    """AutoAttack's own verdict of an entry, in %."""
+    share = entry.get("published")
+    return "\N{EN DASH}" if share is None else f"{100 * share:.1f}"

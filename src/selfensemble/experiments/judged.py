@@ -38,7 +38,7 @@ def evaluate(setting: Setting, protocol: Protocol) -> Measured:
             columns[f"{key}.wrong"] = column((~right).sum(dim=1).numpy())
         if entry.norm in (None, "l2") and key != CLEAN:
             columns[f"{key}.l2"] = column(torch.cat([part.l2 for part in parts]).numpy())
-        kept = {"title", "attack", "settings", "norm", "eps", "c", "gradients", "forwards"}
+        kept = {"title", "attack", "settings", "norm", "eps", "c", "gradients", "forwards", "published"}
         entries[key] = entry.model_dump(mode="json", include=kept) | {"queries": queries}
     settings = {"protocol": protocol.model_dump(mode="json")}
     return Measured(settings, entries, columns)

@@ -164,11 +164,16 @@ class Reproduction:
                 f"the scale {facts.scale}": facts.scale != scale.name,
                 f"the seed {facts.seed}": facts.seed != self.seed,
                 f"other images ({facts.source})": facts.data != data,
+                "another edition of the protocol": _edition(record) != experiment.edition(scale),
             }
             if what := [name for name, differs in differing.items() if differs]:
                 raise ValueError(
                     f"{folder} holds results of {' and '.join(what)}; they are untouched: pass another --out"
                 )
+
+
+def _edition(record: Record) -> int:
+    return int(record.facts.settings.get("protocol", {}).get("version", 1))
 
 
 def experiments(names: Sequence[str]) -> list[Experiment]:
