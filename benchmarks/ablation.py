@@ -10,29 +10,21 @@ not computed again.
 """
 
 import argparse
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
+from judged import Judged, about, judged, worst
 from torch import Tensor
 
 import selfensemble as rse
 from selfensemble.attacks import ATTACKS
-from selfensemble.attacks.budget import count_evaluations
-from selfensemble.evaluation import judge
 from selfensemble.evaluation.protocol import MINIMUM_NORM
-from selfensemble.evaluation.runner import within
 from selfensemble.fast.optimize import optimize
 from selfensemble.noise.injection import noise_disabled
-from selfensemble.runtime.provenance import provenance
-
-LOOKS, QUERIES = 3, 20
 
 
 @dataclass(frozen=True)
@@ -77,52 +69,22 @@ CANDIDATES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Judged:
-    """One candidate's images: (N,) lead in the first queries, (N,) share of right answers to the others."""
+def attack_of(
+    candidate: Candidate, ensemble: rse.SelfEnsemble, fast: Any, x: Tensor, y: Tensor, norm: str, eps: float,
+    budget: int, seed: int,
+) -> Callable[[], Tensor]:  # fmt: skip
+    """The candidate's images, when called."""
+    settings = candidate.settings(budget) | ({} if candidate.attack in ("cw", "ddn") else {"norm": norm})
+    if candidate.attack not in MINIMUM_NORM:
+        settings["eps"] = eps
 
-    lead: NDArray[np.float64]
-    right: NDArray[np.float64]
-    gradients: float
-    forwards: float
-    seconds: float
+    def attack() -> Tensor:
+        with ExitStack() as stack:
+            for model in (ensemble, fast) if candidate.base else ():
+                stack.enter_context(noise_disabled(model))
+            return ATTACKS[candidate.attack](fast, x, y, seed=seed, **settings)
 
-
-def measured(
-    path: Path, ensemble: rse.SelfEnsemble, fast: Any, x: Tensor, y: Tensor, candidate: Candidate,
-    norm: str, eps: float, budget: int, seed: int,
-) -> Judged:  # fmt: skip
-    """The candidate's images, judged; read from `path` where it is there."""
-    if not path.is_file():
-        settings = candidate.settings(budget) | ({} if candidate.attack in ("cw", "ddn") else {"norm": norm})
-        if candidate.attack not in MINIMUM_NORM:
-            settings["eps"] = eps
-        began = time.monotonic()
-        with count_evaluations() as spent:
-            if candidate.base:
-                with noise_disabled(ensemble), noise_disabled(fast):
-                    found = ATTACKS[candidate.attack](fast, x, y, seed=seed, **settings)
-            else:
-                found = ATTACKS[candidate.attack](fast, x, y, seed=seed, **settings)
-        seconds = time.monotonic() - began
-        images = within(found, x, norm, eps, candidate.attack in MINIMUM_NORM)
-        options: dict[str, Any] = {"norm": norm, "eps": eps, "max_batch": 200}
-        first = judge(ensemble, x, images, y, queries=LOOKS, seed=seed + 1, **options)
-        second = judge(ensemble, x, images, y, queries=QUERIES, seed=seed + 2, **options)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(
-            path, lead=first.lead.numpy(), right=1 - second.wrong_per_query.numpy(),
-            spent=np.array([spent.gradients / len(x), spent.forwards / len(x), seconds]),
-        )  # fmt: skip
-    with np.load(path) as stored:
-        gradients, forwards, seconds = stored["spent"].tolist()
-        return Judged(stored["lead"], stored["right"], gradients, forwards, seconds)
-
-
-def worst(members: Sequence[Judged]) -> float:
-    """Accuracy in % where of each image the candidate that leads most is kept."""
-    leads, right = np.stack([m.lead for m in members]), np.stack([m.right for m in members])
-    return float(100 * right[leads.argmax(axis=0), np.arange(leads.shape[1])].mean())
+    return attack
 
 
 def lines(found: dict[str, Judged]) -> list[str]:
@@ -163,10 +125,7 @@ def main() -> None:
     data = rse.load_data(options.data, "test")
     x, y = data.inputs(slice(options.n)), data.labels[: options.n]
     fast = optimize(ensemble, x[:2], "float32")
-    made = provenance()
-    hardware = f"{made['hardware']['cores']} cores of an {made['hardware']['cpu']}"
-    print(f"{Path(options.model).name}, first {options.n} images, seed {options.seed}; {hardware}, "
-          f"torch {torch.__version__}, {torch.get_num_threads()} threads.\n")  # fmt: skip
+    print(about(options.model, options.n, options.seed), end="\n\n")
     for text in options.radii:
         norm, number = text.split(":")
         eps = float(Fraction(number))
@@ -177,9 +136,9 @@ def main() -> None:
                 if norm in candidate.norms:
                     unit = f"{budget}-{options.n}-{options.seed}-{name.replace(' ', '_')}.npz"
                     path = options.out / Path(options.model).name / text.replace("/", "_") / unit
-                    found[name] = measured(
-                        path, ensemble, fast, x, y, candidate, norm, eps, budget, options.seed
-                    )
+                    attack = attack_of(candidate, ensemble, fast, x, y, norm, eps, budget, options.seed)
+                    farther = candidate.attack in MINIMUM_NORM
+                    found[name] = judged(path, ensemble, x, y, attack, norm, eps, farther, options.seed)
             print(f"**{norm} {number}, {budget} gradients**\n", *lines(found), sep="\n", flush=True)
 
 

@@ -13,14 +13,27 @@ from torch import Tensor, nn
 
 import selfensemble as rse
 from selfensemble.attacks.budget import count_evaluations
-from selfensemble.evaluation.adapters import LibraryAttack, art_attack, foolbox_attack, torchattacks_attack
+from selfensemble.evaluation.adapters import (
+    LibraryAttack,
+    adv_lib_attack,
+    art_attack,
+    autoattack_attack,
+    foolbox_attack,
+    torchattacks_attack,
+)
 
 from ..conftest import LinearClassifier
 
 EPS = 0.05
 PIXELS = 3 * 4 * 4
-MODULES = {"torchattacks": torchattacks_attack, "foolbox": foolbox_attack, "art": art_attack}
-NO_TARGETS = {("foolbox", "FGSM"), ("torchattacks", "APGD")}
+MODULES: dict[str, Callable[..., LibraryAttack]] = {
+    "torchattacks": torchattacks_attack,
+    "foolbox": foolbox_attack,
+    "art": art_attack,
+    "adv_lib": adv_lib_attack,
+    "autoattack": lambda name, **settings: autoattack_attack(version=name, **settings),
+}
+NO_TARGETS = {("foolbox", "FGSM"), ("torchattacks", "APGD"), ("autoattack", "rand")}
 Make = Callable[[], LibraryAttack]
 
 
@@ -28,7 +41,8 @@ def case(library: str, name: str, **settings: Any) -> Any:
     """An attack to build in the test; skipped where the library is not installed."""
 
     def make() -> LibraryAttack:
-        pytest.importorskip(library)
+        # adv-lib where torchvision is missing, which it needs.
+        pytest.importorskip("adv_lib.attacks" if library == "adv_lib" else library, exc_type=ImportError)
         return MODULES[library](name, **settings)
 
     return pytest.param(make, id=f"{library}-{name}")
@@ -72,6 +86,8 @@ def classes_of(model: nn.Module, images: Tensor) -> Tensor:
         case("foolbox", "LinfPGD", eps=EPS, steps=20, abs_stepsize=EPS / 4),
         case("art", "FastGradientMethod", eps=EPS),
         case("art", "ProjectedGradientDescent", eps=EPS, eps_step=EPS / 4, max_iter=20, num_random_init=1),
+        case("adv_lib", "pgd_linf", ε=EPS, steps=40, relative_step_size=0.25),
+        case("autoattack", "rand", eps=EPS, steps=10, eot=1),
     ],
 )
 @pytest.mark.parametrize("targeted", [False, True])
@@ -87,7 +103,7 @@ def test_linf_budget(make: Make, linear: LinearClassifier, inner: Tensor, target
     sign = torch.where(labels == 0, -1.0, 1.0)
     best = linear.value(inner) + sign * EPS * linear.a.abs().sum()
     # APGD keeps the point that fooled first, which need not be the farthest.
-    if attack.name == "APGD":
+    if attack.name in ("APGD", "rand"):
         assert (found - inner).abs().amax() <= EPS + 1e-6
         reachable = best * sign > 0
         assert (classes_of(linear, found) != labels)[reachable].all()
@@ -102,6 +118,8 @@ def test_linf_budget(make: Make, linear: LinearClassifier, inner: Tensor, target
         case("foolbox", "DDNAttack", steps=100, init_epsilon=0.5, gamma=0.1),
         case("foolbox", "L2DeepFoolAttack", overshoot=0.005),
         case("foolbox", "L2CarliniWagnerAttack", steps=100, binary_search_steps=6, initial_const=0.1),
+        case("adv_lib", "ddn", steps=100, init_norm=0.5, γ=0.1, levels=None),
+        case("adv_lib", "sdf"),
         case("art", "DeepFool", batch_size=8, epsilon=1e-2),
         case("art", "CarliniL2Method", batch_size=8, max_iter=30, initial_const=0.5),
     ],
@@ -126,6 +144,7 @@ def test_smallest_distance(make: Make, linear: LinearClassifier, inner: Tensor) 
         (*case("foolbox", "L2CarliniWagnerAttack", steps=2, binary_search_steps=1).values, 2, 1),
         (*case("art", "ProjectedGradientDescent", eps=EPS, eps_step=EPS, max_iter=3).values, 3, None),
         (*case("art", "SquareAttack", eps=EPS, max_iter=2).values, 0, None),
+        (*case("adv_lib", "fmn", norm=2, steps=3).values, 3, 0),
     ],
 )
 def test_ensemble(
@@ -179,18 +198,44 @@ def test_other_seed_and_batches(make: Make, tiny: nn.Sequential, images: Tensor)
         attack(tiny, images, labels + 5)
 
 
-@pytest.mark.parametrize("library", MODULES)
+NAMES = {"torchattacks": "PGD", "foolbox": "LinfPGD", "art": "ProjectedGradientDescent", "adv_lib": "fmn"}
+
+
+@pytest.mark.parametrize("library", NAMES)
 def test_unknown_names_and_settings(library: str) -> None:
-    pytest.importorskip(library)
-    make = MODULES[library]
-    name = {"torchattacks": "PGD", "foolbox": "LinfPGD", "art": "ProjectedGradientDescent"}[library]
+    pytest.importorskip("adv_lib.attacks" if library == "adv_lib" else library, exc_type=ImportError)
+    make, name = MODULES[library], NAMES[library]
     with pytest.raises(ValueError, match=rf"no attack 'Nothing'.*known: .*{name}"):
         make("Nothing")
     with pytest.raises(ValueError, match=r"no setting nothing; known: .*(steps|max_iter)"):
         make(name, nothing=1)
-    wrong = {"torchattacks": "model", "foolbox": "epsilon", "art": "targeted"}[library]
+    wrong = {"torchattacks": "model", "foolbox": "epsilon", "art": "targeted", "adv_lib": "targeted"}[library]
     with pytest.raises(ValueError, match=f"no setting {wrong}"):
         make(name, **{wrong: True})
+
+
+def test_the_published_autoattack_says_what_it_has() -> None:
+    pytest.importorskip("autoattack")
+    with pytest.raises(ValueError, match="a norm of linf, l2, l1 and a version of rand"):
+        autoattack_attack(norm="l7", eps=EPS)
+    with pytest.raises(ValueError, match="not 'linf' and 'quick'"):
+        autoattack_attack(version="quick", eps=EPS)
+    with pytest.raises(ValueError, match="eps must be"):
+        autoattack_attack(eps=-1)
+
+
+def test_the_published_autoattack_averages_over_passes(tiny: nn.Sequential, images: Tensor) -> None:
+    pytest.importorskip("autoattack")
+    ensemble = rse.SelfEnsemble(tiny, rse.NoiseConfig(0.1, 0.1), draws=3).eval()
+    labels = ensemble.predict(images, seed=0).label
+    attack = autoattack_attack(norm="l2", eps=1.5, steps=3, eot=4)
+    with count_evaluations() as spent:
+        found = attack(ensemble, images, labels, seed=0)
+    assert spent.gradients % 4 == 0
+    # Both parts begin with a gradient and take 3 steps, on the images that are left.
+    assert 0 < spent.gradients <= 2 * 4 * 4 * len(images)
+    assert (found - images).flatten(1).norm(dim=1).max() <= 1.5 * (1 + 1e-5)
+    assert torch.equal(attack(ensemble, images, labels, seed=0), found)
 
 
 def test_foolbox_eps() -> None:
@@ -230,7 +275,7 @@ def test_missing_library(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(ImportError, match=f"{library} cannot be imported.*pip install"):
-        MODULES[library]("PGD")
+        MODULES[library]("PGD", eps=EPS)
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,8 @@ of the first of {seeds} seeds of the defender's noise; each defense was trained 
 _CAPTION = """\
 *Claimed* is what the paper says, see below. *One draw* is PGD with {steps} steps of one draw each, the last
 iterate, L-inf 8/255: how most of these were evaluated. *AutoAttack's own rule* calls robust what a single
-draw answers rightly without attack and after each of its parts. *Worst case*: for each image the attack of the
-honest protocol that leads most, judged again on fresh noise."""
+draw answers rightly without attack and after each of its parts. *Worst case*: for each image the attack of
+the honest protocol that leads most, judged again on fresh noise."""
 
 
 class Claim(Section):

@@ -1,11 +1,4 @@
-"""Attacks of other libraries, with the signature of this project's own: torchattacks, foolbox and ART.
-
-    attack = foolbox_attack("L2CarliniWagnerAttack", steps=100)
-    adversarial = attack(model, inputs, labels, eot=10, seed=0)
-
-The library sees a plain classifier: the logits of one noise draw or, with `eot` > 1, the logarithm of the
-mean softmax over `eot` fresh draws a pass. What it calls a success counts for little: `judge` decides.
-"""
+"""What the adapters share: the model as a library sees it, and the call of an attack."""
 
 import importlib
 import inspect
@@ -14,35 +7,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..attacks.budget import spend
-from ..attacks.driver import run_attack, single_draw
-from ..attacks.expectation import Forward, Noise, Oracle
-from ..attacks.units import from_units, in_own_units
-from ..noise.streams import noise_draw, stream_seed
-from .isolation import isolated
+from ...attacks.budget import spend
+from ...attacks.driver import run_attack, single_draw
+from ...attacks.expectation import Forward, Noise, Oracle
+from ...attacks.units import from_units, in_own_units
+from ...noise.streams import noise_draw, stream_seed
+from ..isolation import isolated
 
 _TOLERANCE = 1e-4  # how far outside [0, 1] an attack may end: rounding, not a search without a box
 
-_INSTALL = {
+INSTALL = {
     "torchattacks": "pip install --no-deps torchattacks (its metadata asks for packages it never imports)",
     "foolbox": "pip install foolbox",
     "art": "pip install adversarial-robustness-toolbox",
+    "adv_lib": "pip install adv-lib, and torchvision, which its distances need",
+    "autoattack": "pip install git+https://github.com/fra31/auto-attack",
 }
-# torchattacks: they attack several models, or train one.
-_WRAPPERS = {"MultiAttack", "LGV"}
-_NEEDS_IMAGES = {"DatasetAttack"}  # foolbox: its images come from elsewhere
-# ART: attacks whose answer is a patch, a texture, sound or a table, that need one layer of a network, or
-# that run on other frameworks.
-_NO_IMAGES = (
-    "ASR", "DPatch", "DecisionTree", "FeatureAdversaries", "FrameSaliency", "GRAPHITE", "HighConfidence",
-    "Laser", "LowProFool", "Malware", "OverTheAir", "Overload", "Patch", "SNAL", "TargetedUniversal",
-    "TensorFlow", "Texture",
-)  # fmt: skip
-_ASKS_PROBABILITIES = {"SimBA", "VirtualAdversarialMethod"}  # ART: they refuse logits
 
 
 class LibraryClassifier(nn.Module):
@@ -100,7 +83,7 @@ class LibraryClassifier(nn.Module):
 
 
 # (classifier, images, labels, targeted, number of classes, seed) to adversarial images.
-_Run = Callable[[LibraryClassifier, Tensor, Tensor, bool, int, int], Tensor]
+Run = Callable[[LibraryClassifier, Tensor, Tensor, bool, int, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -116,7 +99,7 @@ class LibraryAttack:
     library: str
     name: str
     settings: Mapping[str, Any]
-    run: _Run
+    run: Run
 
     def __call__(
         self,
@@ -181,142 +164,23 @@ class LibraryAttack:
         return images
 
 
-def torchattacks_attack(name: str, **settings: Any) -> LibraryAttack:
-    """An attack of torchattacks.
-
-    Args:
-        name: of its class, e.g. "PGD", "APGD", "CW".
-        settings: arguments of the class. The number of classes and the seed are filled in.
-
-    Raises:
-        ImportError: torchattacks is not installed.
-        ValueError: no such attack, or settings it does not know.
-    """
-    library = _import("torchattacks", "torchattacks")
-    found = {each: getattr(library, each) for each in library.__all__ if each not in _WRAPPERS}
-    build = _choose("torchattacks", found, name)
-    known = _check_settings("torchattacks", name, build, settings, skip={"model"})
-
-    def run(
-        classifier: LibraryClassifier, x: Tensor, y: Tensor, targeted: bool, classes: int, seed: int
-    ) -> Tensor:
-        filled = {"n_classes": classes, "seed": seed}
-        attack = build(classifier, **{key: filled[key] for key in filled if key in known} | settings)
-        if targeted:
-            if "targeted" not in attack.supported_mode:
-                raise ValueError(f"torchattacks' {name} has no targeted mode")
-            attack.set_mode_targeted_by_label(quiet=True)
-        adversarial: Tensor = attack(x, y)
-        return adversarial
-
-    return LibraryAttack("torchattacks", name, settings, run)
-
-
-def foolbox_attack(name: str, *, eps: float | None = None, **settings: Any) -> LibraryAttack:
-    """An attack of foolbox.
-
-    Args:
-        name: of its class, e.g. "LinfPGD", "L2CarliniWagnerAttack".
-        eps: radius of the ball. Attacks of a fixed budget need it; those that minimise the distance do so
-            without it, and with it stop there.
-        settings: arguments of the class.
-
-    Returns:
-        An attack whose images are the originals where a search for the nearest found nothing; those of a
-        fixed budget are what the last step reached.
-
-    Raises:
-        ImportError: foolbox is not installed.
-        ValueError: no such attack, settings it does not know, or a missing or impossible `eps`.
-    """
-    library = _import("foolbox", "foolbox")
-    base = _import("foolbox", "foolbox.attacks.base")
-    found = {
-        each: kind
-        for each, kind in vars(library.attacks).items()
-        if inspect.isclass(kind) and issubclass(kind, base.Attack) and not inspect.isabstract(kind)
-        if each not in _NEEDS_IMAGES
-    }
-    build = _choose("foolbox", found, name)
-    _check_settings("foolbox", name, build, settings)
-    fixed = issubclass(build, base.FixedEpsilonAttack)
-    if fixed and eps is None:
-        raise ValueError(f"foolbox's {name} has a fixed budget: give eps")
-    if eps is not None and not (eps > 0 and math.isfinite(eps)):
-        raise ValueError(f"eps must be finite and > 0, got {eps}")
-
-    def run(
-        classifier: LibraryClassifier, x: Tensor, y: Tensor, targeted: bool, classes: int, seed: int
-    ) -> Tensor:
-        model = library.PyTorchModel(classifier, bounds=(0, 1), device=x.device)
-        goal = library.criteria.TargetedMisclassification if targeted else library.criteria.Misclassification
-        _, images, success = build(**settings)(model, x, goal(y), epsilons=eps)
-        adversarial: Tensor = images if fixed else torch.where(success[:, None, None, None], images, x)
-        return adversarial
-
-    return LibraryAttack("foolbox", name, settings if eps is None else settings | {"eps": eps}, run)
-
-
-def art_attack(name: str, **settings: Any) -> LibraryAttack:
-    """An evasion attack of the Adversarial Robustness Toolbox.
-
-    Args:
-        name: of its class in `art.attacks.evasion`, e.g. "ProjectedGradientDescent", "CarliniL2Method".
-        settings: arguments of the class. Note the small default `batch_size` of some, and its default of
-            eps 0.3. Progress bars are off where the attack lets us.
-
-    Raises:
-        ImportError: ART is not installed.
-        ValueError: no such attack, or settings it does not know.
-    """
-    library = _import("art", "art.attacks.evasion")
-    base = _import("art", "art.attacks.attack").EvasionAttack
-    estimator = _import("art", "art.estimators.classification").PyTorchClassifier
-    found = {
-        each: kind
-        for each, kind in vars(library).items()
-        if inspect.isclass(kind) and issubclass(kind, base) and not inspect.isabstract(kind)
-        if not any(part in each for part in _NO_IMAGES)
-    }
-    build = _choose("art", found, name)
-    known = _check_settings("art", name, build, settings, skip={"estimator", "classifier", "targeted"})
-
-    def run(
-        classifier: LibraryClassifier, x: Tensor, y: Tensor, targeted: bool, classes: int, seed: int
-    ) -> Tensor:
-        classifier.answers_probabilities = name in _ASKS_PROBABILITIES
-        victim = estimator(
-            model=classifier, loss=nn.CrossEntropyLoss(), input_shape=tuple(x.shape[1:]), nb_classes=classes,
-            clip_values=(0.0, 1.0), device_type="cpu",
-        )  # fmt: skip
-        filled: dict[str, Any] = {"verbose": False} if "verbose" in known else {}
-        if "targeted" in inspect.signature(build).parameters:
-            filled["targeted"] = targeted
-        elif targeted:
-            raise ValueError(f"art's {name} has no targeted mode")
-        attack = build(victim, **filled | settings)
-        goals = nn.functional.one_hot(y, classes).float().cpu().numpy()
-        return torch.from_numpy(np.asarray(attack.generate(x=x.cpu().numpy(), y=goals)))
-
-    return LibraryAttack("art", name, settings, run)
-
-
-def _import(library: str, module: str) -> Any:
+def import_library(library: str, module: str) -> Any:
     """The module, imported without its warnings and without a trace in the random states."""
     try:
         with isolated(None):
             return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"{library} cannot be imported ({error}): {_INSTALL[library]}") from error
+        raise ImportError(f"{library} cannot be imported ({error}): {INSTALL[library]}") from error
 
 
-def _choose(library: str, found: Mapping[str, Any], name: str) -> Any:
+def choose(library: str, found: Mapping[str, Any], name: str) -> Any:
+    """The attack of that name; a ValueError lists those that there are."""
     if name not in found:
         raise ValueError(f"{library} has no attack {name!r} for images; known: {', '.join(sorted(found))}")
     return found[name]
 
 
-def _check_settings(
+def check_settings(
     library: str, name: str, build: Any, settings: Mapping[str, Any], skip: set[str] | None = None
 ) -> set[str]:
     """The settings that the attack knows; a ValueError for others, and for required ones left out."""
