@@ -50,6 +50,45 @@ def test_a_run_by_the_command(model: Path, tmp_path: Path) -> None:
     assert "Traceback" not in run("certify", model, "--method", "votes", expect=2).stderr
 
 
+def test_wanted_radii_by_the_command(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = (
+        "certify",
+        model,
+        "--n-images",
+        40,
+        "--n",
+        2000,
+        "--shard",
+        20,
+        "--method",
+        "vote",
+        "--out",
+        out,
+    )
+    text = run(*arguments, "--radius", 0.3, "--radius", 0.1).stdout
+    results = json.loads((out / "certified.json").read_text())
+    rows = list(csv.DictReader((out / "certificates.csv").read_text().splitlines()))
+    verdicts = [row["verdict"].split() for row in rows]
+    assert {word for words in verdicts for word in words} >= {"reached"}
+    for column, wanted in enumerate(results["wanted"]):
+        assert wanted["radius"] == (0.1, 0.3)[column]
+        for word in ("reached", "out-of-reach", "open"):
+            share = sum(words[column] == word for words in verdicts) / len(rows)
+            assert wanted[word.replace("-", "_")] == pytest.approx(share)
+        assert f"within {wanted['radius']:g}: {wanted['reached']:.1%} certified" in text
+    for row, words in zip(rows, verdicts, strict=True):
+        assert (words[1] == "reached") == (float(row["radius"]) >= 0.3)
+    # Where bets ended the draws there are no bounds, and none are made up.
+    early = [row for row in rows if int(row["draws"]) < 2000 + 100]
+    assert early
+    assert all(row["lower"] == row["upper"] == "" for row in early)
+    assert results["draws"] < 1000
+    # What was written goes on, or is refused where it is of other radii.
+    assert run(*arguments, "--radius", 0.3, "--radius", 0.1).stdout == text
+    assert "untouched" in error(*arguments, "--radius", 0.3)
+
+
 def test_killed_and_gone_on(model: Path, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     arguments = ("certify", model, "--n-images", 40, "--n", 3000, "--shard", 10, "--method", "vote")

@@ -10,15 +10,14 @@ theorem 1 and algorithm 2; Salman et al., Provably robust deep learning via adve
 classifiers, NeurIPS 2019, lemma 2.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
 
-import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 from ..ensemble.checks import check_count, check_images
@@ -27,16 +26,17 @@ from ..ensemble.ensemble import SelfEnsemble
 from ..noise.injection import eval_mode
 from ..noise.streams import DRAWS
 from .bounds import MeanBound
-from .decision import ABSTAINED, check_alpha
+from .decision import check_alpha
 from .grid import grid_noise
 from .pixels import pixel_std
+from .search import Aims, Search
 from .statistics import APART, Means, Rivals, Votes
 
 Method = Literal["vote", "mean"]
 METHODS: tuple[Method, ...] = get_args(Method)
 Progress = Callable[[int, int], None]
 _ROOM = 2**25  # probabilities that are remembered at a time
-_LOOKS = (1 / 64, 1 / 16, 1 / 4, 1)  # shares of the draws after which a wanted radius is looked for
+_FIRST, _EVERY = 16, 8  # draws before the first look, and the share of them after which the next one is
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +49,11 @@ class Certificate:
         lower: (B,) float64, lower bound of the answer's probability (of votes, or its mean).
         upper: (B,) float64, upper bound of every rival's.
         draws: (B,) int64, those of selection included.
+        verdict: (B, R) int64, for each of R wanted radii, in rising order: 1 where the answer is certified
+            within it, -1 where it is proven that it cannot be, 0 where neither is.
 
-    Label and radius are wrong with probability alpha at most, for each image.
+    Label and radius are wrong with probability alpha at most, for each image, and so is a verdict of -1.
+    Where bets on a wanted radius ended the draws, they prove that radius, and `lower` and `upper` are NaN.
     """
 
     label: Tensor
@@ -58,6 +61,7 @@ class Certificate:
     lower: Tensor
     upper: Tensor
     draws: Tensor
+    verdict: Tensor
 
 
 def certify(
@@ -70,7 +74,8 @@ def certify(
     method: Method = "mean",
     rivals: Rivals = "runner_up",
     bound: MeanBound | None = None,
-    radius: float | None = None,
+    radius: float | Sequence[float] | None = None,
+    give_up: float = 0.05,
     grid: bool = False,
     max_batch: int | None = None,
     seed: int | None = None,
@@ -93,7 +98,10 @@ def certify(
             "runner_up" bounds each rival's as well, with half of alpha.
         bound: for "mean", how means are bounded, see `mean_lower`. By default "betting" or "binomial", for
             each mean the one that its draws of selection say is narrower.
-        radius: a wanted radius: stop early for images that reach it, at one of 4 looks that share alpha.
+        radius: a wanted radius, or several: an image stops when each of them is certified, or proven to be
+            out of reach, or given up. Half of alpha is spent on stopping early, see `anytime`.
+        give_up: how often, at most, an image is given up that n draws would have certified; 0 to draw until
+            a wanted radius is decided.
         grid: draw the noise on the image on a grid that holds 8-bit images, so that the radius is true of all
             8-bit images within it as floating-point numbers are added, not only as real numbers are; see
             `grid_noise`. The draws of a seed are others.
@@ -109,7 +117,7 @@ def certify(
     """
     found = certificates(
         ensemble, inputs, (method,), alpha=alpha, n0=n0, n=n, rivals=rivals, bound=bound, radius=radius,
-        grid=grid, max_batch=max_batch, seed=seed, progress=progress,
+        give_up=give_up, grid=grid, max_batch=max_batch, seed=seed, progress=progress,
     )  # fmt: skip
     return found[method]
 
@@ -124,7 +132,8 @@ def certificates(
     n: int = 10_000,
     rivals: Rivals = "runner_up",
     bound: MeanBound | None = None,
-    radius: float | None = None,
+    radius: float | Sequence[float] | None = None,
+    give_up: float = 0.05,
     grid: bool = False,
     max_batch: int | None = None,
     seed: int | None = None,
@@ -132,15 +141,15 @@ def certificates(
 ) -> dict[Method, Certificate]:
     """Certificates by several methods from the same draws, see `certify`; `alpha` is the risk of each."""
     check_images(inputs, ensemble.bounds)
-    check_alpha(alpha)
     _check_names(methods, rivals, bound)
-    _check_draws(n0, n, seed)
-    looks = _looks(n, radius)
+    _check_numbers(alpha, n0, n, seed, give_up)
+    wanted = wanted_radii(radius)
     size = None if max_batch is None else check_count("max_batch", max_batch)
     if len(inputs) == 0:
         none, zero = (torch.zeros(0, dtype=dtype, device="cpu") for dtype in (torch.int64, torch.float64))
-        return dict.fromkeys(methods, Certificate(none, zero, zero, zero, none))
-    std = pixel_std(ensemble, inputs)
+        verdict = torch.zeros(0, len(wanted), dtype=torch.int64, device="cpu")
+        return dict.fromkeys(methods, Certificate(none, zero, zero, zero, none, verdict))
+    aims = partial(Aims, pixel_std(ensemble, inputs), alpha, n, wanted, give_up=give_up)
     means = partial(Means, bound=bound, seed=seed)
     measures: dict[Method, Callable[..., Votes | Means]] = {"vote": Votes, "mean": means}
     done, total = 0, len(inputs) * (n0 + n)
@@ -164,7 +173,7 @@ def certificates(
 
             selection = torch.cat(list(passes(group, 0, n0)))
             seen = [measures[method](selection, rivals, alpha, n) for method in methods]
-            found.append(_certify(group, passes, seen, std, alpha, n0, looks, radius, slack))
+            found.append(_certify(group, passes, seen, n0, aims(slack=slack)))
             done = sum(len(each[0][0]) for each in found) * (n0 + n)  # with what early stops have saved
             if progress is not None:
                 progress(done, total)
@@ -175,13 +184,24 @@ def certificates(
     }
 
 
-def _looks(n: int, radius: float | None) -> list[int]:
-    """Numbers of draws after which it is looked at whether images have the wanted radius."""
+def wanted_radii(radius: float | Sequence[float] | None) -> tuple[float, ...]:
+    """The wanted radii in rising order."""
     if radius is None:
-        return [n]
-    if not radius > 0:
-        raise ValueError(f"radius must be > 0, got {radius}")
-    return sorted({max(2, round(share * n)) for share in _LOOKS})
+        return ()
+    radii = [radius] if isinstance(radius, int | float) else list(radius)
+    if not radii or not all(each > 0 and math.isfinite(each) for each in radii):
+        raise ValueError(f"radius must be > 0 and finite, one or several, got {radius}")
+    return tuple(sorted({float(each) for each in radii}))
+
+
+def _looks(n: int, wanted: Sequence[float]) -> Iterator[int]:
+    """Numbers of draws after which it is looked at whether images need more."""
+    taken = 0
+    while wanted and taken < n:
+        taken = min(n, taken + max(_FIRST, taken // _EVERY // _FIRST * _FIRST))
+        yield taken
+    if not wanted:
+        yield n
 
 
 def _check_names(methods: Sequence[Method], rivals: Rivals, bound: MeanBound | None) -> None:
@@ -193,7 +213,10 @@ def _check_names(methods: Sequence[Method], rivals: Rivals, bound: MeanBound | N
         raise ValueError('votes are bounded exactly: leave bound out, or take method="mean"')
 
 
-def _check_draws(n0: int, n: int, seed: int | None) -> None:
+def _check_numbers(alpha: float, n0: int, n: int, seed: int | None, give_up: float) -> None:
+    check_alpha(alpha)
+    if not 0 <= give_up < 1:
+        raise ValueError(f"give_up must be in [0, 1), got {give_up!r}")
     check_count("n0", n0)
     if check_count("n", n) < 2:
         raise ValueError("n must be 2 or more")
@@ -205,46 +228,22 @@ Passes = Callable[[Tensor, int, int], Iterator[Tensor]]  # of images, first draw
 
 
 def _certify(
-    group: Tensor,
-    passes: Passes,
-    methods: Sequence[Votes | Means],
-    std: float,
-    alpha: float,
-    n0: int,
-    looks: list[int],
-    wanted: float | None,
-    slack: float = 0.0,
+    group: Tensor, passes: Passes, methods: Sequence[Votes | Means], n0: int, aims: Aims
 ) -> list[tuple[Tensor, ...]]:
-    """The fields of a `Certificate` by each method; an image draws on until all have ended.
-
-    Probabilities under the noise that the radius is about differ from those under the noise drawn by `slack`.
-    """
-    size = len(group)
-    answers = [seen.order[:, 0] for seen in methods]
-    used = torch.zeros(len(methods), size, dtype=torch.int64, device="cpu")
-    found = torch.zeros(len(methods), 3, size, dtype=torch.float64, device="cpu")  # radius, lower, upper
-    active, taken = torch.arange(size, device="cpu"), 0
-    for look in looks:
+    """The fields of a `Certificate` by each method; an image draws on until all have ended."""
+    searches = [Search(seen, len(group), aims) for seen in methods]
+    active, taken = torch.arange(len(group), device="cpu"), 0
+    for look in _looks(aims.n, aims.wanted):
         for outputs in passes(group[active.to(group.device)], n0 + taken, look - taken):
-            for seen in methods:
-                seen.add(outputs)
+            for search in searches:
+                search.add(outputs)
         taken = look
-        for number, seen in enumerate(methods):
-            low, high = seen.bounds(alpha / len(looks))
-            low, high = np.maximum(low - slack, 0), np.minimum(high + slack, 1)
-            reach = np.where(low > high, std / 2 * (stats.norm.ppf(low) - stats.norm.ppf(high)), 0.0)
-            ends = np.full(len(reach), True) if look == looks[-1] else reach >= wanted
-            ended = torch.from_numpy(ends) & (used[number, active] == 0)
-            figures = torch.from_numpy(np.stack([reach, low, high]))
-            found[number][:, active[ended]] = figures[:, ended]
-            used[number, active[ended]] = n0 + taken
-        stay = (used[:, active] == 0).any(dim=0)
-        for seen in methods:
-            seen.keep(stay)
+        for search in searches:
+            search.look(active, taken)
+        stay = torch.stack([search.used[active] == 0 for search in searches]).any(dim=0)
+        for search in searches:
+            search.keep(stay)
         active = active[stay]
         if len(active) == 0:
             break
-    return [
-        (torch.where(figures[0] > 0, answer, ABSTAINED), *figures, draws)
-        for answer, figures, draws in zip(answers, found, used, strict=True)
-    ]
+    return [search.fields(n0) for search in searches]

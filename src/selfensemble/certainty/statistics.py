@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..noise.streams import LAYERS, fresh_seed, stream_seed
+from .anytime import Bets, OutOfReach, Reached
 from .bounds import MeanBound, clopper_pearson_lower, clopper_pearson_upper, mean_lower, narrower
 
 Rivals = Literal["all", "runner_up"]
@@ -32,6 +33,23 @@ class Votes:
         self.counts = torch.zeros_like(self.order)
         self._rivals = rivals
 
+        self._pilot = (_columns(self._votes(selection)[None], self.order, rivals)[0].double() + 0.5) / (
+            len(selection) + 1
+        )
+
+    def reached(self, gap: float, slack: float, horizon: int) -> Reached:
+        """Bets that a radius is reached, which `bet` settles."""
+        return Reached(self._pilot[:, 1:], gap, slack, horizon)
+
+    def out_of_reach(self, gap: float, slack: float, horizon: int) -> OutOfReach:
+        """Bets that it is not. Rivals that are counted together show nothing."""
+        return OutOfReach(self._pilot[:, 1 : 1 + APART], gap, slack, horizon)
+
+    def bet(self, bets: Bets, outputs: Tensor) -> None:
+        """Settle the bets on more draws, (c, A, K)."""
+        columns = _columns(self._votes(outputs)[None], self.order, self._rivals)[0].double()
+        bets.add_votes(len(outputs), columns)
+
     @staticmethod
     def _votes(outputs: Tensor) -> Tensor:
         return torch.nn.functional.one_hot(outputs.cpu().argmax(dim=2), outputs.shape[2]).sum(dim=0)
@@ -43,6 +61,7 @@ class Votes:
     def keep(self, stay: Tensor) -> None:
         """Go on with some of the images."""
         self.order, self.counts = self.order[stay], self.counts[stay]
+        self._pilot = self._pilot[stay]
 
     def bounds(self, alpha: float) -> tuple[np.ndarray, np.ndarray]:
         """(A,) lower bounds of the answer and upper bounds of its rivals, wrong with `alpha` together."""
@@ -87,18 +106,27 @@ class Means:
         coins = fresh_seed() if seed is None else stream_seed(seed, 0, LAYERS - 1)
         self._generator = torch.Generator("cpu").manual_seed(coins)
         pilot = self._columns(selection).double()
+        both = _columns(selection, self.order, rivals).double().mean(dim=0)
+        self._pilot = (both * len(selection) + 0.5) / (len(selection) + 1)
         variance = pilot.var(dim=0) if len(pilot) > 1 else torch.zeros_like(pilot[0])
         self._binomial = narrower(pilot.mean(dim=0), variance, alpha / 2, n)
 
+    def reached(self, gap: float, slack: float, horizon: int) -> Reached:
+        """Bets that a radius is reached, which `bet` settles."""
+        return Reached(self._pilot[:, 1:], gap, slack, horizon)
+
+    def out_of_reach(self, gap: float, slack: float, horizon: int) -> OutOfReach:
+        """Bets that it is not. Rivals that are counted together show nothing."""
+        return OutOfReach(self._pilot[:, 1 : 1 + APART], gap, slack, horizon)
+
+    def bet(self, bets: Bets, outputs: Tensor) -> None:
+        """Settle the bets on more draws, (c, A, K)."""
+        bets.add(_columns(outputs.cpu(), self.order, self._rivals).double())
+
     def _columns(self, outputs: Tensor) -> Tensor:
-        """(c, A, C), the answer's first."""
-        ordered = outputs.gather(2, self.order.expand_as(outputs))
-        if self._rivals == "all":
-            return ordered[:, :, :1]
-        if ordered.shape[2] <= APART + 1:
-            return ordered
-        together = ordered[:, :, APART + 1 :].sum(dim=2, keepdim=True)
-        return torch.cat([ordered[:, :, : APART + 1], together], dim=2).clamp(0, 1)
+        """(c, A, C), the answer's first; all rivals together are what it has not."""
+        columns = _columns(outputs, self.order, self._rivals)
+        return columns[:, :, :1] if self._rivals == "all" else columns
 
     def add(self, outputs: Tensor) -> None:
         """More draws, (c, A, K)."""
@@ -107,6 +135,7 @@ class Means:
     def keep(self, stay: Tensor) -> None:
         """Go on with some of the images."""
         self.order, self._binomial = self.order[stay], self._binomial[stay]
+        self._pilot = self._pilot[stay]
         self._samples = [each[:, stay] for each in self._samples]
 
     def bounds(self, alpha: float) -> tuple[np.ndarray, np.ndarray]:
@@ -135,3 +164,14 @@ class Means:
                 few = values[:, chosen]
                 low[chosen] = mean_lower(few, alpha, method, generator=self._generator)  # type: ignore[arg-type]
         return low
+
+
+def _columns(outputs: Tensor, order: Tensor, rivals: Rivals) -> Tensor:
+    """(c, A, 1 + R) of what all classes have, (c, A, K): the answer's, then its rivals'."""
+    ordered = outputs.gather(2, order.expand_as(outputs))
+    apart = 0 if rivals == "all" else APART
+    if ordered.shape[2] == 1 or (apart and ordered.shape[2] <= apart + 1):
+        return ordered
+    together = ordered[:, :, apart + 1 :].sum(dim=2, keepdim=True)
+    columns = torch.cat([ordered[:, :, : apart + 1], together], dim=2)
+    return columns.clamp(0, 1) if columns.is_floating_point() else columns

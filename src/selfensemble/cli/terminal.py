@@ -197,3 +197,9 @@ def print_certified(results: "Certified") -> None:
     for point in results.curve[::every]:
         table.add_row(f"{point.radius:.2f}", percent(point.model_dump()))
     out.print(table)
+    for each in results.wanted:
+        out.print(
+            f"within {each.radius:g}: {each.reached:.1%} certified, {each.out_of_reach:.1%} proven to be out "
+            f"of reach, {each.open:.1%} given up",
+            highlight=False,
+        )

@@ -7,8 +7,9 @@ computed again), and at the end `certificates.csv` with a row an image and `cert
 import csv
 import io
 import json
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +18,7 @@ import numpy as np
 from pydantic import Field
 
 from ..certainty.bounds import MeanBound
-from ..certainty.certification import Certificate, Method, certify
+from ..certainty.certification import Certificate, Method, certify, wanted_radii
 from ..certainty.pixels import pixel_std
 from ..certainty.statistics import Rivals
 from ..data.images import ImageData
@@ -35,6 +36,7 @@ RUN, CERTIFIED, CERTIFICATES, SHARDS = "run.json", "certified.json", "certificat
 Progress = Callable[[str, float], None]
 FORMAT, FORMAT_VERSION = "selfensemble-certification", 1
 _STEP = 0.05  # between the radii of the curve
+_VERDICTS = {1: "reached", -1: "out-of-reach", 0: "open"}
 
 
 class Settings(Section):
@@ -47,7 +49,7 @@ class Settings(Section):
     method: Method = "mean"
     rivals: Rivals = "runner_up"
     bound: MeanBound | None = None
-    radius: Annotated[float, Field(gt=0)] | None = None
+    radius: Annotated[float, Field(gt=0)] | tuple[Annotated[float, Field(gt=0)], ...] | None = None
     grid: bool = False
     seed: int = 0
     shard: Count = 50
@@ -62,6 +64,18 @@ class Point(Record):
     high: float
 
 
+class WantedRadius(Record):
+    """Shares of the images of which a wanted radius is certified, proven to be out of reach, or neither.
+
+    Of the answer that was certified, be it right or wrong.
+    """
+
+    radius: float
+    reached: float
+    out_of_reach: float
+    open: float
+
+
 class Certified(Record):
     """What stands in `certified.json`.
 
@@ -72,6 +86,7 @@ class Certified(Record):
         abstained: share of images of which nothing is certified.
         mean_radius: over all images, 0 where the answer is wrong or missing (the average certified radius).
         draws: mean number an image, selection included.
+        wanted: what became of the wanted radii.
     """
 
     format: Literal["selfensemble-certification"] = "selfensemble-certification"
@@ -86,6 +101,7 @@ class Certified(Record):
     abstained: float
     mean_radius: float
     draws: float
+    wanted: tuple[WantedRadius, ...] = ()
     provenance: dict[str, Any]
 
 
@@ -133,6 +149,8 @@ class Certification:
             "std": self.std,
             "device": next((p.device.type for p in self.ensemble.parameters()), "cpu"),
         }
+        if self.settings.radius is not None:
+            identity["stopping"] = "bets"  # earlier versions looked four times
         claim(self.out / RUN, identity)
 
     def run(self) -> Certified:
@@ -181,6 +199,8 @@ class Certification:
             progress=lambda done, total: progress(done / total),
         )
         columns = {name: getattr(found, name).tolist() for name in Certificate.__dataclass_fields__}
+        for name in ("lower", "upper"):
+            columns[name] = [None if math.isnan(bound) else bound for bound in columns[name]]
         write_json(self._path(start), columns | {"seconds": round(time.monotonic() - began, 3)})
 
     def _finish(self) -> None:
@@ -194,7 +214,13 @@ class Certification:
                     f"{self._path(start)} is damaged ({error}): delete it and run the same again"
                 ) from error
         names = list(Certificate.__dataclass_fields__)
-        columns = {name: np.concatenate([shard[name] for shard in shards]) for name in names}
+        for shard in shards:  # of versions before there were verdicts
+            shard.setdefault("verdict", [[] for _ in shard["label"]])
+        bounds = {"lower": float, "upper": float, "verdict": np.int64}
+        columns = {
+            name: np.concatenate([np.asarray(shard[name], dtype=bounds.get(name)) for shard in shards])
+            for name in names
+        }
         truth = self.labels.numpy()
         right = columns["label"] == truth
         radius = np.where(right, columns["radius"], 0.0)
@@ -216,10 +242,20 @@ class Certification:
             abstained=float((columns["label"] < 0).mean()),
             mean_radius=float(radius.mean()),
             draws=float(columns["draws"].mean()),
+            wanted=_wanted(self.settings.radius, columns["verdict"]),
             provenance=about,
         )
         atomic_write(self.out / CERTIFICATES, _table(truth, columns).encode())
         write_json(self.out / CERTIFIED, results.model_dump(mode="json"))
+
+
+def _wanted(radius: float | Sequence[float] | None, verdicts: np.ndarray) -> tuple[WantedRadius, ...]:
+    shares = [{word: float((verdicts == number).mean(axis=0)[column]) for number, word in _VERDICTS.items()}
+              for column in range(verdicts.shape[1])]  # fmt: skip
+    return tuple(
+        WantedRadius(radius=each, **{word.replace("-", "_"): share for word, share in found.items()})
+        for each, found in zip(wanted_radii(radius), shares, strict=True)
+    )
 
 
 def _share(count: int, images: int) -> dict[str, float]:
@@ -231,10 +267,12 @@ def _table(truth: np.ndarray, columns: dict[str, np.ndarray]) -> str:
     """A row an image."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "truth", "answer", "radius", "lower", "upper", "draws"])
+    writer.writerow(["image", "truth", "answer", "radius", "lower", "upper", "draws", "verdict"])
     for index, row in enumerate(zip(truth, *columns.values(), strict=True)):
-        right, answer, radius, lower, upper, draws = row
-        writer.writerow([index, right, answer, f"{radius:.6f}", f"{lower:.6f}", f"{upper:.6f}", draws])
+        right, answer, radius, lower, upper, draws, verdict = row
+        bounds = ["" if np.isnan(bound) else f"{bound:.6f}" for bound in (lower, upper)]
+        words = " ".join(_VERDICTS[int(each)] for each in verdict)
+        writer.writerow([index, right, answer, f"{radius:.6f}", *bounds, draws, words])
     return text.getvalue()
 
 
