@@ -146,9 +146,7 @@ def certificates(
     wanted = wanted_radii(radius)
     size = None if max_batch is None else check_count("max_batch", max_batch)
     if len(inputs) == 0:
-        none, zero = (torch.zeros(0, dtype=dtype, device="cpu") for dtype in (torch.int64, torch.float64))
-        verdict = torch.zeros(0, len(wanted), dtype=torch.int64, device="cpu")
-        return dict.fromkeys(methods, Certificate(none, zero, zero, zero, none, verdict))
+        return dict.fromkeys(methods, _of_no_images(len(wanted)))
     aims = partial(Aims, pixel_std(ensemble, inputs), alpha, n, wanted, give_up=give_up)
     means = partial(Means, bound=bound, seed=seed)
     measures: dict[Method, Callable[..., Votes | Means]] = {"vote": Votes, "mean": means}
@@ -182,6 +180,11 @@ def certificates(
         method: Certificate(*(torch.cat(column) for column in zip(*parts, strict=True)))
         for method, parts in zip(methods, by_method, strict=True)
     }
+
+
+def _of_no_images(radii: int) -> Certificate:
+    none, zero = (torch.zeros(0, dtype=dtype, device="cpu") for dtype in (torch.int64, torch.float64))
+    return Certificate(none, zero, zero, zero, none, none.view(0, 1).expand(0, radii))
 
 
 def wanted_radii(radius: float | Sequence[float] | None) -> tuple[float, ...]:
