@@ -35,8 +35,7 @@ def certify(
     n0: Annotated[int, typer.Option(min=1, help="Noise draws that select the answer.")] = 100,
     alpha: Annotated[float, typer.Option(help="Risk of a wrong certificate, for each image.")] = 0.001,
     radius: Annotated[
-        list[float] | None,
-        typer.Option(help="Stop for images that are decided at this L2 radius; may be repeated."),
+        list[float] | None, typer.Option(help="Stop images that are decided at it; may be repeated.")
     ] = None,
     grid: Annotated[
         bool, typer.Option("--grid", help="Noise on the grid of 8-bit images: exact in floating point.")
@@ -55,10 +54,9 @@ def certify(
     from ..artefacts import storage
     from ..evaluation.certified import Certification, Settings
 
-    wanted = radius[0] if radius and len(radius) == 1 else radius or None
     settings = Settings.model_validate(
         {"images": n_images, "alpha": alpha, "n0": n0, "n": n, "method": method, "rivals": rivals,
-         "radius": wanted, "grid": grid, "seed": seed, "shard": shard}
+         "radius": radius, "grid": grid, "seed": seed, "shard": shard}
     )  # fmt: skip
     config = storage.read_config(model)
     rank, world, target = this_process(device)

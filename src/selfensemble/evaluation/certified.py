@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from ..certainty.bounds import MeanBound
 from ..certainty.certification import Certificate, Method, certify, wanted_radii
@@ -28,7 +28,7 @@ from ..noise.streams import stream_seed
 from ..runtime.files import atomic_write, read_versioned, write_json
 from ..runtime.processes import wait_for_all
 from ..runtime.provenance import accuracy_record, provenance
-from ..runtime.schema import Count, Section
+from ..runtime.schema import Count, Positive, Section
 from .identity import claim, data_record, duration, model_record
 from .results import DataRecord, ModelRecord, Record
 
@@ -37,6 +37,13 @@ Progress = Callable[[str, float], None]
 FORMAT, FORMAT_VERSION = "selfensemble-certification", 1
 _STEP = 0.05  # between the radii of the curve
 _VERDICTS = {1: "reached", -1: "out-of-reach", 0: "open"}
+
+
+def _one_or_several(radius: object) -> object:
+    """One radius is stored as a number, as before there could be several; none as null."""
+    if isinstance(radius, list | tuple):
+        return radius[0] if len(radius) == 1 else radius or None
+    return radius
 
 
 class Settings(Section):
@@ -49,7 +56,7 @@ class Settings(Section):
     method: Method = "mean"
     rivals: Rivals = "runner_up"
     bound: MeanBound | None = None
-    radius: Annotated[float, Field(gt=0)] | tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    radius: Annotated[Positive | tuple[Positive, ...] | None, BeforeValidator(_one_or_several)] = None
     grid: bool = False
     seed: int = 0
     shard: Count = 50
