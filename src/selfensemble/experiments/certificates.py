@@ -41,6 +41,14 @@ that is certified is the optimised one, in its precision. Intervals are 95 % Clo
 those of differences are paired."""
 
 
+# How images stopped before a wanted radius was looked for by bets, and now.
+_STOPPING = {
+    "looks": "Images draw until the radius is certified, which one of four looks finds, at most {n:,} times.",
+    "bets": "Images draw until the radius is certified, proven to be out of reach, or given up because the "
+    "last draw would hardly certify it, at most {n:,} times.",
+}
+
+
 class Certificates(Experiment):
     """Networks with noise on the image."""
 
@@ -64,7 +72,8 @@ class Certificates(Experiment):
         inputs, labels = inputs_of(setting, settings.images)
         std = pixel_std(setting.attacked, inputs[:2].to(setting.device))
         own = {"std": std, "precision": precision_of(setting.attacked)}
-        units, size = setting.units(settings.model_dump() | own), min(50, setting.scale.shard)
+        said = settings.model_dump() | {"stopping": "bets"}
+        units, size = setting.units(said | own), min(50, setting.scale.shard)
         parts = []
         for number, few in enumerate(inputs.split(size)):
             work = partial(_certified, setting, settings, few, number, number * size / len(inputs))
@@ -74,7 +83,7 @@ class Certificates(Experiment):
         columns |= {name: column(values.numpy()) for name, values in found.items()}
         if settings.attacked:
             columns |= attacked(setting, settings, units, inputs, found)
-        return Measured(settings.model_dump(), {"certificate": own}, columns)
+        return Measured(said, {"certificate": own}, columns)
 
     def page(self, records: Sequence[Record]) -> Page:
         return self.page_beside(records, {})
@@ -91,8 +100,7 @@ class Certificates(Experiment):
             ),
             Table(
                 f"Draws for a radius of {settings['wanted']:g}",
-                "Images draw until the radius is certified, which one of four looks finds, at most "
-                f"{settings['n']:,} times.",
+                _STOPPING[settings.get("stopping", "looks")].format(n=settings["n"]),
                 ["network", "certified, vote", "mean draws, vote", "certified, mean", "mean draws, mean"],
                 [_draws(record) for record in records],
             ),
