@@ -31,9 +31,9 @@ def test_data_of(config: "ArtefactConfig", data: str | None) -> "ImageData":
     if source is None:
         raise InputError("the model does not say what it was trained on: pass --data")
     test = load_data(source, "test", size=trained_on.get("size"))
-    if config.input_shape is not None and tuple(test.images.shape[1:]) != config.input_shape:
+    if config.input_shape is not None and test.shape != config.input_shape:
         raise InputError(
-            f"{source} has images of shape {tuple(test.images.shape[1:])}, the model takes "
+            f"{source} has images of shape {test.shape}, the model takes "
             f"{config.input_shape}: pass the data it was trained on"
         )
     return test if config.classes is None else test.with_classes(config.classes)

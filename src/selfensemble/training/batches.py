@@ -48,7 +48,8 @@ class Batches:
     @property
     def device(self) -> torch.device:
         """Where the images lie."""
-        return self._images.device
+        device: torch.device = self._images.device
+        return device
 
     def order(self, epoch: int) -> Tensor:
         """The numbers of the images in the order of an epoch, (N,)."""

@@ -50,7 +50,7 @@ def architecture(recipe: Recipe, data: ImageData) -> Architecture:
         width=recipe.model.width,
         activation=recipe.model.activation,
         classes=len(data.classes),
-        channels=data.images.shape[1],
+        channels=data.shape[0],
     )
 
 

@@ -129,7 +129,7 @@ def _first_ensemble(recipe: Recipe, batches: Batches) -> SelfEnsemble:
         try:
             ensemble = build_ensemble(recipe, batches.train)
         except RuntimeError as error:
-            shape = tuple(batches.train.images.shape[1:])
+            shape = batches.train.shape
             reason = str(error).partition("\n")[0]
             raise ValueError(
                 f"{recipe.model.name} cannot take images of shape {shape} "

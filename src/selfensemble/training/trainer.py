@@ -261,7 +261,7 @@ class Trainer:
             self.out,
             architecture=architecture(self.recipe, train),
             classes=train.classes,
-            input_shape=tuple(train.images.shape[1:]),  # type: ignore[arg-type]
+            input_shape=train.shape,  # type: ignore[arg-type]
             metrics=metrics,
             recipe=self.recipe.model_dump(mode="json"),
         )
