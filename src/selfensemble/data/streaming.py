@@ -170,7 +170,8 @@ class Streamed:
             # By way of numpy: tensors would travel in shared memory, of which containers have little.
             return out.numpy()
 
-        many = sum(map(len, groups)) >= _FEW and not isinstance(self.reader, StoredReader)
+        quick = isinstance(self.reader, StoredReader) and look is prepared
+        many = sum(map(len, groups)) >= _FEW and not quick
         return map(torch.from_numpy, ahead(group, len(groups), self.workers if many else 0))
 
 

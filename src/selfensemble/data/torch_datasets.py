@@ -1,9 +1,7 @@
 """Images of a torch `Dataset`, whoever wrote it."""
 
 import inspect
-import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, Subset
 
 from ..noise.streams import stream_seed
+from ..runtime.random_state import seeded_generators
 from .arrays import check_wanted, cut_off
 from .decoding import is_grey, prepare_image
 from .images import ImageData, Split
@@ -147,7 +146,7 @@ class Items:
         return int(value)
 
     def _part(self, place: int, number: int, known: tuple[str, ...], key: str | None) -> Any:
-        with _numbers_of(place):
+        with seeded_generators(stream_seed(ITEM_SEED.get(), place, 3)):
             item = self.dataset[place]
         if isinstance(item, Mapping):
             keys = [each for each in (known if key is None else (key,)) if each in item]
@@ -257,19 +256,3 @@ def _array(image: Any, name: str, place: int) -> Tensor:
             f"item {place} of {name} is {found.dtype}: uint8 (0 to 255) or floating point is needed"
         )
     return found.float() if found.is_floating_point() else found
-
-
-@contextmanager
-def _numbers_of(place: int) -> Iterator[None]:
-    """Within this context the global generators stand where those of an item do; afterwards as before."""
-    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002
-    seed = stream_seed(ITEM_SEED.get(), place, 3)
-    try:
-        with torch.random.fork_rng(devices=[]):  # of the CPU alone: workers have no other
-            torch.default_generator.manual_seed(seed)
-            np.random.seed(seed % 2**32)  # noqa: NPY002
-            random.seed(seed)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(arrays)  # noqa: NPY002
