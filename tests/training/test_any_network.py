@@ -29,7 +29,8 @@ from torch import nn
 def make(width=8, classes=2):
     return nn.Sequential(
         nn.Conv2d(3, width, 3, stride=2), nn.BatchNorm2d(width), nn.ReLU(),
-        nn.Conv2d(width, width, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+        nn.Conv2d(width, width, 3, stride=2), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
 """
 RECIPE = """
 data:

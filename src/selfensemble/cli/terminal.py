@@ -59,7 +59,7 @@ def print_results(results: "Results") -> None:
     """An evaluation as a table."""
     from rich.table import Table
 
-    title = f"{results.name}: {results.data.images} test images, protocol {results.protocol['name']}"
+    title = f"{results.name}: {results.data.which}, protocol {results.protocol['name']}"
     seeds = len(results.clean.seeds)
     table = Table(title=title, caption="accuracy: first seed, 95 % interval; upper bounds of the robustness")
     table.add_column("attack")
@@ -181,7 +181,7 @@ def print_certified(results: "Certified") -> None:
 
     settings = results.settings
     table = Table(
-        title=f"{results.name}: {results.data.images} test images, {settings['method']}, alpha "
+        title=f"{results.name}: {results.data.which}, {settings['method']}, alpha "
         f"{settings['alpha']:g}, {settings['n']} draws",
         caption=f"nothing certified: {results.abstained:.1%}; mean radius {results.mean_radius:.3f}; "
         f"mean draws {results.draws:.0f}",

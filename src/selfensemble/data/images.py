@@ -125,6 +125,36 @@ class ImageData:
         return replace(self, labels=numbers[self.labels], classes=classes)
 
 
+@dataclass(frozen=True, slots=True)
+class FirstInputs:
+    """The inputs of the first images, (N, C, H, W) on the CPU, made where they are indexed.
+
+    Attributes:
+        data: whose.
+        count: N.
+    """
+
+    data: ImageData
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.count, *self.data.shape))
+
+    def __getitem__(self, index: Tensor | slice) -> Tensor:
+        chosen = torch.arange(self.count, device="cpu")[index]
+        return self.data.inputs(chosen.to(self.data.labels.device)).cpu()
+
+    def parts(self) -> Iterator[Tensor]:
+        """All of them, some at a time."""
+        indices = torch.arange(self.count, device=self.data.labels.device)
+        for inputs, _ in self.data.batches(indices, batch_size(self.count, self.data.shape)):
+            yield inputs.cpu()
+
+
 def as_inputs(images: Tensor) -> Tensor:
     """Images as float32: uint8 divided by 255, others as they are."""
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()

@@ -101,7 +101,7 @@ def _measured(config: ArtefactConfig, results: Sequence[Results]) -> str:
     for result in results:
         lines += [
             f"\n`{_command(result)}`, seed {result.protocol['seed']}, {_machine(result.provenance)}; "
-            f"first {result.data.images} test images{_answered(result)}, 95 % Clopper-Pearson intervals:\n",
+            f"{result.data.which}{_answered(result)}, 95 % Clopper-Pearson intervals:\n",
             "| attack | budget | accuracy | RMS L2 |\n|---|---|---|---|",
             *(_row(entry) for entry in (result.clean, *result.attacks, *result.worst_case)),
         ]
@@ -117,8 +117,8 @@ def _certificate(found: Certified) -> str:
     rows = [f"| {point.radius:.2f} | {_share(point.model_dump())} |" for point in found.curve]
     return "\n".join(
         [
-            f"`{command} --n-images {found.data.images}`, {_machine(found.provenance)}; share of the first "
-            f"{found.data.images} test images that are answered rightly with a certificate of at least that "
+            f"`{command} --n-images {found.data.images}`, {_machine(found.provenance)}; share of the "
+            f"{found.data.which} that are answered rightly with a certificate of at least that "
             f"L2 radius, each wrong with probability {asked['alpha']:g} at most; nothing is certified of "
             f"{100 * found.abstained:.1f} %:\n",
             "| radius | certified accuracy |\n|---|---|",
