@@ -288,6 +288,19 @@ def load(
     else:
         model = network_named(config, model, arguments) if isinstance(model, str) else model
         model = wrapped(model, config)
+    _fill_(model, config, tensors, path)
+    if config.resize_pad is not None:
+        model = ResizePadNetwork(model, config.resize_pad)
+    # A network that was saved without noise stays without.
+    levels = None if config.noise else NoiseConfig(0, 0)
+    ensemble = SelfEnsemble(model, levels, draws=config.draws, sampling=config.sampling, bounds=config.bounds)
+    ensemble.stopping, ensemble.sets = config.stopping, config.sets
+    to_eval_mode_(ensemble)
+    return ensemble
+
+
+def _fill_(model: nn.Module, config: ArtefactConfig, tensors: dict[str, Tensor], path: Path) -> None:
+    """Give a network the weights and the noise that were saved."""
     if any(tensor.device.type == "meta" for tensor in model.state_dict().values()):
         raise ValueError(
             "the network that was passed lies on the meta device, which keeps no weights: make it "
@@ -302,14 +315,6 @@ def load(
     except (RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} does not fit the network: {reason}") from error
-    if config.resize_pad is not None:
-        model = ResizePadNetwork(model, config.resize_pad)
-    # A network that was saved without noise stays without.
-    levels = None if config.noise else NoiseConfig(0, 0)
-    ensemble = SelfEnsemble(model, levels, draws=config.draws, sampling=config.sampling, bounds=config.bounds)
-    ensemble.stopping, ensemble.sets = config.stopping, config.sets
-    to_eval_mode_(ensemble)
-    return ensemble
 
 
 def _planned(
