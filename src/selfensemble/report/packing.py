@@ -26,6 +26,7 @@ from ..training.accuracy import count_correct
 from ..training.recipe import public_recipe
 from ..training.trainer import RESULTS
 from .card import model_card
+from .facts import noise_on_pixels
 
 CARD = "README.md"
 
@@ -108,7 +109,8 @@ def write_card(
         ValueError: an evaluation or a certification is of another network.
     """
     config, name = read_config(model), model.resolve().name
-    digest = model_record(ensemble or load(model), name, None).digest
+    saved = ensemble or load(model)
+    digest = model_record(saved, name, None).digest
     for command, found in (("evaluate", results), ("certify", certificates)):
         for each in found:
             if each.model.digest != digest:
@@ -116,5 +118,6 @@ def write_card(
                     f"what `{command}` wrote of {each.name!r} is of another network: "
                     f"run selfensemble {command} {model}"
                 )
-    atomic_write(model / CARD, model_card(name, config, results, licence, certificates).encode())
+    pixels = noise_on_pixels(saved, config)
+    atomic_write(model / CARD, model_card(name, config, results, licence, certificates, pixels).encode())
     return model / CARD
