@@ -8,8 +8,10 @@ import typer
 from ..runtime.devices import device_named
 from ..runtime.errors import InputError
 from . import terminal
-from .arguments import image_files, in_precision, read_image, test_data_of
-from .base import MODEL_HELP, Data, Device, Json, app
+from .arguments import image_files, in_precision, read_image
+from .base import MODEL_HELP, Data, Device, Json, Model, app
+from .opening import described_as, open_network, saved_folder
+from .options import OPTIONS, NetworkOptions, takes_network
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,9 +20,10 @@ if TYPE_CHECKING:
 
 
 @app.command()
+@takes_network
 def predict(
     paths: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
-    model: Annotated[Path, typer.Option(help=MODEL_HELP)],
+    model: Annotated[str, typer.Option(help=MODEL_HELP)],
     draws: Annotated[int | None, typer.Option(min=1, help="Noise draws a prediction.")] = None,
     stop: Annotated[
         str | None,
@@ -33,24 +36,22 @@ def predict(
     seed: Annotated[int | None, typer.Option(help="Repeatable noise; fresh by default.")] = None,
     device: Device = "auto",
     as_json: Json = False,
+    network: NetworkOptions = OPTIONS,
 ) -> None:
     """Label images, with mean probabilities and their spread over the noise draws."""
     import torch
 
-    from ..artefacts import storage
     from ..certainty.conformal import ConformalSets
 
-    config = storage.read_config(model)
-    if config.input_shape is None:
-        raise InputError(f"{model} does not say the shape of its inputs: use the Python interface")
+    opened = open_network(model, network)
     files = image_files(paths)
-    images = torch.stack([read_image(path, config.input_shape) for path in files])
-    ensemble = storage.load(model).to(device_named(device))
+    images = torch.stack([read_image(path, opened.shape) for path in files])
+    ensemble = opened.ensemble.to(device_named(device))
     inputs = images.float() / 255
     ensemble = _as_calibrated(ensemble, inputs, stop, sets)
     possible = None if not sets else ConformalSets.of(ensemble).predict(inputs, max_batch=256, seed=seed)
     answer = ensemble.predict(inputs, draws=draws, seed=seed, max_batch=256, stop=stop)  # type: ignore[arg-type]
-    classes = config.classes or tuple(str(label) for label in range(answer.probabilities.shape[1]))
+    classes = opened.config.classes or tuple(str(label) for label in range(answer.probabilities.shape[1]))
     records: list[dict[str, Any]] = []
     columns = (files, answer.probabilities, answer.spread, answer.draws.tolist())
     for path, mean, spread, used in zip(*columns, strict=True):
@@ -84,82 +85,92 @@ def _as_calibrated(
 
 
 @app.command()
+@takes_network
 def pack(
-    model: Annotated[Path, typer.Argument(help="Folder that `train` wrote.")],
+    model: Model,
     out: Annotated[Path, typer.Argument(help="New folder; its name is the network's.")],
     data: Data = None,
     precision: Annotated[str, typer.Option(help="Of the stored weights: bf16 or float32.")] = "bf16",
+    network: NetworkOptions = OPTIONS,
 ) -> None:
     """Copy a saved ensemble with small weights and a model card; test accuracy is measured again."""
     import torch
 
-    from ..artefacts import storage
     from ..report.packing import pack as write
 
     known = {"bf16": torch.bfloat16, "float32": None}
     if precision not in known:
         raise InputError(f"--precision must be one of {', '.join(known)}, got {precision!r}")
-    write(model, out, test_data_of(storage.read_config(model), data), dtype=known[precision])
+    opened = open_network(model, network, data, with_data=True)
+    write(
+        opened.folder,
+        out,
+        opened.test,
+        dtype=known[precision],
+        ensemble=opened.ensemble,
+        config=opened.config,
+    )
     terminal.out.print(f"Written to {out}: model.safetensors, config.json, README.md", soft_wrap=True)
 
 
 @app.command()
+@takes_network
 def export(
-    model: Annotated[Path, typer.Argument(help=MODEL_HELP)],
+    model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write, NAME.onnx.")],
     draws: Annotated[
         int | None, typer.Option(min=1, help="Noise draws of a run; by default those of the ensemble.")
     ] = None,
+    network: NetworkOptions = OPTIONS,
 ) -> None:
     """Write a saved ensemble as ONNX, in which the noise stays random at run time."""
     import torch
 
-    from ..artefacts import storage
     from ..artefacts.onnx_export import export_onnx
 
-    config = storage.read_config(model)
-    if config.input_shape is None:
-        raise InputError(f"{model} does not say the shape of its inputs: use the Python interface")
-    example = torch.zeros(2, *config.input_shape, dtype=torch.float32, device="cpu")
-    written = export_onnx(storage.load(model), out, example, draws=draws, classes=config.classes)
+    opened = open_network(model, network)
+    example = torch.zeros(2, *opened.shape, dtype=torch.float32, device="cpu")
+    written = export_onnx(opened.ensemble, out, example, draws=draws, classes=opened.config.classes)
     terminal.out.print(f"Written to {written}", soft_wrap=True)
 
 
 @app.command()
+@takes_network
 def card(
-    model: Annotated[Path, typer.Argument(help="Folder of a saved ensemble.")],
+    model: Annotated[str, typer.Argument(help="Folder of a saved ensemble.")],
     evaluation: Annotated[
         list[Path] | None, typer.Option(help="Folder that `evaluate` wrote of it; repeat for more.")
     ] = None,
     certificate: Annotated[
         list[Path] | None, typer.Option(help="Folder that `certify` wrote of it; repeat for more.")
     ] = None,
+    network: NetworkOptions = OPTIONS,
 ) -> None:
     """Write the model card README.md of a saved ensemble from its evaluations and certifications."""
     from ..evaluation.certified import read_certified
     from ..evaluation.results import read_results
     from ..report.packing import write_card
 
+    folder = saved_folder(model, "gets a card")
     written = write_card(
-        model,
+        folder,
         [read_results(folder) for folder in evaluation or ()],
         certificates=[read_certified(folder) for folder in certificate or ()],
+        ensemble=open_network(model, network).ensemble,
     )
     terminal.out.print(f"Written to {written}", soft_wrap=True)
 
 
 @app.command()
+@takes_network
 def info(
-    model: Annotated[
-        Path | None, typer.Argument(help="Folder that `train` wrote, or a name of the zoo.")
-    ] = None,
+    model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
     as_json: Json = False,
+    network: NetworkOptions = OPTIONS,
 ) -> None:
     """What a saved ensemble is, or what is installed here."""
     if model is not None:
-        from ..artefacts import storage
-
-        described = storage.read_config(model).model_dump(mode="json")
+        described = described_as(model, network).model_dump(mode="json")
     else:
         from ..artefacts.zoo import zoo
         from ..evaluation.protocol import load_protocol, shipped_protocols

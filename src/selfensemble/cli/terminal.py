@@ -13,6 +13,7 @@ from rich.console import Console
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ..ensemble.validators import Issue
     from ..evaluation.certified import Certified
     from ..evaluation.results import CheckRecord, Results
     from ..experiments import Page
@@ -89,6 +90,24 @@ def print_checks(checks: "Sequence[CheckRecord]") -> None:
         verdict = {True: "ok", False: "FAIL", None: "n/a"}[check.passed]
         style = "red" if check.passed is False else None
         table.add_row(check.name, verdict, check.figure, check.advice, style=style)
+    out.print(table)
+
+
+def print_issues(issues: "Sequence[Issue]") -> None:
+    """What `validate` found, as a table."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    if not issues:
+        out.print("Nothing found: noise can go in.")
+        return
+    table = Table(title="What noise would miss or get wrong")
+    for column in ("rule", "", "where", "what is the matter", "what to do"):
+        table.add_column(column, overflow="fold")
+    for issue in issues:
+        style = "red" if issue.severity == "error" else None
+        parts = (issue.rule, issue.severity, issue.where or "the network", issue.message, issue.cure)
+        table.add_row(*map(escape, parts), style=style)
     out.print(table)
 
 

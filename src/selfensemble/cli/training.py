@@ -9,8 +9,9 @@ from ..runtime.devices import device_named
 from ..runtime.errors import InputError
 from ..runtime.interrupts import Interrupted
 from . import terminal
-from .arguments import test_data_of
 from .base import Data, Device, Json, Model, app, resumable
+from .opening import open_network
+from .options import OPTIONS, NetworkOptions, takes_network
 
 
 @app.command()
@@ -57,6 +58,7 @@ def train(
 
 
 @app.command()
+@takes_network
 def tune(
     model: Model,
     data: Data = None,
@@ -76,28 +78,29 @@ def tune(
     out: Annotated[Path | None, typer.Option(help="Folder; runs/MODEL-tuned by default.")] = None,
     device: Device = "auto",
     as_json: Json = False,
+    network: NetworkOptions = OPTIONS,
 ) -> None:
     """Sweep the level of the noise: clean and attacked accuracy, a plot, and which to take."""
-    from ..artefacts import storage
-    from ..experiments.tuning import LEVELS, levels_named, training
+    from ..experiments.tuning import LEVELS, training
     from ..experiments.tuning import tune as sweep
+    from ..noise.levels import levels_named
     from ..runtime.files import write_json
 
     wanted = LEVELS if levels is None else levels_named(levels)
-    config = storage.read_config(model)
-    test = test_data_of(config, data)
+    opened = open_network(model, network, data, with_data=True)
+    config, test = opened.config, opened.test
     if len(test) < n_images:
         raise InputError(f"there are {len(test)} test images: --n-images asks for {n_images}")
     chosen = slice(len(test) - n_images, len(test))
-    ensemble = storage.load(model).to(device_named(device))
-    folder = out or Path("runs") / f"{model.resolve().name}-tuned"
+    ensemble = opened.ensemble.to(device_named(device))
+    folder = out or Path("runs") / f"{opened.name}-tuned"
     with resumable(folder), terminal.progress() as update:
         found = sweep(
             ensemble, test.inputs(chosen), test.labels[chosen], wanted, eps=eps, give_up=give_up, seed=seed,
-            fine_tune=training(config.recipe, str(model), epochs, folder, data) if epochs else None,
+            fine_tune=training(config.recipe, model, epochs, folder, data) if epochs else None,
             progress=update,
         )  # fmt: skip
-    values = found.values() | {"model": model.resolve().name, "epochs": epochs}
+    values = found.values() | {"model": opened.name, "epochs": epochs}
     write_json(folder / "tune.json", values)
     page = found.page()
     page.write(folder)

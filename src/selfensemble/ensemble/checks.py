@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,12 @@ _TWO = (
     "one number z an input, before the sigmoid, becomes the logits of two classes by "
     "torch.stack([torch.zeros_like(z), z], dim=1) with z of shape (batch,)"
 )
+# What torch, timm and transformers say of shapes, and of what only sounds like it.
+_OF_SHAPES = re.compile(
+    r"\b(shapes?|sizes?|channels?|dim|dimensions?|[1-5]-?D|height|width|elements|length|broadcast)\b",
+    re.IGNORECASE,
+)
+_OF_OTHERS = re.compile(r"dtype|scalar type|\btype \(|device|inplace|gradient", re.IGNORECASE)
 
 
 class OutputError(ValueError):
@@ -89,17 +96,19 @@ def check_images(inputs: Tensor, bounds: tuple[float, float] | None = (0.0, 1.0)
 
 @contextmanager
 def explain_shape(model: nn.Module, inputs: Tensor) -> Iterator[None]:
-    """Turn torch's error about inputs of a wrong shape into one that names what was expected."""
+    """Turn an error about inputs of a wrong shape into one that names what was expected; others pass."""
     try:
         yield
     except (torch.OutOfMemoryError, OutputError):
         raise
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        if not _OF_SHAPES.search(reason) or _OF_OTHERS.search(reason):
+            raise
         expected = ""
         if (fqn := next(iter(noise_layers(model)), None)) is not None:
             layer = model.get_submodule(fqn)
             expected = f"; its first layer is {type(layer).__name__}({layer.extra_repr()})"
-        reason = str(error).partition("\n")[0]
         raise ValueError(
             f"the model cannot take inputs of shape {tuple(inputs.shape)} ({reason}){expected}"
         ) from error

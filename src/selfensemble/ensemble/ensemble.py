@@ -198,16 +198,17 @@ class SelfEnsemble(Promising):
     def from_pretrained(
         cls,
         name: str | Path,
-        model: nn.Module | None = None,
+        model: nn.Module | str | None = None,
         *,
         revision: str | None = None,
         token: str | None = None,
+        trust_network: bool = False,
     ) -> "SelfEnsemble":
         """What `save_pretrained` wrote: a folder, or "owner/name" on the Hugging Face Hub.
 
         Args:
             name: a folder is taken where there is one.
-            model: see `load`.
+            model, trust_network: see `load`.
             revision, token: of the Hub.
 
         Raises:
@@ -218,7 +219,8 @@ class SelfEnsemble(Promising):
         from ..artefacts.zoo import zoo
 
         here = Path(name).exists() or str(name) in zoo()
-        return load(name if here else fetch(str(name), revision=revision, token=token), model)
+        folder = name if here else fetch(str(name), revision=revision, token=token)
+        return load(folder, model, trust_network=trust_network)
 
     def push_to_hub(
         self, name: str, *, private: bool | None = None, token: str | None = None, **about: Any

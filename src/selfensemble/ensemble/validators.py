@@ -107,7 +107,7 @@ def _closed(model: nn.Module, filter_fn: FilterFn) -> Iterator[Issue]:
 
 
 def _without_noise(model: nn.Module, matched: list[str]) -> Iterator[Issue]:
-    """Modules that had noise, and those beside others that have."""
+    """Modules that had noise."""
     try:
         lost = list(lost_noise(model))
     except ValueError as error:
@@ -119,13 +119,6 @@ def _without_noise(model: nn.Module, matched: list[str]) -> Iterator[Issue]:
             "replaced, or the network was saved with noise and loaded without it",
             "Call remove_noise_(model), then inject; SelfEnsemble(model) restores what transformers saved",
         )  # fmt: skip
-    noisy = noise_layers(model)
-    for fqn in matched if noisy else []:
-        if fqn not in noisy and fqn not in lost:
-            yield Issue(
-                "partly-noisy", "warning", fqn, "other modules have noise in front of them, this has not",
-                "Call remove_noise_(model) and inject again with the filter_fn you mean",
-            )  # fmt: skip
 
 
 def _mixed_modes(model: nn.Module, matched: list[str]) -> Iterator[Issue]:
@@ -178,6 +171,23 @@ def _first_noise(trace: Trace, matched: list[str]) -> Iterator[Issue]:
                 "around-first-noise", "warning", where, f"{name} reads the image beside {first}: the image "
                 "has a way around the first noise, so no radius can be certified",
                 "Put one GaussianNoise(init_std) in front of the whole network instead",
+            )  # fmt: skip
+
+
+def _partly_noisy(model: nn.Module, trace: Trace) -> Iterator[Issue]:
+    """Modules without noise beside others that have; behind noise on the whole input the first needs none."""
+    noisy = noise_layers(model)
+    try:
+        lost = set(lost_noise(model))
+    except ValueError:  # which another rule says
+        return
+    inside = [fqn for fqn in trace.called if fqn]
+    excused = inside[:1] if "" in noisy and noisy[""].varies else []
+    for fqn in inside if noisy else []:
+        if fqn not in noisy and fqn not in lost and fqn not in excused:
+            yield Issue(
+                "partly-noisy", "warning", fqn, "other modules have noise in front of them, this has not",
+                "Call remove_noise_(model) and inject again with the filter_fn you mean",
             )  # fmt: skip
 
 
@@ -265,4 +275,6 @@ _STATIC_RULES: tuple[Callable[[nn.Module, list[str]], Iterator[Issue]], ...] = (
 _TRACE_RULES: tuple[Callable[[Trace, list[str]], Iterator[Issue]], ...] = (
     _functional, _not_called, _first_noise,
 )  # fmt: skip
-_NOISE_RULES: tuple[Callable[[nn.Module, Trace], Iterator[Issue]], ...] = (_silent, _unlisted)
+_NOISE_RULES: tuple[Callable[[nn.Module, Trace], Iterator[Issue]], ...] = (
+    _partly_noisy, _silent, _unlisted,
+)  # fmt: skip

@@ -21,6 +21,7 @@ from ..evaluation.judge import judge
 from ..fast.optimize import optimize
 from ..noise.injection import eval_mode, noise_layers, set_levels_
 from ..noise.layer import NoiseConfig
+from ..noise.levels import levels_named as levels_named
 from ..report.figures import Line, Panel, draw
 from ..report.intervals import Share, share
 from ..report.page import Page, Picture, Table
@@ -197,22 +198,6 @@ def _measured(
         for images in (inputs, attacked)
     ]
     return Level(noise, share(right[0]), share(right[1]), ensemble)
-
-
-def levels_named(text: str) -> tuple[NoiseConfig, ...]:
-    """Levels written as "init:inner,init:inner,...".
-
-    Raises:
-        ValueError: it is not written so, or a level is negative.
-    """
-    levels = []
-    for part in text.split(","):
-        try:
-            init, inner = (float(number) for number in part.split(":"))
-        except ValueError:
-            raise ValueError(f"levels are written 0.1:0.05,0.2:0.1 (init:inner); got {part!r}") from None
-        levels.append(NoiseConfig(init, inner))
-    return tuple(levels)
 
 
 def training(

@@ -14,6 +14,8 @@ from typing import Any
 
 from ..runtime.errors import MissingPackage
 
+_DIGEST = "selfensemble_digest"  # attribute of the module of a file: of its path and text
+
 
 def attribute_named(name: str) -> Any:
     """What stands under that name; the module that it lies in is imported.
@@ -76,6 +78,14 @@ def _module(place: str) -> ModuleType:
             raise ValueError(f"importing {place} failed: {described(error)}") from error
 
 
+def _is_free(path: Path) -> bool:
+    """Whether a module may have the name of its file, as if it had been imported from where it lies."""
+    if path.stem in sys.modules or path.stem in sys.stdlib_module_names:
+        return False
+    found = importlib.machinery.PathFinder.find_spec(path.stem, sys.path)
+    return found is None or found.origin in (None, str(path))
+
+
 class _Source(importlib.machinery.SourceFileLoader):
     """Compiles the text as it is now; bytecode may be that of an edit of the same second."""
 
@@ -89,12 +99,15 @@ def _module_in_file(path: Path) -> ModuleType:
         raise FileNotFoundError(f"no file {path}: write path/to/file.py:attribute")
     path = path.resolve()
     digest = hashlib.sha256(str(path).encode() + b"\0" + path.read_bytes()).hexdigest()[:12]
-    name = f"{path.stem}_{digest}"
-    if name in sys.modules:
-        return sys.modules[name]
+    unique = f"{path.stem}_{digest}"
+    for name in (path.stem, unique):
+        if vars(sys.modules.get(name, object)).get(_DIGEST) == digest:
+            return sys.modules[name]
+    name = path.stem if _is_free(path) else unique
     loader = _Source(name, str(path))
     module = importlib.util.module_from_spec(importlib.machinery.ModuleSpec(name, loader, origin=str(path)))
     module.__file__ = str(path)
+    setattr(module, _DIGEST, digest)
     sys.modules[name] = module  # dataclasses and pickle look there
     try:
         with _importing_from(path.parent):
