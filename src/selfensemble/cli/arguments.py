@@ -8,8 +8,6 @@ from ..runtime.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from ..artefacts.config import ArtefactConfig
-    from ..data.images import ImageData
     from ..ensemble.ensemble import SelfEnsemble
 
 
@@ -20,23 +18,6 @@ def in_precision(ensemble: "SelfEnsemble", example: "torch.Tensor", precision: s
     if precision not in ("float32", "bf16"):
         raise InputError(f"--precision must be float32 or bf16, got {precision!r}")
     return optimize(ensemble, example, "bf16") if precision == "bf16" else ensemble
-
-
-def test_data_of(config: "ArtefactConfig", data: str | None) -> "ImageData":
-    """The test images a saved ensemble was trained for, or those of `data`."""
-    from ..data.sources import load_data
-
-    trained_on = (config.recipe or {}).get("data", {})
-    source = data or trained_on.get("source")
-    if source is None:
-        raise InputError("the model does not say what it was trained on: pass --data")
-    test = load_data(source, "test", size=trained_on.get("size"))
-    if config.input_shape is not None and test.shape != config.input_shape:
-        raise InputError(
-            f"{source} has images of shape {test.shape}, the model takes "
-            f"{config.input_shape}: pass the data it was trained on"
-        )
-    return test if config.classes is None else test.with_classes(config.classes)
 
 
 def image_files(paths: list[Path]) -> list[Path]:

@@ -26,9 +26,6 @@ MODEL_HELP = (
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps, ...; auto takes an accelerator if there is one.")]
-Data = Annotated[
-    str | None, typer.Option(help="digits, cifar10, ..., a hub id, or a folder; overrides the recipe's.")
-]
 
 
 @contextmanager

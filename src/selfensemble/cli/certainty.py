@@ -12,7 +12,8 @@ from ..runtime.errors import InputError
 from ..runtime.processes import this_process
 from . import terminal
 from .arguments import in_precision
-from .base import Data, Device, Json, Model, app, resumable
+from .base import Device, Json, Model, app, resumable
+from .data_options import NO_DATA, DataOptions, takes_data
 from .opening import open_network, saved_folder
 from .options import OPTIONS, NetworkOptions, takes_network
 
@@ -28,9 +29,10 @@ _PRECISION = "float32, or bf16: an optimised copy, which is then what the result
 
 @app.command()
 @takes_network
+@takes_data
 def certify(
     model: Model,
-    data: Data = None,
+    data: DataOptions = NO_DATA,
     n_images: Annotated[int, typer.Option(min=1, help="Test images: the first so many.")] = 500,
     method: Annotated[str, typer.Option(help="mean (what `predict` averages) or vote.")] = "mean",
     rivals: Annotated[str, typer.Option(help="runner_up bounds every rival, all takes 1 - p.")] = "runner_up",
@@ -91,9 +93,10 @@ def certify(
 
 @app.command()
 @takes_network
+@takes_data
 def calibrate(
     model: Annotated[str, typer.Argument(help="Folder that `train` wrote; its config.json is extended.")],
-    data: Data = None,
+    data: DataOptions = NO_DATA,
     n_images: Annotated[
         int, typer.Option(min=1, help="Test images: the last so many, so that the first stay unseen.")
     ] = 4000,

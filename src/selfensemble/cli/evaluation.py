@@ -10,7 +10,8 @@ from ..runtime.devices import device_named
 from ..runtime.errors import InputError
 from ..runtime.processes import this_process
 from . import terminal
-from .base import Data, Device, Json, Model, app, resumable
+from .base import Device, Json, Model, app, resumable
+from .data_options import NO_DATA, DataOptions, takes_data
 from .opening import open_bare, open_network
 from .options import OPTIONS, NetworkOptions, takes_network
 
@@ -24,10 +25,11 @@ _UNSOUND = 3
 
 @app.command()
 @takes_network
+@takes_data
 def evaluate(
     model: Model,
     protocol: Annotated[str, typer.Option(help="A shipped protocol (see `info`) or a YAML file.")] = "paper",
-    data: Data = None,
+    data: DataOptions = NO_DATA,
     n: Annotated[int | None, typer.Option(min=1, help="Test images: the first n.")] = None,
     c: Annotated[
         list[float] | None, typer.Option(help="Strengths of the paper's attack, instead of the protocol's.")
@@ -36,7 +38,7 @@ def evaluate(
     static: Annotated[bool, typer.Option("--static", help="The network with its noise taken out.")] = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Of attacks and judge.")] = None,
     shard: Annotated[int | None, typer.Option(min=1, help="Images a unit of work.")] = None,
-    max_batch: Annotated[int, typer.Option(min=1, help="Images a forward pass.")] = 200,
+    max_batch: Annotated[int | None, typer.Option(min=1, help="Images a forward pass.")] = None,
     precision: Annotated[
         str | None, typer.Option(help="Of the gradients that attacks follow: float32 or bf16 (faster).")
     ] = None,
@@ -105,21 +107,23 @@ def _protocol(name: str, c: list[float] | None, overrides: dict[str, Any]) -> "P
 
 @app.command()
 @takes_network
+@takes_data
 def doctor(
     model: Model,
-    data: Data = None,
+    data: DataOptions = NO_DATA,
     n: Annotated[int, typer.Option(min=5, help="Test images for the trial attacks.")] = 50,
     norm: Annotated[str, typer.Option(help="linf, l2 or l1.")] = "linf",
     eps: Annotated[str, typer.Option(help="Radius of the trial attacks, e.g. 8/255.")] = "8/255",
     steps: Annotated[int, typer.Option(min=1, help="Gradient steps of the trial attacks.")] = 20,
     eot: Annotated[int, typer.Option(min=1, help="Noise draws of each step.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Of the trial attacks.")] = 0,
-    max_batch: Annotated[int, typer.Option(min=1, help="Images a forward pass.")] = 200,
+    max_batch: Annotated[int | None, typer.Option(min=1, help="Images a forward pass.")] = None,
     device: Device = "auto",
     as_json: Json = False,
     network: NetworkOptions = OPTIONS,
 ) -> None:
     """Check whether an evaluation of a model can be trusted; exit status 3 if a check fails."""
+    from ..data.images import batch_size
     from ..evaluation.doctor.examination import doctor as examine
     from ..evaluation.protocol import check_radius, number
 
@@ -137,7 +141,7 @@ def doctor(
             eot=eot,
             images=n,
             expect_random=opened.config.is_random,
-            max_batch=max_batch,
+            max_batch=max_batch or batch_size(200, test.shape),
             seed=seed,
             progress=update,
         )
@@ -151,9 +155,10 @@ def doctor(
 
 @app.command()
 @takes_network
+@takes_data
 def validate(
     model: Model,
-    data: Data = None,
+    data: DataOptions = NO_DATA,
     as_json: Json = False,
     network: NetworkOptions = OPTIONS,
 ) -> None:

@@ -9,7 +9,8 @@ from ..runtime.devices import device_named
 from ..runtime.errors import InputError
 from . import terminal
 from .arguments import image_files, in_precision, read_image
-from .base import MODEL_HELP, Data, Device, Json, Model, app
+from .base import MODEL_HELP, Device, Json, Model, app
+from .data_options import NO_DATA, DataOptions, takes_data
 from .opening import described_as, open_network, saved_folder
 from .options import OPTIONS, NetworkOptions, takes_network
 
@@ -86,10 +87,11 @@ def _as_calibrated(
 
 @app.command()
 @takes_network
+@takes_data
 def pack(
     model: Model,
     out: Annotated[Path, typer.Argument(help="New folder; its name is the network's.")],
-    data: Data = None,
+    data: DataOptions = NO_DATA,
     precision: Annotated[str, typer.Option(help="Of the stored weights: bf16 or float32.")] = "bf16",
     network: NetworkOptions = OPTIONS,
 ) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.errors import InputError
-from .arguments import test_data_of
+from .data_options import NO_DATA, DataOptions
+from .loading import test_data_of, with_size
 from .options import NetworkOptions, arguments_of, channels_of, noise_of, shape_of
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Opened:
 
 
 def open_network(
-    model: str | Path, options: NetworkOptions, data: str | None = None, *, with_data: bool = False
+    model: str | Path, options: NetworkOptions, data: DataOptions = NO_DATA, *, with_data: bool = False
 ) -> Opened:
     """The ensemble that MODEL stands for, with test images where they are wanted.
 
@@ -86,12 +87,14 @@ def described_as(model: str, options: NetworkOptions) -> "ArtefactConfig":
     from ..networks.naming import is_network_name
 
     return (
-        _named(model, options, None, False).config if is_network_name(model) else storage.read_config(model)
+        _named(model, options, NO_DATA, False).config
+        if is_network_name(model)
+        else storage.read_config(model)
     )
 
 
 def open_bare(
-    model: str, options: NetworkOptions, data: str | None
+    model: str, options: NetworkOptions, data: DataOptions
 ) -> tuple["nn.Module", "Tensor", "FilterFn"]:
     """A network to be looked at, an example, and in front of what its noise is or would go.
 
@@ -104,12 +107,12 @@ def open_bare(
     from ..noise.injection import is_convolution, noise_layers
 
     if not is_network_name(model):
-        opened = open_network(model, options, data, with_data=data is not None)
+        opened = open_network(model, options, data, with_data=data.data is not None)
         noisy = set(noise_layers(opened.ensemble.model))
-        example = _any_images(opened.shape) if data is None else opened.test.inputs(slice(2))
+        example = _any_images(opened.shape) if data.data is None else opened.test.inputs(slice(2))
         return opened.ensemble.model, example, lambda module, fqn: fqn in noisy or is_convolution(module)
     network = seeded_network(model, arguments_of(options), options.weights)
-    _, example = _examples(network, model, options, data, data is not None)
+    _, example = _examples(network, model, options, data, data.data is not None)
     mean, std = channels_of(options.mean, "--mean"), channels_of(options.std, "--std")
     network, chosen = with_mean_and_std(network, mean, std), filter_named(options.filter_name or "conv")
     if isinstance(network, Normalized):
@@ -147,7 +150,7 @@ def saved_folder(model: str, what: str, *, zoo: bool = True) -> Path:
     return locate(model)
 
 
-def _saved(model: str, options: NetworkOptions, data: str | None, with_data: bool) -> Opened:
+def _saved(model: str, options: NetworkOptions, data: DataOptions, with_data: bool) -> Opened:
     from ..artefacts import storage
     from ..artefacts.named import UntrustedNetwork
     from ..artefacts.zoo import locate
@@ -169,7 +172,7 @@ def _saved(model: str, options: NetworkOptions, data: str | None, with_data: boo
     return Opened(ensemble, config, Path(model).resolve().name, images, locate(model))
 
 
-def _named(model: str, options: NetworkOptions, data: str | None, with_data: bool) -> Opened:
+def _named(model: str, options: NetworkOptions, data: DataOptions, with_data: bool) -> Opened:
     from ..artefacts import storage
     from ..artefacts.opening import ensemble_of, seeded_network
 
@@ -187,7 +190,7 @@ def _named(model: str, options: NetworkOptions, data: str | None, with_data: boo
 
 
 def _examples(
-    network: "nn.Module", model: str, options: NetworkOptions, data: str | None, with_data: bool
+    network: "nn.Module", model: str, options: NetworkOptions, data: DataOptions, with_data: bool
 ) -> tuple["ImageData | None", "Tensor"]:
     """Test images, where they are wanted, and two images of the shape that the network takes."""
     from ..artefacts.config import ArtefactConfig
@@ -197,14 +200,14 @@ def _examples(
         if shape is None:
             raise InputError(f"{model} does not say the shape of its images: pass --shape, e.g. 3x224x224")
         return None, _any_images(shape)
-    if data is None:
+    if data.data is None:
         raise InputError(f"{model} does not say what it was trained on: pass --data")
     square = shape is not None and shape[1] == shape[2]
-    recipe = {"data": {"size": shape[2]}} if shape is not None and square else None
-    images = test_data_of(ArtefactConfig(noise={}, draws=1, recipe=recipe), data)
-    found = tuple(images.images.shape[1:])
+    wanted = with_size(data, shape[2] if shape is not None and square else None)
+    images = test_data_of(ArtefactConfig(noise={}, draws=1), wanted)
+    found = images.shape
     if options.shape is not None and found != shape:
-        raise InputError(f"{data} has images of shape {found}, --shape says {shape}: change it")
+        raise InputError(f"{data.data} has images of shape {found}, --shape says {shape}: change it")
     return images, images.inputs(slice(2))
 
 

@@ -134,6 +134,11 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def note(text: str) -> None:
+    """Something to know, on stderr."""
+    err.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
 def print_json(value: Any) -> None:
     """One JSON value on stdout, and nothing else."""
     sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")

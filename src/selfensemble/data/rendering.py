@@ -80,7 +80,7 @@ def _channels(rows: Rows, found: Survey, places: Tensor) -> int:
     colours = int((~grey).sum())
     if 2 * colours < len(places):
         first = rows.name(int(places[~grey][0]))
-        raise ValueError(
+        raise UnclearError(
             f"{rows.source} mixes grey and colour images ({colours} of {len(places)} are in colour, {first} "
             "first): convert them to one kind, or say which (data.channels, --channels: 1 or 3)"
         )
@@ -94,7 +94,7 @@ def _one_size(rows: Rows, found: Survey, places: Tensor) -> tuple[int, int]:
         (one, _), (other, place) = sorted(sizes.items(), key=lambda each: each[1])[:2]
         assert one is not None
         assert other is not None
-        raise SizesDifferError(
+        raise UnclearError(
             f"images of {rows.source} differ in size ({other[0]}x{other[1]}, {rows.name(place)}, and "
             f"{one[0]}x{one[1]}): set a size, e.g. --size {min(one)} (data.size={min(one)} in a recipe)"
         )
@@ -103,8 +103,8 @@ def _one_size(rows: Rows, found: Survey, places: Tensor) -> tuple[int, int]:
     return one[1], one[0]
 
 
-class SizesDifferError(ValueError):
-    """Images of several sizes, and none that they are to have."""
+class UnclearError(ValueError):
+    """Images of several sizes or kinds, and nobody has said which they are to have."""
 
 
 def _among(skipped: tuple[str, ...]) -> str:

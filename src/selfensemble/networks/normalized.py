@@ -43,6 +43,11 @@ class Normalized(nn.Module):
             self.register_buffer(name, torch.tensor(wide, dtype=torch.float32))
         self.training = model.training
 
+    @property
+    def in_channels(self) -> int:
+        """Channels that mean and std are of, as a convolution says its own."""
+        return len(self.mean)
+
     def forward(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
         count = len(self.mean)
         if not inputs.is_floating_point():

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from ..artefacts.config import Architecture
+from ..artefacts.opening import in_pixels
 from ..artefacts.storage import copy_weights_
 from ..data.images import ImageData
 from ..ensemble.ensemble import SelfEnsemble
 from ..networks.models import create_model
 from ..networks.naming import network_from
 from ..networks.normalized import Normalized
+from ..noise.filters import filter_named
 from ..noise.injection import FilterFn, eval_mode, execution_order, is_convolution
 from ..noise.learned import learn_noise_
 from ..noise.randomness import randomise_
@@ -35,7 +37,7 @@ def build_ensemble(recipe: Recipe, data: ImageData, given: nn.Module | None = No
         randomise_(model, recipe.randomness, example if side is None else pad_to(example, side))
     if recipe.resize_pad is not None:
         model = ResizePadNetwork(model, recipe.resize_pad)
-    chosen = _behind_first(model, example) if recipe.noise.first == "features" else is_convolution
+    chosen = _places(recipe, model, example)
     ensemble = SelfEnsemble(
         model, recipe.noise.config(), draws=recipe.noise.draws, filter_fn=chosen, example_inputs=example
     )
@@ -67,8 +69,12 @@ def fresh_network(recipe: Recipe, data: ImageData, given: nn.Module | None = Non
         model = network_from(config.network, config.arguments, weights)
     else:
         model = create_model(**architecture(recipe, data).model_dump())
-    if config.normalize is not None:
-        model = Normalized(model, config.normalize.mean, config.normalize.std)
+    if config.normalize is not None and not isinstance(model, Normalized):
+        each = [
+            value if isinstance(value, tuple) else (value,) * data.shape[0]  # of every channel its own
+            for value in (config.normalize.mean, config.normalize.std)
+        ]
+        model = Normalized(model, *each)
     return model
 
 
@@ -90,6 +96,14 @@ def _check_answers(ensemble: SelfEnsemble, example: Tensor, data: ImageData) -> 
             "each "
             f"of the {len(data.classes)} classes is needed: set its number of classes (model.arguments)"
         )
+
+
+def _places(recipe: Recipe, model: nn.Module, example: Tensor) -> FilterFn:
+    """In front of what noise goes. Where mean and std come first, the first noise is in front of them."""
+    if recipe.noise.first == "features":
+        return _behind_first(model, example)
+    chosen = filter_named(recipe.noise.filter)
+    return in_pixels(model, chosen, example) if isinstance(model, Normalized) else chosen
 
 
 def _behind_first(model: nn.Module, example: Tensor) -> FilterFn:

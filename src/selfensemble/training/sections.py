@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from ..networks.models import Activation
+from ..noise.filters import Filter
 from ..noise.layer import NoiseConfig
 from ..noise.learned import Granularity
 from ..runtime.schema import Count, NonNegative, Positive, Section
@@ -120,12 +121,13 @@ class NoiseSection(Section):
     `first`: where the noise of `init_std` is added, to the "image" as the paper says, or to "features",
     those of the first convolution, as the authors' code does; the image then has no noise, and nothing can
     be certified. `learn`: levels are learned from there, one a layer or one a channel; `hold`: the weight of
-    what keeps them up, see `selfensemble.noise.learned`.
+    what keeps them up, see `selfensemble.noise.learned`. `filter`: which layers have noise in front of them.
     """
 
     init_std: NonNegative = NoiseConfig().init_std
     inner_std: NonNegative = NoiseConfig().inner_std
     first: Literal["image", "features"] = "image"
+    filter: Filter = "conv"
     learn: Granularity | None = None
     hold: NonNegative = 0.1
     draws: Count = 10
