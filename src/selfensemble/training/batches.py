@@ -14,7 +14,7 @@ from ..data.streaming import Look, StoredReader, Streamed, prepared
 from ..data.torch_datasets import from_dataset
 from ..noise.streams import stream_seed
 from .augmentation import augmentation, mixing
-from .photos import PhotoChanges, changes
+from .photos import PhotoChanges, rand_augment
 from .recipe import Recipe
 from .sections import DataSection
 
@@ -47,8 +47,8 @@ class Batches:
         self._seed, self._accelerator, self._config = recipe.seed, accelerator, recipe.data
         self.train, self.test = _load(recipe.data, recipe.seed, accelerator, given)
         self._images, self._labels = self.train.images, self.train.labels
-        if recipe.data.photos is not None:
-            changes(recipe.data.photos, self.train.shape[0])  # an error now, rather than in a worker
+        if recipe.data.photos is not None and recipe.data.photos.rand_augment:
+            rand_augment(recipe.data.photos, self.train.shape[0])  # an error now, rather than in a worker
         if recipe.data.photos is not None and isinstance(self._images, Tensor):
             everything = torch.arange(len(self._images), device="cpu")
             self._images = Streamed(

@@ -7,10 +7,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
-import torch
+from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from ..data.decoding import as_tensor, plain
@@ -41,22 +40,14 @@ class PhotoChanges:
         """(C, H, W) uint8, of photo `number` of a split."""
         channels, height, width = self.shape
         own = stream_seed(self.seed, number % 2**20, number // 2**20)
+        generator = np.random.default_rng(own)
         image = plain(reader.photo(place), channels)
-        box = random_part(image.size, self.config, np.random.default_rng(own))
-        pixels = as_tensor(image.resize((width, height), _bicubic(), box=box))
-        if not (self.config.jitter or self.config.rand_augment):
-            return pixels
-        with seeded_generators(own), torch.no_grad():
-            changed = pixels.float().div(255).unsqueeze(0)
-            for change in changes(self.config, channels):
-                changed = change(changed)
-        return changed[0].clamp(0, 1).mul(255).round().to(torch.uint8)
-
-
-def _bicubic() -> Any:
-    from PIL import Image
-
-    return Image.Resampling.BICUBIC
+        box = random_part(image.size, self.config, generator)
+        image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+        if self.config.rand_augment:
+            with seeded_generators(own):
+                image = rand_augment(self.config, channels)(image)
+        return as_tensor(jittered(image, self.config.jitter, generator))
 
 
 def random_part(
@@ -82,28 +73,32 @@ def random_part(
     return (width - side) / 2, (height - rise) / 2, (width + side) / 2, (height + rise) / 2
 
 
+def jittered(image: Image.Image, most: float, generator: np.random.Generator) -> Image.Image:
+    """Brightness, contrast and saturation multiplied by a factor within `most` of 1 each, in random order."""
+    kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for place in generator.permutation(len(kinds)) if most else ():
+        image = kinds[place](image).enhance(float(generator.uniform(1 - most, 1 + most)))
+    return image
+
+
 @cache
-def changes(config: PhotoSection, channels: int) -> list[Callable[[Tensor], Tensor]]:
-    """Changes of colours and form, of (1, C, H, W) in [0, 1].
+def rand_augment(config: PhotoSection, channels: int) -> Callable[[Image.Image], Image.Image]:
+    """The changes of RandAugment, which take numpy's and Python's global numbers.
 
     Raises:
-        MissingPackage: kornia is not there.
+        MissingPackage: timm is not there.
         ValueError: they are for photos in colour.
     """
-    if not (config.jitter or config.rand_augment):
-        return []
     if channels != 3:
-        raise ValueError("jitter and rand_augment change colours, these images are grey: leave them out")
+        raise ValueError("rand_augment changes colours, these images are grey: leave it out")
     try:
-        from kornia.augmentation import ColorJitter
-        from kornia.augmentation.auto import RandAugment
+        from timm.data.auto_augment import rand_augment_transform
     except ImportError as error:
         raise MissingPackage(
-            "data.photos.jitter and rand_augment need kornia: pip install selfensemble[photos]"
+            "data.photos.rand_augment needs timm: pip install selfensemble[photos]"
         ) from error
-    found: list[Callable[[Tensor], Tensor]] = []
-    if config.rand_augment:
-        found.append(RandAugment(n=config.rand_augment, m=max(1, min(config.magnitude, 29))))
-    if config.jitter:
-        found.append(ColorJitter(config.jitter, config.jitter, config.jitter, 0.0))
-    return found
+    name = f"rand-m{config.magnitude}-n{config.rand_augment}-mstd0.5-inc1"
+    changes: Callable[[Image.Image], Image.Image] = rand_augment_transform(
+        name, {"img_mean": (128, 128, 128)}
+    )
+    return changes

@@ -26,7 +26,7 @@ class PhotoSection(Section):
     ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
     jitter: Annotated[float, Field(ge=0, le=1)] = 0.0
     rand_augment: Annotated[int, Field(ge=0)] = 0
-    magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    magnitude: Annotated[int, Field(ge=0, le=10)] = 9
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
