@@ -67,16 +67,19 @@ def test_rand_augment_of_timm() -> None:
     pytest.importorskip("timm.data.auto_augment", exc_type=(ImportError, RuntimeError))  # type: ignore[arg-type]
     reader = StoredReader(torch.randint(256, (1, 3, 32, 32), dtype=torch.uint8))
     change = PhotoChanges(PhotoSection(scale=(1, 1), ratio=(1, 1), rand_augment=2), (3, 32, 32), 0)
-    found = [change(reader, 0, number) for number in range(20)]
+    found = [change(reader, 0, number) for number in range(40)]
     assert all(torch.equal(each, change(reader, 0, number)) for number, each in enumerate(found))
-    assert sum(not torch.equal(each, reader.images[0]) for each in found) > 15
+    assert (
+        sum(not torch.equal(each, reader.images[0]) for each in found) > 20
+    )  # three in four, by its own chances
 
 
 def test_without_timm_it_is_said_before_any_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from selfensemble.training import photos
 
     photos.rand_augment.cache_clear()
-    monkeypatch.setitem(sys.modules, "timm", None)
+    for name in ("timm", "timm.data", "timm.data.auto_augment"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=r"selfensemble\[photos\]"):
         photos.rand_augment(PhotoSection(rand_augment=2), 3)
     with pytest.raises(ValueError, match="grey"):
