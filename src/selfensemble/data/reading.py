@@ -1,6 +1,7 @@
 """How a source is to be read: which of its splits and columns, at which size, at once or as it is needed."""
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 from .images import Split
 
@@ -11,9 +12,36 @@ KNOWN_SPLITS: dict[Split, tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+class Options(TypedDict, total=False):
+    """How a source is to be read.
+
+    Attributes:
+        channels: 1 for grey, 3 for colour; by default what the images are.
+        train_split, test_split: what the splits are called there, if not as usual. The same name for both,
+            or a source without splits, cuts both out of the same images.
+        image_column, label_column: names of columns, arrays or keys, if not as usual.
+        test_share: of each class, where the test split is cut off; 0.2.
+        split_seed: of that cut, and of the order; 0.
+        stream: whether images are decoded as they are needed; by default those of more than 128 pixels.
+        centre: side of the central part of images that is kept, as a share; 1.
+        revision: of a data set of the Hub.
+    """
+
+    channels: int | None
+    train_split: str | None
+    test_split: str | None
+    image_column: str | None
+    label_column: str | None
+    test_share: float
+    split_seed: int
+    stream: bool | None
+    centre: float
+    revision: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """Everything that `load_data` takes beside a source and a split; see there."""
+    """The same with a size, filled in and checked."""
 
     size: Size | None = None
     channels: int | None = None

@@ -6,7 +6,7 @@ paths of images (csv, parquet), arrays (npz), and `package.module:attribute` of 
 """
 
 from pathlib import Path
-from typing import get_args
+from typing import Unpack, get_args
 
 from ..networks.importing import attribute_named, is_file_name
 from .arrays import arrays
@@ -14,7 +14,7 @@ from .digits import digits
 from .folders import class_folders, files_below, tables_of
 from .images import ImageData, Split
 from .lists import LIST_SUFFIXES, open_list
-from .reading import Reading, Size
+from .reading import Options, Reading, Size
 from .rendering import images_of
 from .rows import Rows
 from .tables import HUB_IDS, open_hub, open_parquet, open_saved
@@ -22,20 +22,7 @@ from .torch_datasets import dataset_named
 
 
 def load_data(
-    source: str | Path,
-    split: Split,
-    *,
-    size: Size | None = None,
-    channels: int | None = None,
-    train_split: str | None = None,
-    test_split: str | None = None,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    test_share: float = 0.2,
-    split_seed: int = 0,
-    stream: bool | None = None,
-    centre: float = 1.0,
-    revision: str | None = None,
+    source: str | Path, split: Split, *, size: Size | None = None, **options: Unpack[Options]
 ) -> ImageData:
     """One split of `source`.
 
@@ -47,20 +34,12 @@ def load_data(
             names (or sub-folders) begin with the split; a folder with one sub-folder a split and one folder
             of images a class in it, or with the folders of the classes alone; a folder that `save_to_disk`
             of the datasets library wrote; a csv or parquet file of paths and labels; an npz file of arrays;
-            or "package.module:attribute", "file.py:attribute" of a torch `Dataset` or what returns one, which
-            imports that module.
+            or "package.module:attribute", "file.py:attribute" of a torch `Dataset` or what returns one,
+            which imports that module.
         split: "train" or "test"; a validation split is cut from the first, see `split_validation`.
-        size: side in pixels, or (height, width); images are cut to their centre and resized. Needed where the
-            sizes of the images differ.
-        channels: 1 for grey, 3 for colour; by default what the images are.
-        train_split, test_split: what the splits are called there, if not as usual. The same name for both,
-            or a source without splits, cuts both out of the same images.
-        image_column, label_column: names of columns, if not as usual.
-        test_share: of each class, where the test split is cut off.
-        split_seed: of that cut, and of the order.
-        stream: whether images are decoded as they are needed; by default those of more than 128 pixels.
-        centre: side of the central part of images that is kept, as a share.
-        revision: of a data set of the Hub.
+        size: side in pixels, or (height, width); images are cut to their centre and resized. Needed where
+            the sizes of the images differ.
+        options: names of splits and columns, channels, and the like: see `Options`.
 
     Warns:
         UserWarning: some files cannot be used; `ImageData.skipped` lists them.
@@ -71,10 +50,7 @@ def load_data(
     """
     if split not in get_args(Split):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-    reading = Reading(
-        size, channels, train_split, test_split, image_column, label_column, test_share, split_seed, stream,
-        centre, revision,
-    )  # fmt: skip
+    reading = Reading(size=size, **options)
     source = str(source)
     if source == "digits":
         return digits(split, size)
@@ -95,7 +71,7 @@ def load_data(
     else:
         found, in_order = _of_hub(source, split, reading), False
     data = images_of(found, split, reading) if isinstance(found, Rows) else found
-    return data.in_random_order(split_seed, sorted_by_class=in_order) if split == "test" else data
+    return data.in_random_order(reading.split_seed, sorted_by_class=in_order) if split == "test" else data
 
 
 def is_code(source: str) -> bool:
