@@ -8,7 +8,7 @@ import typer
 from ..runtime.devices import device_named
 from ..runtime.errors import InputError
 from . import terminal
-from .arguments import image_files, in_precision, read_image
+from .arguments import image_files, in_precision, inputs_of
 from .base import MODEL_HELP, Device, Json, Model, app
 from .data_options import NO_DATA, DataOptions, takes_data
 from .opening import described_as, open_network, saved_folder
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..ensemble.ensemble import SelfEnsemble
+
+_SOME_UNREADABLE = 2
 
 
 @app.command()
@@ -39,36 +41,59 @@ def predict(
     as_json: Json = False,
     network: NetworkOptions = OPTIONS,
 ) -> None:
-    """Label images, with mean probabilities and their spread over the noise draws."""
-    import torch
+    """Label images, with mean probabilities and spread; exit status 2 if some files cannot be read."""
+    opened = open_network(model, network)
+    files, bad, records = image_files(paths), list[tuple[Path, str]](), list[dict[str, Any]]()
+    ensemble = opened.ensemble.to(device_named(device))
+    centre = (opened.config.recipe or {}).get("data", {}).get("centre", 1.0)
+    for group, inputs in inputs_of(files, opened.shape, centre, bad):
+        if not records:
+            ensemble = _as_calibrated(ensemble, inputs, stop, sets)
+        asked = {"draws": draws, "seed": seed, "stop": stop}
+        records += _answers(ensemble, group, inputs, opened.config.classes, top, sets, asked)
+    if not records:
+        raise InputError(f"cannot read {bad[0][0]} as an image: {bad[0][1]}")
+    if as_json:
+        unreadable = [{"file": str(path), "reason": why} for path, why in bad]
+        terminal.print_json({"images": records, "unreadable": unreadable})
+    else:
+        terminal.print_predictions(records, len(records[0]["predictions"]))
+    for path, why in bad:
+        terminal.note(f"cannot read {path} as an image: {why}")
+    if bad:
+        raise typer.Exit(_SOME_UNREADABLE)
 
+
+def _answers(
+    ensemble: "SelfEnsemble",
+    files: list[Path],
+    inputs: "Tensor",
+    classes: tuple[str, ...] | None,
+    top: int,
+    sets: bool,
+    asked: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """What is printed of each of these files."""
     from ..certainty.conformal import ConformalSets
 
-    opened = open_network(model, network)
-    files = image_files(paths)
-    images = torch.stack([read_image(path, opened.shape) for path in files])
-    ensemble = opened.ensemble.to(device_named(device))
-    inputs = images.float() / 255
-    ensemble = _as_calibrated(ensemble, inputs, stop, sets)
-    possible = None if not sets else ConformalSets.of(ensemble).predict(inputs, max_batch=256, seed=seed)
-    answer = ensemble.predict(inputs, draws=draws, seed=seed, max_batch=256, stop=stop)  # type: ignore[arg-type]
-    classes = opened.config.classes or tuple(str(label) for label in range(answer.probabilities.shape[1]))
+    possible = None
+    if sets:
+        possible = ConformalSets.of(ensemble).predict(inputs, max_batch=256, seed=asked["seed"])
+    answer = ensemble.predict(inputs, max_batch=256, **asked)
+    names = classes or tuple(str(label) for label in range(answer.probabilities.shape[1]))
     records: list[dict[str, Any]] = []
     columns = (files, answer.probabilities, answer.spread, answer.draws.tolist())
     for path, mean, spread, used in zip(*columns, strict=True):
-        best = mean.topk(min(top, len(classes))).indices.tolist()
+        best = mean.topk(min(top, len(names))).indices.tolist()
         shown = [
-            {"label": classes[k], "probability": mean[k].item(), "spread": terminal.finite(spread[k].item())}
+            {"label": names[k], "probability": mean[k].item(), "spread": terminal.finite(spread[k].item())}
             for k in best
         ]
         records.append({"file": str(path), "draws": used, "predictions": shown})
     if possible is not None:
         for record, held in zip(records, possible.tolist(), strict=True):
-            record["set"] = [label for label, inside in zip(classes, held, strict=True) if inside]
-    if as_json:
-        terminal.print_json({"images": records})
-        return
-    terminal.print_predictions(records, min(top, len(classes)))
+            record["set"] = [label for label, inside in zip(names, held, strict=True) if inside]
+    return records
 
 
 def _as_calibrated(
