@@ -148,8 +148,9 @@ class Draws:
                 own = derived_seed(own, group * _PASSES + part, 0)
             repeated = few if count == 1 else few.repeat(count, *[1] * (few.dim() - 1))
             drawn = noise_draw(
-                own, index, self.sampling, count=count, antithetic=self._antithetic, portable=self._portable
-            )
+                own, index, self.sampling, count=count, antithetic=self._antithetic,
+                portable=self._portable, repeatable=False,
+            )  # fmt: skip
             with ExitStack() as stack:
                 stack.enter_context(drawn)
                 stack.enter_context(self._explained(self._example))

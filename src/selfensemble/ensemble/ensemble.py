@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..noise.calls import in_eval_mode_now
+from ..noise.filters import Filter, filter_named
 from ..noise.graphs import is_recording
 from ..noise.injection import FilterFn, eval_mode, inject_noise_, is_convolution, random_layers
 from ..noise.layer import NoiseConfig
@@ -70,10 +71,11 @@ class SelfEnsemble(Promising):
         *,
         draws: int = 10,
         sampling: Sampling = "shared",
-        filter_fn: FilterFn = is_convolution,
+        filter_fn: FilterFn | Filter = is_convolution,
         example_inputs: Any = None,
         bounds: tuple[float, float] | None = (0.0, 1.0),
     ) -> None:
+        filter_fn = filter_named(filter_fn)
         quiet = config is not None and config.init_std == config.inner_std == 0
         if quiet and not any(filter_fn(module, fqn) for fqn, module in model.named_modules()):
             pass  # no place for noise that is not wanted

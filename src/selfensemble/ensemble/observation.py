@@ -24,6 +24,9 @@ from ..runtime.dispatch import DispatchMode
 from ..runtime.random_state import kept_random_state
 
 _COPIES = {torch.ops.aten.clone, torch.ops.aten._to_copy, torch.ops.aten.contiguous}
+# A pixel stays what it is with constants beside it, and where it is written into another tensor.
+_COPIES |= {torch.ops.aten.constant_pad_nd, torch.ops.aten.copy_}
+_OF_ITS_KIND = ("new_", "empty_like", "zeros_like", "ones_like", "full_like")  # which read its shape alone
 
 
 @dataclass(slots=True)
@@ -95,7 +98,7 @@ class _Observer(DispatchMode):
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
         if not any(tensor.untyped_storage().data_ptr() in self.image for tensor in tensors):
             return
-        if func.is_view:
+        if func.is_view or name.startswith(_OF_ITS_KIND):
             return
         if func.overloadpacket in _COPIES and isinstance(result, Tensor):
             self.image.add(result.untyped_storage().data_ptr())

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..noise.calls import own_modes
 from ..noise.copies import OptimizedCopy
+from ..noise.filters import Filter, filter_named
 from ..noise.graphs import closed_parts
 from ..noise.injection import CHILD, FilterFn, is_convolution, noise_layers, random_layers
 from ..noise.layer import GaussianNoise
@@ -46,7 +47,9 @@ class Issue:
         return f"{self.severity} [{self.rule}]{place}: {self.message}. {self.cure}."
 
 
-def validate(model: nn.Module, example_inputs: Any, *, filter_fn: FilterFn = is_convolution) -> list[Issue]:
+def validate(
+    model: nn.Module, example_inputs: Any, *, filter_fn: FilterFn | Filter = is_convolution
+) -> list[Issue]:
     """Everything about `model` that would make its self-ensemble wrong, weak or impossible.
 
     Three or four forward passes: one module by module, the others as the network runs by itself.
@@ -60,6 +63,7 @@ def validate(model: nn.Module, example_inputs: Any, *, filter_fn: FilterFn = is_
         The issues, errors first; an empty list when all is well.
     """
     issues = list[Issue]()
+    filter_fn = filter_named(filter_fn)
     if isinstance(model, OptimizedCopy):
         issues += _parted(model)
         model = model.original
@@ -94,7 +98,7 @@ def _nothing(model: nn.Module, matched: list[str]) -> Iterator[Issue]:
     if not matched:
         yield Issue(
             "no-convolution", "error", "", "no module matches filter_fn, so no noise would be injected",
-            "Pass a filter_fn, e.g. lambda module, fqn: isinstance(module, torch.nn.Linear)",
+            'Pass a filter_fn: "linear", "conv+linear" (--filter), or a function of module and name',
         )  # fmt: skip
 
 

@@ -1,15 +1,21 @@
-"""In front of which modules noise goes, by name."""
+"""In front of which modules noise goes."""
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .injection import FilterFn, is_convolution
-
+FilterFn = Callable[[nn.Module, str], bool]
 Filter = Literal["conv", "linear", "conv+linear"]
 # Of nn.MultiheadAttention, which reads its weights and never calls it.
 _NEVER_CALLED = NonDynamicallyQuantizableLinear
+
+
+def is_convolution(module: nn.Module, fqn: str = "") -> bool:
+    """The default filter: 1-d, 2-d, 3-d and transposed convolutions."""
+    return isinstance(module, _ConvNd)
 
 
 def is_linear(module: nn.Module, fqn: str = "") -> bool:
@@ -24,12 +30,17 @@ def _is_either(module: nn.Module, fqn: str = "") -> bool:
 _FILTERS: dict[str, FilterFn] = {"conv": is_convolution, "linear": is_linear, "conv+linear": _is_either}
 
 
-def filter_named(name: str) -> FilterFn:
+def filter_named(wanted: str | FilterFn) -> FilterFn:
     """The filter of that name: convolutions (of any kind, also transposed), linear layers, or both.
+
+    Args:
+        wanted: its name; a filter stays what it is.
 
     Raises:
         ValueError: another name.
     """
-    if name not in _FILTERS:
-        raise ValueError(f"filter must be one of {', '.join(get_args(Filter))}, got {name!r}")
-    return _FILTERS[name]
+    if not isinstance(wanted, str):
+        return wanted
+    if wanted not in _FILTERS:
+        raise ValueError(f"filter must be one of {', '.join(get_args(Filter))}, got {wanted!r}")
+    return _FILTERS[wanted]
