@@ -1,7 +1,9 @@
 """Tables of paths, saved data sets, arrays, and data sets of torch, with names of their own."""
 
 import csv
+import os
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from selfensemble.data.images import ImageData
 from selfensemble.data.sources import is_code, load_data
-from selfensemble.data.streaming import Streamed
+from selfensemble.data.streaming import Streamed, ahead
 from selfensemble.data.torch_datasets import from_dataset
 
 datasets = pytest.importorskip("datasets")
@@ -331,3 +333,20 @@ def test_streamed_images_are_those_that_were_decoded_at_once(tmp_path: Path) -> 
         assert torch.equal(one, other)
         assert torch.equal(left, right)
     assert torch.equal(whole.sample(9, 1).inputs(), parts.sample(9, 1).inputs())
+
+
+def test_a_data_set_of_the_library_datasets(digits: ImageData) -> None:
+    data = from_dataset(table(digits, 40), "table")
+    assert data.classes == digits.classes
+    assert torch.equal(data.labels, digits.labels[:40])
+    assert torch.equal(data.inputs(), digits.inputs(slice(40)))
+
+
+def test_a_worker_that_is_killed_is_an_error_that_says_what_to_do() -> None:
+    def make(number: int) -> int:
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return number
+
+    with pytest.raises(OSError, match=r"data\.workers"):
+        list(ahead(make, 6, 1))

@@ -244,3 +244,38 @@ def test_every_defense_trains_an_own_network(name: str, tmp_path: Path) -> None:
     assert results["metrics"]["test"]["images"] == 60
     answer = rse.load(tmp_path / "run", model=Own()).predict(data.tensors[0][:4])
     assert answer.probabilities.shape == (4, 3)
+
+
+def test_sound_of_one_dimension(tmp_path: Path) -> None:
+    """What is no image has neither a memory format nor a shape that images have."""
+    labels = torch.arange(80) % 2
+    time_ = torch.arange(32) * (0.2 + 0.5 * labels[:, None])
+    data = TensorDataset((0.5 + 0.5 * time_.sin()).unsqueeze(1), labels)
+    model = nn.Sequential(
+        nn.Conv1d(1, 4, 5), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 2)
+    )
+    results = Trainer(
+        small("defense={name: adversarial, steps: 1}"), tmp_path / "run", model=model, train_data=data,
+        test_data=data,
+    ).run()  # fmt: skip
+    assert results["metrics"]["test"]["images"] == 80
+    with pytest.raises(ValueError, match="leave them out"):
+        Trainer(
+            small("data.flip=true"), tmp_path / "other", model=model, train_data=data, test_data=data
+        ).run()
+
+
+def test_noise_where_a_recipe_wants_it(tmp_path: Path) -> None:
+    """In front of linear layers; and in pixels, in front of mean and std."""
+    data = brightness(60)
+    both = Trainer(
+        small("noise.filter=conv+linear"), tmp_path / "1", model=Own(), train_data=data, test_data=data
+    )
+    assert list(rse.noise_layers(both.network.model)) == ["stem", "next", "head"]
+    scaled = Trainer(
+        small("model.normalize={mean: 0.5, std: 0.25}"), tmp_path / "2", model=Own(), train_data=data,
+        test_data=data,
+    )  # fmt: skip
+    levels = {name: layer.std for name, layer in rse.noise_layers(scaled.network.model).items()}
+    assert levels == {"": 0.1, "model.next": 0.1}
+    assert rse.certify(scaled.network.eval(), data.tensors[0][:2], n=50, n0=10).radius.shape == (2,)

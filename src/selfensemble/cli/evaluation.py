@@ -30,7 +30,9 @@ def evaluate(
     model: Model,
     protocol: Annotated[str, typer.Option(help="A shipped protocol (see `info`) or a YAML file.")] = "paper",
     data: DataOptions = NO_DATA,
-    n: Annotated[int | None, typer.Option(min=1, help="Test images: the first n.")] = None,
+    n: Annotated[
+        int | None, typer.Option(min=1, help="Test images: the first n; of folders in random order.")
+    ] = None,
     c: Annotated[
         list[float] | None, typer.Option(help="Strengths of the paper's attack, instead of the protocol's.")
     ] = None,

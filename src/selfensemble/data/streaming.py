@@ -199,10 +199,16 @@ def ahead(make: Callable[[int], Any], count: int, workers: int | None) -> Iterat
             worker_init_fn=_undisturbed, generator=torch.Generator("cpu"), prefetch_factor=2,
         )  # fmt: skip
         running = iter(loader)
-    for found in running:
-        if isinstance(found, _Failed):
-            raise ValueError(found.message)
-        yield found
+    try:
+        for found in running:
+            if isinstance(found, _Failed):
+                raise ValueError(found.message)
+            yield found
+    except RuntimeError as error:  # of the loader
+        raise OSError(
+            "a process that decodes images ended before its work (memory may be short): set data.workers "
+            "lower, 0 for none"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,7 +105,7 @@ def from_dataset(dataset: Any, name: str, reading: Reading | None = None) -> Ima
         raise ValueError(f"no images in {name}")
     items = Items(dataset, name, reading.image_column, reading.label_column)
     labels = _labels(items)
-    classes = getattr(_root(dataset), "classes", None)
+    classes = getattr(_root(dataset), "classes", None) or _named_classes(dataset, items.label_key)
     if classes is None or len(classes) <= int(labels.max()):
         classes = range(int(labels.max()) + 1)
     first = items.image(0)
@@ -205,6 +205,15 @@ class DatasetReader:
                 "(data.channels, --channels: 1 or 3)"
             )
         return image
+
+
+def _named_classes(dataset: Any, key: str | None) -> list[str] | None:
+    """Names of the classes of a data set of the library `datasets`."""
+    features = getattr(dataset, "features", None)
+    if not isinstance(features, Mapping):
+        return None
+    keys = [each for each in (_LABELS if key is None else (key,)) if each in features]
+    return getattr(features[keys[0]], "names", None) if keys else None
 
 
 def _root(dataset: Any) -> Any:
