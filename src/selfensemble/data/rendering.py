@@ -33,7 +33,8 @@ def images_of(rows: Rows, split: Split, reading: Reading) -> ImageData:
         raise ValueError(f"no images in {rows.source}{_among(skipped)}")
     if len(places) < len(numbers) / 2:
         raise ValueError(f"most images of {rows.source} cannot be used{_among(skipped)}")
-    lost = set(map(str, found.labels)) - {str(found.labels[place]) for place in places.tolist()}
+    labels = {str(label) for label in found.labels if label is not None}
+    lost = labels - {str(found.labels[place]) for place in places.tolist()}
     if lost and rows.classes is None:
         raise ValueError(
             f"no image of class {min(lost)} of {rows.source} can be used{_among(skipped)}: mend or remove it"

@@ -5,6 +5,8 @@ it is or how many there are.
 """
 
 import os
+import pickle
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar, copy_context
@@ -160,19 +162,29 @@ class Streamed:
             look: what is made of each.
             seed: of data sets whose items are random.
         """
-
-        def group(number: int) -> "np.ndarray[Any, Any]":
-            ITEM_SEED.set(seed)
-            asked = groups[number].tolist()
-            out = torch.empty((len(asked), *self.one), dtype=self.dtype, device="cpu")
-            for row, index in enumerate(asked):
-                out[row] = look(self.reader, int(self.places[index]), index)
-            # By way of numpy: tensors would travel in shared memory, of which containers have little.
-            return out.numpy()
-
         quick = isinstance(self.reader, StoredReader) and look is prepared
         many = sum(map(len, groups)) >= _FEW and not quick
+        group = _Group(self, groups, look, seed)
         return map(torch.from_numpy, ahead(group, len(groups), self.workers if many else 0))
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """A group of images by its number."""
+
+    images: Streamed
+    groups: Sequence[Tensor]
+    look: Look
+    seed: int
+
+    def __call__(self, number: int) -> "np.ndarray[Any, Any]":
+        ITEM_SEED.set(self.seed)
+        images, asked = self.images, self.groups[number].tolist()
+        out = torch.empty((len(asked), *images.one), dtype=images.dtype, device="cpu")
+        for row, index in enumerate(asked):
+            out[row] = self.look(images.reader, int(images.places[index]), index)
+        # By way of numpy: tensors would travel in shared memory, of which containers have little.
+        return out.numpy()
 
 
 def each_of(make: Callable[[int], Any], count: int, workers: int | None = None) -> list[Any]:
@@ -188,6 +200,9 @@ def each_of(make: Callable[[int], Any], count: int, workers: int | None = None) 
 def ahead(make: Callable[[int], Any], count: int, workers: int | None) -> Iterator[Any]:
     """What `make` makes of every number up to `count`, in order, two for each of the workers in advance."""
     workers = min(_cores(), 8) if workers is None else workers
+    forks = sys.platform == "linux"  # whatever Python's default is: forked workers need no copies of anything
+    if not forks and not _can_travel(make):
+        workers = 0
     if workers == 0 or count == 0:
         context = copy_context()
         yield from (context.run(make, number) for number in range(count))
@@ -197,6 +212,7 @@ def ahead(make: Callable[[int], Any], count: int, workers: int | None) -> Iterat
         loader = DataLoader(
             _Work(make, count), batch_size=None, num_workers=min(workers, count), collate_fn=_as_it_is,
             worker_init_fn=_undisturbed, generator=torch.Generator("cpu"), prefetch_factor=2,
+            multiprocessing_context="fork" if forks else None,
         )  # fmt: skip
         running = iter(loader)
     try:
@@ -233,6 +249,15 @@ class _Work(Dataset[Any]):
         except Exception as error:  # of Pillow, or of somebody's data set
             text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             return _Failed(text)
+
+
+def _can_travel(make: Callable[[int], Any]) -> bool:
+    """Whether a process that is not forked can be given it."""
+    try:
+        pickle.dumps(make)
+    except Exception:  # of whatever it holds
+        return False
+    return True
 
 
 def _as_it_is(found: Any) -> Any:

@@ -29,7 +29,7 @@ class Survey:
     """What was found, row by row.
 
     Attributes:
-        labels: as they are stored.
+        labels: whole numbers, or anything else that tells classes apart; None of an image without.
         sizes: (width, height) upright; None of an image that cannot be used.
         grey: whether there are no colours.
         bad: why an image cannot be used, by its row.
@@ -47,7 +47,7 @@ class Survey:
             ValueError: an image without a label.
         """
         usable = [place for place in range(len(self.labels)) if place not in self.bad]
-        labels = {place: _plain(self.labels[place]) for place in usable}
+        labels = {place: self.labels[place] for place in usable}
         for place, label in labels.items():
             if label is None or (isinstance(label, int) and label < 0):
                 raise ValueError(
@@ -72,7 +72,7 @@ class Survey:
 def _plain(label: Any) -> Any:
     """Whole numbers as int, missing labels as None."""
     if isinstance(label, float):
-        return None if math.isnan(label) else int(label) if label.is_integer() else label
+        return None if not math.isfinite(label) else int(label) if label.is_integer() else label
     return int(label) if isinstance(label, bool) else label
 
 
@@ -87,11 +87,9 @@ def survey(rows: Rows) -> Survey:
         return Survey(known["labels"], sizes, known["grey"], bad)
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         found = _look_at_all(rows)
-    if not rows.identity or all(isinstance(each, int | str | float | bool | None) for each in found.labels):
-        write_json(
-            path,
-            {"labels": found.labels, "sizes": found.sizes, "grey": found.grey, "bad": found.bad},
-        )
+    if all(each is None or isinstance(each, int | str | float) for each in found.labels):  # not bytes, say
+        known = {"labels": found.labels, "sizes": found.sizes, "grey": found.grey, "bad": found.bad}
+        write_json(path, known)
     return found
 
 
@@ -104,7 +102,7 @@ def _look_at_all(rows: Rows) -> Survey:
                     found.bad[len(found.labels)] = seen
                 found.sizes.append(None if isinstance(seen, str) else seen[0])
                 found.grey.append(not isinstance(seen, str) and seen[1])
-                found.labels.append(label)
+                found.labels.append(_plain(label))
     return found
 
 
