@@ -328,7 +328,7 @@ class Trainer:
         try:
             self.training_step.restore(state)
             self.step, self.history = state["step"], state["history"]
-            self.clock = Clock(state["seconds"], state.get("waited", 0.0))
+            self.clock = Clock(float(state["seconds"]), float(state.get("waited", 0.0)))
             self._epoch_loss = state["epoch_loss"]
         except Exception as error:  # of whatever kind the values are
             raise ValueError(
