@@ -12,7 +12,7 @@ from ..ensemble.ensemble import SelfEnsemble
 from ..networks.naming import network_from
 from ..networks.normalized import Normalized
 from ..noise.calls import to_eval_mode_
-from ..noise.filters import filter_named
+from ..noise.filters import filter_named, matching
 from ..noise.injection import FilterFn, eval_mode, execution_order, random_layers
 from ..noise.layer import NoiseConfig
 from ..noise.own_numbers import OwnNumbers
@@ -113,7 +113,7 @@ def check_runs(network: nn.Module, example_inputs: Tensor) -> None:
 
 def in_pixels(network: Normalized, chosen: FilterFn, example_inputs: Tensor | None) -> FilterFn:
     """The same with the `Normalized` in place of the first layer behind it."""
-    names = [fqn for fqn, module in network.named_modules() if chosen(module, fqn)]
+    names = matching(network, chosen)
     called = names if example_inputs is None else execution_order(network, names, example_inputs)
     first = called[0] if called else None
     return lambda module, fqn: module is network or (chosen(module, fqn) and fqn != first)
