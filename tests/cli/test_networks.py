@@ -287,3 +287,30 @@ def test_noise_behind_mean_and_std_is_in_pixels(here: Path) -> None:
     described = json.loads(run("info", NAME, *NAMED, *SHAPE, "--json").stdout)
     assert described["normalize"] == {"mean": [pytest.approx(0.3)], "std": [pytest.approx(0.4)]}
     assert described["noise"] == {"": 0.1, "model.last": 0.05}
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_network_of_transformers_from_its_folder(here: Path) -> None:
+    """With the mean and std that it was trained with, the shape of its images and the names of classes."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=8,
+        patch_size=2, num_channels=1, id2label=dict(enumerate("9876543210")),
+    )  # fmt: skip
+    transformers.ViTForImageClassification(config).save_pretrained("vit")
+    Path("vit/preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5], "image_std": [0.25]}))
+    finished = run("info", "transformers:vit", "--filter", "conv+linear", "--noise", "0.2:0.1", "--json")
+    assert "wants standardised images: --mean 0.5 --std 0.25" in finished.stderr
+    described = json.loads(finished.stdout)
+    assert described["input_shape"] == [1, 8, 8]
+    assert described["classes"] == list("9876543210")
+    assert described["normalize"] == {"mean": [0.5], "std": [0.25]}
+    assert described["noise"][""] == 0.2
+    assert len(described["noise"]) == 8  # the image, six linear layers of the block, the head
+    run("pack", "transformers:vit", "packed", *DATA, "--filter", "conv+linear", "--precision", "float32")
+    assert "of transformers" in Path("packed/README.md").read_text()
+    assert len(json.loads(run("predict", "--model", "packed", "digit.png", "--json").stdout)["images"]) == 1
+    finished = run("info", "transformers:vit", "--mean", 0, "--std", 1, "--json")
+    assert "wants standardised" not in finished.stderr
+    found = json.loads(run("validate", "transformers:vit", "--json").stdout)
+    assert [issue["rule"] for issue in found] == ["one-layer"]

@@ -1,5 +1,6 @@
 """Networks by name: what is imported, what is not, and what is said when it cannot be."""
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import selfensemble as rse
+from selfensemble.networks.expected import expected_images
 from selfensemble.networks.importing import is_importable
 from selfensemble.networks.naming import is_network_name, name_of, network_from
 from selfensemble.networks.normalized import Normalized
@@ -291,6 +294,48 @@ def test_libraries_are_asked_for_weights_unless_told_otherwise(monkeypatch: pyte
     assert [name for name, _ in asked] == ["net"] * 6
     with pytest.raises(ValueError, match=r"no network '\.\./net'"):
         network_from("timm:../net")
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    ("told", "shape", "mean_and_std"),
+    [
+        (
+            {"image_mean": [0.5], "image_std": [0.25], "size": {"height": 8, "width": 9}},
+            (1, 8, 9),
+            ((0.5,), (0.25,)),
+        ),
+        ({"image_mean": [0.5], "image_std": [0.25], "do_normalize": False, "size": 8}, (1, 8, 8), None),
+        ({"image_mean": [51.0], "image_std": [102.0], "do_rescale": False}, None, ((0.2,), (0.4,))),
+        (None, None, None),
+    ],
+)
+def test_images_that_a_network_of_transformers_wants(
+    tmp_path: Path, told: Any, shape: Any, mean_and_std: Any
+) -> None:
+    """Mean and std belong to the weights: a fresh network wants none."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(
+        num_channels=1, embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic", num_labels=3
+    )
+    transformers.ResNetForImageClassification(config).save_pretrained(tmp_path)
+    if told is not None:
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
+    name = f"transformers:{tmp_path}"
+    network = network_from(name)
+    assert expected_images(network, name) == (shape, mean_and_std)
+    assert expected_images(network_from(name, pretrained=False), name) == (shape, None)
+    ensemble = rse.load(name)
+    found = ensemble.model
+    assert isinstance(found, Normalized) is (mean_and_std is not None)
+    if isinstance(found, Normalized):
+        assert found.mean.tolist() == pytest.approx(list(mean_and_std[0]))
+        assert found.std.tolist() == pytest.approx(list(mean_and_std[1]))
+    images = torch.rand(2, 1, 8, 8)
+    inside = images if mean_and_std is None else (images - mean_and_std[0][0]) / mean_and_std[1][0]
+    with rse.noise_disabled(ensemble):
+        answer = ensemble.predict_proba(images)
+    assert torch.allclose(answer, network.eval()(inside).logits.softmax(dim=1), atol=1e-6)
 
 
 # --- mean and std ------------------------------------------------------------------------------------------

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from ..ensemble.checks import explain_shape, logits_of
 from ..ensemble.ensemble import SelfEnsemble
+from ..networks.expected import expected_images
 from ..networks.naming import network_from
 from ..networks.normalized import Normalized
 from ..noise.calls import to_eval_mode_
-from ..noise.filters import filter_named
+from ..noise.filters import filter_named, matching
 from ..noise.injection import FilterFn, eval_mode, execution_order, random_layers
 from ..noise.layer import NoiseConfig
 from ..noise.own_numbers import OwnNumbers
@@ -50,7 +51,8 @@ def ensemble_of(
         draws: noise draws a prediction; 10, or those of an ensemble that the name stands for.
         filter_name: in front of what noise goes, see `filter_named`.
         mean, std: of the pixels' channels, see `Normalized`. The first noise then goes in front of them and
-            is in units of pixels, and none goes in front of the layer that sees the image behind them.
+            is in units of pixels, and none goes in front of the layer that sees the image behind them. By
+            default those of a network that has the weights of its library; 0 and 1 for none.
         example_inputs: (B, ...) images; by them the first layer is the first that runs.
 
     Raises:
@@ -62,7 +64,7 @@ def ensemble_of(
     is_wanted = noise is None or noise.init_std > 0 or noise.inner_std > 0
     if is_wanted and not any(chosen(module, fqn) for fqn, module in network.named_modules()):
         _refuse_nothing(network, name, filter_name)
-    network = with_mean_and_std(network, mean, std)
+    network = with_mean_and_std(network, name, mean, std)
     if example_inputs is not None:
         check_runs(network, example_inputs)
     if isinstance(network, Normalized):
@@ -74,8 +76,12 @@ def ensemble_of(
     return ensemble
 
 
-def with_mean_and_std(network: nn.Module, mean: Channels | None, std: Channels | None) -> nn.Module:
-    """A `Normalized` of it where both are given."""
+def with_mean_and_std(
+    network: nn.Module, name: str, mean: Channels | None, std: Channels | None
+) -> nn.Module:
+    """A `Normalized` of it where both are given, or it is known to want them."""
+    if mean is None and std is None:
+        mean, std = expected_images(network, name).mean_and_std or (None, None)
     if (mean is None) != (std is None):
         raise ValueError(f"{'std' if std is None else 'mean'} is missing: mean and std go together")
     return network if mean is None or std is None else Normalized(network, mean, std)
@@ -113,7 +119,7 @@ def check_runs(network: nn.Module, example_inputs: Tensor) -> None:
 
 def in_pixels(network: Normalized, chosen: FilterFn, example_inputs: Tensor | None) -> FilterFn:
     """The same with the `Normalized` in place of the first layer behind it."""
-    names = [fqn for fqn, module in network.named_modules() if chosen(module, fqn)]
+    names = matching(network, chosen)
     called = names if example_inputs is None else execution_order(network, names, example_inputs)
     first = called[0] if called else None
     return lambda module, fqn: module is network or (chosen(module, fqn) and fqn != first)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.errors import InputError
+from . import terminal
 from .data_options import NO_DATA, DataOptions
 from .loading import test_data_of, with_size
 from .options import NetworkOptions, arguments_of, channels_of, noise_of, shape_of
@@ -114,7 +115,10 @@ def open_bare(
     network = seeded_network(model, arguments_of(options), options.weights)
     _, example = _examples(network, model, options, data, data.data is not None)
     mean, std = channels_of(options.mean, "--mean"), channels_of(options.std, "--std")
-    network, chosen = with_mean_and_std(network, mean, std), filter_named(options.filter_name or "conv")
+    network, chosen = (
+        with_mean_and_std(network, model, mean, std),
+        filter_named(options.filter_name or "conv"),
+    )
     if isinstance(network, Normalized):
         with suppress(Exception):  # it may fail in any way, which is then what is found
             chosen = in_pixels(network, chosen, example)
@@ -175,9 +179,16 @@ def _saved(model: str, options: NetworkOptions, data: DataOptions, with_data: bo
 def _named(model: str, options: NetworkOptions, data: DataOptions, with_data: bool) -> Opened:
     from ..artefacts import storage
     from ..artefacts.opening import ensemble_of, seeded_network
+    from ..networks.expected import expected_images
 
     network = seeded_network(model, arguments_of(options), options.weights)
     images, example = _examples(network, model, options, data, with_data)
+    told = expected_images(network, model).mean_and_std if options.mean is options.std is None else None
+    if told is not None:
+        mean, std = (", ".join(f"{value:.4g}" for value in each) for each in told)
+        terminal.err.print(
+            f"{model} wants standardised images: --mean {mean} --std {std} are put in", soft_wrap=True
+        )
     ensemble = ensemble_of(
         network, model, noise=noise_of(options), draws=options.draws,
         filter_name=options.filter_name or "conv", mean=channels_of(options.mean, "--mean"),
@@ -194,8 +205,9 @@ def _examples(
 ) -> tuple["ImageData | None", "Tensor"]:
     """Test images, where they are wanted, and two images of the shape that the network takes."""
     from ..artefacts.config import ArtefactConfig
+    from ..networks.expected import expected_images
 
-    shape = shape_of(options) or known_shape(network, model)
+    shape = shape_of(options) or expected_images(network, model).shape
     if not with_data:
         if shape is None:
             raise InputError(f"{model} does not say the shape of its images: pass --shape, e.g. 3x224x224")
@@ -209,19 +221,6 @@ def _examples(
     if options.shape is not None and found != shape:
         raise InputError(f"{data.data} has images of shape {found}, --shape says {shape}: change it")
     return images, images.inputs(slice(2))
-
-
-def known_shape(network: "nn.Module", name: str) -> tuple[int, int, int] | None:
-    """Of the images that a network of a library was made for."""
-    size = getattr(network, "pretrained_cfg", None)  # of timm
-    if isinstance(size, dict) and len(size.get("input_size") or ()) == 3:
-        channels, height, width = size["input_size"]
-        return channels, height, width
-    config = getattr(network, "config", None)  # of transformers
-    side, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
-    if isinstance(side, int) and isinstance(channels, int):
-        return channels, side, side
-    return (3, 224, 224) if name.startswith("torchvision:") else None
 
 
 def _classes(

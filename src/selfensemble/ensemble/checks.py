@@ -1,9 +1,10 @@
 """Checks of what goes into a classifier and of what comes out of it."""
 
+import inspect
 import math
 import numbers
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,7 +33,9 @@ class OutputError(ValueError):
 
 
 def logits_of(output: Any, batch: int | None = None) -> Tensor:
-    """The logits (B, K) in a model's output: a tensor, or an object with `.logits` (transformers).
+    """The logits (B, K) in a model's output.
+
+    That is a tensor, an object with `.logits` (of transformers), a dictionary with "logits", a tuple of one.
 
     Args:
         output: of the model.
@@ -41,7 +44,7 @@ def logits_of(output: Any, batch: int | None = None) -> Tensor:
     Raises:
         OutputError: no logits of two classes or more for each input; the message says what to do.
     """
-    logits = getattr(output, "logits", output)
+    logits = _in(output)
     if not isinstance(logits, Tensor):
         raise OutputError(f"{_WANTED}, got {type(logits).__name__}; {_WRAP}")
     got = f"{_WANTED}, got shape {tuple(logits.shape)}"
@@ -56,6 +59,30 @@ def logits_of(output: Any, batch: int | None = None) -> Tensor:
             f"{got} for {batch} inputs: each needs a row of its own; keep the batch in the first dimension"
         )
     return logits
+
+
+def _in(output: Any) -> Any:
+    """The logits in an output of a form that is known, or what else there is."""
+    if isinstance(output, Mapping) and "logits" in output:
+        return output["logits"]
+    if isinstance(output, tuple) and len(output) == 1:
+        return output[0]
+    return getattr(output, "logits", output)
+
+
+def check_call(model: nn.Module) -> None:
+    """Raise a ValueError unless `model(inputs)` is a way to call it, which is how an ensemble does."""
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # of what is written in C
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise ValueError(
+            f"an ensemble calls model(inputs), and this model's forward{signature} cannot be called so "
+            f"({error}): wrap it in a module whose forward(inputs) passes them on by their names"
+        ) from error
 
 
 def _cure(logits: Tensor) -> str:

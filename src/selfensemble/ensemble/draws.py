@@ -120,7 +120,11 @@ class Draws:
                     with noise_draw(0, 0, "shared", count=2, step=step):
                         repeated = few.repeat(2, *[1] * (few.dim() - 1))
                         answers.append(self.ensemble.draw_logits(repeated)[: len(few)])
-            except (RuntimeError, ValueError):  # a pass of one draw will say what is the matter, if anything
+            except (
+                RuntimeError,
+                ValueError,
+                AssertionError,
+            ):  # a pass of one draw will say what is the matter, if anything
                 known[key] = False
             else:
                 known[key] = torch.equal(*answers)

@@ -15,8 +15,9 @@ from ..noise.graphs import is_recording
 from ..noise.injection import FilterFn, eval_mode, inject_noise_, is_convolution, random_layers
 from ..noise.layer import NoiseConfig
 from ..noise.streams import Sampling
-from .checks import check_count, check_images
+from .checks import check_call, check_count, check_images
 from .draws import Draws, moments
+from .observation import check_answer
 from .promises import Promising, rule_for
 from .stopping import Calibrated, Fixed, Stop
 
@@ -51,7 +52,7 @@ class SelfEnsemble(Promising):
         config: noise levels; None keeps the randomness that is there, or injects the published levels.
         draws: noise draws a prediction, >= 1.
         sampling: how draws are sampled in eval mode, see `GaussianNoise`.
-        filter_fn, example_inputs: see `inject_noise_`.
+        filter_fn, example_inputs: see `inject_noise_`; the answer to an example is looked at.
         bounds: the valid range of inputs, checked by `predict_proba`; None for no range, or for tokens.
 
     Attributes:
@@ -75,6 +76,9 @@ class SelfEnsemble(Promising):
         example_inputs: Any = None,
         bounds: tuple[float, float] | None = (0.0, 1.0),
     ) -> None:
+        check_call(model)
+        if example_inputs is not None:
+            check_answer(model, example_inputs)
         filter_fn = filter_named(filter_fn)
         quiet = config is not None and config.init_std == config.inner_std == 0
         if quiet and not any(filter_fn(module, fqn) for fqn, module in model.named_modules()):

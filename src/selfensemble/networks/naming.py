@@ -56,6 +56,7 @@ def network_from(
     Returns:
         A network of its own, on the CPU, in the mode that its factory gave it. What its weights are drawn
         from, where they are drawn, is torch's global random state. It remembers its name, see `name_of`.
+        Mean and std that it wants its images standardised by are not in it: see `expected_images`.
 
     Raises:
         MissingPackage: the library is not installed.
@@ -63,18 +64,20 @@ def network_from(
         ValueError, TypeError: anything else; the message says what to do.
     """
     library, _, rest = name.partition(":")
+    has_its_weights = library in LIBRARIES and pretrained and weights is None
     chosen = dict(arguments or {})
     _check_keywords(chosen)
     if not is_network_name(name):
         raise ValueError(f"{name!r} names no network: write {GRAMMAR}")
     if library in LIBRARIES:
         network = LIBRARIES[library](rest, chosen, pretrained and weights is None)
-        chosen.pop("pretrained", None)
+        has_its_weights &= chosen.pop("pretrained", True)
     else:
         network = _own(name, chosen)
     if weights is not None:
         load_weights_(network, weights)
-    setattr(network, NAMED_AS, {"name": name, "arguments": chosen})
+    known = {"name": name, "arguments": chosen, "pretrained": has_its_weights}
+    setattr(network, NAMED_AS, known)
     return network
 
 
@@ -82,6 +85,11 @@ def name_of(network: nn.Module) -> tuple[str, dict[str, Any]] | None:
     """Name and arguments of a network that `network_from` made; None of another."""
     known = vars(network).get(NAMED_AS)
     return None if known is None else (known["name"], known["arguments"])
+
+
+def was_pretrained(network: nn.Module) -> bool:
+    """Whether `network_from` gave it the weights of its library."""
+    return bool(vars(network).get(NAMED_AS, {}).get("pretrained", False))
 
 
 def _check_keywords(arguments: dict[Any, Any]) -> None:

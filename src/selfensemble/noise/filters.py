@@ -30,6 +30,21 @@ def _is_either(module: nn.Module, fqn: str = "") -> bool:
 _FILTERS: dict[str, FilterFn] = {"conv": is_convolution, "linear": is_linear, "conv+linear": _is_either}
 
 
+def matching(model: nn.Module, filter_fn: FilterFn) -> list[str]:
+    """Names of the modules that noise goes in front of, in order of registration.
+
+    Of a layer that an adapter wraps (LoRA of peft: `base_layer` beside what it learns) the adapter itself,
+    once: all that is in it reads the same input.
+    """
+    adapters = [fqn for fqn, module in model.named_modules() if "base_layer" in module._modules]
+    found: dict[str, None] = {}
+    for fqn, module in model.named_modules():
+        if filter_fn(module, fqn):
+            within = (each for each in adapters if each == "" or fqn.startswith(f"{each}."))
+            found[next(within, fqn)] = None
+    return list(found)
+
+
 def filter_named(wanted: str | FilterFn) -> FilterFn:
     """The filter of that name: convolutions (of any kind, also transposed), linear layers, or both.
 

@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from .calls import OwnHooks, in_eval_mode, switched_off
 from .copies import with_originals
-from .filters import Filter, filter_named
+from .filters import Filter, filter_named, matching
 from .filters import FilterFn as FilterFn
 from .filters import is_convolution as is_convolution
 from .graphs import closed_parts, forget_graphs
@@ -151,7 +151,7 @@ def inject_noise_(
     filter_fn = filter_named(filter_fn)
     if config.init_std or config.inner_std:
         _check_open(model, filter_fn)
-    fqns = [fqn for fqn, module in model.named_modules() if filter_fn(module, fqn)]
+    fqns = matching(model, filter_fn)
     if not fqns:
         raise ValueError(
             "no module matches filter_fn (by default convolutions): nothing to put noise in front "

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..artefacts.config import Architecture
-from ..artefacts.opening import in_pixels
+from ..artefacts.opening import in_pixels, with_mean_and_std
 from ..artefacts.storage import copy_weights_
 from ..data.images import ImageData
 from ..ensemble.ensemble import SelfEnsemble
@@ -67,6 +67,8 @@ def fresh_network(recipe: Recipe, data: ImageData, given: nn.Module | None = Non
     elif config.network is not None:
         weights = config.weights if config.weights is not None and _is_file(config.weights) else None
         model = network_from(config.network, config.arguments, weights)
+        if config.normalize is None:  # of weights of a library, what they were trained with
+            model = with_mean_and_std(model, config.network, None, None)
     else:
         model = create_model(**architecture(recipe, data).model_dump())
     if config.normalize is not None and not isinstance(model, Normalized):

@@ -10,6 +10,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ...attacks.driver import single_draw
 from ...certainty.arrival import pixel_levels, pixel_map
+from ...ensemble.checks import logits_of
 from ...fast.ensemble import FastEnsemble
 from ...noise.calls import OwnHooks, copied, without_weight_gradients
 from ...noise.copies import with_originals
@@ -159,7 +160,7 @@ def _stray_parameters(subject: Subject) -> int:
     with without_weight_gradients(subject.model), eval_mode(subject.model), torch.enable_grad():
         leaf = subject.few.detach().to(subject.device, subject.dtype, copy=True).requires_grad_()
         outputs = subject.model(leaf)
-    outputs = getattr(outputs, "logits", outputs)
+    outputs = logits_of(outputs)
     todo, seen, stray = [outputs.grad_fn], set(), 0
     while todo:
         node = todo.pop()
