@@ -97,8 +97,8 @@ class ModelSection(Section):
 
     `network`: another one instead, "package.module:attribute", "file.py:attribute" or of a library, see
     `networks.naming.network_from`, which imports it, with `arguments`. `weights` may then be a file of
-    weights, too. `normalize`: mean and std of the pixels that it wants taken off and divided by; by default those of
-    pretrained weights of a library, else none.
+    weights, too. `normalize`: mean and std of the pixels that it wants taken off and divided by; by default
+    those of pretrained weights of a library, else none.
     """
 
     name: str = "small-cnn"
