@@ -186,8 +186,8 @@ def targets(place: Path) -> list[Target]:
 
 
 def _parquet(pictures: list[bytes]) -> bytes:
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow
+    import pyarrow.parquet
 
     rows = [
         {"img": {"bytes": each, "path": None}, "label": number % 2} for number, each in enumerate(pictures)

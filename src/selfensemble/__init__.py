@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .experiments.tuning import Sweep, tune
     from .fast.optimize import optimize
     from .networks.models import create_model
+    from .networks.naming import network_from
+    from .networks.normalized import Normalized
     from .noise.injection import inject_noise_, noise_disabled, noise_layers, remove_noise_
     from .noise.layer import GaussianNoise
     from .noise.levels import NoiseConfig
@@ -69,6 +71,8 @@ __all__ = [
     "Recipe",
     "load_recipe",
     "create_model",
+    "network_from",
+    "Normalized",
     "ImageData",
     "load_data",
 ]
@@ -90,6 +94,8 @@ _MODULES = {
     "experiments.tuning": ("Sweep", "tune"),
     "fast.optimize": ("optimize",),
     "networks.models": ("create_model",),
+    "networks.naming": ("network_from",),
+    "networks.normalized": ("Normalized",),
     "noise.injection": ("inject_noise_", "noise_disabled", "noise_layers", "remove_noise_"),
     "noise.layer": ("GaussianNoise",),
     "noise.levels": ("NoiseConfig",),

@@ -163,3 +163,53 @@ def test_what_onnx_cannot_say_is_refused(tiny: nn.Module, images: Tensor, tmp_pa
             rse.export_onnx(rse.SelfEnsemble(network), path, images[:2], draws=1)
     assert path.read_text() == "precious"
     assert [each.name for each in tmp_path.iterdir()] == ["x.onnx"]
+
+
+class Branching(nn.Module):
+    """Goes one way or another by the values of its features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        features = self.conv(inputs)
+        if features.sum() > 0:
+            features = features + 1
+        logits: Tensor = features.mean(dim=(2, 3))
+        return logits
+
+
+class Bessel(Branching):
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits: Tensor = torch.special.i1(self.conv(inputs)).mean(dim=(2, 3))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("network", "says"),
+    [
+        (Branching, r"data-dependent expression.*\(test_onnx_export.py:\d+: if features.sum\(\) > 0:\)"),
+        (Bessel, "No ONNX function found for .*bessel_i1"),
+    ],
+)
+def test_networks_that_torch_cannot_export_are_refused_with_the_reason(
+    network: type[nn.Module], says: str, tmp_path: Path, images: Tensor, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In one line without colours, and nothing else is printed."""
+    with pytest.raises(ValueError, match=says) as raised:
+        rse.export_onnx(rse.SelfEnsemble(network()), tmp_path / "network.onnx", images)
+    assert "\x1b" not in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert capfd.readouterr() == ("", "")
+    assert not (tmp_path / "network.onnx").exists()
+
+
+@pytest.mark.filterwarnings("ignore")  # the tracer's own
+def test_torchs_older_exporter_writes_no_network_without_noise(
+    tmp_path: Path, tiny: nn.Sequential, images: Tensor
+) -> None:
+    ensemble = rse.SelfEnsemble(tiny).eval()
+    for network in (ensemble, ensemble.model):
+        with pytest.raises(RuntimeError, match="selfensemble::add_noise"):
+            torch.onnx.export(network, (images,), tmp_path / "network.onnx", dynamo=False)

@@ -1,5 +1,6 @@
 """Artefacts: round trips, golden files of every format version, and files that must be refused."""
 
+import copy
 import hashlib
 import itertools
 import json
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -422,3 +424,51 @@ def test_what_a_later_version_added_is_no_damage(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match="colour, which this version does not know: upgrade selfensemble"):
         rse.load(tmp_path)
+
+
+def test_mean_and_std_are_saved_with_the_ensemble(tmp_path: Path, images: Tensor, tiny: nn.Module) -> None:
+    """A folder of a network of ours behind them loads by itself; of one's own, into the network alone."""
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    plain = rse.create_model("small-cnn", width=0.125)
+    network = rse.Normalized(plain, mean, std)
+    ensemble = rse.SelfEnsemble(network, rse.NoiseConfig(0.3, 0.1)).eval()
+    rse.save(ensemble, tmp_path / "ours")
+    loaded = rse.load(tmp_path / "ours")
+    assert isinstance(loaded.model, rse.Normalized)
+    assert torch.equal(loaded.predict_proba(images, seed=1), ensemble.predict_proba(images, seed=1))
+    inside = rse.SelfEnsemble(plain)  # without mean and std
+    assert not torch.equal(inside.predict_proba(images, seed=1), loaded.predict_proba(images))
+    own = copy.deepcopy(tiny)
+    ensemble = rse.SelfEnsemble(rse.Normalized(tiny, mean, std), rse.NoiseConfig(0.3, 0.1)).eval()
+    rse.save(ensemble, tmp_path / "own")
+    loaded = rse.load(tmp_path / "own", own)
+    assert torch.equal(loaded.predict_proba(images, seed=1), ensemble.predict_proba(images, seed=1))
+
+
+def test_a_network_of_a_library_is_built_again_without_its_weights(
+    tmp_path: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a stand-in for timm; arguments by which a file could have others read need trust."""
+    asked = []
+
+    def create_model(name: str, pretrained: bool, **arguments: object) -> nn.Module:
+        asked.append((name, pretrained, arguments))
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    timm = ModuleType("timm")
+    timm.__dict__.update(
+        create_model=create_model, is_model=lambda name: True, is_model_pretrained=lambda name: True,
+        list_models=list,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    ensemble = rse.load("timm:net", arguments={"width": 4})
+    rse.save(ensemble, tmp_path / "net")
+    loaded = rse.load(tmp_path / "net")
+    assert asked == [("net", True, {"width": 4}), ("net", False, {"width": 4})]
+    assert torch.equal(loaded.predict_proba(images, seed=1), ensemble.predict_proba(images, seed=1))
+    config = json.loads((tmp_path / "net" / "config.json").read_text())
+    config["network"]["arguments"] = {"checkpoint_path": "/etc/passwd"}
+    (tmp_path / "net" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="was not imported"):
+        rse.load(tmp_path / "net")
+    assert len(asked) == 2

@@ -257,7 +257,7 @@ class Before(nn.Module):
     [
         (Around, "way around the first noise"),
         (partial(Before, nn.AvgPool2d(3, 1, 1)), "no affine map of each pixel"),
-        (partial(Before, nn.Upsample(scale_factor=2)), "no affine map of each pixel"),
+        (partial(Before, nn.Upsample(scale_factor=2, mode="bilinear")), "no affine map of each pixel"),
         (partial(Before, nn.Tanh()), "no affine map of each pixel"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from selfensemble.data import caching
+from selfensemble.data import caching, rendering, survey
 from selfensemble.data.decoding import prepare_image
 from selfensemble.data.images import ImageData, split_validation
 from selfensemble.data.sources import load_data
@@ -88,13 +88,13 @@ def test_decoded_once_and_again_when_files_change(
 ) -> None:
     folder = write_parquet(tmp_path / "data", digits)
     decoded: list[str] = []
-    original = caching._decode
+    original = caching._write
 
     def counting(*args: Any) -> None:
         decoded.append("x")
         original(*args)
 
-    monkeypatch.setattr(caching, "_decode", counting)
+    monkeypatch.setattr(caching, "_write", counting)
     first, second = load_data(str(folder), "train"), load_data(str(folder), "train")
     assert len(decoded) == 1
     assert torch.equal(first.images, second.images)
@@ -106,14 +106,23 @@ def test_decoded_once_and_again_when_files_change(
 def test_a_failed_decoding_leaves_nothing_behind(
     tmp_path: Path, digits: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A file that is damaged between two looks at it."""
     monkeypatch.setenv("SELFENSEMBLE_CACHE", str(tmp_path / "cache"))
     folder = write_folder(tmp_path / "data", digits)
     broken = next((folder / "train").rglob("*.png"))
     whole = broken.read_bytes()
-    broken.write_bytes(whole[: len(whole) // 2])
+    found = survey.survey
+
+    def then_damaged(rows: Any) -> Any:
+        known = found(rows)
+        broken.write_bytes(whole[: len(whole) // 2])
+        return known
+
+    monkeypatch.setattr(rendering, "survey", then_damaged)
     with pytest.raises(ValueError, match=broken.name):
         load_data(str(folder), "train")
     assert list((tmp_path / "cache" / "data").iterdir()) == []
+    monkeypatch.undo()
     broken.write_bytes(whole)
     assert len(load_data(str(folder), "train")) == 20
 

@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -196,3 +197,31 @@ def test_without_a_precision_the_faster_one_is_measured(
     for precision in ("float32", "bf16"):
         monkeypatch.setattr(fast, "faster_precision", lambda device, chosen=precision: chosen)
         assert optimize(ensemble, inputs).precision == precision
+
+
+class Dropping(nn.Module):
+    """Dropout within a part of the network, as torchvision's VGG, AlexNet and SqueezeNet have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.classifier = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(8, 5, 1), nn.AdaptiveAvgPool2d(1))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.features(inputs)).flatten(1)
+        return logits
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_dropout_stays_off_in_copies(precision: Any, images: Tensor) -> None:
+    """And on where it was switched on."""
+    ensemble = rse.SelfEnsemble(Dropping(), rse.NoiseConfig(0, 0)).eval()
+    fast = rse.optimize(ensemble, images, precision)
+    assert not [fqn for fqn, module in fast.named_modules() if module.training]
+    with torch.no_grad():
+        assert torch.equal(fast.draw_logits(images), fast.draw_logits(images))
+        assert torch.allclose(fast.draw_logits(images).float(), ensemble.draw_logits(images), atol=0.02)
+    ensemble.model.classifier[0].train()  # type: ignore[index, union-attr]
+    fast = rse.optimize(ensemble, images, precision)
+    with torch.no_grad():
+        assert not torch.equal(fast.draw_logits(images), fast.draw_logits(images))

@@ -8,7 +8,7 @@ from scipy.stats import chisquare
 from torch.nn import functional
 
 from selfensemble.training.augmentation import augmentation
-from selfensemble.training.recipe import DataSection
+from selfensemble.training.sections import DataSection
 
 
 def crops(image: torch.Tensor, padding: int, flip: bool) -> torch.Tensor:

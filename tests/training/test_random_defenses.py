@@ -14,10 +14,11 @@ from selfensemble.noise.perturbing import LearnedPerturbation
 from selfensemble.noise.placing import PlacedLayer
 from selfensemble.noise.randomness import randomise_, read_randomness
 from selfensemble.training import defenses
-from selfensemble.training.building import make_optimizer
 from selfensemble.training.defenses.adversarial import maximise
 from selfensemble.training.defenses.perturbation import harmonic
-from selfensemble.training.recipe import TrainSection, load_recipe
+from selfensemble.training.optimizers import make_optimizer
+from selfensemble.training.recipe import load_recipe
+from selfensemble.training.sections import TrainSection
 from selfensemble.training.trainer import Trainer
 
 from ..conftest import LinearClassifier

@@ -20,8 +20,9 @@ from PIL import Image
 import selfensemble as rse
 from selfensemble.training import trainer as trainer_module
 from selfensemble.training.accuracy import count_correct
-from selfensemble.training.building import make_scheduler
-from selfensemble.training.recipe import TrainSection, load_recipe, public_recipe
+from selfensemble.training.optimizers import make_scheduler
+from selfensemble.training.recipe import load_recipe, public_recipe
+from selfensemble.training.sections import TrainSection
 from selfensemble.training.trainer import CHECKPOINT, RESULTS, Trainer
 
 from ..command import error, run

@@ -9,14 +9,18 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
+from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.sets import SetRule
 from ..ensemble.stopping import Calibrated
 from ..networks.models import CREATED_AS, Activation, create_model
+from ..networks.normalized import Normalized
 from ..noise.graphs import plain_name, unwrapped
+from ..noise.injection import noise_layers
 from ..noise.layer import RandomLayer
 from ..noise.randomness import AnyRandomness, randomise_, randomness_of
 from ..noise.resize_pad import ResizePadConfig
 from ..noise.streams import Sampling
+from .named import NamedNetwork
 
 FORMAT_VERSION = 1
 
@@ -35,6 +39,30 @@ def _layers(model: nn.Module) -> list[tuple[object, ...]]:
     ]  # fmt: skip
 
 
+class Normalization(BaseModel):
+    """Mean and standard deviation of the channels of the images, see `Normalized`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    mean: Annotated[tuple[float, ...], Field(min_length=1)]
+    std: Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], Field(min_length=1)]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self | None:
+        """Of a network that is a `Normalized`."""
+        if type(model) is not Normalized:
+            return None
+        return cls(mean=tuple(model.mean.tolist()), std=tuple(model.std.tolist()))
+
+    def around(self, network: nn.Module) -> Normalized:
+        """A `Normalized` of a network."""
+        return Normalized(network, self.mean, self.std)
+
+
+def inner_network(model: nn.Module) -> nn.Module:
+    """What a `Normalized` normalises for; any other network itself."""
+    return unwrapped(model.model) if type(model) is Normalized else model
+
+
 class Architecture(BaseModel):
     """Arguments of `create_model`."""
 
@@ -48,11 +76,15 @@ class Architecture(BaseModel):
     @classmethod
     def of(cls, model: nn.Module) -> Self | None:
         """Of a network that `create_model` made, if nothing but noise and random layers were put into it."""
-        arguments = getattr(model, CREATED_AS, None)
+        arguments = getattr(inner_network(model), CREATED_AS, None)
         if not isinstance(arguments, dict):
             return None
+        normalisation = Normalization.of(model)
         with torch.device("meta"):
             fresh = create_model(**arguments)
+        if normalisation is not None:
+            fresh = normalisation.around(fresh)
+        with torch.device("meta"):
             if (randomness := randomness_of(model)) is not None:
                 randomise_(fresh, randomness)
         return cls.model_validate(arguments) if _layers(fresh) == _layers(model) else None
@@ -68,6 +100,7 @@ class TransformersNetwork(BaseModel):
     @classmethod
     def of(cls, model: nn.Module) -> Self | None:
         """Of a network, if it is one of theirs."""
+        model = inner_network(model)
         theirs = sys.modules.get("transformers")  # imported, if it made the network
         name = type(model).__name__
         if theirs is None or not isinstance(model, theirs.PreTrainedModel) or not hasattr(theirs, name):
@@ -103,6 +136,8 @@ class ArtefactConfig(BaseModel):
             that did not write it, which cannot be told from those in which one file was exchanged.
         architecture: how to build the network; None for one of transformers, or of the user's own.
         transformers: how to build a network of transformers.
+        network: what another network was made by. Code of the user's own is imported when the caller says so.
+        normalize: mean and standard deviation in front of it, if any.
         noise: standard deviation by fully qualified module name, in the order of the layers; a list
             holds one for each channel.
         resize_pad: random resize-and-pad in front of the network, if any.
@@ -121,6 +156,8 @@ class ArtefactConfig(BaseModel):
     weights: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")] | None = None
     architecture: Architecture | None = None
     transformers: TransformersNetwork | None = None
+    network: NamedNetwork | None = None
+    normalize: Normalization | None = None
     noise: dict[str, _Level | Annotated[tuple[_Level, ...], Field(min_length=1)]]
     resize_pad: ResizePadConfig | None = None
     randomness: AnyRandomness | None = None
@@ -140,3 +177,40 @@ class ArtefactConfig(BaseModel):
         levels = [np.max(level) for level in self.noise.values()]
         others = self.randomness is not None and not self.randomness.fixed
         return others or self.resize_pad is not None or any(level > 0 for level in levels)
+
+
+def config_of(
+    ensemble: SelfEnsemble,
+    model: nn.Module,
+    resize_pad: ResizePadConfig | None = None,
+    *,
+    architecture: Architecture | None = None,
+    **about: Any,
+) -> ArtefactConfig:
+    """What there is to say of an ensemble.
+
+    Args:
+        ensemble: what is described.
+        model: its network without what is described by `resize_pad`.
+        resize_pad: in front of it.
+        architecture: by default what `create_model` was asked for.
+        about: what else is known, see `ArtefactConfig`.
+    """
+    architecture = Architecture.of(model) if architecture is None else architecture
+    transformers = TransformersNetwork.of(model) if architecture is None else None
+    other = architecture is None and transformers is None
+    return ArtefactConfig(
+        architecture=architecture,
+        transformers=transformers,
+        network=NamedNetwork.of(inner_network(model)) if other else None,
+        normalize=Normalization.of(model),
+        noise={plain_name(fqn): layer.std for fqn, layer in noise_layers(model).items()},
+        resize_pad=resize_pad,
+        randomness=randomness_of(model),
+        draws=ensemble.draws,
+        sampling=ensemble.sampling,
+        bounds=ensemble.bounds,
+        stopping=ensemble.stopping,
+        sets=ensemble.sets,
+        **about,
+    )

@@ -4,12 +4,14 @@ An ensemble repeats the batch, an image for each draw, so that one run of the gr
 draws.
 """
 
+import io
 import json
 import logging
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -153,18 +155,37 @@ def _check_layers(ensemble: SelfEnsemble) -> None:
         )
 
 
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_CALLED = re.compile(
+    r'The following call raised this error:\s+File "(?P<file>[^"]+)", '
+    r"line (?P<line>\d+)[^\n]*\n(?P<code>[^\n]*)"
+)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without what torch's exporter warns of about itself, and that torchvision is not there."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx", "torch.export")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # where it prints graphs that fail
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+def _reason(error: BaseException) -> str:
+    """What torch's exporter found at last, and where in the network, in one line without its colours."""
+    place = _CALLED.search(str(error))
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = _COLOURS.sub("", str(error)).strip().partition("\n")[0]
+    where = "" if place is None else f" ({Path(place['file']).name}:{place['line']}: {place['code'].strip()})"
+    return f"{type(error).__name__}: {text[:400]}{where}"
 
 
 def _translated(module: nn.Module, example_inputs: Tensor, draws: int) -> "onnx.ModelProto":
@@ -188,7 +209,7 @@ def _translated(module: nn.Module, example_inputs: Tensor, draws: int) -> "onnx.
                 dynamic_shapes={"images": {0: torch.export.Dim("batch")}}, custom_translation_table=table,
             )  # fmt: skip
     except torch.onnx.errors.OnnxExporterError as error:
-        raise ValueError(f"torch cannot export this network as ONNX: {error}") from error
+        raise ValueError(f"torch cannot export this network as ONNX: {_reason(error)}") from error
     assert program is not None
     model = program.model_proto
     ends = [*model.graph.input, *model.graph.output]

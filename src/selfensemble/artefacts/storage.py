@@ -5,6 +5,7 @@ Nothing is pickled, so loading a file from a stranger runs none of its code.
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,17 @@ from ..ensemble.promises import check_kept
 from ..ensemble.sets import SetRule
 from ..ensemble.stopping import Calibrated
 from ..fast.ensemble import checked_original
-from ..networks.models import create_model
+from ..networks.naming import is_network_name
 from ..noise.calls import to_eval_mode_
 from ..noise.copies import OptimizedCopy
 from ..noise.graphs import plain_name, unwrapped
-from ..noise.injection import attach_noise_, noise_layers
+from ..noise.injection import attach_noise_
 from ..noise.layer import GaussianNoise, NoiseConfig
-from ..noise.randomness import randomise_, randomness_of
 from ..noise.resize_pad import ResizePadConfig, ResizePadNetwork
 from ..runtime.files import atomic_pair, atomic_write, digest_of, only_writer, read_versioned, to_json
-from .config import FORMAT_VERSION, Architecture, ArtefactConfig, TransformersNetwork
+from .config import FORMAT_VERSION, Architecture, ArtefactConfig, config_of
+from .opening import ensemble_of, seeded_network
+from .rebuilding import in_float32_, is_meta_safe, network_named, rebuilt, wrapped
 from .zoo import locate
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -65,32 +67,24 @@ def save(
     """
     check_kept(ensemble)
     model, resize_pad = _to_save(ensemble)
-    architecture = Architecture.of(model) if architecture is None else architecture
     # Tensors that share memory are copied apart: safetensors refuses them otherwise.
     exact = {key: tensor.detach().cpu().clone() for key, tensor in _weights(model).items()}
     tensors = {key: _stored(tensor, dtype) for key, tensor in exact.items()}
     _check_rounding(ensemble, exact, tensors)
     content = safetensors.torch.save(tensors)
-    config = ArtefactConfig(
-        weights=digest_of(content),
-        architecture=architecture,
-        transformers=None if architecture is not None else TransformersNetwork.of(model),
-        noise={plain_name(fqn): layer.std for fqn, layer in noise_layers(model).items()},
-        resize_pad=resize_pad,
-        randomness=randomness_of(model),
-        draws=ensemble.draws,
-        sampling=ensemble.sampling,
-        bounds=ensemble.bounds,
-        classes=classes,
-        input_shape=input_shape,
-        metrics=metrics or {},
-        recipe=recipe,
-        stopping=ensemble.stopping,
-        sets=ensemble.sets,
-    )
+    config = config_of(
+        ensemble, model, resize_pad, weights=digest_of(content), architecture=architecture, classes=classes,
+        input_shape=input_shape, metrics=metrics or {}, recipe=recipe,
+    )  # fmt: skip
     with atomic_pair(Path(folder) / CONFIG, Path(folder) / WEIGHTS) as (text, weights):
         text.write(to_json(config.model_dump(mode="json")))
         weights.write(content)
+
+
+def describe(ensemble: SelfEnsemble, **about: Any) -> ArtefactConfig:
+    """The `config.json` that `save` would write, but for the digest of the weights."""
+    model, resize_pad = _to_save(ensemble)
+    return config_of(ensemble, model, resize_pad, **about)
 
 
 def _to_save(ensemble: SelfEnsemble) -> tuple[nn.Module, ResizePadConfig | None]:
@@ -255,58 +249,58 @@ def _read(folder: Path) -> tuple[ArtefactConfig, dict[str, Tensor]]:
         return config, read_weights(folder, config)
 
 
-def _built(config: ArtefactConfig, folder: str | Path) -> nn.Module:
-    """The network with fresh weights and its random layers, but for injected noise."""
-    if config.transformers is not None:
-        return _randomised(config.transformers.build(), config)
-    if config.architecture is None:
-        raise ValueError(f"{folder} holds a network of your own: pass it, load(folder, model=...)")
-    try:
-        return _randomised(create_model(**config.architecture.model_dump()), config)
-    except (TypeError, RuntimeError) as error:  # of sizes beyond all bounds
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"the network that {folder} describes cannot be built: {reason}") from error
-
-
-def _randomised(model: nn.Module, config: ArtefactConfig) -> nn.Module:
-    """The network with the random layers that it was saved with, if it has none."""
-    if config.randomness is None or randomness_of(model) == config.randomness:
-        return model
-    return randomise_(model, config.randomness)
-
-
-def _in_float32_(model: nn.Module) -> None:
-    """What was made in the program's default dtype, as it would have been made in torch's."""
-    for own in [*model.parameters(), *model.buffers()]:
-        if own.dtype == torch.get_default_dtype():
-            own.data = own.data.to(torch.float32)
-
-
-def load(folder: str | Path, model: nn.Module | None = None) -> SelfEnsemble:
+def load(
+    folder: str | Path,
+    model: nn.Module | str | None = None,
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    weights: str | Path | None = None,
+    trust_network: bool = False,
+) -> SelfEnsemble:
     """Read a saved ensemble, in eval mode, on the CPU.
 
     Args:
         folder: what `save` or `selfensemble train` wrote, the name of a network of the zoo, or
-            "hf-hub:owner/name" on the Hugging Face Hub.
-        model: a fresh network of the saved one's class, where it is neither one of `MODELS` nor of
-            transformers.
+            "hf-hub:owner/name" on the Hugging Face Hub. Or the name of a network, see `network_from`, which
+            gets the noise that was published unless it has its own.
+        model: where the saved network is neither one of `MODELS` nor of a known library: a fresh one of its
+            class, or the name of what makes it, see `network_from`.
+        arguments: of what makes it, instead of those that it was saved with.
+        weights: of a named network, a file; saved ensembles have theirs.
+        trust_network: whether to import what the folder itself names. That runs code: say so only of folders
+            whose author you trust.
 
     Raises:
+        UntrustedNetwork: the network is of somebody's own, and nobody said what to import.
         FileNotFoundError, ValueError: files missing, damaged, foreign, or of another network.
     """
+    if is_network_name(folder):
+        if model is not None:
+            raise ValueError(f"{folder} names a network already: leave model= out")
+        return ensemble_of(seeded_network(str(folder), arguments, weights), str(folder))
+    if weights is not None:
+        raise ValueError(f"{folder} is a saved ensemble, which has its weights: leave weights= out")
     folder = locate(folder)  # once, for on the Hub the next one may be another
     config, tensors = _read(folder)
     path = folder / WEIGHTS
     if model is None:
-        with torch.device("meta"):  # takes no memory, whatever sizes a damaged configuration asks for
-            planned = _weights(_built(config, folder))
-        if {key: tensor.shape for key, tensor in planned.items()} != {k: t.shape for k, t in tensors.items()}:
-            raise ValueError(f"{path} does not fit the network that {CONFIG} describes: restore both")
-        with torch.device("cpu"):  # whatever the program's default is
-            model = _built(config, folder)
-        _in_float32_(model)
+        model = _planned(config, folder, tensors, trust_network)
     else:
-        model = _randomised(model, config)
+        model = network_named(config, model, arguments) if isinstance(model, str) else model
+        model = wrapped(model, config)
+    _fill_(model, config, tensors, path)
+    if config.resize_pad is not None:
+        model = ResizePadNetwork(model, config.resize_pad)
+    # A network that was saved without noise stays without.
+    levels = None if config.noise else NoiseConfig(0, 0)
+    ensemble = SelfEnsemble(model, levels, draws=config.draws, sampling=config.sampling, bounds=config.bounds)
+    ensemble.stopping, ensemble.sets = config.stopping, config.sets
+    to_eval_mode_(ensemble)
+    return ensemble
+
+
+def _fill_(model: nn.Module, config: ArtefactConfig, tensors: dict[str, Tensor], path: Path) -> None:
+    """Give a network the weights and the noise that were saved."""
     if any(tensor.device.type == "meta" for tensor in model.state_dict().values()):
         raise ValueError(
             "the network that was passed lies on the meta device, which keeps no weights: make it "
@@ -321,11 +315,20 @@ def load(folder: str | Path, model: nn.Module | None = None) -> SelfEnsemble:
     except (RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} does not fit the network: {reason}") from error
-    if config.resize_pad is not None:
-        model = ResizePadNetwork(model, config.resize_pad)
-    # A network that was saved without noise stays without.
-    levels = None if config.noise else NoiseConfig(0, 0)
-    ensemble = SelfEnsemble(model, levels, draws=config.draws, sampling=config.sampling, bounds=config.bounds)
-    ensemble.stopping, ensemble.sets = config.stopping, config.sets
-    to_eval_mode_(ensemble)
-    return ensemble
+
+
+def _planned(
+    config: ArtefactConfig, folder: Path, tensors: dict[str, Tensor], trust_network: bool
+) -> nn.Module:
+    """The network that a folder describes, if its weights are of that."""
+    if is_meta_safe(config):
+        with torch.device("meta"):  # takes no memory, whatever sizes a damaged configuration asks for
+            planned = _weights(rebuilt(config, folder))
+        if {key: tensor.shape for key, tensor in planned.items()} != {k: t.shape for k, t in tensors.items()}:
+            raise ValueError(
+                f"{folder / WEIGHTS} does not fit the network that {CONFIG} describes: restore both"
+            )
+    with torch.device("cpu"):  # whatever the program's default is
+        model = rebuilt(config, folder, trust_network=trust_network)
+    in_float32_(model)
+    return model

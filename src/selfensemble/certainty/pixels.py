@@ -17,6 +17,7 @@ from ..noise.injection import eval_mode, random_layers
 from ..noise.layer import GaussianNoise, RandomLayer
 from ..noise.own_numbers import OwnNumbers
 from ..noise.streams import noise_draw
+from .arrival import keeps_images, pixel_levels, pixel_map
 
 _PASSES = 32  # that show randomness before the first noise, of generators that cannot be watched
 _CURE = "put one GaussianNoise(init_std) in front of the whole network"
@@ -26,7 +27,9 @@ def pixel_std(ensemble: SelfEnsemble, example_inputs: Tensor) -> float:
     """Standard deviation of the first noise in units of the image: the smallest, where pixels differ in it.
 
     The noise may stand behind an affine map of each pixel, such as a normalisation, whose scale is then
-    taken into account: noise of std s behind `a x + b` is noise of std `s / |a|` on the image.
+    taken into account: noise of std s behind `a x + b` is noise of std `s / |a|` on the image. Views and
+    constant padding change nothing; k copies of a pixel with noise of their own are worth `s / sqrt(k)`.
+    Pixels that do not arrive (a crop) have no say in the answer, which is checked.
 
     Args:
         ensemble: what is to be certified, in the form that predicts.
@@ -127,30 +130,27 @@ def _states_of_others() -> tuple[object, ...]:
 
 def _in_pixels(network: SelfEnsemble, first: GaussianNoise, images: Tensor) -> float:
     low, high = network.bounds or (0.0, 1.0)
-    black, white, mixed = _probes(images, low, high)
-    # To the CPU, for float64.
-    offset, end, arrived = (arrives_at(network, first, each).cpu() for each in (black, white, mixed))
-    mixed = mixed.cpu()
-    if offset.dtype not in (torch.float32, torch.float64):
+    arrived = arrives_at(network, first, images)
+    if arrived.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"the first noise acts on {offset.dtype}, whose rounding moves the image: certify a float32 "
+            f"the first noise acts on {arrived.dtype}, whose rounding moves the image: certify a float32 "
             "network (an optimised copy keeps its first layer in float32)"
         )
-    if arrived.shape == images.shape:
-        slope = ((end - offset) / (high - low)).double()
-        affine = slope * (mixed.double() - low) + offset
-        tolerance = 1e-5 * float((end - offset).abs().max())
-        if torch.allclose(arrived.double(), affine, rtol=1e-5, atol=tolerance) and bool((slope != 0).all()):
-            std = torch.as_tensor(np.asarray(first.std), dtype=torch.float64, device="cpu")
-            std = std.view(-1, *[1] * (slope.dim() - 2)) if std.dim() else std
-            found = float((std / slope.abs()).min())
-            if found > 0 and math.isfinite(found):
-                return found
-            raise ValueError("some channels of the image have no noise on them: no radius can be certified")
-    raise ValueError(
-        "what lies before the first noise is no affine map of each pixel (resizing, cropping, a "
-        "nonlinearity): " + _CURE
-    )
+    found = pixel_map(lambda each: arrives_at(network, first, each), images, low, high)
+    if found is None or not bool((found.slope != 0).any()):
+        raise ValueError(
+            "what lies before the first noise is no affine map of each pixel (resizing, a nonlinearity): "
+            + _CURE
+        )
+    if first.sampling == "shared" and not keeps_images(found, images):
+        raise ValueError(
+            "parts of one image (frames, windows) stand in the batch where the first noise acts, and shared "
+            'noise is the same on each of them: use SelfEnsemble(..., sampling="per_image")'
+        )
+    std = float(pixel_levels(found, first.std, images).min())
+    if std > 0 and math.isfinite(std):
+        return std
+    raise ValueError("some channels of the image have no noise on them: no radius can be certified")
 
 
 def _probes(images: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """What command-line arguments stand for: precisions, test data, images."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,8 +9,6 @@ from ..runtime.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from ..artefacts.config import ArtefactConfig
-    from ..data.images import ImageData
     from ..ensemble.ensemble import SelfEnsemble
 
 
@@ -22,31 +21,15 @@ def in_precision(ensemble: "SelfEnsemble", example: "torch.Tensor", precision: s
     return optimize(ensemble, example, "bf16") if precision == "bf16" else ensemble
 
 
-def test_data_of(config: "ArtefactConfig", data: str | None) -> "ImageData":
-    """The test images a saved ensemble was trained for, or those of `data`."""
-    from ..data.sources import load_data
-
-    trained_on = (config.recipe or {}).get("data", {})
-    source = data or trained_on.get("source")
-    if source is None:
-        raise InputError("the model does not say what it was trained on: pass --data")
-    test = load_data(source, "test", size=trained_on.get("size"))
-    if config.input_shape is not None and tuple(test.images.shape[1:]) != config.input_shape:
-        raise InputError(
-            f"{source} has images of shape {tuple(test.images.shape[1:])}, the model takes "
-            f"{config.input_shape}: pass the data it was trained on"
-        )
-    return test if config.classes is None else test.with_classes(config.classes)
-
-
 def image_files(paths: list[Path]) -> list[Path]:
-    """Files as they are named, and all images within folders."""
+    """Files as they are named, and all images within folders that are not hidden."""
     from ..data.decoding import IMAGE_SUFFIXES
+    from ..data.folders import files_below
 
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            inside = sorted(file for file in files_below(path) if file.suffix.lower() in IMAGE_SUFFIXES)
             if not inside:
                 raise InputError(f"no images in {path}")
             files += inside
@@ -57,14 +40,40 @@ def image_files(paths: list[Path]) -> list[Path]:
     return files
 
 
-def read_image(path: Path, shape: tuple[int, int, int]) -> "torch.Tensor":
+def inputs_of(
+    files: list[Path], shape: tuple[int, int, int], centre: float, bad: list[tuple[Path, str]]
+) -> Iterator[tuple[list[Path], "torch.Tensor"]]:
+    """Inputs (B, C, H, W) in [0, 1] of files, some at a time; those that cannot be read go to `bad`."""
+    import torch
+
+    from ..data.images import batch_size
+
+    size = batch_size(256, shape)
+    for start in range(0, len(files), size):
+        good, images = [], []
+        for path in files[start : start + size]:
+            try:
+                images.append(read_image(path, shape, centre))
+            except InputError as error:
+                bad.append((path, str(error).removeprefix(f"{_unreadable(path)}: ")))
+            else:
+                good.append(path)
+        if good:
+            yield good, torch.stack(images).float() / 255
+
+
+def read_image(path: Path, shape: tuple[int, int, int], centre: float = 1.0) -> "torch.Tensor":
     """An image of that shape (channels, height, width), uint8."""
     from PIL import Image
 
-    from ..data.decoding import prepare_image
+    from ..data.decoding import prepare_image, reason
 
     try:
         with Image.open(path) as image:
-            return prepare_image(image, shape[0], (shape[1], shape[2]))
+            return prepare_image(image, shape[0], (shape[1], shape[2]), centre)
     except Exception as error:  # Pillow raises many kinds for damaged files
-        raise InputError(f"cannot read {path} as an image: {error}") from error
+        raise InputError(f"{_unreadable(path)}: {reason(error)}") from error
+
+
+def _unreadable(path: Path) -> str:
+    return f"cannot read {path} as an image"

@@ -19,13 +19,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-MODEL_HELP = "Folder that `train` wrote, or a name of the zoo."
-Model = Annotated[Path, typer.Argument(help=MODEL_HELP)]
+MODEL_HELP = (
+    "Folder that `train` wrote, a name of the zoo, or of a network: package.module:attribute, "
+    "path/to/file.py:attribute, timm:NAME, torchvision:NAME, transformers:FOLDER-OR-ID."
+)
+Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps, ...; auto takes an accelerator if there is one.")]
-Data = Annotated[
-    str | None, typer.Option(help="digits, cifar10, ..., a hub id, or a folder; overrides the recipe's.")
-]
 
 
 @contextmanager

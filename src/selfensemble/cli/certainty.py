@@ -11,8 +11,11 @@ from ..runtime.devices import device_named
 from ..runtime.errors import InputError
 from ..runtime.processes import this_process
 from . import terminal
-from .arguments import in_precision, test_data_of
-from .base import Data, Device, Json, Model, app, resumable
+from .arguments import in_precision
+from .base import Device, Json, Model, app, resumable
+from .data_options import NO_DATA, DataOptions, takes_data
+from .opening import open_network, saved_folder
+from .options import OPTIONS, NetworkOptions, takes_network
 
 if TYPE_CHECKING:
     from ..artefacts.config import ArtefactConfig
@@ -25,9 +28,11 @@ _PRECISION = "float32, or bf16: an optimised copy, which is then what the result
 
 
 @app.command()
+@takes_network
+@takes_data
 def certify(
     model: Model,
-    data: Data = None,
+    data: DataOptions = NO_DATA,
     n_images: Annotated[int, typer.Option(min=1, help="Test images: the first so many.")] = 500,
     method: Annotated[str, typer.Option(help="mean (what `predict` averages) or vote.")] = "mean",
     rivals: Annotated[str, typer.Option(help="runner_up bounds every rival, all takes 1 - p.")] = "runner_up",
@@ -49,20 +54,19 @@ def certify(
     ] = None,
     device: Device = "auto",
     as_json: Json = False,
+    network: NetworkOptions = OPTIONS,
 ) -> None:
     """Certify L2 radii within which the answer cannot change; goes on where it stopped."""
-    from ..artefacts import storage
     from ..evaluation.certified import Certification, Settings
 
     settings = Settings.model_validate(
         {"images": n_images, "alpha": alpha, "n0": n0, "n": n, "method": method, "rivals": rivals,
          "radius": radius, "grid": grid, "seed": seed, "shard": shard}
     )  # fmt: skip
-    config = storage.read_config(model)
     rank, world, target = this_process(device)
-    test = test_data_of(config, data)
-    ensemble = in_precision(storage.load(model).to(target), test.inputs(slice(2)), precision)
-    name = model.resolve().name
+    opened = open_network(model, network, data, with_data=True)
+    test, name = opened.test, opened.name
+    ensemble = in_precision(opened.ensemble.to(target), test.inputs(slice(2)), precision)
     folder = out or Path("runs") / f"{name}-certified-{method}"
     with resumable(folder), terminal.progress() as update:
         update("preparing", 0.0)
@@ -73,7 +77,7 @@ def certify(
             folder,
             name=name,
             max_batch=max_batch,
-            architecture=config.architecture.model_dump() if config.architecture else None,
+            architecture=opened.architecture,
             progress=update,
             rank=rank,
             world=world,
@@ -88,9 +92,11 @@ def certify(
 
 
 @app.command()
+@takes_network
+@takes_data
 def calibrate(
-    model: Annotated[Path, typer.Argument(help="Folder that `train` wrote; its config.json is extended.")],
-    data: Data = None,
+    model: Annotated[str, typer.Argument(help="Folder that `train` wrote; its config.json is extended.")],
+    data: DataOptions = NO_DATA,
     n_images: Annotated[
         int, typer.Option(min=1, help="Test images: the last so many, so that the first stay unseen.")
     ] = 4000,
@@ -116,10 +122,9 @@ def calibrate(
     precision: Annotated[str, typer.Option(help=_PRECISION)] = "bf16",
     device: Device = "auto",
     as_json: Json = False,
+    network: NetworkOptions = OPTIONS,
 ) -> None:
     """Set the margins at which `predict --stop calibrated` stops drawing, or the sets of `predict --sets`."""
-    from ..artefacts import storage
-
     of_stops = {"epsilon": epsilon, "delta": delta, "most": most}
     of_sets = {"alpha": alpha, "radius": radius, "draws": draws}
     for name, value in (of_stops if sets else of_sets).items():
@@ -127,17 +132,16 @@ def calibrate(
             raise InputError(
                 f"--{name} is {'not ' if sets else ''}of --sets: {'leave it out' if sets else 'add it'}"
             )
-    if not model.is_dir():
-        raise InputError(f"{model} is no folder: a network of the zoo is calibrated in a copy of its folder")
-    config = storage.read_config(model)
-    test = test_data_of(config, data)
+    folder = saved_folder(model, "is calibrated", zoo=False)
+    opened = open_network(model, network, data, with_data=True)
+    config, test = opened.config, opened.test
     if len(test) < n_images:
         raise InputError(f"there are {len(test)} test images: --n-images asks for {n_images}")
-    ensemble = in_precision(storage.load(model).to(device_named(device)), test.inputs(slice(2)), precision)
+    ensemble = in_precision(opened.ensemble.to(device_named(device)), test.inputs(slice(2)), precision)
     work = _sets if sets else _stopping
     options = {name: value for name, value in (of_sets if sets else of_stops).items() if value is not None}
     rule, told = work(
-        ensemble, test, slice(len(test) - n_images, len(test)), options | {"seed": seed}, model, config
+        ensemble, test, slice(len(test) - n_images, len(test)), options | {"seed": seed}, folder, config
     )
     if as_json:
         terminal.print_json(rule.model_dump(mode="json"))

@@ -1,5 +1,6 @@
 """Commands that attack a network, ask whether the attacks can be trusted, and compare."""
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,8 +10,10 @@ from ..runtime.devices import device_named
 from ..runtime.errors import InputError
 from ..runtime.processes import this_process
 from . import terminal
-from .arguments import test_data_of
-from .base import Data, Device, Json, Model, app, resumable
+from .base import Device, Json, Model, app, resumable
+from .data_options import NO_DATA, DataOptions, takes_data
+from .opening import open_bare, open_network
+from .options import OPTIONS, NetworkOptions, takes_network
 
 if TYPE_CHECKING:
     from ..evaluation.protocol import Protocol
@@ -21,11 +24,15 @@ _UNSOUND = 3
 
 
 @app.command()
+@takes_network
+@takes_data
 def evaluate(
     model: Model,
     protocol: Annotated[str, typer.Option(help="A shipped protocol (see `info`) or a YAML file.")] = "paper",
-    data: Data = None,
-    n: Annotated[int | None, typer.Option(min=1, help="Test images: the first n.")] = None,
+    data: DataOptions = NO_DATA,
+    n: Annotated[
+        int | None, typer.Option(min=1, help="Test images: the first n; of folders in random order.")
+    ] = None,
     c: Annotated[
         list[float] | None, typer.Option(help="Strengths of the paper's attack, instead of the protocol's.")
     ] = None,
@@ -33,7 +40,7 @@ def evaluate(
     static: Annotated[bool, typer.Option("--static", help="The network with its noise taken out.")] = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Of attacks and judge.")] = None,
     shard: Annotated[int | None, typer.Option(min=1, help="Images a unit of work.")] = None,
-    max_batch: Annotated[int, typer.Option(min=1, help="Images a forward pass.")] = 200,
+    max_batch: Annotated[int | None, typer.Option(min=1, help="Images a forward pass.")] = None,
     precision: Annotated[
         str | None, typer.Option(help="Of the gradients that attacks follow: float32 or bf16 (faster).")
     ] = None,
@@ -46,9 +53,9 @@ def evaluate(
     ] = None,
     device: Device = "auto",
     as_json: Json = False,
+    network: NetworkOptions = OPTIONS,
 ) -> None:
     """Attack a model by a protocol, judge it on fresh noise; started again, it goes on where it stopped."""
-    from ..artefacts import storage
     from ..evaluation.eight_bits import write_images
     from ..evaluation.runner import Evaluation
     from ..noise.injection import make_static_
@@ -56,12 +63,9 @@ def evaluate(
     overrides: dict[str, Any] = {"images": n, "seed": seed, "shard": shard, "precision": precision}
     overrides["bits"] = 8 if save_images else None
     plan = _protocol(protocol, c, {key: value for key, value in overrides.items() if value is not None})
-    config = storage.read_config(model)
     rank, world, target = this_process(device)
-    ensemble = storage.load(model).to(target)
-    ensemble.draws = draws or ensemble.draws
-    test = test_data_of(config, data)
-    name = model.resolve().name
+    opened = open_network(model, replace(network, draws=draws), data, with_data=True)
+    ensemble, name = opened.ensemble.to(target), opened.name
     if static:
         make_static_(ensemble.model)
         name += "-static"
@@ -69,9 +73,8 @@ def evaluate(
     with resumable(folder), terminal.progress() as update:
         update("preparing", 0.0)
         evaluation = Evaluation(
-            ensemble, test, plan, folder, name=name, max_batch=max_batch,
-            architecture=config.architecture.model_dump() if config.architecture else None,
-            progress=update, rank=rank, world=world,
+            ensemble, opened.test, plan, folder, name=name, max_batch=max_batch,
+            architecture=opened.architecture, progress=update, rank=rank, world=world,
         )  # fmt: skip
         results = evaluation.run()
         if save_images and rank == 0:
@@ -105,27 +108,29 @@ def _protocol(name: str, c: list[float] | None, overrides: dict[str, Any]) -> "P
 
 
 @app.command()
+@takes_network
+@takes_data
 def doctor(
     model: Model,
-    data: Data = None,
+    data: DataOptions = NO_DATA,
     n: Annotated[int, typer.Option(min=5, help="Test images for the trial attacks.")] = 50,
     norm: Annotated[str, typer.Option(help="linf, l2 or l1.")] = "linf",
     eps: Annotated[str, typer.Option(help="Radius of the trial attacks, e.g. 8/255.")] = "8/255",
     steps: Annotated[int, typer.Option(min=1, help="Gradient steps of the trial attacks.")] = 20,
     eot: Annotated[int, typer.Option(min=1, help="Noise draws of each step.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Of the trial attacks.")] = 0,
-    max_batch: Annotated[int, typer.Option(min=1, help="Images a forward pass.")] = 200,
+    max_batch: Annotated[int | None, typer.Option(min=1, help="Images a forward pass.")] = None,
     device: Device = "auto",
     as_json: Json = False,
+    network: NetworkOptions = OPTIONS,
 ) -> None:
     """Check whether an evaluation of a model can be trusted; exit status 3 if a check fails."""
-    from ..artefacts import storage
+    from ..data.images import batch_size
     from ..evaluation.doctor.examination import doctor as examine
     from ..evaluation.protocol import check_radius, number
 
-    config = storage.read_config(model)
-    ensemble = storage.load(model).to(device_named(device))
-    test = test_data_of(config, data)
+    opened = open_network(model, network, data, with_data=True)
+    ensemble, test = opened.ensemble.to(device_named(device)), opened.test
     images = slice(4 * n)
     with terminal.progress() as update:
         checks = examine(
@@ -137,8 +142,8 @@ def doctor(
             steps=steps,
             eot=eot,
             images=n,
-            expect_random=config.is_random,
-            max_batch=max_batch,
+            expect_random=opened.config.is_random,
+            max_batch=max_batch or batch_size(200, test.shape),
             seed=seed,
             progress=update,
         )
@@ -147,6 +152,28 @@ def doctor(
     else:
         terminal.print_checks(checks)
     if any(check.passed is False for check in checks):
+        raise typer.Exit(_UNSOUND)
+
+
+@app.command()
+@takes_network
+@takes_data
+def validate(
+    model: Model,
+    data: DataOptions = NO_DATA,
+    as_json: Json = False,
+    network: NetworkOptions = OPTIONS,
+) -> None:
+    """Say what noise would miss or get wrong in a network; exit status 3 if it finds an error."""
+    from ..ensemble.validators import validate as look
+
+    examined, example, chosen = open_bare(model, network, data)
+    issues = look(examined, example, filter_fn=chosen)
+    if as_json:
+        terminal.print_json([asdict(issue) for issue in issues])
+    else:
+        terminal.print_issues(issues)
+    if any(issue.severity == "error" for issue in issues):
         raise typer.Exit(_UNSOUND)
 
 

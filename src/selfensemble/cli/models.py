@@ -8,19 +8,25 @@ import typer
 from ..runtime.devices import device_named
 from ..runtime.errors import InputError
 from . import terminal
-from .arguments import image_files, in_precision, read_image, test_data_of
-from .base import MODEL_HELP, Data, Device, Json, app
+from .arguments import image_files, in_precision, inputs_of
+from .base import MODEL_HELP, Device, Json, Model, app
+from .data_options import NO_DATA, DataOptions, takes_data
+from .opening import described_as, open_network, saved_folder
+from .options import OPTIONS, NetworkOptions, takes_network
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..ensemble.ensemble import SelfEnsemble
 
+_SOME_UNREADABLE = 2
+
 
 @app.command()
+@takes_network
 def predict(
     paths: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
-    model: Annotated[Path, typer.Option(help=MODEL_HELP)],
+    model: Annotated[str, typer.Option(help=MODEL_HELP)],
     draws: Annotated[int | None, typer.Option(min=1, help="Noise draws a prediction.")] = None,
     stop: Annotated[
         str | None,
@@ -33,40 +39,61 @@ def predict(
     seed: Annotated[int | None, typer.Option(help="Repeatable noise; fresh by default.")] = None,
     device: Device = "auto",
     as_json: Json = False,
+    network: NetworkOptions = OPTIONS,
 ) -> None:
-    """Label images, with mean probabilities and their spread over the noise draws."""
-    import torch
+    """Label images, with mean probabilities and spread; exit status 2 if some files cannot be read."""
+    opened = open_network(model, network)
+    files, bad, records = image_files(paths), list[tuple[Path, str]](), list[dict[str, Any]]()
+    ensemble = opened.ensemble.to(device_named(device))
+    centre = (opened.config.recipe or {}).get("data", {}).get("centre", 1.0)
+    for group, inputs in inputs_of(files, opened.shape, centre, bad):
+        if not records:
+            ensemble = _as_calibrated(ensemble, inputs, stop, sets)
+        asked = {"draws": draws, "seed": seed, "stop": stop}
+        records += _answers(ensemble, group, inputs, opened.config.classes, top, sets, asked)
+    if not records:
+        raise InputError(f"cannot read {bad[0][0]} as an image: {bad[0][1]}")
+    if as_json:
+        unreadable = [{"file": str(path), "reason": why} for path, why in bad]
+        terminal.print_json({"images": records, "unreadable": unreadable})
+    else:
+        terminal.print_predictions(records, len(records[0]["predictions"]))
+    for path, why in bad:
+        terminal.note(f"cannot read {path} as an image: {why}")
+    if bad:
+        raise typer.Exit(_SOME_UNREADABLE)
 
-    from ..artefacts import storage
+
+def _answers(
+    ensemble: "SelfEnsemble",
+    files: list[Path],
+    inputs: "Tensor",
+    classes: tuple[str, ...] | None,
+    top: int,
+    sets: bool,
+    asked: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """What is printed of each of these files."""
     from ..certainty.conformal import ConformalSets
 
-    config = storage.read_config(model)
-    if config.input_shape is None:
-        raise InputError(f"{model} does not say the shape of its inputs: use the Python interface")
-    files = image_files(paths)
-    images = torch.stack([read_image(path, config.input_shape) for path in files])
-    ensemble = storage.load(model).to(device_named(device))
-    inputs = images.float() / 255
-    ensemble = _as_calibrated(ensemble, inputs, stop, sets)
-    possible = None if not sets else ConformalSets.of(ensemble).predict(inputs, max_batch=256, seed=seed)
-    answer = ensemble.predict(inputs, draws=draws, seed=seed, max_batch=256, stop=stop)  # type: ignore[arg-type]
-    classes = config.classes or tuple(str(label) for label in range(answer.probabilities.shape[1]))
+    possible = None
+    if sets:
+        possible = ConformalSets.of(ensemble).predict(inputs, max_batch=256, seed=asked["seed"])
+    answer = ensemble.predict(inputs, max_batch=256, **asked)
+    names = classes or tuple(str(label) for label in range(answer.probabilities.shape[1]))
     records: list[dict[str, Any]] = []
     columns = (files, answer.probabilities, answer.spread, answer.draws.tolist())
     for path, mean, spread, used in zip(*columns, strict=True):
-        best = mean.topk(min(top, len(classes))).indices.tolist()
+        best = mean.topk(min(top, len(names))).indices.tolist()
         shown = [
-            {"label": classes[k], "probability": mean[k].item(), "spread": terminal.finite(spread[k].item())}
+            {"label": names[k], "probability": mean[k].item(), "spread": terminal.finite(spread[k].item())}
             for k in best
         ]
         records.append({"file": str(path), "draws": used, "predictions": shown})
     if possible is not None:
         for record, held in zip(records, possible.tolist(), strict=True):
-            record["set"] = [label for label, inside in zip(classes, held, strict=True) if inside]
-    if as_json:
-        terminal.print_json({"images": records})
-        return
-    terminal.print_predictions(records, min(top, len(classes)))
+            record["set"] = [label for label, inside in zip(names, held, strict=True) if inside]
+    return records
 
 
 def _as_calibrated(
@@ -84,82 +111,93 @@ def _as_calibrated(
 
 
 @app.command()
+@takes_network
+@takes_data
 def pack(
-    model: Annotated[Path, typer.Argument(help="Folder that `train` wrote.")],
+    model: Model,
     out: Annotated[Path, typer.Argument(help="New folder; its name is the network's.")],
-    data: Data = None,
+    data: DataOptions = NO_DATA,
     precision: Annotated[str, typer.Option(help="Of the stored weights: bf16 or float32.")] = "bf16",
+    network: NetworkOptions = OPTIONS,
 ) -> None:
     """Copy a saved ensemble with small weights and a model card; test accuracy is measured again."""
     import torch
 
-    from ..artefacts import storage
     from ..report.packing import pack as write
 
     known = {"bf16": torch.bfloat16, "float32": None}
     if precision not in known:
         raise InputError(f"--precision must be one of {', '.join(known)}, got {precision!r}")
-    write(model, out, test_data_of(storage.read_config(model), data), dtype=known[precision])
+    opened = open_network(model, network, data, with_data=True)
+    write(
+        opened.folder,
+        out,
+        opened.test,
+        dtype=known[precision],
+        ensemble=opened.ensemble,
+        config=opened.config,
+    )
     terminal.out.print(f"Written to {out}: model.safetensors, config.json, README.md", soft_wrap=True)
 
 
 @app.command()
+@takes_network
 def export(
-    model: Annotated[Path, typer.Argument(help=MODEL_HELP)],
+    model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write, NAME.onnx.")],
     draws: Annotated[
         int | None, typer.Option(min=1, help="Noise draws of a run; by default those of the ensemble.")
     ] = None,
+    network: NetworkOptions = OPTIONS,
 ) -> None:
     """Write a saved ensemble as ONNX, in which the noise stays random at run time."""
     import torch
 
-    from ..artefacts import storage
     from ..artefacts.onnx_export import export_onnx
 
-    config = storage.read_config(model)
-    if config.input_shape is None:
-        raise InputError(f"{model} does not say the shape of its inputs: use the Python interface")
-    example = torch.zeros(2, *config.input_shape, dtype=torch.float32, device="cpu")
-    written = export_onnx(storage.load(model), out, example, draws=draws, classes=config.classes)
+    opened = open_network(model, network)
+    example = torch.zeros(2, *opened.shape, dtype=torch.float32, device="cpu")
+    written = export_onnx(opened.ensemble, out, example, draws=draws, classes=opened.config.classes)
     terminal.out.print(f"Written to {written}", soft_wrap=True)
 
 
 @app.command()
+@takes_network
 def card(
-    model: Annotated[Path, typer.Argument(help="Folder of a saved ensemble.")],
+    model: Annotated[str, typer.Argument(help="Folder of a saved ensemble.")],
     evaluation: Annotated[
         list[Path] | None, typer.Option(help="Folder that `evaluate` wrote of it; repeat for more.")
     ] = None,
     certificate: Annotated[
         list[Path] | None, typer.Option(help="Folder that `certify` wrote of it; repeat for more.")
     ] = None,
+    network: NetworkOptions = OPTIONS,
 ) -> None:
     """Write the model card README.md of a saved ensemble from its evaluations and certifications."""
     from ..evaluation.certified import read_certified
     from ..evaluation.results import read_results
     from ..report.packing import write_card
 
+    folder = saved_folder(model, "gets a card")
     written = write_card(
-        model,
+        folder,
         [read_results(folder) for folder in evaluation or ()],
         certificates=[read_certified(folder) for folder in certificate or ()],
+        ensemble=open_network(model, network).ensemble,
     )
     terminal.out.print(f"Written to {written}", soft_wrap=True)
 
 
 @app.command()
+@takes_network
 def info(
-    model: Annotated[
-        Path | None, typer.Argument(help="Folder that `train` wrote, or a name of the zoo.")
-    ] = None,
+    model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
     as_json: Json = False,
+    network: NetworkOptions = OPTIONS,
 ) -> None:
     """What a saved ensemble is, or what is installed here."""
     if model is not None:
-        from ..artefacts import storage
-
-        described = storage.read_config(model).model_dump(mode="json")
+        described = described_as(model, network).model_dump(mode="json")
     else:
         from ..artefacts.zoo import zoo
         from ..evaluation.protocol import load_protocol, shipped_protocols

@@ -9,12 +9,15 @@ from ..runtime.devices import device_named
 from ..runtime.errors import InputError
 from .arguments import in_precision
 from .base import Device, Model, app
+from .opening import Opened, open_network
+from .options import OPTIONS, NetworkOptions, takes_network
 
 if TYPE_CHECKING:
     from ..ensemble.ensemble import SelfEnsemble
 
 
 @app.command()
+@takes_network
 def serve(
     model: Model,
     host: Annotated[
@@ -52,6 +55,7 @@ def serve(
         typer.Option(help="float32 or bf16; by default that of calibrated rules, or the faster one."),
     ] = None,
     device: Device = "auto",
+    network: NetworkOptions = OPTIONS,
 ) -> None:
     """Answer images over HTTP: POST /v1/predict; see /openapi.json."""
     try:
@@ -72,29 +76,25 @@ def serve(
          "max_waiting": max_waiting, "timeout": timeout, "page": page, "samples": samples,
          "attacks": page and (is_local if attacks is None else attacks)}
     )  # fmt: skip
-    ensemble, classes, shape = _loaded(model, device, precision)
+    ensemble, classes, shape = _loaded(open_network(model, network), device, precision)
     run(ensemble, classes, shape, settings, host, port)
 
 
 def _loaded(
-    model: Path, device: str, precision: str | None
+    opened: Opened, device: str, precision: str | None
 ) -> tuple["SelfEnsemble", tuple[str, ...], tuple[int, int, int]]:
     """The ensemble as it will answer, the names of its classes and the shape of its images."""
     import torch
 
-    from ..artefacts import storage
     from ..fast.optimize import faster_precision
 
-    config = storage.read_config(model)
-    if config.input_shape is None:
-        raise InputError(f"{model} does not say the shape of its inputs, so that nothing can be sent to it")
     target = device_named(device)
-    ensemble = storage.load(model).to(target)
-    example = torch.zeros(2, *config.input_shape, dtype=torch.float32, device="cpu")
+    ensemble = opened.ensemble.to(target)
+    example = torch.zeros(2, *opened.shape, dtype=torch.float32, device="cpu")
     # Rules are about a precision; without --precision it is theirs, first of all that of the stops.
     rules = [rule.precision for rule in (ensemble.stopping, ensemble.sets) if rule is not None]
     ensemble = in_precision(ensemble, example, precision or [*rules, faster_precision(target)][0])
-    classes = config.classes or tuple(
+    classes = opened.config.classes or tuple(
         map(str, range(ensemble.eval().predict(example).probabilities.shape[1]))
     )
-    return ensemble, classes, config.input_shape
+    return ensemble, classes, opened.shape

@@ -13,6 +13,7 @@ from rich.console import Console
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ..ensemble.validators import Issue
     from ..evaluation.certified import Certified
     from ..evaluation.results import CheckRecord, Results
     from ..experiments import Page
@@ -59,7 +60,7 @@ def print_results(results: "Results") -> None:
     """An evaluation as a table."""
     from rich.table import Table
 
-    title = f"{results.name}: {results.data.images} test images, protocol {results.protocol['name']}"
+    title = f"{results.name}: {results.data.which}, protocol {results.protocol['name']}"
     if (edition := results.protocol.get("version", 1)) > 1:
         title += f", edition {edition}"
     seeds = len(results.clean.seeds)
@@ -97,6 +98,24 @@ def print_checks(checks: "Sequence[CheckRecord]") -> None:
     out.print(table)
 
 
+def print_issues(issues: "Sequence[Issue]") -> None:
+    """What `validate` found, as a table."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    if not issues:
+        out.print("Nothing found: noise can go in.")
+        return
+    table = Table(title="What noise would miss or get wrong")
+    for column in ("rule", "", "where", "what is the matter", "what to do"):
+        table.add_column(column, overflow="fold")
+    for issue in issues:
+        style = "red" if issue.severity == "error" else None
+        parts = (issue.rule, issue.severity, issue.where or "the network", issue.message, issue.cure)
+        table.add_row(*map(escape, parts), style=style)
+    out.print(table)
+
+
 def print_page(page: "Page") -> None:
     """The tables of an experiment."""
     from rich.table import Table
@@ -118,6 +137,11 @@ def percent(record: dict[str, Any]) -> str:
 def finite(value: float) -> float | None:
     """`value`, or None where JSON has no number for it."""
     return value if math.isfinite(value) else None
+
+
+def note(text: str) -> None:
+    """Something to know, on stderr."""
+    err.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def print_json(value: Any) -> None:
@@ -186,7 +210,7 @@ def print_certified(results: "Certified") -> None:
 
     settings = results.settings
     table = Table(
-        title=f"{results.name}: {results.data.images} test images, {settings['method']}, alpha "
+        title=f"{results.name}: {results.data.which}, {settings['method']}, alpha "
         f"{settings['alpha']:g}, {settings['n']} draws",
         caption=f"nothing certified: {results.abstained:.1%}; mean radius {results.mean_radius:.3f}; "
         f"mean draws {results.draws:.0f}",

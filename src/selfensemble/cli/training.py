@@ -9,14 +9,17 @@ from ..runtime.devices import device_named
 from ..runtime.errors import InputError
 from ..runtime.interrupts import Interrupted
 from . import terminal
-from .arguments import test_data_of
-from .base import Data, Device, Json, Model, app, resumable
+from .base import Device, Json, Model, app, resumable
+from .data_options import NO_DATA, DataOptions, takes_data
+from .opening import open_network
+from .options import OPTIONS, NetworkOptions, takes_network
 
 
 @app.command()
+@takes_data
 def train(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe (see `info`) or a YAML file.")],
-    data: Data = None,
+    data: DataOptions = NO_DATA,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Override a key, e.g. --set train.epochs=5.")
     ] = None,
@@ -29,14 +32,14 @@ def train(
     from ..training.recipe import load_recipe
     from ..training.trainer import Trainer
 
-    config = load_recipe(recipe, overrides)
+    config = load_recipe(recipe, overrides).replaced("data", **data.given())
     folder = out or Path("runs") / config.name
     with terminal.progress() as update:
         update("preparing", 0.0)
         trainer = Trainer(
             config,
             folder,
-            data=data,
+            data=data.data,
             resume=resume,
             overwrite=overwrite,
             progress=lambda step, steps, text: update(text, step / steps),
@@ -50,16 +53,22 @@ def train(
     if as_json:
         terminal.print_json(results)
         return
+    for each in trainer.batches.train.skipped:
+        terminal.note(f"left out: {each}")
     for split, record in results["metrics"].items():
         title = f"{split} accuracy, {results['draws']} draw(s)"
         terminal.out.print(f"{title}: {terminal.percent(record)}, {record['images']} images")
+    if trainer.batches.streams:
+        terminal.out.print(f"Waiting for images: {results['waiting_for_data']:.0%} of the time of training")
     terminal.out.print(f"Written to {folder}: model.safetensors, config.json, results.json", soft_wrap=True)
 
 
 @app.command()
+@takes_network
+@takes_data
 def tune(
     model: Model,
-    data: Data = None,
+    data: DataOptions = NO_DATA,
     n_images: Annotated[
         int, typer.Option(min=1, help="Test images: the last so many, so that the first stay unseen.")
     ] = 200,
@@ -76,28 +85,29 @@ def tune(
     out: Annotated[Path | None, typer.Option(help="Folder; runs/MODEL-tuned by default.")] = None,
     device: Device = "auto",
     as_json: Json = False,
+    network: NetworkOptions = OPTIONS,
 ) -> None:
     """Sweep the level of the noise: clean and attacked accuracy, a plot, and which to take."""
-    from ..artefacts import storage
-    from ..experiments.tuning import LEVELS, levels_named, training
+    from ..experiments.tuning import LEVELS, training
     from ..experiments.tuning import tune as sweep
+    from ..noise.levels import levels_named
     from ..runtime.files import write_json
 
     wanted = LEVELS if levels is None else levels_named(levels)
-    config = storage.read_config(model)
-    test = test_data_of(config, data)
+    opened = open_network(model, network, data, with_data=True)
+    config, test = opened.config, opened.test
     if len(test) < n_images:
         raise InputError(f"there are {len(test)} test images: --n-images asks for {n_images}")
     chosen = slice(len(test) - n_images, len(test))
-    ensemble = storage.load(model).to(device_named(device))
-    folder = out or Path("runs") / f"{model.resolve().name}-tuned"
+    ensemble = opened.ensemble.to(device_named(device))
+    folder = out or Path("runs") / f"{opened.name}-tuned"
+    fine_tune = training(config.recipe, model, epochs, folder, data.data, data.given()) if epochs else None
     with resumable(folder), terminal.progress() as update:
         found = sweep(
             ensemble, test.inputs(chosen), test.labels[chosen], wanted, eps=eps, give_up=give_up, seed=seed,
-            fine_tune=training(config.recipe, str(model), epochs, folder, data) if epochs else None,
-            progress=update,
+            fine_tune=fine_tune, progress=update,
         )  # fmt: skip
-    values = found.values() | {"model": model.resolve().name, "epochs": epochs}
+    values = found.values() | {"model": opened.name, "epochs": epochs}
     write_json(folder / "tune.json", values)
     page = found.page()
     page.write(folder)

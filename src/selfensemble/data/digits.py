@@ -6,12 +6,12 @@ import torch
 from .images import ImageData, Split
 
 
-def digits(split: Split, size: int | None) -> ImageData:
+def digits(split: Split, size: int | tuple[int, int] | None) -> ImageData:
     """1,797 handwritten digits of 8x8 (UCI, Alpaydin & Kaynak 1998); a fixed quarter is the test set."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    if size not in (None, 8):
+    if size not in (None, 8, (8, 8)):
         raise ValueError(f"digits are 8x8 images: leave size out, got {size}")
     pixels, labels = load_digits(return_X_y=True)
     parts = train_test_split(pixels, labels, test_size=450, random_state=0, stratify=labels)

@@ -1,14 +1,20 @@
 """Images and labels as everything here takes them."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .labels import class_numbers
+from .order import is_shuffled, mixed_order
+from .streaming import StoredReader, Streamed
 
 Split = Literal["train", "test"]
+_COPIED = 2**28  # bytes of images of which a part is copied rather than looked up
+# Numbers of a batch of inputs: images of 32x32 are taken by the hundred, photos by the dozen.
+BATCH_NUMBERS = 2**22
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,37 +23,89 @@ class ImageData:
 
     Attributes:
         name: where it came from.
-        images: (N, C, H, W) uint8, memory-mapped where it was decoded from files.
+        images: (N, C, H, W): uint8, or floating point that networks get as it is. A tensor, memory-mapped
+            where it was decoded from files, or images that are decoded where they are indexed.
         labels: (N,) int64, beside the images; other integers become that.
         classes: names of the K classes.
+        drawn: the seed of the order that the images are in; None for the order that they are stored in.
+        cut: where train and test split were cut out of the same images: the share of the test split, and
+            the seed.
+        skipped: files that are not among the images, and why.
 
     Raises:
-        ValueError, TypeError: labels that are no numbers of these classes, one an image.
+        ValueError, TypeError: labels that are no numbers of these classes, one an image, or images that are
+            neither uint8 nor floating point.
     """
 
     name: str
-    images: Tensor
+    images: Any  # a Tensor, or a Streamed, which is indexed like one
     labels: Tensor
     classes: tuple[str, ...]
+    drawn: int | None = None
+    cut: tuple[float, int] | None = None
+    skipped: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         images = self.images
+        if not (images.dtype == torch.uint8 or images.dtype.is_floating_point):
+            raise ValueError(
+                f"images must be uint8 (0 to 255), or floating point as the network takes them; got "
+                f"{images.dtype}: convert them"
+            )
         labels = class_numbers(self.labels, len(images), device=images.device, classes=len(self.classes))
         object.__setattr__(self, "labels", labels)
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one image: (C, H, W)."""
+        return tuple(self.images.shape[1:])
+
     def inputs(self, index: Tensor | slice = slice(None)) -> Tensor:
-        """Images as float32 in [0, 1]."""
-        return self.images[index].float() / 255
+        """Images as float32: uint8 divided by 255, others as they are."""
+        return as_inputs(self.images[index])
+
+    def batches(self, indices: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and labels of the images `indices`, up to `size` at a time, decoded ahead by workers."""
+        groups = indices.split(size)
+        if isinstance(self.images, Streamed):
+            found = self.images.groups(groups)
+        else:
+            found = (self.images[group] for group in groups)
+        for images, group in zip(found, groups, strict=True):
+            yield as_inputs(images), self.labels[group]
+
+    def subset(self, index: Tensor) -> "ImageData":
+        """Some of the images; of a large set they are looked up where they are asked for."""
+        images = self.images
+        if isinstance(images, Tensor) and images.nbytes > _COPIED and images.device.type == "cpu":
+            everything = torch.arange(len(images), device="cpu")
+            images = Streamed(StoredReader(images), everything, self.shape, images.dtype)
+        chosen = images.subset(index) if isinstance(images, Streamed) else images[index]
+        return replace(self, images=chosen, labels=self.labels[index])
 
     def sample(self, count: int, seed: int) -> "ImageData":
         """At most `count` of the images, drawn by `seed`, in their order."""
         if count >= len(self):
             return self
-        order = _shuffled(len(self), seed)[:count].sort().values
-        return replace(self, images=self.images[order], labels=self.labels[order])
+        return self.subset(_shuffled(len(self), seed)[:count].sort().values)
+
+    def in_random_order(self, seed: int = 0, *, sorted_by_class: bool = False) -> "ImageData":
+        """The same images, so that the first n stand for all of them, as do the last.
+
+        Those that are stored in a random order stay as they are. Others, such as folders sorted by class,
+        come in one drawn by `seed`, in which each beginning has its share of every class.
+
+        Args:
+            seed: of the order.
+            sorted_by_class: whether they are known to be; otherwise their labels are looked at.
+        """
+        if self.drawn is not None or not (sorted_by_class or not is_shuffled(self.labels)):
+            return self
+        order = mixed_order(self.labels.cpu(), seed).to(self.labels.device)
+        return replace(self.subset(order), drawn=seed)
 
     def with_classes(self, classes: tuple[str, ...]) -> "ImageData":
         """The same images, their labels numbered as in `classes` (a split may lack some of them).
@@ -65,6 +123,46 @@ class ImageData:
             )
         numbers = torch.tensor([classes.index(name) for name in self.classes], device=self.labels.device)
         return replace(self, labels=numbers[self.labels], classes=classes)
+
+
+@dataclass(frozen=True, slots=True)
+class FirstInputs:
+    """The inputs of the first images, (N, C, H, W) on the CPU, made where they are indexed.
+
+    Attributes:
+        data: whose.
+        count: N.
+    """
+
+    data: ImageData
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.count, *self.data.shape))
+
+    def __getitem__(self, index: Tensor | slice) -> Tensor:
+        chosen = torch.arange(self.count, device="cpu")[index]
+        return self.data.inputs(chosen.to(self.data.labels.device)).cpu()
+
+    def parts(self) -> Iterator[Tensor]:
+        """All of them, some at a time."""
+        indices = torch.arange(self.count, device=self.data.labels.device)
+        for inputs, _ in self.data.batches(indices, batch_size(self.count, self.data.shape)):
+            yield inputs.cpu()
+
+
+def as_inputs(images: Tensor) -> Tensor:
+    """Images as float32: uint8 divided by 255, others as they are."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+
+
+def batch_size(most: int, shape: tuple[int, ...]) -> int:
+    """How many inputs of a shape to take at a time: `most` small ones, fewer large ones."""
+    return max(1, min(most, BATCH_NUMBERS // max(1, torch.Size(shape).numel())))
 
 
 def _shuffled(count: int, seed: int) -> Tensor:

@@ -1,29 +1,48 @@
 """Where images come from, by name.
 
 Sources: `digits` (inside scikit-learn, no download), `cifar10`, `cifar100`, `stl10` or any other id of
-a Hugging Face data set, a local folder of parquet files, a local folder of images.
+a Hugging Face data set, a local folder of parquet files or of images, what `save_to_disk` wrote, a table of
+paths of images (csv, parquet), arrays (npz), and `package.module:attribute` of a torch `Dataset`.
 """
 
 from pathlib import Path
-from typing import get_args
+from typing import Unpack, get_args
 
-from .caching import cached
+from ..networks.importing import attribute_named, is_file_name
+from .arrays import arrays
 from .digits import digits
-from .folders import images_by_class, split_files
+from .folders import class_folders, files_below, tables_of
 from .images import ImageData, Split
-from .tables import HUB_IDS, open_hub, open_parquet
+from .lists import LIST_SUFFIXES, open_list
+from .reading import Options, Reading, Size
+from .rendering import images_of
+from .rows import Rows
+from .tables import HUB_IDS, open_hub, open_parquet, open_saved
+from .torch_datasets import dataset_named
 
 
-def load_data(source: str | Path, split: Split, *, size: int | None = None) -> ImageData:
+def load_data(
+    source: str | Path, split: Split, *, size: Size | None = None, **options: Unpack[Options]
+) -> ImageData:
     """One split of `source`.
 
+    A test split that is stored in the order of its classes, as folders of images are, comes in an order drawn
+    by `split_seed`, so that its first n images stand for all of it.
+
     Args:
-        source: "digits", a known name (`HUB_IDS`), a hub id ("owner/name") or a folder: parquet files
-            whose names (or sub-folders) begin with the split, or one sub-folder a split with one folder
-            of images a class in it.
+        source: "digits", a known name (`HUB_IDS`), a hub id ("owner/name"); a folder of parquet files whose
+            names (or sub-folders) begin with the split; a folder with one sub-folder a split and one folder
+            of images a class in it, or with the folders of the classes alone; a folder that `save_to_disk`
+            of the datasets library wrote; a csv or parquet file of paths and labels; an npz file of arrays;
+            or "package.module:attribute", "file.py:attribute" of a torch `Dataset` or what returns one,
+            which imports that module.
         split: "train" or "test"; a validation split is cut from the first, see `split_validation`.
-        size: side in pixels; images are cut to their central square and resized. Needed where the
-            sizes of the images differ.
+        size: side in pixels, or (height, width); images are cut to their centre and resized. Needed where
+            the sizes of the images differ.
+        options: names of splits and columns, channels, and the like: see `Options`.
+
+    Warns:
+        UserWarning: some files cannot be used; `ImageData.skipped` lists them.
 
     Raises:
         FileNotFoundError, ValueError: what is missing or wrong, and what to do.
@@ -31,22 +50,54 @@ def load_data(source: str | Path, split: Split, *, size: int | None = None) -> I
     """
     if split not in get_args(Split):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    reading = Reading(size=size, **options)
     source = str(source)
     if source == "digits":
         return digits(split, size)
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        files = split_files(folder, split)
-        stats = [(path, path.stat()) for path in files]
-        identity = [[str(path.relative_to(folder)), s.st_size, s.st_mtime_ns] for path, s in stats]
-        opened = open_parquet if files[0].suffix == ".parquet" else images_by_class
-        return cached([str(folder.resolve()), identity], source, split, size, lambda: opened(folder, files))
-    if folder.exists():
-        raise ValueError(f"{source} is a file: pass the folder that holds the data")
+    path = Path(source).expanduser()
+    found: ImageData | Rows
+    if path.is_dir():
+        found, in_order = _of_folder(path, split, reading)
+    elif path.suffix.lower() == ".npz" and path.is_file():
+        found, in_order = arrays(path, split, reading), False
+    elif path.suffix.lower() in LIST_SUFFIXES and path.is_file():
+        found, in_order = open_list(path, split, reading), False
+    elif path.exists():
+        raise ValueError(
+            f"{source} is a file: pass the folder that holds the data, a table of paths (csv, parquet) or npz"
+        )
+    elif is_code(source):
+        found, in_order = dataset_named(source, attribute_named(source), split, reading), False
+    else:
+        found, in_order = _of_hub(source, split, reading), False
+    data = images_of(found, split, reading) if isinstance(found, Rows) else found
+    return data.in_random_order(reading.split_seed, sorted_by_class=in_order) if split == "test" else data
+
+
+def is_code(source: str) -> bool:
+    """Whether a source names something to import; its code would run."""
+    place, colon, attribute = source.rpartition(":")
+    named = bool(colon) and attribute.replace(".", "").isidentifier() and not Path(source).exists()
+    return named and (is_file_name(place) or place.replace(".", "").isidentifier()) and len(place) > 1
+
+
+def _of_folder(folder: Path, split: Split, reading: Reading) -> tuple[Rows, bool]:
+    """The images of a split, and whether they are known to be sorted by class."""
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return open_saved(folder, split, reading), False
+    tables = sorted(path for path in files_below(folder) if path.suffix.lower() == ".parquet")
+    if tables:
+        files, cut = tables_of(folder, tables, split, reading)
+        return open_parquet(folder, files, cut, reading), False
+    return class_folders(folder, split, reading), True
+
+
+def _of_hub(source: str, split: Split, reading: Reading) -> Rows:
     hub_id = HUB_IDS.get(source, source)
     if hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~")):
         raise FileNotFoundError(
             f"no folder and no known data set {source!r}: pass digits, {', '.join(HUB_IDS)}, a hub id "
-            "(owner/name), or an existing folder of parquet files or images"
+            "(owner/name), an existing folder of parquet files or images, a csv or npz file, or "
+            "package.module:attribute of a torch Dataset"
         )
-    return cached([hub_id], source, split, size, lambda: open_hub(hub_id, split))
+    return open_hub(hub_id, split, reading)

@@ -1,23 +1,61 @@
-"""Tables of images and labels: data sets of the Hugging Face Hub, and parquet files."""
+"""Tables of images and labels: data sets of the Hugging Face Hub, saved ones, and parquet files."""
 
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .cells import Cells
+from ..runtime.files import cache_dir
+from .folders import states
 from .images import Split
+from .reading import Reading
+from .rows import Cell, Rows, pick_column
 
 HUB_IDS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100", "stl10": "tanganke/stl10"}
+_LABELS = (
+    "label", "labels", "fine_label", "target", "targets", "class", "category", "label_id", "class_id",
+    "digit",
+)  # fmt: skip
 
 
-def open_parquet(folder: Path, files: list[Path]) -> Cells:
+def open_parquet(folder: Path, files: Sequence[Path], cut: bool, reading: Reading) -> Rows:
     """The rows of parquet files in `folder`."""
     from datasets import load_dataset
 
-    paths = [str(path) for path in files]
-    return _columns(load_dataset("parquet", data_files=paths, split="train", streaming=True), folder)
+    def open_table(streaming: bool) -> Any:
+        return load_dataset(
+            "parquet", data_files=[str(path) for path in files], split="train", streaming=streaming,
+            cache_dir=str(cache_dir() / "tables"),
+        )  # fmt: skip
+
+    identity = states(folder, files)
+    return _rows(str(folder), identity, lambda: open_table(True), lambda: open_table(False), cut, reading)
 
 
-def open_hub(hub_id: str, split: Split) -> Cells:
+def open_saved(folder: Path, split: Split, reading: Reading) -> Rows:
+    """The rows of what `save_to_disk` of the datasets library wrote.
+
+    Raises:
+        FileNotFoundError: it has no such split.
+    """
+    from datasets import DatasetDict, load_from_disk
+
+    found: Any = load_from_disk(str(folder))
+    cut = not isinstance(found, DatasetDict)
+    if not cut:
+        by_name = {str(name).casefold(): name for name in found}
+        names = [by_name[name.casefold()] for name in reading.names(split) if name.casefold() in by_name]
+        if not names:
+            raise FileNotFoundError(
+                f"no {split} split in {folder}: it has {', '.join(map(str, found))}; data.{split}_split, "
+                f"--{split}-split name another, and one name for both cuts them out of it"
+            )
+        found, cut = found[names[0]], reading.cuts
+    files = [Path(each["filename"]) for each in found.cache_files]
+    return _rows(str(folder), states(folder, files), lambda: found, lambda: found, cut, reading)
+
+
+def open_hub(hub_id: str, split: Split, reading: Reading) -> Rows:
     """The rows of one split of a data set of the Hub.
 
     Raises:
@@ -25,33 +63,85 @@ def open_hub(hub_id: str, split: Split) -> Cells:
     """
     from datasets import load_dataset
 
-    try:
-        return _columns(load_dataset(hub_id, split=split, streaming=True), hub_id)
-    except OSError as error:
-        raise ConnectionError(
-            f"cannot read data set {hub_id!r} from the hub ({type(error).__name__}: {error}); check the "
-            "id and the network, or download it and pass the folder of its parquet files"
-        ) from error
+    def open_table(streaming: bool) -> Any:
+        problems = []
+        for name in reading.names(split):
+            try:
+                return load_dataset(hub_id, split=name, streaming=streaming, revision=reading.revision)
+            except OSError as error:
+                raise ConnectionError(
+                    f"cannot read data set {hub_id!r} from the hub ({type(error).__name__}: {error}); check "
+                    "the "
+                    "id and the network, or download it and pass the folder of its parquet files"
+                ) from error
+            except ValueError as error:  # of a split that it does not have
+                if "split" not in str(error):
+                    raise
+                problems.append(" ".join(str(error).split()))
+        raise FileNotFoundError(
+            f"no {split} split in {hub_id}: {problems[0]} data.{split}_split, --{split}-split name another, "
+            "and "
+            "one name for both cuts them out of it"
+        )
+
+    names = [hub_id, *reading.names(split), reading.revision]
+    return _rows(hub_id, names, lambda: open_table(True), lambda: open_table(False), reading.cuts, reading)
 
 
-def _columns(dataset: Any, source: str | Path) -> Cells:
-    """The image and the label column of a data set."""
+@dataclass(frozen=True)
+class _Column(Sequence[Cell]):
+    """The cells of a column that can be taken in any order."""
+
+    table: Any
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.table[place][self.name]
+
+
+def _rows(
+    source: str,
+    identity: list[Any],
+    in_order: Callable[[], Any],
+    at_random: Callable[[], Any],
+    cut: bool,
+    reading: Reading,
+) -> Rows:
+    """The image and the label column of a data set, opened to be read in order or at random."""
     from datasets import ClassLabel, Image
 
-    features = dataset.features
+    first = in_order()
+    features = first.features
     if features is None:
         raise ValueError(f"{source} does not describe its columns: save it with the datasets library")
+    columns = list(features)
     images = [name for name, kind in features.items() if isinstance(kind, Image)]
     # Written by other tools, a column of images is a struct of bytes and path.
     images += [name for name, kind in features.items() if isinstance(kind, dict) and "bytes" in kind]
-    labels = [name for name in ("label", "labels", "fine_label") if name in features]
-    labels += [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
-    if not images or not labels:
-        raise ValueError(f"{source} needs an image column and a label column, found {', '.join(features)}")
-    image, label = images[0], labels[0]
+    image = pick_column(reading.image_column, images, columns, "image", source)
+    if image not in images:
+        raise ValueError(
+            f"column {image!r} of {source} holds no images; these do: {', '.join(images) or 'none'}"
+        )
+    known = [*_LABELS, *(name for name, kind in features.items() if isinstance(kind, ClassLabel))]
+    others = [name for name in columns if name != image]
+    label = pick_column(reading.label_column, [*known, *others[: len(others) == 1]], columns, "label", source)
     kind = features[label]
-    rows = dataset.cast_column(image, Image(decode=False))
-    return Cells(
-        ((row[image], row[label]) for row in rows),
-        list(kind.names) if isinstance(kind, ClassLabel) else None,
+
+    def only(table: Any) -> Any:
+        return table.select_columns([image, label]).cast_column(image, Image(decode=False))
+
+    def each() -> Iterable[tuple[Cell, Any]]:
+        return ((row[image], row[label]) for row in only(in_order()))
+
+    return Rows(
+        source=source,
+        identity=[*identity, image, label],
+        each=each,
+        cells=lambda: _Column(only(at_random()), image),
+        classes=list(kind.names) if isinstance(kind, ClassLabel) else None,
+        cut=cut,
     )

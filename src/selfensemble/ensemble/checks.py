@@ -1,8 +1,10 @@
 """Checks of what goes into a classifier and of what comes out of it."""
 
+import inspect
 import math
 import numbers
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +20,12 @@ _TWO = (
     "one number z an input, before the sigmoid, becomes the logits of two classes by "
     "torch.stack([torch.zeros_like(z), z], dim=1) with z of shape (batch,)"
 )
+# What torch, timm and transformers say of shapes, and of what only sounds like it.
+_OF_SHAPES = re.compile(
+    r"\b(shapes?|sizes?|channels?|dim|dimensions?|[1-5]-?D|height|width|elements|length|broadcast)\b",
+    re.IGNORECASE,
+)
+_OF_OTHERS = re.compile(r"dtype|scalar type|\btype \(|device|inplace|gradient", re.IGNORECASE)
 
 
 class OutputError(ValueError):
@@ -25,7 +33,9 @@ class OutputError(ValueError):
 
 
 def logits_of(output: Any, batch: int | None = None) -> Tensor:
-    """The logits (B, K) in a model's output: a tensor, or an object with `.logits` (transformers).
+    """The logits (B, K) in a model's output.
+
+    That is a tensor, an object with `.logits` (of transformers), a dictionary with "logits", a tuple of one.
 
     Args:
         output: of the model.
@@ -34,7 +44,7 @@ def logits_of(output: Any, batch: int | None = None) -> Tensor:
     Raises:
         OutputError: no logits of two classes or more for each input; the message says what to do.
     """
-    logits = getattr(output, "logits", output)
+    logits = _in(output)
     if not isinstance(logits, Tensor):
         raise OutputError(f"{_WANTED}, got {type(logits).__name__}; {_WRAP}")
     got = f"{_WANTED}, got shape {tuple(logits.shape)}"
@@ -49,6 +59,30 @@ def logits_of(output: Any, batch: int | None = None) -> Tensor:
             f"{got} for {batch} inputs: each needs a row of its own; keep the batch in the first dimension"
         )
     return logits
+
+
+def _in(output: Any) -> Any:
+    """The logits in an output of a form that is known, or what else there is."""
+    if isinstance(output, Mapping) and "logits" in output:
+        return output["logits"]
+    if isinstance(output, tuple) and len(output) == 1:
+        return output[0]
+    return getattr(output, "logits", output)
+
+
+def check_call(model: nn.Module) -> None:
+    """Raise a ValueError unless `model(inputs)` is a way to call it, which is how an ensemble does."""
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # of what is written in C
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise ValueError(
+            f"an ensemble calls model(inputs), and this model's forward{signature} cannot be called so "
+            f"({error}): wrap it in a module whose forward(inputs) passes them on by their names"
+        ) from error
 
 
 def _cure(logits: Tensor) -> str:
@@ -89,17 +123,19 @@ def check_images(inputs: Tensor, bounds: tuple[float, float] | None = (0.0, 1.0)
 
 @contextmanager
 def explain_shape(model: nn.Module, inputs: Tensor) -> Iterator[None]:
-    """Turn torch's error about inputs of a wrong shape into one that names what was expected."""
+    """Turn an error about inputs of a wrong shape into one that names what was expected; others pass."""
     try:
         yield
     except (torch.OutOfMemoryError, OutputError):
         raise
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        if not _OF_SHAPES.search(reason) or _OF_OTHERS.search(reason):
+            raise
         expected = ""
         if (fqn := next(iter(noise_layers(model)), None)) is not None:
             layer = model.get_submodule(fqn)
             expected = f"; its first layer is {type(layer).__name__}({layer.extra_repr()})"
-        reason = str(error).partition("\n")[0]
         raise ValueError(
             f"the model cannot take inputs of shape {tuple(inputs.shape)} ({reason}){expected}"
         ) from error

@@ -120,7 +120,11 @@ class Draws:
                     with noise_draw(0, 0, "shared", count=2, step=step):
                         repeated = few.repeat(2, *[1] * (few.dim() - 1))
                         answers.append(self.ensemble.draw_logits(repeated)[: len(few)])
-            except (RuntimeError, ValueError):  # a pass of one draw will say what is the matter, if anything
+            except (
+                RuntimeError,
+                ValueError,
+                AssertionError,
+            ):  # a pass of one draw will say what is the matter, if anything
                 known[key] = False
             else:
                 known[key] = torch.equal(*answers)
@@ -148,8 +152,9 @@ class Draws:
                 own = derived_seed(own, group * _PASSES + part, 0)
             repeated = few if count == 1 else few.repeat(count, *[1] * (few.dim() - 1))
             drawn = noise_draw(
-                own, index, self.sampling, count=count, antithetic=self._antithetic, portable=self._portable
-            )
+                own, index, self.sampling, count=count, antithetic=self._antithetic,
+                portable=self._portable, repeatable=False,
+            )  # fmt: skip
             with ExitStack() as stack:
                 stack.enter_context(drawn)
                 stack.enter_context(self._explained(self._example))

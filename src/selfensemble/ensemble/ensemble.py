@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..noise.calls import in_eval_mode_now
+from ..noise.filters import Filter, filter_named
 from ..noise.graphs import is_recording
 from ..noise.injection import FilterFn, eval_mode, inject_noise_, is_convolution, random_layers
 from ..noise.layer import NoiseConfig
 from ..noise.streams import Sampling
-from .checks import check_count, check_images
+from .checks import check_call, check_count, check_images
 from .draws import Draws, moments
+from .observation import check_answer
 from .promises import Promising, rule_for
 from .stopping import Calibrated, Fixed, Stop
 
@@ -50,7 +52,7 @@ class SelfEnsemble(Promising):
         config: noise levels; None keeps the randomness that is there, or injects the published levels.
         draws: noise draws a prediction, >= 1.
         sampling: how draws are sampled in eval mode, see `GaussianNoise`.
-        filter_fn, example_inputs: see `inject_noise_`.
+        filter_fn, example_inputs: see `inject_noise_`; the answer to an example is looked at.
         bounds: the valid range of inputs, checked by `predict_proba`; None for no range, or for tokens.
 
     Attributes:
@@ -70,10 +72,14 @@ class SelfEnsemble(Promising):
         *,
         draws: int = 10,
         sampling: Sampling = "shared",
-        filter_fn: FilterFn = is_convolution,
+        filter_fn: FilterFn | Filter = is_convolution,
         example_inputs: Any = None,
         bounds: tuple[float, float] | None = (0.0, 1.0),
     ) -> None:
+        check_call(model)
+        if example_inputs is not None:
+            check_answer(model, example_inputs)
+        filter_fn = filter_named(filter_fn)
         quiet = config is not None and config.init_std == config.inner_std == 0
         if quiet and not any(filter_fn(module, fqn) for fqn, module in model.named_modules()):
             pass  # no place for noise that is not wanted
@@ -198,16 +204,17 @@ class SelfEnsemble(Promising):
     def from_pretrained(
         cls,
         name: str | Path,
-        model: nn.Module | None = None,
+        model: nn.Module | str | None = None,
         *,
         revision: str | None = None,
         token: str | None = None,
+        trust_network: bool = False,
     ) -> "SelfEnsemble":
         """What `save_pretrained` wrote: a folder, or "owner/name" on the Hugging Face Hub.
 
         Args:
             name: a folder is taken where there is one.
-            model: see `load`.
+            model, trust_network: see `load`.
             revision, token: of the Hub.
 
         Raises:
@@ -218,7 +225,8 @@ class SelfEnsemble(Promising):
         from ..artefacts.zoo import zoo
 
         here = Path(name).exists() or str(name) in zoo()
-        return load(name if here else fetch(str(name), revision=revision, token=token), model)
+        folder = name if here else fetch(str(name), revision=revision, token=token)
+        return load(folder, model, trust_network=trust_network)
 
     def push_to_hub(
         self, name: str, *, private: bool | None = None, token: str | None = None, **about: Any

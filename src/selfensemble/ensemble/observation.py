@@ -22,8 +22,12 @@ from ..noise.own_numbers import OwnNumbers
 from ..noise.streams import drawn_layers, noise_draw
 from ..runtime.dispatch import DispatchMode
 from ..runtime.random_state import kept_random_state
+from .checks import logits_of
 
 _COPIES = {torch.ops.aten.clone, torch.ops.aten._to_copy, torch.ops.aten.contiguous}
+# A pixel stays what it is with constants beside it, and where it is written into another tensor.
+_COPIES |= {torch.ops.aten.constant_pad_nd, torch.ops.aten.copy_}
+_OF_ITS_KIND = ("new_", "empty_like", "zeros_like", "ones_like", "full_like")  # which read its shape alone
 
 
 @dataclass(slots=True)
@@ -95,7 +99,7 @@ class _Observer(DispatchMode):
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
         if not any(tensor.untyped_storage().data_ptr() in self.image for tensor in tensors):
             return
-        if func.is_view:
+        if func.is_view or name.startswith(_OF_ITS_KIND):
             return
         if func.overloadpacket in _COPIES and isinstance(result, Tensor):
             self.image.add(result.untyped_storage().data_ptr())
@@ -118,6 +122,19 @@ def images_of(inputs: Any) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor.dim() >= 3] or tensors[:1]
 
 
+def check_answer(model: nn.Module, example_inputs: Any) -> None:
+    """Raise an `OutputError` unless the answer to an example is logits, as `validate` says it."""
+    with torch.no_grad(), OwnNumbers(), _in_eval_mode(model):
+        output = call(model, example_inputs)
+    logits_of(output, batch_of(example_inputs))
+
+
+def batch_of(inputs: Any) -> int | None:
+    """Number of inputs in an example, where that can be told."""
+    images = images_of(inputs)
+    return len(images[0]) if images and images[0].dim() else None
+
+
 def _caller() -> str:
     """file:line of the innermost frame outside torch and this package."""
     inside = (torch.__path__[0], str(Path(__file__).parents[1]))
@@ -127,7 +144,7 @@ def _caller() -> str:
     return "unknown place"
 
 
-def observe(model: nn.Module, example_inputs: Any, matched: set[str]) -> Trace:
+def observe(model: nn.Module, example_inputs: Any, matched: list[str]) -> Trace:
     """What `model` does with the example, in eval mode and without gradients; it is left as it is.
 
     Args:
@@ -135,7 +152,7 @@ def observe(model: nn.Module, example_inputs: Any, matched: set[str]) -> Trace:
         matched: names of the modules that noise goes in front of.
     """
     trace = Trace()
-    observer = _Observer(trace, matched, example_inputs)
+    observer = _Observer(trace, set(matched), example_inputs)
     with ExitStack() as stack:
         hooks = stack.enter_context(OwnHooks())
         for fqn, module in model.named_modules():

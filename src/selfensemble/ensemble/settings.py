@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..networks.naming import NAMED_AS
 from ..noise.records import KEY, is_pretrained
 
 Settings = tuple[tuple[str, Any], ...]
@@ -13,9 +14,9 @@ Settings = tuple[tuple[str, Any], ...]
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype})
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 # What every module has, what compilers leave (Lightning around them, too), and what transformers notes about
-# where weights came from.
+# where weights came from, and the name that a network was asked for by.
 _PASSING = {*vars(nn.Module()), KEY, "_compiled_call_impl", "_is_torch_compile", "_compile_kwargs"}
-_PASSING |= {"name_or_path", "_is_hf_initialized"}
+_PASSING |= {"name_or_path", "_is_hf_initialized", NAMED_AS}
 _OURS = f"{__name__.partition('.')[0]}."
 _MOST, _DEEPEST = 100, 4  # of tuples, lists and dicts; longer ones are tables
 _NOTHING = object()

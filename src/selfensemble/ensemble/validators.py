@@ -14,12 +14,13 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..noise.calls import own_modes
 from ..noise.copies import OptimizedCopy
+from ..noise.filters import Filter, filter_named, is_linear, matching
 from ..noise.graphs import closed_parts
 from ..noise.injection import CHILD, FilterFn, is_convolution, noise_layers, random_layers
 from ..noise.layer import GaussianNoise
 from ..noise.records import lost_noise
-from .checks import check_images, logits_of
-from .observation import Trace, images_of, observe
+from .checks import check_call, check_images, logits_of
+from .observation import Trace, batch_of, images_of, observe
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,9 @@ class Issue:
         return f"{self.severity} [{self.rule}]{place}: {self.message}. {self.cure}."
 
 
-def validate(model: nn.Module, example_inputs: Any, *, filter_fn: FilterFn = is_convolution) -> list[Issue]:
+def validate(
+    model: nn.Module, example_inputs: Any, *, filter_fn: FilterFn | Filter = is_convolution
+) -> list[Issue]:
     """Everything about `model` that would make its self-ensemble wrong, weak or impossible.
 
     Three or four forward passes: one module by module, the others as the network runs by itself.
@@ -60,13 +63,14 @@ def validate(model: nn.Module, example_inputs: Any, *, filter_fn: FilterFn = is_
         The issues, errors first; an empty list when all is well.
     """
     issues = list[Issue]()
+    filter_fn = filter_named(filter_fn)
     if isinstance(model, OptimizedCopy):
         issues += _parted(model)
         model = model.original
-    matched = [fqn for fqn, module in model.named_modules() if filter_fn(module, fqn)]
+    matched = matching(model, filter_fn)
     issues += [issue for rule in _STATIC_RULES for issue in rule(model, matched)]
     issues += _closed(model, filter_fn)
-    trace = observe(model, example_inputs, set(matched))
+    trace = observe(model, example_inputs, matched)
     if trace.failure is not None:
         text = " ".join(str(trace.failure).split())
         issues.append(
@@ -79,7 +83,7 @@ def validate(model: nn.Module, example_inputs: Any, *, filter_fn: FilterFn = is_
         issues += [issue for rule in _TRACE_RULES for issue in rule(trace, matched)]
         issues += [issue for rule in _NOISE_RULES for issue in rule(model, trace)]
         images = images_of(example_inputs)
-        issues += [*_output(trace, images), *_folded(trace, images), *_range(images)]
+        issues += [*_output(trace, batch_of(example_inputs)), *_folded(trace, images), *_range(images)]
     return sorted(issues, key=lambda issue: issue.severity)
 
 
@@ -94,8 +98,15 @@ def _nothing(model: nn.Module, matched: list[str]) -> Iterator[Issue]:
     if not matched:
         yield Issue(
             "no-convolution", "error", "", "no module matches filter_fn, so no noise would be injected",
-            "Pass a filter_fn, e.g. lambda module, fqn: isinstance(module, torch.nn.Linear)",
+            'Pass a filter_fn: "linear", "conv+linear" (--filter), or a function of module and name',
         )  # fmt: skip
+
+
+def _inputs(model: nn.Module, matched: list[str]) -> Iterator[Issue]:
+    try:
+        check_call(model)
+    except ValueError as error:
+        yield Issue("inputs", "error", "", str(error), "See SelfEnsemble")
 
 
 def _closed(model: nn.Module, filter_fn: FilterFn) -> Iterator[Issue]:
@@ -107,7 +118,7 @@ def _closed(model: nn.Module, filter_fn: FilterFn) -> Iterator[Issue]:
 
 
 def _without_noise(model: nn.Module, matched: list[str]) -> Iterator[Issue]:
-    """Modules that had noise, and those beside others that have."""
+    """Modules that had noise."""
     try:
         lost = list(lost_noise(model))
     except ValueError as error:
@@ -119,13 +130,6 @@ def _without_noise(model: nn.Module, matched: list[str]) -> Iterator[Issue]:
             "replaced, or the network was saved with noise and loaded without it",
             "Call remove_noise_(model), then inject; SelfEnsemble(model) restores what transformers saved",
         )  # fmt: skip
-    noisy = noise_layers(model)
-    for fqn in matched if noisy else []:
-        if fqn not in noisy and fqn not in lost:
-            yield Issue(
-                "partly-noisy", "warning", fqn, "other modules have noise in front of them, this has not",
-                "Call remove_noise_(model) and inject again with the filter_fn you mean",
-            )  # fmt: skip
 
 
 def _mixed_modes(model: nn.Module, matched: list[str]) -> Iterator[Issue]:
@@ -181,6 +185,46 @@ def _first_noise(trace: Trace, matched: list[str]) -> Iterator[Issue]:
             )  # fmt: skip
 
 
+def _partly_noisy(model: nn.Module, trace: Trace) -> Iterator[Issue]:
+    """Modules without noise beside others that have; behind noise on the whole input the first needs none."""
+    noisy = noise_layers(model)
+    try:
+        lost = set(lost_noise(model))
+    except ValueError:  # which another rule says
+        return
+    inside = [fqn for fqn in trace.called if fqn]
+    excused = inside[:1] if "" in noisy and noisy[""].varies else []
+    for fqn in inside if noisy else []:
+        if fqn not in noisy and fqn not in lost and fqn not in excused:
+            yield Issue(
+                "partly-noisy", "warning", fqn, "other modules have noise in front of them, this has not",
+                "Call remove_noise_(model) and inject again with the filter_fn you mean",
+            )  # fmt: skip
+
+
+def _order(model: nn.Module, trace: Trace) -> Iterator[Issue]:
+    """The layer that has the noise of the first one is not the one that runs first."""
+    noisy = noise_layers(model)
+    first, called = next(iter(noisy), None), [fqn for fqn in trace.called if fqn in noisy]
+    if first in called and called[0] != first and noisy[first].std != noisy[called[0]].std:
+        yield Issue(
+            "order", "warning", first, f"it has the noise of the first layer, and {called[0]} runs before "
+            "it: noise was put in by the order of registration",
+            "Call remove_noise_(model), and inject with example_inputs: the first is then what runs first",
+        )  # fmt: skip
+
+
+def _one_layer(model: nn.Module, trace: Trace) -> Iterator[Issue]:
+    """Noise in front of one layer of many, as in most transformers, whose only convolution cuts patches."""
+    others = [fqn for fqn, module in model.named_modules() if is_linear(module) and fqn not in trace.called]
+    if len(trace.called) == 1 and len(others) > 1:
+        yield Issue(
+            "one-layer", "warning", trace.called[0], "noise goes in front of it alone, which is plain "
+            f"smoothing by one Gaussian, no self-ensemble; {len(others)} linear layers get none",
+            'Pass filter_fn="conv+linear" (--filter conv+linear)',
+        )  # fmt: skip
+
+
 def _silent(model: nn.Module, trace: Trace) -> Iterator[Issue]:
     """Noise that is there and does not act."""
     layers = {
@@ -223,9 +267,9 @@ def _unlisted(model: nn.Module, trace: Trace) -> Iterator[Issue]:
         )  # fmt: skip
 
 
-def _output(trace: Trace, images: list[Tensor]) -> Iterator[Issue]:
+def _output(trace: Trace, batch: int | None) -> Iterator[Issue]:
     try:
-        logits = logits_of(trace.output, len(images[0]) if images else None)
+        logits = logits_of(trace.output, batch)
     except ValueError as error:
         yield Issue("output", "error", "", str(error), "See SelfEnsemble")
         return
@@ -260,9 +304,11 @@ def _range(images: list[Tensor]) -> Iterator[Issue]:
 
 
 _STATIC_RULES: tuple[Callable[[nn.Module, list[str]], Iterator[Issue]], ...] = (
-    _nothing, _without_noise, _mixed_modes,
+    _nothing, _without_noise, _mixed_modes, _inputs,
 )  # fmt: skip
 _TRACE_RULES: tuple[Callable[[Trace, list[str]], Iterator[Issue]], ...] = (
     _functional, _not_called, _first_noise,
 )  # fmt: skip
-_NOISE_RULES: tuple[Callable[[nn.Module, Trace], Iterator[Issue]], ...] = (_silent, _unlisted)
+_NOISE_RULES: tuple[Callable[[nn.Module, Trace], Iterator[Issue]], ...] = (
+    _partly_noisy, _order, _one_layer, _silent, _unlisted,
+)  # fmt: skip

@@ -21,7 +21,7 @@ from ..certainty.bounds import MeanBound
 from ..certainty.certification import Certificate, Method, certify, wanted_radii
 from ..certainty.pixels import pixel_std
 from ..certainty.statistics import Rivals
-from ..data.images import ImageData
+from ..data.images import FirstInputs, ImageData
 from ..ensemble.ensemble import SelfEnsemble
 from ..fast.ensemble import precision_of
 from ..noise.streams import stream_seed
@@ -144,10 +144,10 @@ class Certification:
 
     def __post_init__(self) -> None:
         self.images = min(self.settings.images, len(self.data))
-        self.inputs, self.labels = self.data.inputs(slice(self.images)), self.data.labels[: self.images]
-        self.std, self.precision = pixel_std(self.ensemble, self.inputs), precision_of(self.ensemble)
+        self.inputs, self.labels = FirstInputs(self.data, self.images), self.data.labels[: self.images].cpu()
+        self.std, self.precision = pixel_std(self.ensemble, self.inputs[:2]), precision_of(self.ensemble)
         self.model = model_record(self.ensemble, self.name, self.architecture)
-        self.data_record = data_record(self.data, self.inputs, self.labels)
+        self.data_record = data_record(self.inputs, self.labels)
         identity = {
             "model": {"digest": self.model.digest},
             "data": {"digest": self.data_record.digest},

@@ -57,7 +57,7 @@ def write_images(shards: Shards, folder: Path) -> None:
         ValueError: images that PNG does not hold.
     """
     channels = shards.inputs.shape[1]
-    if shards.inputs.dim() != 4 or channels not in _CHANNELS:
+    if len(shards.inputs.shape) != 4 or channels not in _CHANNELS:
         shape = tuple(shards.inputs.shape[1:])
         raise ValueError(f"PNG holds images (C, H, W) of 1, 3 or 4 channels, not {shape}")
     for plan in shards.plans:

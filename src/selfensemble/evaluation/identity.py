@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.images import ImageData
+from ..data.images import FirstInputs
 from ..ensemble.ensemble import SelfEnsemble
 from ..fast.ensemble import original_of, precision_of
 from ..noise.injection import noise_layers, random_layers
@@ -42,13 +42,23 @@ def claim(path: Path, identity: dict[str, Any]) -> None:
         raise ValueError(f"{folder} holds a run that differs in {names}; it is untouched: use another folder")
 
 
-def data_record(data: ImageData, inputs: Tensor, labels: Tensor) -> DataRecord:
+def data_record(inputs: FirstInputs, labels: Tensor) -> DataRecord:
     """The images of a run."""
+    data = inputs.data
+    digest = hashlib.sha256()
+    digest.update(f"{torch.float32}{tuple(inputs.shape)}".encode())
+    for part in inputs.parts():
+        digest.update(part.contiguous().numpy().tobytes())
+    digest.update(f"{labels.dtype}{tuple(labels.shape)}".encode())
+    digest.update(labels.numpy().tobytes())
     return DataRecord(
         source=data.name,
         images=len(inputs),
         classes=tuple(data.classes),
-        digest=_digest([inputs, labels]),
+        digest=f"sha256:{digest.hexdigest()}",
+        drawn=data.drawn,
+        cut=data.cut,
+        skipped=data.skipped,
     )
 
 

@@ -78,12 +78,28 @@ class CheckRecord(Record):
 
 
 class DataRecord(Record):
-    """The images of an evaluation."""
+    """The images of an evaluation, the first of a test set.
+
+    Attributes:
+        drawn: the seed of the order that the set was put into, for it is stored in no random one.
+        cut: share and seed of a test set that was cut off the images.
+        skipped: files that could not be used, and why.
+    """
 
     source: str
     images: int
     classes: tuple[str, ...]
     digest: str
+    drawn: int | None = None
+    cut: tuple[float, int] | None = None
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def which(self) -> str:
+        """Which images they are, for people."""
+        if self.drawn is None:
+            return f"first {self.images} test images"
+        return f"{self.images} test images drawn by seed {self.drawn}"
 
 
 class ModelRecord(Record):

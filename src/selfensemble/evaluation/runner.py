@@ -7,6 +7,7 @@ What the attacks found is written before the honesty checks run, which add their
 """
 
 import json
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -21,7 +22,7 @@ from torch import Tensor
 from ..attacks.autoattack import published_rule
 from ..attacks.budget import count_evaluations
 from ..attacks.norms import check_eps, per_image, project, size
-from ..data.images import ImageData
+from ..data.images import FirstInputs, ImageData, batch_size
 from ..data.labels import class_numbers
 from ..ensemble.ensemble import SelfEnsemble
 from ..fast.optimize import optimize
@@ -49,6 +50,8 @@ RUN, SHARDS, TIMINGS, TABLE, GALLERY, CHECKS = (
     "checks.json",
 )
 Progress = Callable[[str, float], None]
+_BATCH = 200
+_EXAMINED = 200  # images at most that the checks look at
 
 
 @dataclass
@@ -61,7 +64,7 @@ class Evaluation:
         protocol: what to do.
         out: folder of the run. An earlier, unfinished run of the same is continued.
         name: of the model, for people.
-        max_batch: images a forward pass.
+        max_batch: images a forward pass; by default 200, fewer large ones.
         architecture: recorded with the results.
         progress: called with what is being done and the share done.
 
@@ -74,7 +77,7 @@ class Evaluation:
     protocol: Protocol
     out: Path
     name: str = "model"
-    max_batch: int = 200
+    max_batch: int | None = None
     architecture: dict[str, Any] | None = None
     progress: Progress = lambda text, done: None
     rank: int = 0
@@ -84,10 +87,12 @@ class Evaluation:
         self.images = min(self.protocol.images, len(self.data))
         if self.images == 0:
             raise ValueError(f"{self.data.name} has no images to evaluate on")
-        self.inputs = self.data.inputs(slice(self.images)).cpu()
+        self.inputs = FirstInputs(self.data, self.images)
         self.labels = self.data.labels[: self.images].cpu()
+        if self.max_batch is None:
+            self.max_batch = batch_size(_BATCH, self.data.shape)
         self.runs = expand(self.protocol)
-        self.plans = list(plans_of(self.runs, self.inputs[0].numel()))
+        self.plans = list(plans_of(self.runs, math.prod(self.data.shape)))
         # Units of work in order: no attack, the attacks, and the worst cases that choose among them.
         worst = [plan for plan in self.plans if plan.members]
         self.work: list[Run | Plan] = [self.plans[0], *self.runs, *worst]
@@ -97,7 +102,7 @@ class Evaluation:
             self.attacked = optimize(self.ensemble, self.inputs[:2], self.protocol.precision)
         self._try_settings()
         self.model = model_record(self.ensemble, self.name, self.architecture)
-        self.data_record = data_record(self.data, self.inputs, self.labels)
+        self.data_record = data_record(self.inputs, self.labels)
         claim(
             self.out / RUN,
             {
@@ -124,7 +129,7 @@ class Evaluation:
             try:
                 run.call()(self.ensemble, self.inputs[:0], self.labels[:0], **run.settings)
                 for eps in run.radii:
-                    check_eps(eps, run.norm or "linf", self.inputs)
+                    check_eps(eps, run.norm or "linf", self.inputs[:0])
             except ValueError as error:
                 raise ValueError(f"attack {run.key}: {error}") from error
 
@@ -293,8 +298,9 @@ class Evaluation:
         radii = sorted({eps for other, eps in bound if other == norm}) or [8 / 255]
         try:
             checks = doctor(
-                self.ensemble, self.inputs, self.labels, norm=norm, eps=radii[len(radii) // 2],
-                seed=self._seed(0, 0, 9), max_batch=self.max_batch,
+                self.ensemble, self.inputs[:_EXAMINED], self.labels[:_EXAMINED], norm=norm,
+                eps=radii[len(radii) // 2],
+                seed=self._seed(0, 0, 9), max_batch=self.max_batch or _BATCH,
                 progress=lambda text, done: self.progress(f"honesty checks: {text}", 1.0),
             )  # fmt: skip
         except Interrupted:

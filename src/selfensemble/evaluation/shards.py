@@ -1,6 +1,6 @@
 """What an evaluation measures, entry by entry, and the files that hold it, one a slice of images."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..attacks.norms import enclosing_radius
+from ..data.images import FirstInputs
 from .protocol import MINIMUM_NORM, Run
 
 CLEAN, WORST = "clean", "worst"
@@ -62,13 +63,18 @@ def encloses(norm: str, eps: float, other: str, radius: float, pixels: int) -> b
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One entry's outcome on some images, as it lies in a shard."""
+    """One entry's outcome on some images, as it lies in a shard; images are read when asked for."""
 
-    adversarial: Tensor
     answers: Tensor
     lead: Tensor
     l2: Tensor
     linf: Tensor
+    images: Callable[[], Tensor]
+
+    @property
+    def adversarial(self) -> Tensor:
+        """(B, ...), attacked."""
+        return self.images()
 
 
 @dataclass(frozen=True)
@@ -78,13 +84,13 @@ class Shards:
     Attributes:
         folder: where they lie.
         plans: all entries of the results.
-        inputs: (N, ...) images without attack.
+        inputs: (N, ...) images without attack, made where they are indexed.
         size: images a file.
     """
 
     folder: Path
     plans: Sequence[Plan]
-    inputs: Tensor
+    inputs: FirstInputs
     size: int
 
     @property
@@ -108,11 +114,17 @@ class Shards:
             with safetensors.safe_open(path, "pt") as file:
                 names = ("answers", "lead", "l2", "linf")
                 values = {name: file.get_tensor(f"{key}.{name}") for name in names}
-                attacked = key != CLEAN
-                images = file.get_tensor(f"{key}.images") if attacked else self.inputs[self.part(start)]
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}): delete it and run the same again") from error
-        return Judged(adversarial=images, **values)
+
+        def images() -> Tensor:
+            if key == CLEAN:
+                return self.inputs[self.part(start)]
+            with safetensors.safe_open(path, "pt") as file:
+                found: Tensor = file.get_tensor(f"{key}.images")
+                return found
+
+        return Judged(**values, images=images)
 
     def budget(self, plan: Plan) -> tuple[int, int]:
         """Gradients and forward passes of all images together."""

@@ -8,22 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..artefacts.storage import load
 from ..attacks import pgd
 from ..attacks.norms import Norm
 from ..data.labels import class_numbers
+from ..data.sources import is_code
 from ..ensemble.checks import check_images
 from ..ensemble.draws import Draws
 from ..ensemble.ensemble import SelfEnsemble
 from ..evaluation.judge import judge
 from ..fast.optimize import optimize
-from ..noise.injection import eval_mode, noise_layers, set_levels_
+from ..noise.injection import eval_mode, noise_layers, remove_noise_, set_levels_
 from ..noise.layer import NoiseConfig
+from ..noise.levels import levels_named as levels_named
 from ..report.figures import Line, Panel, draw
 from ..report.intervals import Share, share
 from ..report.page import Page, Picture, Table
+from ..training.building import is_built_in
 from ..training.recipe import Recipe
 from ..training.trainer import Trainer
 
@@ -199,24 +202,13 @@ def _measured(
     return Level(noise, share(right[0]), share(right[1]), ensemble)
 
 
-def levels_named(text: str) -> tuple[NoiseConfig, ...]:
-    """Levels written as "init:inner,init:inner,...".
-
-    Raises:
-        ValueError: it is not written so, or a level is negative.
-    """
-    levels = []
-    for part in text.split(","):
-        try:
-            init, inner = (float(number) for number in part.split(":"))
-        except ValueError:
-            raise ValueError(f"levels are written 0.1:0.05,0.2:0.1 (init:inner); got {part!r}") from None
-        levels.append(NoiseConfig(init, inner))
-    return tuple(levels)
-
-
 def training(
-    recipe: dict[str, Any] | None, weights: str, epochs: int, folder: Path, data: str | None = None
+    recipe: dict[str, Any] | None,
+    weights: str,
+    epochs: int,
+    folder: Path,
+    data: str | None = None,
+    reading: dict[str, Any] | None = None,
 ) -> FineTune:
     """A `fine_tune` that trains by a recipe; what it has trained in `folder` is used again.
 
@@ -226,6 +218,7 @@ def training(
         epochs: at each level.
         folder: of the trained networks.
         data: overrides the source of the recipe's.
+        reading: overrides how it is read.
 
     Raises:
         ValueError: there is no recipe.
@@ -234,20 +227,34 @@ def training(
         raise ValueError(
             "this network says no recipe to train it by: use rse.tune(..., fine_tune=...) in Python"
         )
-    base = Recipe.model_validate(recipe)
+    base = Recipe.model_validate(recipe).replaced("data", **(reading or {}))
+    if data is None and is_code(base.data.source):
+        raise ValueError(f"the recipe's images come from code, {base.data.source}: name it, --data")
 
     def fine_tune(candidate: SelfEnsemble) -> SelfEnsemble:
         stds = [float(np.max(layer.std)) for layer in noise_layers(candidate.model).values()]
         noise = base.noise.model_copy(update={"init_std": stds[0], "inner_std": stds[-1], "learn": None})
+        own_network = None if is_built_in(base) else _without_noise(candidate, base)
         own = base.model_copy(
             update={
                 "noise": noise,
-                "model": base.model.model_copy(update={"weights": weights}),
+                "model": base.model.model_copy(update={"weights": weights if own_network is None else None}),
                 "train": base.train.model_copy(update={"epochs": epochs}),
             }
         )
         place = folder / f"{stds[0]:g}-{stds[-1]:g}"
-        Trainer(own, place, data=data, resume=True).run()
-        return load(place)
+        Trainer(own, place, data=data, model=own_network, resume=True).run()
+        return load(place, copy.deepcopy(own_network))
 
     return fine_tune
+
+
+def _without_noise(candidate: SelfEnsemble, recipe: Recipe) -> nn.Module:
+    """The network of an ensemble, to be trained by a recipe that would have to import it otherwise."""
+    if recipe.randomness is not None or recipe.resize_pad is not None:
+        raise ValueError(
+            "a network of your own with random layers is fine-tuned in Python: rse.tune(..., fine_tune=...)"
+        )
+    model = copy.deepcopy(candidate.model)
+    remove_noise_(model)
+    return model

@@ -169,6 +169,9 @@ def _rewritten(
     try:
         with _tracing:
             graph = fx.GraphModule(apart := copy.deepcopy(network), _Tracer().trace(apart))
+        modes = {fqn: module.training for fqn, module in apart.named_modules()}
+        for fqn, module in graph.named_modules():  # torch makes modules in between anew, in train mode
+            module.training = modes.get(fqn, False)
         rewrite_(graph)
         graph.recompile()
         graph.delete_all_unused_submodules()

@@ -7,6 +7,7 @@ seeded anew before each replay.
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +21,9 @@ class StepGradients:
     """The loss of a batch, whose gradients are left with the parameters.
 
     Args:
-        work: indices of a batch's images, on their device, to the loss; adds to the gradients. It draws from
-            torch's global generator of the device and from the noise streams of its surroundings, and to be
-            replayed must wait for the device nowhere; what Python decides in a step is recorded with it.
+        work: a batch to the loss; adds to the gradients. It draws from torch's global generator of the device
+            and from the noise streams of its surroundings. To be replayed it must take the indices of images,
+            on their device, and wait for the device nowhere; what Python decides then is recorded with it.
         zero_grad: sets the gradients to None.
         seed: of the noise; its draws are the numbers of the steps.
         replays: whether steps are to be recorded; then all batches have one size.
@@ -31,7 +32,7 @@ class StepGradients:
 
     def __init__(
         self,
-        work: Callable[[Tensor], Tensor],
+        work: Callable[[Any], Tensor],
         zero_grad: Callable[[], None],
         seed: int,
         replays: bool,
@@ -43,7 +44,8 @@ class StepGradients:
         self._eager = 0
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, index: Tensor, step: int) -> Tensor:
+    def __call__(self, index: Any, step: int, *, afresh: bool = True) -> Tensor:
+        """The loss of a batch, with noise number `step`; `afresh` forgets the gradients of before."""
         if self._replays and self._graph is None and self._eager == _EAGER_STEPS:
             self._record(index)
         if self._graph is not None:
@@ -52,7 +54,8 @@ class StepGradients:
             self._graph.replay()
             return self._loss
         self._eager += 1
-        self._zero_grad()
+        if afresh:
+            self._zero_grad()
         self._generators = {}
         with noise_draw(self._seed, step, opposite=self._opposite, generators=self._generators):
             return self._work(index)

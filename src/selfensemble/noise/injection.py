@@ -14,19 +14,15 @@ from torch.nn.modules.conv import _ConvNd
 
 from .calls import OwnHooks, in_eval_mode, switched_off
 from .copies import with_originals
+from .filters import Filter, filter_named, matching
+from .filters import FilterFn as FilterFn
+from .filters import is_convolution as is_convolution
 from .graphs import closed_parts, forget_graphs
 from .layer import CHILD as CHILD
 from .layer import GaussianNoise, RandomLayer
 from .levels import NoiseConfig, Std
 from .own_numbers import OwnNumbers
 from .records import forget_, remember_, renew_, saved_levels
-
-FilterFn = Callable[[nn.Module, str], bool]
-
-
-def is_convolution(module: nn.Module, fqn: str = "") -> bool:
-    """The default filter: 1-d, 2-d, 3-d and transposed convolutions."""
-    return isinstance(module, _ConvNd)
 
 
 def noise_layers(model: nn.Module) -> dict[str, GaussianNoise]:
@@ -124,7 +120,7 @@ def inject_noise_(
     model: nn.Module,
     config: NoiseConfig | None = None,
     *,
-    filter_fn: FilterFn = is_convolution,
+    filter_fn: FilterFn | Filter = is_convolution,
     example_inputs: Any = None,
 ) -> nn.Module:
     """Put Gaussian noise in front of every convolution of `model`, in place.
@@ -134,7 +130,8 @@ def inject_noise_(
         config: noise levels, by default those published; of a network of transformers that was saved with
             noise, by default the levels that it had, where it had them.
         filter_fn: called with each module and its fully qualified name; True where noise goes in
-            front. Linear layers: `lambda module, fqn: isinstance(module, nn.Linear)`.
+            front. Or "conv" (the default), "linear", "conv+linear": what transformers want, most of whose
+            layers are linear.
         example_inputs: a batch (a tensor, a tuple of arguments or a dict of keywords). With it, the
             *first* layer, which gets `init_std`, is the first that a forward pass calls; without
             it, the first in order of registration.
@@ -151,13 +148,14 @@ def inject_noise_(
     if config is None and (saved := saved_levels(model)):
         return attach_noise_(model, saved)
     config = NoiseConfig() if config is None else config
+    filter_fn = filter_named(filter_fn)
     if config.init_std or config.inner_std:
         _check_open(model, filter_fn)
-    fqns = [fqn for fqn, module in model.named_modules() if filter_fn(module, fqn)]
+    fqns = matching(model, filter_fn)
     if not fqns:
         raise ValueError(
             "no module matches filter_fn (by default convolutions): nothing to put noise in front "
-            "of. Pass filter_fn, e.g. lambda module, fqn: isinstance(module, nn.Linear), and see "
+            'of. Pass filter_fn, "linear" or "conv+linear" say, and see '
             "validate(model, example_inputs) for convolutions that are called as functions"
         )
     if example_inputs is not None:

@@ -62,3 +62,19 @@ class NoiseConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "init_std", check_std("init_std", self.init_std))
         object.__setattr__(self, "inner_std", check_std("inner_std", self.inner_std))
+
+
+def levels_named(text: str) -> tuple[NoiseConfig, ...]:
+    """Levels written as "init:inner,init:inner,...".
+
+    Raises:
+        ValueError: it is not written so, or a level is negative.
+    """
+    levels = []
+    for part in text.split(","):
+        try:
+            init, inner = (float(number) for number in part.split(":"))
+        except ValueError:
+            raise ValueError(f"levels are written 0.1:0.05,0.2:0.1 (init:inner); got {part!r}") from None
+        levels.append(NoiseConfig(init, inner))
+    return tuple(levels)

@@ -5,14 +5,14 @@ entropy from a generator of this module, seeded by the operating system: the cal
 state is neither read nor changed, so that `torch.manual_seed` cannot freeze the defense.
 """
 
-import hashlib
+import copy
 import operator
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -21,16 +21,20 @@ from torch import Tensor
 
 from .entropy import WideSeed, entropy, stream_of
 from .half_precision import Bits, fill_half_, fill_half_in_twos_
+from .recomputation import NO_PASSES, note, passes, recall
+from .seeds import DRAWS as DRAWS
+from .seeds import LAYERS as LAYERS
+from .seeds import Generators as Generators
+from .seeds import seed_streams_ as seed_streams_
+from .seeds import stream_seed as stream_seed
 
 Sampling = Literal["per_image", "shared"]
 
-# Streams a seed spans before it wraps: LAYERS layers of 2**32 / LAYERS (a million) draws.
-LAYERS = 4096
-DRAWS = 2**32 // LAYERS
-_MASK32 = 0xFFFF_FFFF
+_IN_BACKWARD = (
+    "a noisy layer was called inside a backward pass that does not repeat what the forward pass did: with "
+    "other noise its gradients would be wrong; let torch.utils.checkpoint repeat it, or switch that off"
+)
 _HALVES = (torch.bfloat16, torch.float16)
-# By number of the draw and of the layer, and by device.
-Generators = dict[tuple[int, int, torch.device], torch.Generator]
 
 
 def check_sampling(sampling: str) -> Sampling:
@@ -51,6 +55,7 @@ class _Draw:
     antithetic: bool = False
     portable: bool = True
     opposite: bool = False
+    repeatable: bool = True
     generators: Generators = field(default_factory=dict)
     bits: dict[tuple[int, int], Bits] = field(default_factory=dict)
 
@@ -76,6 +81,7 @@ def noise_draw(
     antithetic: bool = False,
     portable: bool = True,
     opposite: bool = False,
+    repeatable: bool = True,
     generators: Generators | None = None,
 ) -> Iterator[None]:
     """Within this context, noise is draw number `index` of `seed`, sampled by `sampling`.
@@ -103,6 +109,8 @@ def noise_draw(
         opposite: in train mode the second half of a batch has the opposites of the numbers of the first half,
             half as many to draw. Only for batches in which no image stands twice: an image and its copy could
             meet noise that cancels out. By default the noise of each image is independent of all others.
+        repeatable: whether a backward pass may compute parts of this one again (activation checkpointing),
+            with the noise that they had. Where there is none, False saves looking for it.
         generators: where the generators of the streams are kept and looked for, of a draw with a seed.
     """
     if index < 0 or count < 1 or step < 1:
@@ -114,32 +122,12 @@ def noise_draw(
     policy = None if sampling is None else check_sampling(sampling)
     chosen = seed if seed is None or isinstance(seed, WideSeed) else operator.index(seed)
     kept: Generators = {} if generators is None else generators
-    token = _current.set(_Draw(chosen, index, policy, count, step, antithetic, portable, opposite, kept))
+    draw = _Draw(chosen, index, policy, count, step, antithetic, portable, opposite, repeatable, kept)
+    token = _current.set(draw)
     try:
         yield
     finally:
         _current.reset(token)
-
-
-def stream_seed(seed: int, index: int, layer: int) -> int:
-    """64-bit seed of the stream (seed, draw index, layer).
-
-    torch's CPU generator uses the low 32 bits of a seed only. Within one seed those are an injective
-    function of (index, layer), so that no two streams coincide, then mixed (murmur3's finalizer, a
-    bijection), so that neighbours do not look alike.
-    """
-    digest = hashlib.blake2b(str(seed).encode(), digest_size=8).digest()
-    high, low = int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:], "big")
-    mixed = (low + index * LAYERS + layer) & _MASK32
-    mixed = ((mixed ^ (mixed >> 16)) * 0x85EB_CA6B) & _MASK32
-    mixed = ((mixed ^ (mixed >> 13)) * 0xC2B2_AE35) & _MASK32
-    return (high << 32) | (mixed ^ (mixed >> 16))
-
-
-def seed_streams_(generators: Generators, seed: int, index: int) -> None:
-    """Put each generator to the start of its layer's stream in draw number `index` of `seed`."""
-    for (_, layer, _), generator in generators.items():
-        generator.manual_seed(stream_seed(seed, index, layer))
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,15 +307,41 @@ def random_source(layer: int, shared: bool, device: torch.device) -> Source:
         device: of the numbers.
 
     Raises:
-        RuntimeError: called inside a backward pass.
+        RuntimeError: called inside a backward pass, in what is no repetition of a pass before it.
     """
-    if torch._C._current_graph_task_id() != -1:
-        raise RuntimeError(
-            "a noisy layer was called inside a backward pass: activation checkpointing would compute it "
-            "again with other noise and give wrong gradients; switch checkpointing off"
-        )
     for thread, counts in _watching:
         counts[layer] += thread == threading.get_ident()
     draw = _current.get()
-    policy = shared if draw.sampling is None else draw.sampling == "shared"
-    return Source(draw, layer, device, policy)
+    found = passes() if draw.repeatable else NO_PASSES
+    if found.again is not None:
+        source = _as_before(recall(found.again), layer, device)
+    elif torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(_IN_BACKWARD)
+    else:
+        policy = shared if draw.sampling is None else draw.sampling == "shared"
+        source = Source(draw, layer, device, policy)
+    if found.first:
+        if source.draw.seed is None:  # fresh noise that can be drawn again
+            source = replace(
+                source, draw=replace(source.draw, seed=WideSeed(fresh_seed()), generators={}, bits={})
+            )
+        note(found.first, replace(source, draw=_kept(source.draw, layer)))
+    return source
+
+
+def _as_before(source: Source | None, layer: int, device: torch.device) -> Source:
+    """Where a layer took its numbers from when its pass was computed first."""
+    if source is None or (source.layer, source.device) != (layer, device):
+        raise RuntimeError(_IN_BACKWARD)
+    return replace(source, draw=_kept(source.draw, layer))
+
+
+def _kept(draw: _Draw, layer: int) -> _Draw:
+    """The draw with generators of its own for a layer, which stand where those of `draw` do."""
+    generators = {
+        key: torch.Generator(key[2]).set_state(generator.get_state())
+        for key, generator in draw.generators.items()
+        if key[1] == layer
+    }
+    bits = {key: copy.deepcopy(each) for key, each in draw.bits.items() if key[1] == layer}
+    return replace(draw, generators=generators, bits=bits)

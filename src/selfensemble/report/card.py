@@ -1,16 +1,16 @@
 """The card of a trained network: what it is, what was measured on it, what it is not."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from ..artefacts.config import ArtefactConfig
 from ..evaluation.certified import Certified
 from ..evaluation.results import Entry, Results
-from ..noise.layer import describe_std
 from ..training.recipe import public_recipe
+from .facts import facts, usage
 
 # Their protocols are named EXPERIMENT-SCALE.
 EXPERIMENTS = (
@@ -20,10 +20,11 @@ EXPERIMENTS = (
 _NOISE = """\
 The noise has to stay on at test time, and fresh: whoever can ask many times, or predict the noise, meets a
 weaker defense. """
+_SMALL = "Trained and measured on small images of few classes; nothing is known about\nothers"
+_OTHER = "Nothing is known about other data than those named here"
 _LIMITS = """\
 Robust accuracies are what the named attacks left over: upper bounds, not guarantees. {certificate}{noise}\
-Trained and measured on small images of few classes; nothing is known about
-others, about natural shifts of the data, or about changes that the attacks did not try (patches, rotations,
+{data}, about natural shifts of the data, or about changes that the attacks did not try (patches, rotations,
 colours)."""
 _CERTIFIED = """\
 A certificate holds for the infinite ensemble, in the named precision, and is wrong with the stated risk. """
@@ -36,6 +37,7 @@ def model_card(
     results: Sequence[Results] = (),
     licence: str | None = "apache-2.0",
     certificates: Sequence[Certified] = (),
+    pixels: float | None = None,
 ) -> str:
     """Markdown with the front matter of model hubs, filled from a saved ensemble and its evaluations.
 
@@ -45,6 +47,7 @@ def model_card(
         results: evaluations of it, see `read_results`.
         licence: of the weights, an identifier that model hubs know; None says nothing of it.
         certificates: certifications of it, see `read_certified`.
+        pixels: what its first noise is worth on the image, see `noise_on_pixels`.
     """
     recipe = config.recipe or {}
     front: dict[str, Any] = {} if licence is None else {"license": licence}
@@ -56,41 +59,20 @@ def model_card(
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {name}",
         str(recipe.get("description", "")),
-        f'```python\nimport selfensemble as rse\n\nensemble = rse.load("{name}")\n'
-        "ensemble.predict(images)  # images (B, C, H, W) in [0, 1], not standardised\n```",
-        _facts(config),
+        usage(name, config),
+        facts(config, pixels),
         "## Measured\n\n" + _measured(config, results),
         "\n\n".join(map(_certificate, certificates)),
         "## Limits\n\n"
         + _LIMITS.format(
             certificate=_CERTIFIED if certificates else _UNCERTIFIED,
             noise=_NOISE if config.is_random else "",
+            data=_SMALL if config.architecture is not None else _OTHER,
         ),
     ]
     if recipe:
         parts.append(f"## Recipe\n\n```yaml\n{yaml.safe_dump(public_recipe(recipe), sort_keys=False)}```")
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _facts(config: ArtefactConfig) -> str:
-    lines = []
-    if config.architecture is not None:
-        lines.append(f"{config.architecture.name}, width {config.architecture.width:g}")
-    if config.transformers is not None:
-        lines.append(f"{config.transformers.name} of transformers")
-    if config.input_shape is not None:
-        lines.append(f"inputs {' x '.join(map(str, config.input_shape))}, pixels in [0, 1]")
-    if config.classes is not None:
-        lines.append(f"classes: {', '.join(config.classes)}")
-    levels = [describe_std(std) for std in config.noise.values()]
-    if any(np.max(level) > 0 for level in config.noise.values()):
-        recipe = config.recipe or {}
-        first = "image" if recipe.get("noise", {}).get("first") != "features" else "first features"
-        lines.append(f"noise: std {levels[0]} on the {first}, {', '.join(dict.fromkeys(levels[1:]))} inside")
-    if config.randomness is not None and not config.randomness.fixed:
-        lines.append(f"random layers: {config.randomness.name}")
-    lines.append(f"a prediction averages {config.draws} noise draw{'s' * (config.draws != 1)}")
-    return "\n".join(f"- {line}" for line in lines)
 
 
 def _measured(config: ArtefactConfig, results: Sequence[Results]) -> str:
@@ -101,7 +83,8 @@ def _measured(config: ArtefactConfig, results: Sequence[Results]) -> str:
     for result in results:
         lines += [
             f"\n`{_command(result)}`, seed {result.protocol['seed']}, {_machine(result.provenance)}; "
-            f"first {result.data.images} test images{_answered(result)}, 95 % Clopper-Pearson intervals:\n",
+            f"{result.data.which}{_of_data(config, result)}{_answered(result)}, "
+            "95 % Clopper-Pearson intervals:\n",
             "| attack | budget | accuracy | RMS L2 |\n|---|---|---|---|",
             *(_row(entry) for entry in (result.clean, *result.attacks, *result.worst_case)),
         ]
@@ -117,8 +100,8 @@ def _certificate(found: Certified) -> str:
     rows = [f"| {point.radius:.2f} | {_share(point.model_dump())} |" for point in found.curve]
     return "\n".join(
         [
-            f"`{command} --n-images {found.data.images}`, {_machine(found.provenance)}; share of the first "
-            f"{found.data.images} test images that are answered rightly with a certificate of at least that "
+            f"`{command} --n-images {found.data.images}`, {_machine(found.provenance)}; share of the "
+            f"{found.data.which} that are answered rightly with a certificate of at least that "
             f"L2 radius, each wrong with probability {asked['alpha']:g} at most; nothing is certified of "
             f"{100 * found.abstained:.1f} %:\n",
             "| radius | certified accuracy |\n|---|---|",
@@ -137,6 +120,11 @@ def _command(result: Results) -> str:
     options = "" if precision == "float32" else f" --precision {precision}"
     name = protocol["name"]
     return f"selfensemble evaluate {result.name} --protocol {name} --n {result.data.images}{options}"
+
+
+def _of_data(config: ArtefactConfig, result: Results) -> str:
+    """What the images are of, where no recipe says it."""
+    return "" if config.recipe else f" of {Path(result.data.source).name}"
 
 
 def _answered(result: Results) -> str:

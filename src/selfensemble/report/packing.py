@@ -1,46 +1,67 @@
 """A trained network made ready to be given away: small weights, a card, no trace of where it was trained."""
 
+import copy
 import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from ..artefacts.config import ArtefactConfig
 from ..artefacts.storage import load, read_config, save
 from ..data.images import ImageData
 from ..ensemble.ensemble import SelfEnsemble
 from ..evaluation.certified import Certified
 from ..evaluation.identity import model_record
 from ..evaluation.results import Results
+from ..fast.ensemble import checked_original
+from ..noise.graphs import unwrapped
+from ..noise.injection import remove_noise_
+from ..noise.resize_pad import ResizePadNetwork
 from ..runtime.files import atomic_write, write_json
 from ..runtime.provenance import accuracy_record
 from ..training.accuracy import count_correct
 from ..training.recipe import public_recipe
 from ..training.trainer import RESULTS
 from .card import model_card
+from .facts import noise_on_pixels
 
 CARD = "README.md"
 
 
-def pack(run: str | Path, out: Path, test: ImageData, *, dtype: torch.dtype | None = torch.bfloat16) -> None:
+def pack(
+    run: str | Path | None,
+    out: Path,
+    test: ImageData,
+    *,
+    dtype: torch.dtype | None = torch.bfloat16,
+    ensemble: SelfEnsemble | None = None,
+    config: ArtefactConfig | None = None,
+) -> None:
     """Write a copy of a saved ensemble with smaller weights, the record of its training, and its card.
 
     Test accuracy is measured on what was written, with the draws of the ensemble, per image, seed 0.
     Calibrated rules stay behind: calibrate the copy.
 
     Args:
-        run: the saved ensemble.
+        run: the saved ensemble; None for one that was not saved.
         out: a new folder; its name is the network's.
         test: all test images.
         dtype: of the stored weights; None keeps float32.
+        ensemble, config: what `run` holds, where it cannot be read without help, or there is none.
 
     Raises:
         FileExistsError: `out` exists.
     """
     if out.exists():
         raise FileExistsError(f"{out} exists: remove it, or pass another folder")
-    config, ensemble = read_config(run), load(run)
+    if config is None or ensemble is None:
+        if run is None:
+            raise TypeError("pack needs a folder, or an ensemble and its config")
+        config, ensemble = read_config(run), load(run)
+    is_known = config.architecture is not None or config.transformers is not None
     ensemble.stopping = ensemble.sets = None  # calibrated on other weights
     recipe = None if config.recipe is None else public_recipe(config.recipe)
     write = partial(
@@ -48,16 +69,23 @@ def pack(run: str | Path, out: Path, test: ImageData, *, dtype: torch.dtype | No
         input_shape=config.input_shape, recipe=recipe, dtype=dtype,
     )  # fmt: skip
     write(ensemble)
-    stored = load(out)
+    stored = load(out, None if is_known else _without_noise(ensemble))
     everything = torch.arange(len(test), device="cpu")
     correct = count_correct(stored, test, everything, seed=0)
     metrics = {"test": accuracy_record(correct, len(test))}
     write(stored, metrics=metrics)
-    if (trained := Path(run) / RESULTS).is_file():
+    if run is not None and (trained := Path(run) / RESULTS).is_file():
         made = json.loads(trained.read_text())
         kept = {key: made[key] for key in ("history", "training_seconds", "provenance") if key in made}
         write_json(out / RESULTS, {"recipe": recipe, "metrics": metrics} | kept)
-    write_card(out)
+    write_card(out, ensemble=stored)
+
+
+def _without_noise(ensemble: SelfEnsemble) -> nn.Module:
+    """A copy of a network that only its owner's code could make again, as `load` wants it."""
+    model = unwrapped(checked_original(ensemble).model)
+    network = unwrapped(model.network) if isinstance(model, ResizePadNetwork) else model
+    return remove_noise_(copy.deepcopy(network))
 
 
 def write_card(
@@ -81,7 +109,8 @@ def write_card(
         ValueError: an evaluation or a certification is of another network.
     """
     config, name = read_config(model), model.resolve().name
-    digest = model_record(ensemble or load(model), name, None).digest
+    saved = ensemble or load(model)
+    digest = model_record(saved, name, None).digest
     for command, found in (("evaluate", results), ("certify", certificates)):
         for each in found:
             if each.model.digest != digest:
@@ -89,5 +118,6 @@ def write_card(
                     f"what `{command}` wrote of {each.name!r} is of another network: "
                     f"run selfensemble {command} {model}"
                 )
-    atomic_write(model / CARD, model_card(name, config, results, licence, certificates).encode())
+    pixels = noise_on_pixels(saved, config)
+    atomic_write(model / CARD, model_card(name, config, results, licence, certificates, pixels).encode())
     return model / CARD

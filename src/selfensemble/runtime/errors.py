@@ -3,3 +3,7 @@
 
 class InputError(Exception):
     """Something the user can mend; the message says how."""
+
+
+class MissingPackage(InputError, ImportError):
+    """An optional package that is not installed; the message says which, and how to get it."""

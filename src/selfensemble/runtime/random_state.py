@@ -1,8 +1,10 @@
 """The global random states of a program, which are not ours to change."""
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 
@@ -29,3 +31,22 @@ def kept_random_state(device: torch.device | None = None) -> Iterator[None]:
     numbers = range(torch.get_device_module(device).device_count())
     with torch.random.fork_rng(devices=numbers, device_type=device.type):
         yield
+
+
+@contextmanager
+def seeded_generators(seed: int) -> Iterator[None]:
+    """Within this context the global generators of Python, numpy and torch's CPU begin at `seed`.
+
+    Afterwards they stand as they did. Those of accelerators are not touched, so that processes which were
+    forked can use it.
+    """
+    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            random.seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)  # noqa: NPY002

@@ -176,14 +176,20 @@ class Batcher:
             count = max(2, count - count % 2)
         images = active.images
         if self._folds or count == 1:
-            with noise_draw(None, 0, self.ensemble.sampling, count=count, antithetic=pairs):
+            drawn = noise_draw(
+                None, 0, self.ensemble.sampling, count=count, antithetic=pairs, repeatable=False
+            )
+            with drawn:
                 repeated = images if count == 1 else images.repeat(count, *[1] * (images.dim() - 1))
                 outputs = self.ensemble.draw_logits(repeated).float().softmax(dim=-1)
             outputs = outputs.view(count, len(images), -1)
         else:
             each, seed = [], fresh_seed() if pairs else None
             for index in range(count):
-                with noise_draw(seed, index, self.ensemble.sampling, antithetic=pairs, portable=False):
+                drawn = noise_draw(
+                    seed, index, self.ensemble.sampling, antithetic=pairs, portable=False, repeatable=False
+                )
+                with drawn:
                     each.append(self.ensemble.draw_logits(images).float().softmax(dim=-1))
             outputs = torch.stack(each)
         self.passes += 1

@@ -91,7 +91,7 @@ def samples(folder: Path | None, shape: tuple[int, int, int]) -> list[dict[str, 
 
         test = load_data("digits", "test")
         return [
-            {"name": f"digit {place + 1}", "image": _png(Image.fromarray(test.images[place, 0].numpy()))}
+            {"name": f"digit {place + 1}", "image": _png(Image.fromarray(test.images[place][0].numpy()))}
             for place in range(_SAMPLES)
         ]
     return []

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..data.images import ImageData
+from ..data.images import ImageData, batch_size
 from ..ensemble.ensemble import SelfEnsemble
 from ..noise.streams import stream_seed
 
@@ -19,8 +19,9 @@ def count_correct(
 ) -> int:
     """How many of the images `indices` the ensemble labels correctly; noise is drawn per image."""
     correct = 0
-    for number, part in enumerate(indices.split(_BATCH)):
+    batches = data.batches(indices, batch_size(_BATCH, data.shape))
+    for number, (inputs, labels) in enumerate(batches):
         batch_seed = None if seed is None else stream_seed(seed, number, 0)
-        prediction = ensemble.predict(data.inputs(part), draws=draws, seed=batch_seed, sampling="per_image")
-        correct += int((prediction.label == data.labels[part]).sum())
+        prediction = ensemble.predict(inputs, draws=draws, seed=batch_seed, sampling="per_image")
+        correct += int((prediction.label == labels).sum())
     return correct

@@ -1,4 +1,4 @@
-"""Random changes of training images, by the batch and on its device."""
+"""Random changes of training images, by the batch and on its device; of photos, see `photos`."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .recipe import DataSection
+from .sections import DataSection
 
 
 def augmentation(config: DataSection) -> Callable[[Tensor], Tensor]:
@@ -20,6 +20,11 @@ def augmentation(config: DataSection) -> Callable[[Tensor], Tensor]:
     def augment(images: Tensor) -> Tensor:
         if not (padding or flip):
             return images
+        if images.dim() != 4:
+            raise ValueError(
+                f"crop_padding and flip are for images (C, H, W), these are {tuple(images.shape[1:])}: leave "
+                "them out"
+            )
         count, _, height, width = images.shape
         rows, columns = (torch.arange(side, device=images.device) for side in (height, width))
         if flip:
@@ -32,3 +37,22 @@ def augmentation(config: DataSection) -> Callable[[Tensor], Tensor]:
         return taken.permute(0, 3, 1, 2)
 
     return augment
+
+
+def mixing(share: float) -> Callable[[Tensor], Tensor]:
+    """Each image mixed with another of its batch, (B, ...) to the same; labels stay those of the images.
+
+    An image's share is drawn from Beta(share + 1, share). In expectation a loss that is linear in the labels
+    is that of Zhang et al., mixup, ICLR 2018, who mix the labels, too, with a share from Beta(share, share):
+    of each pair either may come first.
+    """
+
+    def mix(images: Tensor) -> Tensor:
+        if not share or len(images) < 2:
+            return images
+        alpha = torch.full((len(images),), share, dtype=torch.float32, device=images.device)
+        own = torch.distributions.Beta(alpha + 1, alpha, validate_args=False).sample()
+        other = images[torch.randperm(len(images), device=images.device)]
+        return other.lerp(images, own.view(-1, *[1] * (images.dim() - 1)).to(images.dtype))
+
+    return mix

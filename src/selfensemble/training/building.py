@@ -1,39 +1,111 @@
-"""From a recipe to an untrained network and the schedule of its training."""
+"""From a recipe to an untrained network."""
+
+import copy
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, OneCycleLR
 
 from ..artefacts.config import Architecture
+from ..artefacts.opening import in_pixels, with_mean_and_std
 from ..artefacts.storage import copy_weights_
 from ..data.images import ImageData
 from ..ensemble.ensemble import SelfEnsemble
 from ..networks.models import create_model
-from ..noise.injection import FilterFn, execution_order, is_convolution
-from ..noise.learned import learn_noise_, parameter_groups
+from ..networks.naming import network_from
+from ..networks.normalized import Normalized
+from ..noise.filters import filter_named
+from ..noise.injection import FilterFn, eval_mode, execution_order, is_convolution
+from ..noise.learned import learn_noise_
 from ..noise.randomness import randomise_
 from ..noise.resize_pad import ResizePadNetwork, pad_to
-from .recipe import Recipe, TrainSection
+from .recipe import Recipe
 
 
-def build_ensemble(recipe: Recipe, data: ImageData) -> SelfEnsemble:
-    """The ensemble of a recipe, with its first weights, or ones drawn from the global random state."""
-    model = create_model(**architecture(recipe, data).model_dump())
+def build_ensemble(recipe: Recipe, data: ImageData, given: nn.Module | None = None) -> SelfEnsemble:
+    """The ensemble of a recipe, with its first weights, or ones drawn from the global random state.
+
+    Args:
+        recipe: what to build.
+        data: for which images.
+        given: a network instead of the recipe's, left as it is.
+    """
+    model = fresh_network(recipe, data, given)
     example = data.inputs(slice(2))
     if recipe.randomness is not None:
         side = None if recipe.resize_pad is None else recipe.resize_pad.largest
         randomise_(model, recipe.randomness, example if side is None else pad_to(example, side))
     if recipe.resize_pad is not None:
         model = ResizePadNetwork(model, recipe.resize_pad)
-    chosen = _behind_first(model, example) if recipe.noise.first == "features" else is_convolution
+    chosen = _places(recipe, model, example)
     ensemble = SelfEnsemble(
         model, recipe.noise.config(), draws=recipe.noise.draws, filter_fn=chosen, example_inputs=example
     )
-    if recipe.model.weights is not None:
+    if not is_built_in(recipe, given):
+        _check_answers(ensemble, example, data)
+    if recipe.model.weights is not None and not _is_file(recipe.model.weights):
         copy_weights_(recipe.model.weights, ensemble)
     if recipe.noise.learn is not None:
         learn_noise_(model, recipe.noise.learn)
     return ensemble
+
+
+def is_built_in(recipe: Recipe, given: nn.Module | None = None) -> bool:
+    """Whether the network is one of `MODELS`, which a saved ensemble can build by itself."""
+    return given is None and recipe.model.network is None and recipe.model.normalize is None
+
+
+def fresh_network(recipe: Recipe, data: ImageData, given: nn.Module | None = None) -> nn.Module:
+    """The network of a recipe without noise, before any training here.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError: it cannot be made; the message says what to do.
+    """
+    config = recipe.model
+    if given is not None:
+        model = copy.deepcopy(given)
+    elif config.network is not None:
+        weights = config.weights if config.weights is not None and _is_file(config.weights) else None
+        model = network_from(config.network, config.arguments, weights)
+        if config.normalize is None:  # of weights of a library, what they were trained with
+            model = with_mean_and_std(model, config.network, None, None)
+    else:
+        model = create_model(**architecture(recipe, data).model_dump())
+    if config.normalize is not None and not isinstance(model, Normalized):
+        each = [
+            value if isinstance(value, tuple) else (value,) * data.shape[0]  # of every channel its own
+            for value in (config.normalize.mean, config.normalize.std)
+        ]
+        model = Normalized(model, *each)
+    return model
+
+
+def _is_file(weights: str) -> bool:
+    return Path(weights).expanduser().is_file()
+
+
+def _check_answers(ensemble: SelfEnsemble, example: Tensor, data: ImageData) -> None:
+    """A network of somebody's own answers with as many classes as there are.
+
+    Raises:
+        ValueError: it does not.
+    """
+    with torch.no_grad(), eval_mode(ensemble):
+        found = tuple(ensemble.draw_logits(example).shape)
+    if found != (len(example), len(data.classes)):
+        raise ValueError(
+            f"the network answers {len(example)} images of {data.name} with the shape {found}; a logit for "
+            "each "
+            f"of the {len(data.classes)} classes is needed: set its number of classes (model.arguments)"
+        )
+
+
+def _places(recipe: Recipe, model: nn.Module, example: Tensor) -> FilterFn:
+    """In front of what noise goes. Where mean and std come first, the first noise is in front of them."""
+    if recipe.noise.first == "features":
+        return _behind_first(model, example)
+    chosen = filter_named(recipe.noise.filter)
+    return in_pixels(model, chosen, example) if isinstance(model, Normalized) else chosen
 
 
 def _behind_first(model: nn.Module, example: Tensor) -> FilterFn:
@@ -50,27 +122,5 @@ def architecture(recipe: Recipe, data: ImageData) -> Architecture:
         width=recipe.model.width,
         activation=recipe.model.activation,
         classes=len(data.classes),
-        channels=data.images.shape[1],
+        channels=data.shape[0],
     )
-
-
-def make_optimizer(ensemble: nn.Module, config: TrainSection) -> torch.optim.Optimizer:
-    """The optimiser of all parameters; levels of noise that are learned have no weight decay."""
-    groups = parameter_groups(ensemble)
-    if config.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=config.lr, weight_decay=config.weight_decay)
-    return torch.optim.SGD(
-        groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay,
-        nesterov=config.nesterov,
-    )  # fmt: skip
-
-
-def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainSection, steps: int) -> LRScheduler:
-    """The schedule over all `steps`, stepped once a training step."""
-    if config.schedule == "cosine":
-        return CosineAnnealingLR(optimizer, T_max=steps)
-    if config.schedule == "one_cycle":
-        return OneCycleLR(optimizer, max_lr=config.lr, total_steps=steps, cycle_momentum=False)
-    total = sum(config.stages)
-    ends = [sum(config.stages[: i + 1]) / total for i in range(len(config.stages) - 1)]
-    return MultiStepLR(optimizer, [round(end * steps) for end in ends], gamma=0.1)

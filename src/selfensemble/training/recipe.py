@@ -7,99 +7,17 @@ from collections.abc import Iterator
 from contextlib import suppress
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Self, get_args
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from ..networks.models import MODELS, Activation
-from ..noise.layer import NoiseConfig
-from ..noise.learned import Granularity
+from ..networks.models import MODELS
 from ..noise.randomness import AnyRandomness
 from ..noise.resize_pad import ResizePadConfig
-from ..runtime.schema import Count, NonNegative, Positive, Section
+from ..runtime.schema import Section
 from .defenses import AnyDefense, CrossEntropy
-
-
-class DataSection(Section):
-    """Images, and what is done to them. `source` and `size`: see `load_data`.
-
-    `images`: at most as many of each split, drawn by the seed, to try things out.
-    """
-
-    source: str = "digits"
-    size: Count | None = None
-    images: Count | None = None
-    validation: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    crop_padding: Annotated[int, Field(ge=0)] = 0
-    flip: bool = False
-
-
-class ModelSection(Section):
-    """Network: a key of `MODELS`, the factor on its channels, and what stands behind its convolutions.
-
-    `weights`: a trained network to begin with, a folder that `train` wrote or a name of the zoo; it has to be
-    of the same architecture. Noise levels are the recipe's, not those it was trained with.
-    """
-
-    name: str = "small-cnn"
-    width: Positive = 1.0
-    activation: Activation = "relu"
-    weights: str | None = None
-
-
-class NoiseSection(Section):
-    """Noise levels and draws a prediction; both levels 0 is the plain network.
-
-    `first`: where the noise of `init_std` is added, to the "image" as the paper says, or to "features",
-    those of the first convolution, as the authors' code does; the image then has no noise, and nothing can
-    be certified. `learn`: levels are learned from there, one a layer or one a channel; `hold`: the weight of
-    what keeps them up, see `selfensemble.noise.learned`.
-    """
-
-    init_std: NonNegative = NoiseConfig().init_std
-    inner_std: NonNegative = NoiseConfig().inner_std
-    first: Literal["image", "features"] = "image"
-    learn: Granularity | None = None
-    hold: NonNegative = 0.1
-    draws: Count = 10
-
-    @model_validator(mode="after")
-    def _has_noise_to_learn(self) -> Self:
-        if self.learn and not (self.init_std or self.inner_std):
-            raise ValueError("there is no noise to learn: set init_std or inner_std above 0")
-        return self
-
-    def config(self) -> NoiseConfig:
-        return NoiseConfig(self.init_std, self.inner_std)
-
-
-class TrainSection(Section):
-    """The optimiser and its schedule.
-
-    `optimizer`: "adam" has torch's settings but for `lr` and `weight_decay`; momentum is for "sgd" alone.
-    `stages`: lengths of the stages between which the learning rate falls by 10, relative to each other:
-    they are stretched to `epochs`. `average`: what is kept of the averaged weights at each step, e.g.
-    0.999; with it the average is validated and saved (Polyak averaging); 0 saves the last weights.
-    `checkpoint_steps`: None for once an epoch.
-    """
-
-    epochs: Count = 30
-    batch_size: Count = 128
-    lr: Positive = 0.1
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    nesterov: bool = False
-    weight_decay: NonNegative = 5e-4
-    schedule: Literal["stages", "cosine", "one_cycle"] = "cosine"
-    stages: tuple[Positive, ...] = (80, 60, 40, 20)
-    # YAML reads a bare `no` as false.
-    precision: Annotated[
-        Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)
-    ] = "no"
-    channels_last: bool = True
-    average: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    checkpoint_steps: Count | None = None
+from .sections import DataSection, ModelSection, NoiseSection, TrainSection
 
 
 class Recipe(Section):
@@ -136,6 +54,11 @@ class Recipe(Section):
         if defense is None:
             return None
         return self.model_copy(update={"name": f"{self.name}-teacher", "defense": defense})
+
+    def replaced(self, section: str, **values: Any) -> "Recipe":
+        """The same recipe but for some values of a section."""
+        own: Section = getattr(self, section)
+        return self.model_copy(update={section: own.model_copy(update=values)})
 
     def differs_from(self, saved: dict[str, Any]) -> list[str]:
         """Dotted names of the keys in which a saved recipe is another one: words do not count.
@@ -201,10 +124,10 @@ def differing_keys(left: dict[str, Any], right: dict[str, Any], prefix: str = ""
 def public_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe without the folders that images and first weights lay in on somebody's machine."""
     shown = dict(recipe)
-    for section, key in (("data", "source"), ("model", "weights")):
+    for section, key in (("data", "source"), ("model", "weights"), ("model", "network")):
         value = recipe.get(section, {}).get(key)
         if isinstance(value, str) and ("/" in value or "\\" in value):
-            shown[section] = recipe[section] | {key: value.replace("\\", "/").rstrip("/").rpartition("/")[2]}
+            shown[section] = shown[section] | {key: value.replace("\\", "/").rstrip("/").rpartition("/")[2]}
     return shown
 
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..ensemble.ensemble import SelfEnsemble
@@ -16,9 +16,10 @@ from ..fast.small_maps import speed_up_small_maps_
 from ..noise.learned import distance_from_start
 from ..noise.own_numbers import OwnNumbers
 from ..noise.streams import stream_seed
-from .batches import Batches
-from .building import build_ensemble, make_optimizer, make_scheduler
+from .batches import Batch, Batches
+from .building import build_ensemble
 from .defenses import Networks
+from .optimizers import make_optimizer, make_scheduler
 from .recipe import Recipe
 
 
@@ -31,17 +32,24 @@ class TrainingStep:
         accelerator: of the run.
         seed: of everything random in the steps of this process.
         steps: of the whole run.
+        given: a network instead of the recipe's.
 
     Attributes:
         teacher: the network that the defense learns from, if it does.
     """
 
     def __init__(
-        self, recipe: Recipe, batches: Batches, accelerator: Accelerator, seed: int, steps: int
+        self,
+        recipe: Recipe,
+        batches: Batches,
+        accelerator: Accelerator,
+        seed: int,
+        steps: int,
+        given: nn.Module | None = None,
     ) -> None:
         self._recipe, self._batches, self._accelerator, self._seed = recipe, batches, accelerator, seed
         self.teacher: SelfEnsemble | None = None
-        ensemble = _first_ensemble(recipe, batches)
+        ensemble = _first_ensemble(recipe, batches, given)
         optimizer = make_optimizer(ensemble, recipe.train)
         self._model, self._optimizer = accelerator.prepare(ensemble, optimizer)
         self._scheduler = make_scheduler(optimizer, recipe.train, steps)
@@ -55,10 +63,13 @@ class TrainingStep:
             batches.device.type == accelerator.device.type == "cuda"
             and accelerator.num_processes == 1
             and accelerator.scaler is None
+            and recipe.train.accumulate == 1
+            and not batches.streams
         )
         self.gradients = StepGradients(
-            self._loss, self._optimizer.zero_grad, seed, replays, opposite=recipe.defense.shows_images_once
-        )
+            self._loss, self._optimizer.zero_grad, seed, replays,
+            opposite=recipe.defense.shows_images_once and not recipe.data.mixup,
+        )  # fmt: skip
 
     @property
     def network(self) -> SelfEnsemble:
@@ -78,26 +89,39 @@ class TrainingStep:
         """The learning rate of the next step."""
         return float(self._scheduler.get_last_lr()[0])
 
-    def __call__(self, index: Tensor, step: int) -> Tensor:
-        """Step number `step`, with the images of these numbers; returns the loss."""
+    def __call__(self, batch: Batch, step: int) -> Tensor:
+        """Step number `step`, with the images of a batch; returns the loss."""
         # Of augmentation and dropout; a master seed of its own keeps it apart from the noise's streams.
         torch.manual_seed(stream_seed(stream_seed(self._seed, 0, 1), step, 0))
         self._model.train()
-        loss = self.gradients(index, step)
+        train = self._recipe.train
+        if train.accumulate == 1:
+            loss = self.gradients(batch, step)
+        else:
+            parts = enumerate(_parts(batch, train.accumulate))
+            each = [
+                self.gradients(part, step * train.accumulate + number, afresh=number == 0)
+                for number, part in parts
+            ]
+            loss = torch.stack(each).sum()
+        if train.clip is not None:
+            self._accelerator.clip_grad_norm_(self._model.parameters(), train.clip)
         self._optimizer.step()
         self._scheduler.step()
         if self._averaged is not None:
             self._averaged.update_parameters(self.network)
         return loss
 
-    def _loss(self, index: Tensor) -> Tensor:
-        """The loss of the images of these numbers with the surroundings' noise; adds to the gradients."""
-        inputs, labels = self._batches.batch(index)
+    def _loss(self, batch: Batch) -> Tensor:
+        """The loss of the images of a batch with the surroundings' noise; adds to the gradients."""
+        inputs, labels = self._batches.batch(batch)
         with self._accelerator.autocast():
             networks = Networks(self._model, self.network, self.teacher, len(self._batches.train_indices))
             loss = self._recipe.defense.loss(networks, inputs, labels)
             if self._recipe.noise.learn is not None:
                 loss = loss + self._recipe.noise.hold * distance_from_start(self.network)
+            if self._recipe.train.accumulate > 1:
+                loss = loss / self._recipe.train.accumulate
         self._accelerator.backward(loss)
         return loss.detach()
 
@@ -123,16 +147,23 @@ class TrainingStep:
             self._accelerator.scaler.load_state_dict(state["scaler"])
 
 
-def _first_ensemble(recipe: Recipe, batches: Batches) -> SelfEnsemble:
+def _parts(batch: Batch, count: int) -> list[Batch]:
+    """A batch in `count` equal parts."""
+    if isinstance(batch, Tensor):
+        return list(batch.chunk(count))
+    return list(zip(*(each.chunk(count) for each in batch), strict=True))
+
+
+def _first_ensemble(recipe: Recipe, batches: Batches, given: nn.Module | None) -> SelfEnsemble:
     """The network to begin with, laid out as the images are."""
     with OwnNumbers(recipe.seed), torch.device("cpu"):
         try:
-            ensemble = build_ensemble(recipe, batches.train)
+            ensemble = build_ensemble(recipe, batches.train, given)
         except RuntimeError as error:
-            shape = tuple(batches.train.images.shape[1:])
+            name = recipe.model.network or recipe.model.name
             reason = str(error).partition("\n")[0]
             raise ValueError(
-                f"{recipe.model.name} cannot take images of shape {shape} "
+                f"{name} cannot take images of shape {batches.train.shape} "
                 f"({reason}): choose another model.name or data.size"
             ) from error
     return ensemble.to(memory_format=batches.format)  # type: ignore[call-overload, no-any-return]

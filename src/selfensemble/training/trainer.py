@@ -9,19 +9,21 @@ Source: Liu et al. 2018, algorithm 1 and section 4.
 
 import math
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from ..artefacts import storage
 from ..data.images import ImageData
 from ..ensemble.ensemble import SelfEnsemble
+from ..networks.naming import name_of
 from ..noise.learned import mean_levels
 from ..noise.streams import stream_seed
 from ..runtime.files import write_json
@@ -30,10 +32,11 @@ from ..runtime.processes import check_restarts
 from ..runtime.provenance import accuracy_record, provenance
 from ..runtime.random_state import kept_random_state
 from .accuracy import count_correct
-from .batches import Batches
-from .building import architecture
+from .batches import Batch, Batches, given_data
+from .building import architecture, fresh_network, is_built_in
 from .checkpoints import read_checkpoint, write_checkpoint
 from .recipe import Recipe
+from .records import Clock, data_record, fingerprint
 from .step import TrainingStep
 
 CHECKPOINT, RESULTS, TEACHER = "checkpoint.pt", "results.json", "teacher"
@@ -47,6 +50,9 @@ class Trainer:
         recipe: what to train.
         out: folder for checkpoint, TensorBoard log, results and the ensemble.
         data: overrides the source of the recipe's data, e.g. a folder.
+        model: a network instead of the recipe's, of as many classes as the data; it is left as it is.
+        train_data, test_data: images instead of the recipe's: `ImageData`, or torch data sets of images and
+            labels.
         resume: go on from the checkpoint in `out`; from the start if there is none yet.
         overwrite: start afresh although `out` holds a run.
         progress: called after every step with (step, steps, text).
@@ -62,27 +68,38 @@ class Trainer:
         out: str | Path,
         *,
         data: str | None = None,
+        model: nn.Module | None = None,
+        train_data: ImageData | Dataset[Any] | None = None,
+        test_data: ImageData | Dataset[Any] | None = None,
         resume: bool = False,
         overwrite: bool = False,
         progress: Progress | None = None,
     ) -> None:
+        given = given_data(train_data, test_data, data)
         if data is not None:
             # Recorded, so that resuming and evaluating read the same images without being told.
-            folder = Path(data).expanduser()
-            source = str(folder.resolve()) if folder.is_dir() else data
-            section = recipe.data.model_copy(update={"source": source})
-            recipe = recipe.model_copy(update={"data": section})
+            source = str(Path(data).expanduser().resolve()) if Path(data).expanduser().exists() else data
+            recipe = recipe.replaced("data", source=source)
+        elif given is not None:
+            recipe = recipe.replaced("data", source=given[0].name)
+        if model is not None:
+            named = name_of(model) or (f"{type(model).__qualname__} (given in Python)", {})
+            recipe = recipe.replaced("model", network=named[0], arguments=named[1])
+        self._model, self._given = model, given
         self.recipe, self.out = recipe, Path(out)
         self.progress = progress or (lambda step, steps, text: None)
         self.accelerator = _accelerator(recipe.train.precision)
         self._overwrite = overwrite
         self._replaces = self._check_folder(resume, overwrite)
-        self.batches = Batches(recipe, self.accelerator)
+        self.batches = Batches(recipe, self.accelerator, given)
         self.steps = self.batches.in_epoch * recipe.train.epochs
-        self.step, self.history, self.seconds = 0, list[dict[str, float]](), 0.0
+        self.step, self.history = 0, list[dict[str, float]]()
+        self.clock = Clock()
         self._epoch_loss = 0.0
         self._seed = stream_seed(recipe.seed, self.accelerator.process_index, 0)
-        self.training_step = TrainingStep(recipe, self.batches, self.accelerator, self._seed, self.steps)
+        self.training_step = TrainingStep(
+            recipe, self.batches, self.accelerator, self._seed, self.steps, model
+        )
         if resume and (self.out / CHECKPOINT).exists():
             self._load_checkpoint()
 
@@ -146,48 +163,62 @@ class Trainer:
         folder = self.out / TEACHER
         replaces = self._overwrite and self.step == 0
         if replaces or not (folder / RESULTS).exists():
-            Trainer(recipe, folder, resume=not replaces, overwrite=replaces, progress=self.progress).run()
+            train, test = self._given or (None, None)
+            Trainer(
+                recipe, folder, model=self._model, train_data=train, test_data=test, resume=not replaces,
+                overwrite=replaces, progress=self.progress,
+            ).run()  # fmt: skip
         elif other := recipe.differs_from(storage.read_config(folder).recipe or {}):
             raise ValueError(
                 f"{folder} holds the teacher of another recipe (different: {', '.join(other)}): start afresh "
                 "with --overwrite, or pass another --out"
             )
-        self.training_step.teacher = storage.load(folder).to(self.accelerator.device)
+        own = None
+        if not is_built_in(recipe, self._model):
+            own = fresh_network(recipe, self.batches.train, self._model)
+        self.training_step.teacher = storage.load(folder, own).to(self.accelerator.device)
 
     def _run_epoch(self, stop: threading.Event) -> None:
         """The rest of the current epoch, its validation and its checkpoint."""
         epoch = len(self.history)  # of which all steps may be done, if its validation failed
-        first = self.step - epoch * self.batches.in_epoch
-        order = self.batches.order(epoch)
-        every = self.recipe.train.checkpoint_steps
-        started = time.monotonic()
-        loss_sum = torch.tensor(self._epoch_loss, dtype=torch.float32, device=self.accelerator.device)
-        for number in range(first, self.batches.in_epoch):
-            loss_sum += self.training_step(self.batches.numbers(order, number), self.step)
-            self.step += 1
-            self.progress(self.step, self.steps, f"epoch {epoch + 1}/{self.recipe.train.epochs}")
-            last = number + 1 == self.batches.in_epoch
-            if not last and (stop.is_set() or (every and self.step % every == 0)):
-                self._epoch_loss = self._finite(float(loss_sum))
-                self._save_checkpoint(time.monotonic() - started)
-                self._stop_if(stop)
+        self.clock.start()
+        with closing(self.batches.epoch(epoch, self.step - epoch * self.batches.in_epoch)) as batches:
+            loss_sum = self._take_steps(batches, epoch, stop)
         total = self.accelerator.reduce(loss_sum, "mean")
         self._epoch_loss = self._finite(float(total))
         try:
             record = self._record(epoch, self._epoch_loss / self.batches.in_epoch)
         except BaseException:
-            self._save_checkpoint(time.monotonic() - started)  # or the epoch would be lost
+            self._save_checkpoint()  # or the epoch would be lost
             raise
         self._epoch_loss = 0.0
-        self.seconds += time.monotonic() - started
+        self.clock.stop()
         self.history.append(record)
         accuracy = record.get("validation/accuracy")
         shown = "" if accuracy is None else f", validation accuracy of one draw {accuracy:.2%}"
+        shown += f", waited for data {self.clock.share:.0%} of the time" if self.batches.streams else ""
         self.progress(
             self.step, self.steps, f"epoch {epoch + 1} done: loss {record['train/loss']:.4f}{shown}"
         )
-        self._save_checkpoint(0.0)
+        self._save_checkpoint()
         self._stop_if(stop)
+
+    def _take_steps(self, batches: Iterator[Batch], epoch: int, stop: threading.Event) -> Tensor:
+        """A step with each batch that is left of an epoch; the sum of the losses of all of them."""
+        every = self.recipe.train.checkpoint_steps
+        loss_sum = torch.tensor(self._epoch_loss, dtype=torch.float32, device=self.accelerator.device)
+        ends = (epoch + 1) * self.batches.in_epoch
+        while self.step < ends:
+            with self.clock.waiting():
+                batch = next(batches)
+            loss_sum += self.training_step(batch, self.step)
+            self.step += 1
+            self.progress(self.step, self.steps, f"epoch {epoch + 1}/{self.recipe.train.epochs}")
+            if self.step < ends and (stop.is_set() or (every and self.step % every == 0)):
+                self._epoch_loss = self._finite(float(loss_sum))
+                self._save_checkpoint()
+                self._stop_if(stop)
+        return loss_sum
 
     def _record(self, epoch: int, loss: float) -> dict[str, float]:
         """What the history says of an epoch."""
@@ -240,12 +271,13 @@ class Trainer:
         metrics["test"] = accuracy_record(self._evaluate(test, everything), len(everything))
         results = {
             "recipe": self.recipe.model_dump(mode="json"),
-            "data": {"source": train.name, "train": len(self.batches.train_indices)},
+            "data": data_record(self.batches),
             "metrics": metrics,
             "draws": self.recipe.noise.draws,
             "processes": self.accelerator.num_processes,
             "history": self.history,
-            "training_seconds": round(self.seconds, 1),
+            "training_seconds": round(self.clock.seconds, 1),
+            "waiting_for_data": round(self.clock.share, 3),
             "provenance": provenance(),
         }
         if self.accelerator.is_main_process:
@@ -259,21 +291,23 @@ class Trainer:
         storage.save(
             self.ensemble,
             self.out,
-            architecture=architecture(self.recipe, train),
+            architecture=architecture(self.recipe, train) if is_built_in(self.recipe, self._model) else None,
             classes=train.classes,
-            input_shape=tuple(train.images.shape[1:]),  # type: ignore[arg-type]
+            input_shape=train.shape if len(train.shape) == 3 else None,
             metrics=metrics,
             recipe=self.recipe.model_dump(mode="json"),
         )
 
-    def _save_checkpoint(self, running_seconds: float) -> None:
+    def _save_checkpoint(self) -> None:
         if not self.accelerator.is_main_process:
             return
         progress = {
             "step": self.step,
             "history": self.history,
-            "seconds": self.seconds + running_seconds,
+            "seconds": self.clock.seconds,
+            "waited": self.clock.waited,
             "epoch_loss": self._epoch_loss,
+            "data": fingerprint(self.batches),
         }
         state = progress | self.training_step.state()
         write_checkpoint(self.out / CHECKPOINT, self.recipe, self.accelerator.num_processes, state)
@@ -285,9 +319,16 @@ class Trainer:
     def _load_checkpoint(self) -> None:
         path = self.out / CHECKPOINT
         state = read_checkpoint(path, self.recipe, self.accelerator.num_processes)
+        if state.get("data") not in (None, fingerprint(self.batches)):
+            raise ValueError(
+                f"{path} belongs to other images (their number or labels differ): restore them, or start "
+                "afresh "
+                "with --overwrite"
+            )
         try:
             self.training_step.restore(state)
-            self.step, self.history, self.seconds = state["step"], state["history"], state["seconds"]
+            self.step, self.history = state["step"], state["history"]
+            self.clock = Clock(float(state["seconds"]), float(state.get("waited", 0.0)))
             self._epoch_loss = state["epoch_loss"]
         except Exception as error:  # of whatever kind the values are
             raise ValueError(

@@ -9,6 +9,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from ...attacks.driver import single_draw
+from ...certainty.arrival import pixel_levels, pixel_map
+from ...ensemble.checks import logits_of
 from ...fast.ensemble import FastEnsemble
 from ...noise.calls import OwnHooks, copied, without_weight_gradients
 from ...noise.copies import with_originals
@@ -17,7 +19,7 @@ from ...noise.layer import GaussianNoise, describe_std
 from ...noise.own_numbers import OwnNumbers
 from ...noise.streams import noise_draw
 from ..results import CheckRecord
-from .findings import PASSES, ROUNDING, differ, failed, not_applicable, passed
+from .findings import PASSES, differ, failed, not_applicable, passed
 from .subject import Subject
 
 _NOISE = {"normal", "randn", "randn_like", "normal_functional", "rand", "rand_like", "uniform", "add_noise"}
@@ -158,7 +160,7 @@ def _stray_parameters(subject: Subject) -> int:
     with without_weight_gradients(subject.model), eval_mode(subject.model), torch.enable_grad():
         leaf = subject.few.detach().to(subject.device, subject.dtype, copy=True).requires_grad_()
         outputs = subject.model(leaf)
-    outputs = getattr(outputs, "logits", outputs)
+    outputs = logits_of(outputs)
     todo, seen, stray = [outputs.grad_fn], set(), 0
     while todo:
         node = todo.pop()
@@ -171,47 +173,45 @@ def _stray_parameters(subject: Subject) -> int:
     return stray
 
 
+def _meets(subject: Subject, images: Tensor) -> tuple[GaussianNoise, Tensor] | None:
+    """The noise layer that acts first on these images, and what it acts on."""
+    order: list[tuple[GaussianNoise, Tensor]] = []
+    with OwnHooks() as hooks:
+        for layer in subject.noise_layers:
+            if layer.is_active:
+                hooks.add(layer.register_forward_pre_hook, partial(_note, order))
+        subject.once(images)
+    return order[0] if order else None
+
+
 def _note(order: list[tuple[GaussianNoise, Tensor]], layer: GaussianNoise, args: tuple[Tensor, ...]) -> None:
     order.append((layer, args[0].detach()))
 
 
 def where_noise_enters(subject: Subject) -> CheckRecord:
-    """The first noise layer acts on the pixels, or on a known affine map of them."""
-    layers = [layer for layer in subject.noise_layers if layer.is_active]
-    if not layers:
+    """The first noise layer acts on the pixels: on a view of them, padded, scaled and shifted or not."""
+    if not any(layer.is_active for layer in subject.noise_layers):
         return not_applicable("there are no noise layers")
-    order: list[tuple[GaussianNoise, Tensor]] = []
-    with OwnHooks() as hooks:
-        for layer in layers:
-            note = partial(_note, order)
-            hooks.add(layer.register_forward_pre_hook, note)
-        subject.once(subject.few)
-    if not order:
+    images = subject.few[:2]
+    met = _meets(subject, images)
+    if met is None:
         return failed("no noise layer is called", "the forward pass goes around the noise")
-    layer, met = order[0]
-    images = subject.few
-    if met.shape != images.shape:
+    layer, arrived = met
+    low, high = getattr(subject.model, "bounds", None) or (0.0, 1.0)
+
+    def arrive(probe: Tensor) -> Tensor:
+        found = _meets(subject, probe)
+        return arrived if found is None else found[1]
+
+    found = pixel_map(arrive, images.cpu(), low, high)
+    if found is None or not bool((found.slope != 0).any()):
         return failed(
-            f"the first noise meets a tensor of shape {tuple(met.shape)}",
-            "no noise acts on the pixels: the defense is weaker there, and nothing can be certified",
+            f"the first noise meets no affine map of each pixel, of shape {tuple(arrived.shape)}",
+            "no noise acts on the pixels: put some there, or the defense is weaker, its std is not in pixel "
+            "units, and nothing can be certified",
         )
-    dims = [0, *range(2, images.dim())]
-    x, z = images.cpu().double(), met.cpu().double()
-    centred = x - x.mean(dims, keepdim=True)
-    slope = (centred * (z - z.mean(dims, keepdim=True))).sum(dims) / centred.square().sum(dims).clamp(
-        min=1e-12
-    )
-    shape = [1, -1, *[1] * (x.dim() - 2)]
-    rest = z - z.mean(dims, keepdim=True) - slope.view(shape) * centred
-    if float(rest.abs().max()) > 10 * ROUNDING * float(z.abs().max()):
-        return failed(
-            "the first noise acts on a nonlinear map of the pixels",
-            "noise enters after a preprocessor: its std is not in pixel units; put it on the pixels",
-        )
-    known = [abs(float(value)) for value in slope]
-    stds = [layer.std] * len(known) if isinstance(layer.std, float) else layer.std
-    levels = ", ".join(
-        f"{std / value:.3g}" if value > 0 else "unknown" for std, value in zip(stds, known, strict=True)
-    )
+    levels = pixel_levels(found, layer.std, images)
+    by_channel = levels.transpose(0, 1).flatten(1).amin(dim=1) if levels.dim() > 2 else levels.amin()[None]
+    shown = ", ".join(f"{float(value):.3g}" if value < torch.inf else "unknown" for value in by_channel)
     title = f"std {describe_std(layer.std)} at the first noise layer"
-    return passed(f"{title}, in [0, 1] pixels by channel: {levels}")
+    return passed(f"{title}, in [{low:g}, {high:g}] pixels by channel: {shown}")

@@ -1,0 +1,261 @@
+"""The ensemble that the MODEL of a command stands for: a saved one, or a network by its name."""
+
+import json
+import re
+import shlex
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..runtime.errors import InputError
+from . import terminal
+from .data_options import NO_DATA, DataOptions
+from .loading import test_data_of, with_size
+from .options import NetworkOptions, arguments_of, channels_of, noise_of, shape_of
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..artefacts.config import ArtefactConfig
+    from ..artefacts.named import UntrustedNetwork
+    from ..data.images import ImageData
+    from ..ensemble.ensemble import SelfEnsemble
+    from ..noise.injection import FilterFn
+
+_OF_NAMED = {"weights": "--weights", "noise": "--noise", "filter_name": "--filter", "mean": "--mean",
+             "std": "--std", "shape": "--shape"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An ensemble that a command works with.
+
+    Attributes:
+        ensemble: on the CPU, in eval mode.
+        config: what is known of it; of a saved one its `config.json`.
+        name: for people and for folders of runs.
+        images: test images, where the command wants them.
+        folder: of a saved one.
+    """
+
+    ensemble: "SelfEnsemble"
+    config: "ArtefactConfig"
+    name: str
+    images: "ImageData | None" = None
+    folder: Path | None = None
+
+    @property
+    def test(self) -> "ImageData":
+        """The test images of a command that asked for them."""
+        assert self.images is not None
+        return self.images
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of an image.
+
+        Raises:
+            InputError: it is not known.
+        """
+        if self.config.input_shape is None:
+            raise InputError(f"{self.name} does not say the shape of its inputs: use the Python interface")
+        return self.config.input_shape
+
+    @property
+    def architecture(self) -> dict[str, Any] | None:
+        """For records of a run."""
+        return self.config.architecture.model_dump() if self.config.architecture else None
+
+
+def open_network(
+    model: str | Path, options: NetworkOptions, data: DataOptions = NO_DATA, *, with_data: bool = False
+) -> Opened:
+    """The ensemble that MODEL stands for, with test images where they are wanted.
+
+    Raises:
+        InputError, ValueError, TypeError, OSError: what is wrong, and what to do.
+    """
+    from ..networks.naming import is_network_name
+
+    return (_named if is_network_name(model) else _saved)(str(model), options, data, with_data)
+
+
+def described_as(model: str, options: NetworkOptions) -> "ArtefactConfig":
+    """What is known of MODEL; of a saved ensemble without a look at its network."""
+    from ..artefacts import storage
+    from ..networks.naming import is_network_name
+
+    return (
+        _named(model, options, NO_DATA, False).config
+        if is_network_name(model)
+        else storage.read_config(model)
+    )
+
+
+def open_bare(
+    model: str, options: NetworkOptions, data: DataOptions
+) -> tuple["nn.Module", "Tensor", "FilterFn"]:
+    """A network to be looked at, an example, and in front of what its noise is or would go.
+
+    A named one has got no noise yet, and may be one that cannot get any.
+    """
+    from ..artefacts.opening import in_pixels, seeded_network, with_mean_and_std
+    from ..networks.naming import is_network_name
+    from ..networks.normalized import Normalized
+    from ..noise.filters import filter_named
+    from ..noise.injection import is_convolution, noise_layers
+
+    if not is_network_name(model):
+        opened = open_network(model, options, data, with_data=data.data is not None)
+        noisy = set(noise_layers(opened.ensemble.model))
+        example = _any_images(opened.shape) if data.data is None else opened.test.inputs(slice(2))
+        return opened.ensemble.model, example, lambda module, fqn: fqn in noisy or is_convolution(module)
+    network = seeded_network(model, arguments_of(options), options.weights)
+    _, example = _examples(network, model, options, data, data.data is not None)
+    mean, std = channels_of(options.mean, "--mean"), channels_of(options.std, "--std")
+    network, chosen = (
+        with_mean_and_std(network, model, mean, std),
+        filter_named(options.filter_name or "conv"),
+    )
+    if isinstance(network, Normalized):
+        with suppress(Exception):  # it may fail in any way, which is then what is found
+            chosen = in_pixels(network, chosen, example)
+    return network, example, chosen
+
+
+def _any_images(shape: tuple[int, int, int]) -> "Tensor":
+    """Two random images of that shape, always the same."""
+    import torch
+
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.rand(2, *shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def saved_folder(model: str, what: str, *, zoo: bool = True) -> Path:
+    """The folder of a saved ensemble, of a command that works on folders alone.
+
+    Args:
+        model: as it was written.
+        what: is done to it, for the message.
+        zoo: whether one of the zoo will do.
+    """
+    from ..artefacts.zoo import locate
+    from ..networks.naming import is_network_name
+
+    if is_network_name(model):
+        raise InputError(
+            f"{model} names a network, and what {what} is a folder of a saved ensemble: write one, "
+            f"selfensemble pack {shlex.quote(model)} FOLDER"
+        )
+    if not zoo and not Path(model).is_dir():
+        raise InputError(f"{model} is no folder: a network of the zoo {what} in a copy of its folder")
+    return locate(model)
+
+
+def _saved(model: str, options: NetworkOptions, data: DataOptions, with_data: bool) -> Opened:
+    from ..artefacts import storage
+    from ..artefacts.named import UntrustedNetwork
+    from ..artefacts.zoo import locate
+
+    for name, flag in _OF_NAMED.items():
+        if getattr(options, name) is not None:
+            raise InputError(f"{model} is a saved ensemble, which says that itself: leave {flag} out")
+    if options.network_args is not None and options.network is None:
+        raise InputError("--network-args go with --network: add it")
+    config = storage.read_config(model)
+    try:
+        ensemble = storage.load(
+            model, options.network, arguments=arguments_of(options), trust_network=options.trust_network
+        )
+    except UntrustedNetwork as error:
+        raise InputError(_how_to_go_on(error)) from error
+    ensemble.draws = options.draws or ensemble.draws
+    images = test_data_of(config, data) if with_data else None
+    return Opened(ensemble, config, Path(model).resolve().name, images, locate(model))
+
+
+def _named(model: str, options: NetworkOptions, data: DataOptions, with_data: bool) -> Opened:
+    from ..artefacts import storage
+    from ..artefacts.opening import ensemble_of, seeded_network
+    from ..networks.expected import expected_images
+
+    network = seeded_network(model, arguments_of(options), options.weights)
+    images, example = _examples(network, model, options, data, with_data)
+    told = expected_images(network, model).mean_and_std if options.mean is options.std is None else None
+    if told is not None:
+        mean, std = (", ".join(f"{value:.4g}" for value in each) for each in told)
+        terminal.err.print(
+            f"{model} wants standardised images: --mean {mean} --std {std} are put in", soft_wrap=True
+        )
+    ensemble = ensemble_of(
+        network, model, noise=noise_of(options), draws=options.draws,
+        filter_name=options.filter_name or "conv", mean=channels_of(options.mean, "--mean"),
+        std=channels_of(options.std, "--std"), example_inputs=example,
+    )  # fmt: skip
+    classes, images = _classes(network, ensemble, images, example, model)
+    shape = tuple(example.shape[1:])
+    config = storage.describe(ensemble, classes=classes, input_shape=shape)
+    return Opened(ensemble, config, re.sub(r"[^\w.-]+", "-", model).strip("-."), images)
+
+
+def _examples(
+    network: "nn.Module", model: str, options: NetworkOptions, data: DataOptions, with_data: bool
+) -> tuple["ImageData | None", "Tensor"]:
+    """Test images, where they are wanted, and two images of the shape that the network takes."""
+    from ..artefacts.config import ArtefactConfig
+    from ..networks.expected import expected_images
+
+    shape = shape_of(options) or expected_images(network, model).shape
+    if not with_data:
+        if shape is None:
+            raise InputError(f"{model} does not say the shape of its images: pass --shape, e.g. 3x224x224")
+        return None, _any_images(shape)
+    if data.data is None:
+        raise InputError(f"{model} does not say what it was trained on: pass --data")
+    square = shape is not None and shape[1] == shape[2]
+    wanted = with_size(data, shape[2] if shape is not None and square else None)
+    images = test_data_of(ArtefactConfig(noise={}, draws=1), wanted)
+    found = images.shape
+    if options.shape is not None and found != shape:
+        raise InputError(f"{data.data} has images of shape {found}, --shape says {shape}: change it")
+    return images, images.inputs(slice(2))
+
+
+def _classes(
+    network: "nn.Module", ensemble: "SelfEnsemble", images: "ImageData | None", example: "Tensor", name: str
+) -> tuple[tuple[str, ...] | None, "ImageData | None"]:
+    """Names of the classes, where they are known, and the images with their labels numbered so."""
+    count = ensemble.predict(example, draws=1, seed=0).probabilities.shape[1]
+    known = getattr(getattr(network, "config", None), "id2label", None)  # of transformers
+    theirs = tuple(map(str, known.values())) if isinstance(known, dict) and len(known) == count else None
+    if theirs is not None and theirs == tuple(f"LABEL_{k}" for k in range(count)):
+        theirs = None
+    if images is None:
+        return theirs, None
+    if theirs is not None and set(images.classes) & set(theirs):
+        return theirs, images.with_classes(theirs)
+    if len(images.classes) != count:
+        raise InputError(
+            f"{name} answers with {count} classes, {images.name} has {len(images.classes)}: pass the data "
+            "that it was trained on, or its number of classes in --network-args"
+        )
+    return images.classes, images
+
+
+def _how_to_go_on(error: "UntrustedNetwork") -> str:
+    """What to say where the network of a saved ensemble is somebody's own: the command to give."""
+    named = error.named
+    command = ["selfensemble", *sys.argv[1:], "--network"]
+    if named is not None and named.is_here:
+        arguments = ["--network-args", json.dumps(named.arguments)] if named.arguments else []
+        return (
+            f"{error.folder} holds a network that {named.name} makes, whose code is not in it; code of that "
+            "name is here, and runs only if you say so. If you trust it: "
+            + shlex.join([*command, named.name, *arguments])
+        )
+    made = "does not say what makes its network" if named is None else (
+        f"holds a network that {named.name} makes, and no such code is here"
+    )  # fmt: skip
+    return f"{error.folder} {made}: say where it is, " + shlex.join([*command, "path/to/file.py:attribute"])

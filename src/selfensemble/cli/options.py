@@ -1,0 +1,137 @@
+"""Options of every command that takes a network, as they are written, and what they say."""
+
+import inspect
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from ..noise.levels import NoiseConfig
+
+_NAMED = "Of a named network"
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """What a command was told of its network, as it was written."""
+
+    network: Annotated[
+        str | None,
+        typer.Option(
+            help="What makes the network of a saved ensemble of your own: package.module:attribute or "
+            "path/to/file.py:attribute. Its code runs."
+        ),
+    ] = None
+    trust_network: Annotated[
+        bool, typer.Option("--trust-network", help="Import what the saved ensemble itself names. It runs.")
+    ] = False
+    network_args: Annotated[
+        str | None, typer.Option(help="Arguments of what makes the network, as JSON: '{\"depth\": 20}'.")
+    ] = None
+    weights: Annotated[
+        Path | None, typer.Option(help=f"{_NAMED}: safetensors, or a state dict saved by torch.")
+    ] = None
+    noise: Annotated[
+        str | None, typer.Option(help=f"{_NAMED}: INIT:INNER, std of the noise; 0.2:0.1 by default.")
+    ] = None
+    draws: Annotated[int | None, typer.Option(min=1, help="Noise draws a prediction.")] = None
+    filter_name: Annotated[
+        str | None, typer.Option("--filter", help=f"{_NAMED}: noise in front of conv, linear or conv+linear.")
+    ] = None
+    mean: Annotated[
+        str | None, typer.Option(help=f"{_NAMED}: of the pixels, in [0, 1], e.g. 0.485,0.456,0.406.")
+    ] = None
+    std: Annotated[
+        str | None, typer.Option(help=f"{_NAMED}: of the pixels; the noise is in front of both.")
+    ] = None
+    shape: Annotated[
+        str | None, typer.Option(help=f"{_NAMED}: of an image, CHANNELSxHEIGHTxWIDTH, e.g. 3x224x224.")
+    ] = None
+
+
+OPTIONS = NetworkOptions()
+
+
+def takes_network(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `NetworkOptions` in place of its parameter `network`.
+
+    Those that it has itself (`draws`) stay its own.
+    """
+    signature = inspect.signature(command)
+    own = dict(signature.parameters)
+    defaults = {name: getattr(NetworkOptions(), name) for name in NetworkOptions.__annotations__}
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=defaults[name])
+        for name, kind in NetworkOptions.__annotations__.items()
+        if name == "network" or name not in own
+    ]
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        chosen = {parameter.name: values.pop(parameter.name) for parameter in added}
+        command(**values, network=NetworkOptions(**chosen))
+
+    kept = [
+        each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for name, each in own.items() if name != "network"
+    ]
+    run.__signature__ = signature.replace(parameters=[*kept, *added])  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in (*kept, *added)} | {"return": None}
+    del run.__wrapped__  # typer would look there
+    return run
+
+
+def arguments_of(options: NetworkOptions) -> dict[str, Any] | None:
+    """Arguments of what makes the network."""
+    if options.network_args is None:
+        return None
+    try:
+        found = json.loads(options.network_args)
+    except ValueError as error:
+        raise InputError(f"--network-args is no JSON ({error}): write '{{\"depth\": 20}}'") from error
+    if not isinstance(found, dict):
+        raise InputError(f"--network-args are keywords and values, '{{\"depth\": 20}}', got {found!r}")
+    return found
+
+
+def noise_of(options: NetworkOptions) -> "NoiseConfig | None":
+    """Levels as they were written."""
+    from ..noise.levels import levels_named
+
+    if options.noise is None:
+        return None
+    levels = levels_named(options.noise)
+    if len(levels) != 1:
+        raise InputError(f"--noise is one level, INIT:INNER, e.g. 0.2:0.1, got {options.noise}")
+    return levels[0]
+
+
+def channels_of(text: str | None, flag: str) -> list[float] | None:
+    """Numbers of the channels as they were written."""
+    if text is None:
+        return None
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{flag} is a number for each channel, 0.485,0.456,0.406, got {text!r}") from None
+    if flag == "--mean" and max(found) > 1:
+        raise InputError(f"--mean and --std are of pixels in [0, 1], got {text}: divide them by 255")
+    return found
+
+
+def shape_of(options: NetworkOptions) -> tuple[int, int, int] | None:
+    """(C, H, W) as it was written."""
+    if (text := options.shape) is None:
+        return None
+    parts = re.split("[x,]", text)
+    if len(parts) != 3 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise InputError(f"--shape is CHANNELSxHEIGHTxWIDTH, e.g. 3x224x224, got {text!r}")
+    channels, height, width = map(int, parts)
+    return channels, height, width

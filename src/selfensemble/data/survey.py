@@ -1,0 +1,128 @@
+"""What there is in a source: every image decoded once, so that none fails later, and its label read.
+
+What was found is kept, and looked up as long as the files stay as they are.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..runtime.files import cache_dir, write_json
+from .decoding import in_8_bits, is_grey, reason, size_upright, undecoded
+from .rows import Cell, Rows
+
+_VERSION = 1
+_AHEAD = 32  # images that are read at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What was found, row by row.
+
+    Attributes:
+        labels: whole numbers, or anything else that tells classes apart; None of an image without.
+        sizes: (width, height) upright; None of an image that cannot be used.
+        grey: whether there are no colours.
+        bad: why an image cannot be used, by its row.
+    """
+
+    labels: list[Any]
+    sizes: list[tuple[int, int] | None]
+    grey: list[bool]
+    bad: dict[int, str]
+
+    def numbers(self, rows: Rows) -> tuple[Tensor, list[str]]:
+        """(N,) the number of the class of each row that can be used, -1 for others; and their names.
+
+        Raises:
+            ValueError: an image without a label.
+        """
+        usable = [place for place in range(len(self.labels)) if place not in self.bad]
+        labels = {place: self.labels[place] for place in usable}
+        for place, label in labels.items():
+            if label is None or (isinstance(label, int) and label < 0):
+                raise ValueError(
+                    f"image {rows.name(place)} of {rows.source} has no label: choose a labelled split, or "
+                    "name "
+                    "the column of labels (data.label_column, --label-column)"
+                )
+        classes = rows.classes
+        if classes is None and all(isinstance(label, int) for label in labels.values()):
+            classes = [str(label) for label in range(max(labels.values(), default=-1) + 1)]
+        elif classes is None:
+            labels = {place: str(label) for place, label in labels.items()}
+            classes = sorted(set(labels.values()))
+            places = {name: number for number, name in enumerate(classes)}
+            labels = {place: places[label] for place, label in labels.items()}
+        numbers = torch.full((len(self.labels),), -1, dtype=torch.int64, device="cpu")
+        for place, label in labels.items():
+            numbers[place] = label
+        return numbers, classes
+
+
+def _plain(label: Any) -> Any:
+    """Whole numbers as int, missing labels as None."""
+    if isinstance(label, float):
+        return None if not math.isfinite(label) else int(label) if label.is_integer() else label
+    return int(label) if isinstance(label, bool) else label
+
+
+def survey(rows: Rows) -> Survey:
+    """Look at all rows, or at what is known of them from before."""
+    key = json.dumps([_VERSION, rows.identity])
+    path = cache_dir() / "surveys" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+    try:
+        known = json.loads(path.read_text())
+        sizes = [None if each is None else (each[0], each[1]) for each in known["sizes"]]
+        bad = {int(place): why for place, why in known["bad"].items()}
+        return Survey(known["labels"], sizes, known["grey"], bad)
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        found = _look_at_all(rows)
+    if all(each is None or isinstance(each, int | str | float) for each in found.labels):  # not bytes, say
+        known = {"labels": found.labels, "sizes": found.sizes, "grey": found.grey, "bad": found.bad}
+        write_json(path, known)
+    return found
+
+
+def _look_at_all(rows: Rows) -> Survey:
+    found = Survey([], [], [], {})
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        for group in _groups(rows.each()):
+            for (_, label), seen in zip(group, pool.map(_look, (cell for cell, _ in group)), strict=True):
+                if isinstance(seen, str):
+                    found.bad[len(found.labels)] = seen
+                found.sizes.append(None if isinstance(seen, str) else seen[0])
+                found.grey.append(not isinstance(seen, str) and seen[1])
+                found.labels.append(_plain(label))
+    return found
+
+
+def _groups(each: Iterable[tuple[Cell, Any]]) -> Iterator[list[tuple[Cell, Any]]]:
+    iterator = iter(each)
+    while group := list(islice(iterator, _AHEAD)):
+        yield group
+
+
+def _look(cell: Cell) -> tuple[tuple[int, int], bool] | str:
+    """Size and greyness of an image, or why it cannot be used."""
+    if cell is None:
+        return "missing"
+    try:
+        image = undecoded(cell)
+        size, grey = size_upright(image), is_grey(image)
+        if image.format == "JPEG":
+            image.draft(None, (1, 1))  # all of the file is read, at an eighth of the size
+        image.load()
+        in_8_bits(image)
+        return size, grey
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        return reason(error)
