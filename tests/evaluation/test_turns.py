@@ -21,7 +21,7 @@ def judged(lead: list[float], answers: list[list[int]], value: float) -> Judged:
     count = len(lead)
     images = torch.full((count, 1), value)
     zero = torch.zeros(count)
-    return Judged(images, torch.tensor(answers), torch.tensor(lead), zero, zero)
+    return Judged(torch.tensor(answers), torch.tensor(lead), zero, zero, lambda: images)
 
 
 def test_sure_are_images_that_lead_clearly_and_are_wrong_each_time() -> None:

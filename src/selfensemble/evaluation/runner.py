@@ -38,7 +38,7 @@ from .identity import claim, data_record, duration, model_record
 from .judge import judge
 from .protocol import MINIMUM_NORM, Protocol, Run, expand
 from .results import RESULTS, CheckRecord, Results, read_results
-from .shards import CLEAN, PUBLISHED, Plan, Shards, plans_of
+from .shards import CLEAN, PUBLISHED, Plan, Shards, leading, plans_of
 from .turns import earlier, left_over
 
 RUN, SHARDS, TIMINGS, TABLE, GALLERY, CHECKS = (
@@ -188,7 +188,8 @@ class Evaluation:
                 seed = self._seed(number, order, 1 + index)
                 self._judge(tensors, plan, x, images, y, self.protocol.judge.seeds, seed)
         else:
-            images = self._worst(start, work, x) if work.members else x
+            # Of each image the attacked version with the largest lead; fresh queries then judge it.
+            images = leading([self.shards.read(start, key) for key in work.members]) if work.members else x
             self._judge(tensors, work, x, images, y, self._many(), self._seed(number, order, 1))
         path = self.shards.path(work, start)
         atomic_write(path, safetensors.torch.save(tensors))
@@ -232,14 +233,6 @@ class Evaluation:
         tensors[f"{plan.key}.answers"] = verdict.answers.cpu().contiguous()
         for name in ("lead", "l2", "linf"):
             tensors[f"{plan.key}.{name}"] = getattr(verdict, name).cpu()
-
-    def _worst(self, start: int, plan: Plan, x: Tensor) -> Tensor:
-        """Of each image the attacked version with the largest lead; fresh queries then judge it."""
-        members = [self.shards.read(start, key) for key in plan.members]
-        leads = torch.stack([member.lead for member in members])
-        chosen = leads.argmax(dim=0)
-        everything = torch.arange(len(x), device="cpu")
-        return torch.stack([member.adversarial for member in members])[chosen, everything]
 
     def _finish(self) -> None:
         """Put the shards together."""

@@ -77,6 +77,17 @@ class Judged:
         return self.images()
 
 
+def leading(members: Sequence[Judged]) -> Tensor:
+    """(B, ...) of each image the version that leads most, read from one member after the other."""
+    chosen = torch.stack([member.lead for member in members]).argmax(dim=0)
+    best = members[0].adversarial.clone()
+    for number, member in enumerate(members[1:], 1):
+        rows = chosen == number
+        if rows.any():
+            best[rows] = member.adversarial[rows]
+    return best
+
+
 @dataclass(frozen=True)
 class Shards:
     """The files of one run.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .protocol import Run
-from .shards import CLEAN, Judged, Plan, encloses
+from .shards import CLEAN, Judged, Plan, encloses, leading
 
 # Lead in mean probability, of at least 30 draws (3 queries of 10): some four standard errors.
 SURE = 0.2
@@ -44,8 +44,5 @@ def earlier(plans: Sequence[Plan], runs: Sequence[Run], run: Run, pixels: int) -
 def left_over(members: Sequence[Judged], labels: Tensor, seeds: int) -> Left:
     """What the members leave: who has `seeds` wrong answers and a lead of `SURE` need go no further."""
     leads = torch.stack([member.lead for member in members])
-    images = torch.stack([member.adversarial for member in members])
     wrong = torch.stack([(member.answers[:, :seeds] != labels[:, None]).all(dim=1) for member in members])
-    chosen = leads.argmax(dim=0)
-    everything = torch.arange(len(labels), device="cpu")
-    return Left(~(wrong & (leads >= SURE)).any(dim=0), images[chosen, everything])
+    return Left(~(wrong & (leads >= SURE)).any(dim=0), leading(members))
