@@ -80,7 +80,8 @@ LEVELS = rse.NoiseConfig(0.2, 0.1)
 Make = Callable[[], nn.Module]
 
 
-def _transformers(name: str) -> nn.Module:
+def transformers_network(name: str) -> nn.Module:
+    """With fresh weights, in eval mode."""
     theirs: Any = importlib.import_module("transformers")
     config = getattr(theirs, f"{name}Config")(num_labels=5, **TRANSFORMERS[name])
     network: nn.Module = getattr(theirs, f"{name}ForImageClassification")(config)
@@ -109,7 +110,7 @@ def networks() -> dict[str, tuple[Make, int]]:
     for name, config in TRANSFORMERS.items():
         side = config.get("image_size", 64)
         side = side[0] if isinstance(side, list) else side
-        found[f"transformers {name}"] = (partial(_transformers, name), side)
+        found[f"transformers {name}"] = (partial(transformers_network, name), side)
     for library, names in (("timm", TIMM), ("torchvision", TORCHVISION)):
         try:
             importlib.import_module(library)
@@ -316,15 +317,18 @@ def cell(check: Callable[[Make, Tensor], str], make: Make, images: Tensor) -> tu
     return ("wrong", wrong) if wrong else ("yes", "")
 
 
+def seeded_make(make: Make) -> nn.Module:
+    """With the same weights every time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        return make()
+
+
 def row(make: Make, side: int) -> dict[str, tuple[str, str]]:
     """All cells of a network."""
     images = torch.rand(4, 3, side, side, generator=torch.Generator().manual_seed(1))
 
-    def same() -> nn.Module:  # the same weights every time
-        with torch.random.fork_rng():
-            torch.manual_seed(7)
-            return make()
-
+    same = partial(seeded_make, make)
     return {name: cell(check, same, images) for name, check in CAPABILITIES.items()}
 
 
