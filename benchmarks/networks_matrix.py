@@ -211,8 +211,7 @@ def examined(make: Make, images: Tensor) -> str:
         "randomness",
         "nothing hidden",
         "where noise enters",
-        "gradients",
-    ):  # trial attacks take long
+    ):  # trial attacks take long, and need networks that are right
         found = CHECKS[name](subject)
         if found.passed is False:
             return f"{name}: {found.figure}: {found.advice}"
