@@ -201,7 +201,7 @@ def attacked(make: Make, images: Tensor) -> str:
 
 
 def examined(make: Make, images: Tensor) -> str:
-    ensemble = _ensemble(make, images)
+    ensemble = _ensemble(make, images, rse.NoiseConfig(0.02, 0.01))  # whose labels repeat
     images = images.repeat(4, 1, 1, 1)
     subject = Subject(
         ensemble, images, ensemble.predict(images).label, norm="linf", eps=0.05, steps=1, eot=1, images=5,
