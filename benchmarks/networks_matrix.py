@@ -161,7 +161,7 @@ def predicted(make: Make, images: Tensor) -> str:
     answer = _ensemble(make, images).predict(images, draws=4)
     if not bool((answer.spread.amax(dim=1) > 0).all()):
         return "no noise in the answer"
-    return _of(answer.probabilities.sum(dim=1), torch.ones(len(images)))
+    return _of(answer.probabilities.sum(dim=1), torch.ones(len(images), device="cpu"))
 
 
 def seeded(make: Make, images: Tensor) -> str:
@@ -173,7 +173,7 @@ def seeded(make: Make, images: Tensor) -> str:
 
 def trained(make: Make, images: Tensor) -> str:
     ensemble = _ensemble(make, images).train()
-    loss = nn.functional.cross_entropy(ensemble(images), torch.arange(len(images)))
+    loss = nn.functional.cross_entropy(ensemble(images), torch.arange(len(images), device="cpu"))
     loss.backward()
     grads = [parameter.grad for parameter in ensemble.parameters() if parameter.grad is not None]
     return "" if grads and all(bool(grad.isfinite().all()) for grad in grads) else "no finite gradients"
@@ -280,7 +280,9 @@ def exported(make: Make, images: Tensor) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = rse.export_onnx(ensemble, Path(folder) / "network.onnx", images, draws=2)
         answer = rse.OnnxEnsemble(path).predict(images)
-    return _of(torch.as_tensor(answer.probabilities), ensemble.predict_proba(images, draws=1), 1e-3)
+    return _of(
+        torch.as_tensor(answer.probabilities, device="cpu"), ensemble.predict_proba(images, draws=1), 1e-3
+    )
 
 
 def in_bfloat16(make: Make, images: Tensor) -> str:
@@ -325,7 +327,8 @@ def seeded_make(make: Make) -> nn.Module:
 
 def row(make: Make, side: int) -> dict[str, tuple[str, str]]:
     """All cells of a network."""
-    images = torch.rand(4, 3, side, side, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator("cpu").manual_seed(1)
+    images = torch.rand(4, 3, side, side, generator=generator, device="cpu")
 
     same = partial(seeded_make, make)
     return {name: cell(check, same, images) for name, check in CAPABILITIES.items()}
