@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..noise.injection import device_of_parameters
+
 
 class Normalized(nn.Module):
     """`model((inputs - mean) / std)`: a network that wants standardised images, for images in [0, 1].
@@ -38,9 +40,10 @@ class Normalized(nn.Module):
             raise ValueError(f"std must be positive, got {std}")
         count = max(len(means), len(stds))
         self.model = model
+        device = device_of_parameters(model)
         for name, values in (("mean", means), ("std", stds)):
             wide = values if len(values) == count else values * count
-            self.register_buffer(name, torch.tensor(wide, dtype=torch.float32))
+            self.register_buffer(name, torch.tensor(wide, dtype=torch.float32, device=device))
         self.training = model.training
 
     @property

@@ -1,0 +1,55 @@
+"""A sample of the table of networks of others (`benchmarks/networks_matrix.py`), whose every cell works."""
+
+import importlib.util
+import sys
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "networks_matrix.py"
+SAMPLE = ("ResNet", "MobileNetV2", "ConvNext", "ViT", "Swin", "Segformer", "PvtV2", "Levit")
+QUICK = ("noise in", "noise out", "predict", "train", "checkpointing", "copy")
+
+
+@pytest.fixture(scope="module")
+def matrix() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("networks_matrix", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["networks_matrix"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+@pytest.mark.parametrize("name", SAMPLE)
+def test_networks_of_others(matrix: ModuleType, name: str) -> None:
+    side = matrix.TRANSFORMERS[name].get("image_size", 64)
+    images = torch.rand(4, 3, side, side)
+    make = partial(matrix.seeded_make, partial(matrix.transformers_network, name))
+    cells = {what: matrix.cell(matrix.CAPABILITIES[what], make, images) for what in QUICK}
+    assert cells == dict.fromkeys(QUICK, ("yes", ""))
+
+
+def test_wrong_cells_are_found(matrix: ModuleType) -> None:
+    """And refused ones, with the reason; the page counts them."""
+    images = torch.rand(4, 3, 8, 8)
+
+    def refuses(make: object, images: object) -> str:
+        raise ValueError("no\nway")
+
+    found = {
+        "fine": matrix.cell(lambda make, images: "", None, images),
+        "wrong": matrix.cell(lambda make, images: "differs", None, images),
+        "refused": matrix.cell(refuses, None, images),
+    }
+    assert found == {"fine": ("yes", ""), "wrong": ("wrong", "differs"), "refused": ("refused", "no way")}
+    text = matrix.page({"net": dict(zip(matrix.CAPABILITIES, found.values(), strict=False))})
+    assert "1 cells work, 1 are refused with the reason below, 1 are wrong" in text
+    assert "| net | yes | wrong (1) | refused (2) |" in text
+    assert "1. differs\n2. no way" in text
