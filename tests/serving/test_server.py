@@ -197,7 +197,7 @@ def test_it_ends_what_it_took_when_it_is_stopped(
 ) -> None:
     running = Server()
     files, _ = digits
-    body = {"images": [encoded(files[0])] * 40, "draws": 900}
+    body = {"images": [encoded(files[0])] * 40, "draws": 100}
     with ThreadPoolExecutor(4) as pool:
         asked = [
             pool.submit(httpx.post, f"{running.url}/v1/predict", json=body, timeout=60) for _ in range(4)

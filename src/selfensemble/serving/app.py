@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, File, Form, HTTPException, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
+from PIL import Image
 from prometheus_client import generate_latest
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException as AnyHTTPException
@@ -36,6 +37,7 @@ def create_app(
     """
     # The gate holds a body in memory; a form in it is not to be written to a disk, which may be full.
     MultiPartParser.spool_max_size = max(MultiPartParser.spool_max_size, settings.max_body)
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, settings.max_pixels)
     service = Service(ensemble, tuple(classes), shape, settings)
 
     @asynccontextmanager
@@ -71,10 +73,6 @@ def _add_problems(app: FastAPI) -> None:
     async def refused(request: Request, error: AnyHTTPException) -> JSONResponse:
         return problem(error.status_code, str(error.detail), error.headers)
 
-    @app.exception_handler(Exception)
-    async def broken(request: Request, error: Exception) -> JSONResponse:
-        return problem(500, f"the server failed ({type(error).__name__}): see its log")
-
 
 def _add_answers(app: FastAPI, service: Service) -> None:
     """What answers images, and what tells of the network."""
@@ -83,8 +81,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
     async def predict(request: schemas.Request) -> schemas.Response:
         """Answer images that are sent as base64 in JSON."""
         service.check_count(len(request.images))
-        files = [service.decoded(text, place) for place, text in enumerate(request.images)]
-        return await service.answer(files, request)
+        return await service.answer(request.images, request)
 
     @app.post("/v1/predict/files", responses=REFUSALS)
     async def predict_files(
@@ -108,16 +105,18 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 def _add_health(app: FastAPI, service: Service) -> None:
     """For those who watch over the server."""
 
-    @app.get("/health")
+    @app.get("/health", responses={503: {"model": schemas.Problem}})
     async def health() -> dict[str, str]:
-        """The process lives."""
+        """The process lives, and can compute: if not, it must be started again."""
+        if not service.is_alive:
+            raise HTTPException(503, "the thread that computes has ended: start the server again")
         return {"status": "alive"}
 
     @app.get("/ready", responses={503: {"model": schemas.Problem}})
     async def ready() -> dict[str, str]:
-        """Requests are taken: not while starting or stopping, nor with a full queue."""
-        if not service.is_ready:
-            raise HTTPException(503, "not taking requests now")
+        """Requests are taken, and answered: not while starting or stopping, nor when the network fails."""
+        if (why := await service.why_not_ready()) is not None:
+            raise HTTPException(503, f"not taking requests now: {why}")
         return {"status": "ready"}
 
     @app.get("/metrics", response_class=PlainTextResponse)

@@ -4,9 +4,12 @@ import asyncio
 import base64
 import copy
 import io
+import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import Future
 from importlib import resources
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -26,6 +29,7 @@ from . import schemas
 from .batching import Answer
 from .problems import REFUSALS
 from .service import Service
+from .turns import AbandonedError, in_thread
 
 FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
@@ -100,36 +104,40 @@ def samples(folder: Path | None, shape: tuple[int, int, int]) -> list[dict[str, 
 class _Page:
     def __init__(self, service: Service) -> None:
         self.service = service
-        self._attacking = asyncio.Lock()
+        self._running: Future[schemas.Attacked] | None = None
+        self._given_up = threading.Event()
         self._targets: dict[str, SelfEnsemble] = {}
 
     async def votes(self, inputs: Tensor, seed: int | None, draws: int) -> AsyncIterator[bytes]:
-        service = self.service
-        plain = schemas.Vote(plain=self._answer(await service.run(lambda: self._without_noise(inputs))))
-        yield _line(plain)
+        """Lines of the stream; what goes wrong is one of them, for it is too late for a status."""
+        try:
+            async for state in self._votes(inputs, seed, draws):
+                yield _line(state)
+        except HTTPException as error:
+            yield _line(schemas.Vote(error=str(error.detail)))
+
+    async def _votes(self, inputs: Tensor, seed: int | None, draws: int) -> AsyncIterator[schemas.Vote]:
+        service, ends = self.service, monotonic() + self.service.settings.timeout
+        yield schemas.Vote(plain=self._answer(await service.run(lambda: self._without_noise(inputs))))
         total = votes = torch.zeros(len(service.classes), dtype=torch.float32, device="cpu")
         for number in range(1, draws + 1):
-            try:
-                one = await self._draw(inputs, seed, number - 1)
-            except HTTPException as error:  # too late for a status
-                yield _line(schemas.Vote(error=str(error.detail)))
-                return
+            if monotonic() > ends:
+                raise HTTPException(504, f"no more draws within {service.settings.timeout:g} s")
+            one = await self._draw(inputs, seed, number - 1)
             total = total + one
             votes = votes.scatter_add(
                 0, one.argmax().unsqueeze(0), torch.ones(1, dtype=torch.float32, device="cpu")
             )
             mean = total / number
             order = (votes + mean).argsort(descending=True)[:_SHOWN].tolist()
-            yield _line(
-                schemas.Vote(
-                    draws=number,
-                    classes=[
-                        schemas.VotedClass(
-                            label=service.classes[k], votes=int(votes[k]), probability=float(mean[k])
-                        )
-                        for k in order
-                    ],
-                )
+            yield schemas.Vote(
+                draws=number,
+                classes=[
+                    schemas.VotedClass(
+                        label=service.classes[k], votes=int(votes[k]), probability=float(mean[k])
+                    )
+                    for k in order
+                ],
             )
 
     async def _draw(self, inputs: Tensor, seed: int | None, number: int) -> Tensor:
@@ -158,12 +166,27 @@ class _Page:
         )
 
     async def attack(self, inputs: Tensor, asked: schemas.Attack) -> schemas.Attacked:
-        if self._attacking.locked():
+        if self._running is not None and not self._running.done():
             headers = {"Retry-After": str(self.service.settings.retry_after)}
             raise HTTPException(429, "another attack is running: come back later", headers)
-        async with self._attacking:
-            # In a thread of its own, on copies: those who want answers go on getting them.
-            return await asyncio.to_thread(self._attack, inputs, asked)
+        self._given_up.clear()
+        # In a thread of its own, on copies: those who want answers go on getting them.
+        self._running = in_thread(lambda: self._attack(inputs, asked))
+        limit = self.service.settings.attack_timeout
+        found = asyncio.wrap_future(self._running)
+        found.add_done_callback(lambda ended: ended.exception())  # which perhaps nobody waits for
+        try:
+            await asyncio.wait({found}, timeout=limit)  # given up, it ends at its next pass, and not before
+        finally:
+            self._given_up.set()
+        if not found.done():
+            raise HTTPException(504, f"the attack did not end within {limit:g} s")
+        return found.result()
+
+    def _go_on(self, *_: object) -> None:
+        """In front of each pass of an attack: nobody may wait for it any more."""
+        if self._given_up.is_set():
+            raise AbandonedError("nobody waits for this attack")
 
     def _attack(self, inputs: Tensor, asked: schemas.Attack) -> schemas.Attacked:
         if not self._targets:
@@ -172,6 +195,8 @@ class _Page:
             plain = copy.deepcopy(ensemble)
             make_static_(plain)
             plain.draws = 1
+            for target in (ensemble, plain):
+                target.model.register_forward_pre_hook(self._go_on)
             self._targets |= {"ensemble": ensemble, "plain": plain}
         target = self._targets[asked.target]
         before = {name: model.predict(inputs) for name, model in self._targets.items()}
