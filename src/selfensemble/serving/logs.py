@@ -60,9 +60,9 @@ class Writer(logging.Handler):
                 self._written.set()
 
 
-def begin(access: bool) -> Writer:
+def begin(access: bool, descriptor: int = 2) -> Writer:
     """Write what the server and uvicorn have to say; `access` wants a line for each request as well."""
-    writer = Writer()
+    writer = Writer(descriptor)
     for name, level in ((LOG.name, logging.INFO), ("uvicorn", logging.WARNING)):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [writer], False
