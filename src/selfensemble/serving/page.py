@@ -46,6 +46,7 @@ _HEADERS = {
     "Cache-Control": "no-cache",
 }
 _SHOWN = 5  # classes
+_DRAWS = 20  # that vote where the request does not say
 _SAMPLES = 12
 # Shares of a minimum-norm attack's change that are tried for one that survives rounding to 8 bits.
 _FARTHER = (1.0, 1.02, 1.05, 1.1, 1.2, 1.5)
@@ -67,14 +68,15 @@ def add_page(app: FastAPI, service: Service) -> None:
     async def votes(request: schemas.Votes) -> StreamingResponse:
         """One line of JSON a draw: votes and mean probabilities of the leading classes so far."""
         inputs, seed = await service.one_image(request.image, request.draws)
-        return StreamingResponse(page.votes(inputs, seed, request.draws), media_type="application/x-ndjson")
+        draws = request.draws or (_DRAWS if seed is None else service.draws_of_all)
+        return StreamingResponse(page.votes(inputs, seed, draws), media_type="application/x-ndjson")
 
     if service.settings.attacks:
 
         @app.post("/v1/attack", responses=REFUSALS)
         async def attack(request: schemas.Attack) -> schemas.Attacked:
             """Change an image so that the ensemble, or the network without noise, errs; one at a time."""
-            inputs, _ = await service.one_image(request.image, 1)
+            inputs, _ = await service.one_image(request.image, None)
             return await page.attack(inputs, request)
 
 

@@ -118,7 +118,9 @@ class Votes(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     image: Annotated[str, Field(description="an image file in base64")]
-    draws: Annotated[int, Field(ge=1)] = 20
+    draws: Annotated[
+        int | None, Field(ge=1, description="20 by default; those of the server where noise is keyed")
+    ] = None
 
 
 class Answered(BaseModel):

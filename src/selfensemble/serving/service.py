@@ -1,8 +1,6 @@
 """What stands behind the routes: images are opened, answered and named, within limits."""
 
 import asyncio
-import hashlib
-import hmac
 import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
@@ -22,10 +20,10 @@ from ..ensemble.draws import NotFiniteError
 from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.promises import rule_for
 from ..ensemble.stopping import Fixed, Rule, Stop
-from ..noise.entropy import WideSeed
 from . import schemas
 from .batching import Answer, Batcher
 from .images import ImageError, TooLargeError, scaled
+from .keyed import check_one_answer, keyed_seed
 from .logs import LOG
 from .opening import Opener
 from .settings import Settings
@@ -105,7 +103,7 @@ class Service:
     def about(self) -> dict[str, Any]:
         """Of `/v1/model`."""
         return {
-            "classes": self.classes, "shape": self.shape, "draws": self.settings.draws or self.ensemble.draws,
+            "classes": self.classes, "shape": self.shape, "draws": self.draws_of_all,
             "stop": self.settings.stop, "calibrated": holds(lambda: self._rule("calibrated", None)),
             "sets": holds(lambda: ConformalSets.of(self.ensemble)), "keyed": self.settings.secret is not None,
             "limits": self.settings.model_dump(
@@ -167,7 +165,7 @@ class Service:
         except ValueError as error:  # what this network cannot do
             raise HTTPException(422, str(error)) from None
 
-    async def one_image(self, text: str, draws: int) -> tuple[Tensor, int | None]:
+    async def one_image(self, text: str, draws: int | None) -> tuple[Tensor, int | None]:
         """(1, C, H, W) of an image in base64 that `draws` are asked of, and its seed where noise is keyed."""
         self._check(schemas.Options(draws=draws, stop=None))
         async with self._limited():
@@ -205,6 +203,13 @@ class Service:
         for name, value, most in asked:
             if value is not None and value > most:
                 raise HTTPException(422, f"{name} may be at most {most} here, got {value}")
+        if limits.secret is not None:
+            check_one_answer(options, self.draws_of_all, limits.stop)
+
+    @property
+    def draws_of_all(self) -> int:
+        """Of an image where the request does not say."""
+        return self.settings.draws or self.ensemble.draws
 
     async def _open(self, files: list[bytes] | list[str]) -> list[Tensor]:
         try:
@@ -223,21 +228,20 @@ class Service:
     async def _predict(
         self, inputs: Tensor, seeds: list[int | None], options: schemas.Options
     ) -> Sequence[Answer]:
-        # A number of draws in the request alone takes them all.
-        stop = options.stop if options.stop or options.draws else self.settings.stop
-        draws = options.draws or self.settings.draws
         if self.settings.secret is not None:
-            job = self._batcher.run(lambda: self._keyed(inputs, seeds, draws, stop))
+            job = self._batcher.run(lambda: self._keyed(inputs, seeds))
             keyed: list[Answer] = await self._wait(job)
             return keyed
-        return await self._shared(inputs, self._rule(stop, draws))
+        # A number of draws in the request alone takes them all.
+        stop = options.stop if options.stop or options.draws else self.settings.stop
+        return await self._shared(inputs, self._rule(stop, options.draws or self.settings.draws))
 
     def _rule(self, stop: Stop | None, draws: int | None) -> Rule:
         return rule_for(stop, draws or self.ensemble.draws, draws is not None, self.ensemble)
 
-    def _keyed(self, inputs: Tensor, seeds: list[int | None], draws: int | None, stop: Any) -> list[Answer]:
+    def _keyed(self, inputs: Tensor, seeds: list[int | None]) -> list[Answer]:
         """Each image on its own, with noise of its own seed."""
-        found = []
+        found, draws, stop = [], self.settings.draws, self.settings.stop
         for image, seed in zip(inputs, seeds, strict=True):
             answer = self.ensemble.predict(image[None], draws=draws, stop=stop, seed=seed)
             found.append(Answer(answer.probabilities[0], answer.spread[0], int(answer.draws[0])))
@@ -310,9 +314,3 @@ def holds(asked: Callable[[], object]) -> bool:
     except ValueError:
         return False
     return True
-
-
-def keyed_seed(secret: str, image: Tensor) -> int:
-    """A seed that only who knows the secret can tell from the image."""
-    code = hmac.new(secret.encode(), image.contiguous().numpy().tobytes(), hashlib.sha256)
-    return WideSeed(int.from_bytes(code.digest()[:8], "big") >> 2)
