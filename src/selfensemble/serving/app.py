@@ -11,12 +11,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from PIL import Image
 from prometheus_client import generate_latest
-from pydantic import ValidationError
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.formparsers import MultiPartParser
 
 from ..ensemble.ensemble import SelfEnsemble
 from . import schemas
+from .forms import options_of
 from .gate import Gate
 from .page import add_page, samples
 from .problems import REFUSALS, first, problem
@@ -85,15 +85,15 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/predict/files", responses=REFUSALS)
     async def predict_files(
+        request: Request,
         images: Annotated[list[UploadFile], File(description="image files")],
-        options: Annotated[str, Form(description="JSON with the options of /v1/predict")] = "{}",
+        options: Annotated[
+            str, Form(description="JSON with the options of /v1/predict, which may be fields as well")
+        ] = "{}",
     ) -> schemas.Response:
         """Answer images that are sent as files of a form."""
         service.check_count(len(images))
-        try:
-            wanted = schemas.Options.model_validate_json(options)
-        except ValidationError as error:
-            raise HTTPException(422, "options: " + first(error.errors())) from None
+        wanted = options_of((await request.form()).multi_items())
         return await service.answer([await each.read() for each in images], wanted)
 
     @app.get("/v1/model")

@@ -15,7 +15,8 @@ from .settings import Settings
 
 OPEN = {"/health", "/ready", "/", "/page.css", "/page.js", "/icon.svg"}  # what needs no key
 _JSON = {"/v1/predict", "/v1/votes", "/v1/attack"}  # what takes a body of JSON
-_POSTS = _JSON | {"/v1/predict/files"}
+_FORM = "/v1/predict/files"
+_POSTS = _JSON | {_FORM}
 _PATHS = OPEN | _POSTS | {"/v1/model", "/metrics", "/openapi.json"}
 _BODIES = 16  # times the largest body: bytes of all bodies that are held at a time
 GONE = 499  # what is counted and logged where the client left before its answer
@@ -163,6 +164,8 @@ class Gate:
             return {**scope, "method": "GET"}
         if method == "POST" and path in _POSTS and scope.get("query_string"):
             raise _RefusedError(422, "nothing is read from the address behind '?': send options in the body")
+        if path == _FORM and headers.get(b"content-type", b"").lower().startswith(b"application/json"):
+            raise _RefusedError(415, "JSON goes to /v1/predict: this address takes a form with files")
         if method == "POST" and path in _JSON:
             return {**scope, "headers": _as_json(scope["headers"], headers)}
         return scope

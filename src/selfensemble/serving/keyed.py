@@ -22,8 +22,8 @@ def keyed_seed(secret: str, image: Tensor) -> int:
 def check_one_answer(options: schemas.Options, draws: int, stop: Stop | None) -> None:
     """Refuse options by which a client would choose among several answers to an image.
 
-    Decisions and certificates are right but for a stated risk, however many draws are asked for; who may state
-    any risk could choose among their labels as well.
+    Decisions and certificates are right but for a stated risk, however many draws are asked for; who may
+    state any risk could choose among their labels as well.
 
     Args:
         options: of a request.
