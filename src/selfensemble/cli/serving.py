@@ -1,7 +1,7 @@
 """The command that puts a saved ensemble behind HTTP."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -89,14 +89,15 @@ def serve(
          "cors": tuple(cors or ()), "access_log": access_log, "page": page, "samples": samples,
          "attacks": page and (is_local if attacks is None else attacks)}
     )  # fmt: skip
-    ensemble, classes, shape = _loaded(model, device, precision)
-    run(ensemble, classes, shape, settings, host, port)
+    ensemble, classes, shape, metrics = _loaded(model, device, precision)
+    name = model.resolve().name if model.exists() else str(model)
+    run(ensemble, classes, shape, settings, host, port, name=name, metrics=metrics)
 
 
 def _loaded(
     model: Path, device: str, precision: str | None
-) -> tuple["SelfEnsemble", tuple[str, ...], tuple[int, int, int]]:
-    """The ensemble as it will answer, the names of its classes and the shape of its images."""
+) -> tuple["SelfEnsemble", tuple[str, ...], tuple[int, int, int], dict[str, Any]]:
+    """The ensemble as it will answer, its classes, the shape of its images, and what was measured of it."""
     import torch
 
     from ..artefacts import storage
@@ -114,4 +115,4 @@ def _loaded(
     classes = config.classes or tuple(
         map(str, range(ensemble.eval().predict(example).probabilities.shape[1]))
     )
-    return ensemble, classes, config.input_shape
+    return ensemble, classes, config.input_shape, config.metrics

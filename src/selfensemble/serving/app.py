@@ -1,7 +1,7 @@
 """The HTTP interface: routes for JSON and files, health, metrics; see `docs/serving.md`."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -25,7 +25,13 @@ from .settings import Settings
 
 
 def create_app(
-    ensemble: SelfEnsemble, classes: Sequence[str], shape: tuple[int, int, int], settings: Settings
+    ensemble: SelfEnsemble,
+    classes: Sequence[str],
+    shape: tuple[int, int, int],
+    settings: Settings,
+    *,
+    name: str = "",
+    metrics: Mapping[str, Any] | None = None,
 ) -> FastAPI:
     """An application that answers with `ensemble`.
 
@@ -34,11 +40,12 @@ def create_app(
         classes: names, in the order of the outputs.
         shape: (channels, height, width) of its images.
         settings: limits.
+        name, metrics: of the network, see `ArtefactConfig`, for those who ask what answers.
     """
     # The gate holds a body in memory; a form in it is not to be written to a disk, which may be full.
     MultiPartParser.spool_max_size = max(MultiPartParser.spool_max_size, settings.max_body)
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, settings.max_pixels)
-    service = Service(ensemble, tuple(classes), shape, settings)
+    service = Service(ensemble, tuple(classes), shape, settings, name, metrics)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

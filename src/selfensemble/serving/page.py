@@ -77,6 +77,8 @@ def add_page(app: FastAPI, service: Service) -> None:
         async def attack(request: schemas.Attack) -> schemas.Attacked:
             """Change an image so that the ensemble, or the network without noise, errs; one at a time."""
             inputs, _ = await service.one_image(request.image, None)
+            if request.attack == "pgd" and request.eps > (reach := _reach(inputs)):
+                raise HTTPException(422, f"eps: no image is farther from this one than {reach:.2f} in L2")
             return await page.attack(inputs, request)
 
 
@@ -90,14 +92,19 @@ def samples(folder: Path | None, shape: tuple[int, int, int]) -> list[dict[str, 
         found = []
         for each in chosen[:_SAMPLES]:
             with Image.open(each) as image:
-                found.append({"name": each.stem, "image": _png(image)})
+                about = f"sample from the file {each.name}"
+                found.append({"name": each.stem, "caption": about, "image": _png(image)})
         return found
     if shape == (1, 8, 8):
         from ..data.sources import load_data
 
         test = load_data("digits", "test")
         return [
-            {"name": f"digit {place + 1}", "image": _png(Image.fromarray(test.images[place, 0].numpy()))}
+            {
+                "name": f"sample {place + 1}",
+                "caption": f"sample {place + 1} of {_SAMPLES}, from the test images",
+                "image": _png(Image.fromarray(test.images[place, 0].numpy())),
+            }
             for place in range(_SAMPLES)
         ]
     return []
@@ -120,7 +127,8 @@ class _Page:
 
     async def _votes(self, inputs: Tensor, seed: int | None, draws: int) -> AsyncIterator[schemas.Vote]:
         service, ends = self.service, monotonic() + self.service.settings.timeout
-        yield schemas.Vote(plain=self._answer(await service.run(lambda: self._without_noise(inputs))))
+        plain = await service.run(lambda: self._without_noise(inputs))
+        yield schemas.Vote(plain=self._answer(plain), reach=_reach(inputs))
         total = votes = torch.zeros(len(service.classes), dtype=torch.float32, device="cpu")
         for number in range(1, draws + 1):
             if monotonic() > ends:
@@ -217,18 +225,19 @@ class _Page:
         difference = attacked - inputs
         largest = float(difference.abs().max())
         factor = max(1, int(0.5 / largest)) if largest > 0 else 1
+        after = {name: model.predict(attacked) for name, model in self._targets.items()}
         answers = []
         for who, name in (("the ensemble", "ensemble"), ("the network without noise", "plain")):
-            after = self._targets[name].predict(attacked)
             pair = [
                 self._answer(Answer(each.probabilities[0].cpu(), each.spread[0], 1))
-                for each in (before[name], after)
+                for each in (before[name], after[name])
             ]
             answers.append(schemas.Compared(who=who, before=pair[0], after=pair[1]))
         return schemas.Attacked(
             before=_picture(inputs[0]), after=_picture(attacked[0]), magnified=factor,
             change=_picture((0.5 + factor * difference[0]).clamp(0, 1)), l2=float(difference.norm()),
-            answers=answers, gradients=budget.gradients,
+            answers=answers, gradients=budget.gradients, target=asked.target,
+            found=bool(after[asked.target].label != before[asked.target].label),
         )  # fmt: skip
 
     def _rounded(
@@ -245,6 +254,11 @@ class _Page:
             if target.predict(attacked).label != before:
                 break
         return attacked
+
+
+def _reach(inputs: Tensor) -> float:
+    """L2 distance from an image in [0, 1] to the farthest other one."""
+    return float(torch.maximum(inputs, 1 - inputs).norm())
 
 
 def _line(value: schemas.Vote) -> bytes:

@@ -2,7 +2,8 @@
 
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..ensemble.ensemble import SelfEnsemble
 from .app import create_app
@@ -18,13 +19,16 @@ def run(
     settings: Settings,
     host: str,
     port: int,
+    *,
+    name: str = "",
+    metrics: Mapping[str, Any] | None = None,
 ) -> None:
     """Serve until SIGINT or SIGTERM; requests that were taken are answered first.
 
     Raises:
         OSError: the address cannot be listened at.
     """
-    app = create_app(ensemble, classes, shape, settings)
+    app = create_app(ensemble, classes, shape, settings, name=name, metrics=metrics)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -20,6 +20,7 @@ from ..ensemble.draws import NotFiniteError
 from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.promises import rule_for
 from ..ensemble.stopping import Fixed, Rule, Stop
+from ..noise.injection import noise_layers
 from . import schemas
 from .batching import Answer, Batcher
 from .images import ImageError, TooLargeError, scaled
@@ -39,7 +40,10 @@ class Service:
         classes: tuple[str, ...],
         shape: tuple[int, int, int],
         settings: Settings,
+        name: str = "",
+        metrics: Mapping[str, Any] | None = None,
     ) -> None:
+        self.name, self.metrics = name, dict(metrics or {})
         self.ensemble, self.classes, self.shape, self.settings = ensemble, classes, shape, settings
         rule_for(settings.stop, settings.draws or ensemble.draws, False, ensemble)  # says what is wrong
         self.batcher: Batcher | None = None
@@ -103,6 +107,7 @@ class Service:
     def about(self) -> dict[str, Any]:
         """Of `/v1/model`."""
         return {
+            "name": self.name, "metrics": self.metrics, "noise": self._levels(),
             "classes": self.classes, "shape": self.shape, "draws": self.draws_of_all,
             "stop": self.settings.stop, "calibrated": holds(lambda: self._rule("calibrated", None)),
             "sets": holds(lambda: ConformalSets.of(self.ensemble)), "keyed": self.settings.secret is not None,
@@ -111,6 +116,11 @@ class Service:
             ),
             "page": {"attack": self.settings.attacks, "samples": self.samples},
         }  # fmt: skip
+
+    def _levels(self) -> list[float]:
+        """Standard deviations of the noise, the largest of its channels each, in the order of the layers."""
+        layers = noise_layers(self.ensemble.model).values()
+        return [float(torch.as_tensor(layer.std, dtype=torch.float64).detach().max()) for layer in layers]
 
     def check_count(self, images: int) -> None:
         """Raise unless a request may have as many images."""
