@@ -512,13 +512,13 @@ def test_the_verdict_comes_first(tmp_path: Path) -> None:
     one, other, unknown = (Page(part).text for part in found.group(1).split("<h3>")[1:])
     low, high = (f"{100 * end:.1f}" for end in binomial_interval(15, 50))
     for expected in (
-        "weak, fair, mine", "Without attack 90.0\xa0% of 50 images", "within L∞, at most",
-        f"8/255: 30.0\xa0% [{low}, {high}] (3 attacks)", "0.25: 70.0\xa0%", "DDN goes as far as it needs",
-        "at least", "0.1: 60.0\xa0% [50.0, 65.0]", "wrong with a probability of 0.001 at most",
+        "weak, fair, mine", "Without attack 90.0 % of 50 images", "within L∞, at most",
+        f"8/255: 30.0 % [{low}, {high}] (3 attacks)", "0.25: 70.0 %", "DDN goes as far as it needs",
+        "at least", "0.1: 60.0 % [50.0, 65.0]", "wrong with a probability of 0.001 at most",
         "weak is left out here", "not sure. Honesty checks failed (random noise)",
     ):  # fmt: skip
         assert expected in one, expected
-    assert "16/255: 0.0\xa0% [0.0, 7.1] (0 attacks, nothing holds)" in other
+    assert "16/255: 0.0 % [0.0, 7.1] (0 attacks, nothing holds)" in other
     assert "all 1 honesty checks that apply passed" in other
     assert "Nothing is known of its robustness" in unknown
     assert "No honesty check was made" in unknown
