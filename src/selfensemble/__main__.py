@@ -5,6 +5,7 @@ Exit status: 0 done, 1 an error of the program, 2 wrong input or surroundings, 3
 """
 
 import errno
+import io
 import sys
 import traceback
 import warnings
@@ -26,6 +27,7 @@ _INTERRUPTED = 130
 def main() -> None:
     """Entry point."""
     keep_freed_memory()
+    _write_any_letter()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     if not debug:
@@ -39,6 +41,13 @@ def main() -> None:
         # caught or not; the next exec takes the mark away (CPython's run_eval_code_obj).
         exec("")  # noqa: S102
     sys.exit(status)
+
+
+def _write_any_letter() -> None:
+    """What the terminal's encoding lacks is written as its number; it ends nothing in an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _run(arguments: list[str], debug: bool) -> int:

@@ -13,8 +13,8 @@ from typing import Any
 _KNOWN = {
     "model_type", "architectures", "num_labels", "id2label", "label2id", "label_names", "num_classes",
     "torch_dtype", "problem_type", "out_features", "out_indices", "stage_names", "return_dict", "dtype",
-    "pruned_heads", "output_attentions", "output_hidden_states", "tie_word_embeddings", "chunk_size_feed_forward",
-    "is_encoder_decoder",
+    "pruned_heads", "output_attentions", "output_hidden_states", "tie_word_embeddings",
+    "chunk_size_feed_forward", "is_encoder_decoder",
 }  # fmt: skip
 _NAMES = {"id2label", "label2id", "label_names", "architectures"}  # any text, and nothing but that
 # What is fetched, or run, wherever in the configuration it stands.
@@ -24,14 +24,7 @@ _ELSEWHERE = {
     "use_kernels", "use_pretrained_backbone", "use_timm_backbone",
 }  # fmt: skip
 # Says where a network came from, or how its own code would be found, of which none is used.
-_LEFT_OUT = {
-    "_name_or_path",
-    "name_or_path",
-    "_commit_hash",
-    "auto_map",
-    "custom_pipelines",
-    "pretrained_cfg",
-}
+_LEFT_OUT = {"_name_or_path", "name_or_path", "auto_map", "custom_pipelines", "pretrained_cfg"}
 
 
 def trusted(kind: Any, values: Mapping[str, Any], where: str = "") -> dict[str, Any]:

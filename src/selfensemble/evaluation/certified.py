@@ -188,7 +188,7 @@ class Certification:
         shards = []
         for start in range(0, self.images, self.settings.shard):
             try:
-                shards.append(json.loads(self._path(start).read_text()))
+                shards.append(json.loads(self._path(start).read_text(encoding="utf-8")))
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise ValueError(
                     f"{self._path(start)} is damaged ({error}): delete it and run the same again"

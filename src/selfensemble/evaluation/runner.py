@@ -266,7 +266,7 @@ class Evaluation:
 
     def _write_timings(self) -> None:
         seconds = {
-            path.stem: json.loads(path.read_text())["seconds"]
+            path.stem: json.loads(path.read_text(encoding="utf-8"))["seconds"]
             for path in sorted((self.out / SHARDS).glob("*.json"))
         }
         write_json(self.out / TIMINGS, {"finished": provenance()["time"], "seconds": seconds})
@@ -277,7 +277,7 @@ class Evaluation:
         if not (self.protocol.checks and path.is_file()):
             return None
         try:
-            found = json.loads(path.read_text())["checks"]
+            found = json.loads(path.read_text(encoding="utf-8"))["checks"]
             return tuple(CheckRecord.model_validate(check) for check in found)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}): delete it and run the same again") from error

@@ -1,5 +1,6 @@
 """The card of a trained network: what it is, what was measured on it, what it is not."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from ..evaluation.certified import Certified
 from ..evaluation.results import Entry, Results
 from ..noise.layer import describe_std
 from ..training.recipe import public_recipe
+from .markdown import code, plain, word
 
 # Their protocols are named EXPERIMENT-SCALE.
 EXPERIMENTS = (
@@ -46,7 +48,7 @@ def model_card(
         licence: of the weights, an identifier that model hubs know; None says nothing of it.
         certificates: certifications of it, see `read_certified`.
     """
-    recipe = config.recipe or {}
+    recipe, quoted = config.recipe or {}, json.dumps(name, ensure_ascii=False)
     front: dict[str, Any] = {} if licence is None else {"license": licence}
     front |= {
         "library_name": "selfensemble",
@@ -54,9 +56,9 @@ def model_card(
         "tags": ["random-self-ensemble", "adversarial-robustness"],
     }
     parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {name}",
-        str(recipe.get("description", "")),
-        f'```python\nimport selfensemble as rse\n\nensemble = rse.load("{name}")\n'
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n# {plain(name)}",
+        plain(str(recipe.get("description", ""))),
+        f"```python\nimport selfensemble as rse\n\nensemble = rse.load({quoted})\n"
         "ensemble.predict(images)  # images (B, C, H, W) in [0, 1], not standardised\n```",
         _facts(config),
         "## Measured\n\n" + _measured(config, results),
@@ -68,7 +70,8 @@ def model_card(
         ),
     ]
     if recipe:
-        parts.append(f"## Recipe\n\n```yaml\n{yaml.safe_dump(public_recipe(recipe), sort_keys=False)}```")
+        shown = yaml.safe_dump(public_recipe(recipe), sort_keys=False, allow_unicode=True)
+        parts.append(f"## Recipe\n\n```yaml\n{shown}```")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -81,7 +84,7 @@ def _facts(config: ArtefactConfig) -> str:
     if config.input_shape is not None:
         lines.append(f"inputs {' x '.join(map(str, config.input_shape))}, pixels in [0, 1]")
     if config.classes is not None:
-        lines.append(f"classes: {', '.join(config.classes)}")
+        lines.append(f"classes: {', '.join(map(plain, config.classes))}")
     levels = [describe_std(std) for std in config.noise.values()]
     if any(np.max(level) > 0 for level in config.noise.values()):
         recipe = config.recipe or {}
@@ -100,7 +103,7 @@ def _measured(config: ArtefactConfig, results: Sequence[Results]) -> str:
             lines.append(f"{split.capitalize()} accuracy {_share(record)}, {record['images']} images.")
     for result in results:
         lines += [
-            f"\n`{_command(result)}`, seed {result.protocol['seed']}, {_machine(result.provenance)}; "
+            f"\n{code(_command(result))}, seed {result.protocol['seed']}, {_machine(result.provenance)}; "
             f"first {result.data.images} test images{_answered(result)}, 95 % Clopper-Pearson intervals:\n",
             "| attack | budget | accuracy | RMS L2 |\n|---|---|---|---|",
             *(_row(entry) for entry in (result.clean, *result.attacks, *result.worst_case)),
@@ -112,12 +115,13 @@ def _measured(config: ArtefactConfig, results: Sequence[Results]) -> str:
 
 def _certificate(found: Certified) -> str:
     asked = found.settings
-    command = f"selfensemble certify {found.name} --method {asked['method']} --n {asked['n']}"
+    command = f"selfensemble certify {word(found.name)} --method {asked['method']} --n {asked['n']}"
     command += "" if found.precision == "float32" else f" --precision {found.precision}"
+    command += f" --n-images {found.data.images}"
     rows = [f"| {point.radius:.2f} | {_share(point.model_dump())} |" for point in found.curve]
     return "\n".join(
         [
-            f"`{command} --n-images {found.data.images}`, {_machine(found.provenance)}; share of the first "
+            f"{code(command)}, {_machine(found.provenance)}; share of the first "
             f"{found.data.images} test images that are answered rightly with a certificate of at least that "
             f"L2 radius, each wrong with probability {asked['alpha']:g} at most; nothing is certified of "
             f"{100 * found.abstained:.1f} %:\n",
@@ -136,7 +140,9 @@ def _command(result: Results) -> str:
     precision = protocol.get("precision", "float32")
     options = "" if precision == "float32" else f" --precision {precision}"
     name = protocol["name"]
-    return f"selfensemble evaluate {result.name} --protocol {name} --n {result.data.images}{options}"
+    return (
+        f"selfensemble evaluate {word(result.name)} --protocol {word(name)} --n {result.data.images}{options}"
+    )
 
 
 def _answered(result: Results) -> str:
@@ -149,7 +155,7 @@ def _row(entry: Entry) -> str:
     budget = f"{entry.norm} {entry.eps:.4g}" if entry.eps is not None else ""
     if entry.c is not None:
         budget = f"c = {entry.c:g}"
-    return f"| {entry.title} | {budget} | {_share(entry.model_dump())} | {entry.rms_l2:.3f} |"
+    return f"| {plain(entry.title)} | {budget} | {_share(entry.model_dump())} | {entry.rms_l2:.3f} |"
 
 
 def _share(record: dict[str, Any]) -> str:
