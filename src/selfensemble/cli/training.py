@@ -8,6 +8,7 @@ import typer
 from ..runtime.devices import device_named
 from ..runtime.errors import InputError
 from ..runtime.interrupts import Interrupted
+from ..runtime.ownership import owned
 from . import terminal
 from .arguments import test_data_of
 from .base import Data, Device, Json, Model, app, resumable
@@ -91,7 +92,7 @@ def tune(
     chosen = slice(len(test) - n_images, len(test))
     ensemble = storage.load(model).to(device_named(device))
     folder = out or Path("runs") / f"{model.resolve().name}-tuned"
-    with resumable(folder), terminal.progress() as update:
+    with resumable(folder), owned(folder), terminal.progress() as update:
         found = sweep(
             ensemble, test.inputs(chosen), test.labels[chosen], wanted, eps=eps, give_up=give_up, seed=seed,
             fine_tune=training(config.recipe, str(model), epochs, folder, data) if epochs else None,

@@ -29,6 +29,7 @@ from ..noise.injection import noise_disabled
 from ..noise.streams import stream_seed
 from ..runtime.files import atomic_write, write_json
 from ..runtime.interrupts import Interrupted
+from ..runtime.ownership import owned
 from ..runtime.processes import wait_for_all
 from ..runtime.provenance import provenance
 from . import collect
@@ -129,7 +130,15 @@ class Evaluation:
                 raise ValueError(f"attack {run.key}: {error}") from error
 
     def run(self) -> Results:
-        """Do what is not done yet, then write the results; may be stopped at any time."""
+        """Do what is not done yet, then write the results; may be stopped at any time.
+
+        Raises:
+            FolderInUseError: another process works in `out`.
+        """
+        with owned(self.out, self.rank == 0):
+            return self._run()
+
+    def _run(self) -> Results:
         starts = enumerate(self.shards.starts)
         units = [(number, start, work) for number, start in starts for work in self.work]
         mine = [unit for unit in units if unit[0] % self.world == self.rank]
