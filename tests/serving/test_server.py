@@ -31,6 +31,8 @@ from selfensemble.serving.app import create_app  # noqa: E402
 from selfensemble.serving.keyed import keyed_seed  # noqa: E402
 from selfensemble.serving.settings import Settings  # noqa: E402
 
+from ..command import error  # noqa: E402
+
 CLASSES = tuple("0123456789")
 
 
@@ -215,6 +217,14 @@ def test_other_machines_need_a_key() -> None:
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert found.returncode == 2
     assert "--api-key" in found.stderr
+
+
+def test_a_key_that_is_refused_is_not_printed() -> None:
+    """Nor is a secret; the option is named."""
+    for option, value in (("--api-key", "hushed"), ("--secret", "hushed as well")):
+        said = error("serve", "digits-rse", option, value)
+        assert option in said
+        assert "hushed" not in said
 
 
 def client(ensemble: rse.SelfEnsemble | None = None, **settings: Any) -> TestClient:

@@ -12,6 +12,7 @@ from .base import Device, Model, app
 
 if TYPE_CHECKING:
     from ..ensemble.ensemble import SelfEnsemble
+    from ..serving.settings import Settings
 
 
 _Host = Annotated[str, typer.Option(help="Address to listen at; only this machine by default.")]
@@ -83,15 +84,28 @@ def serve(
             f"{host} may be reached from other machines: pass --api-key (or SELFENSEMBLE_API_KEY), or keep "
             "the default --host"
         )
-    settings = Settings.model_validate(
+    settings = _checked(
+        Settings,
         {"draws": draws, "stop": stop, "api_key": api_key, "secret": secret, "max_body": max_body,
          "max_waiting": max_waiting, "max_pixels": max_pixels, "max_certify": max_certify, "timeout": timeout,
          "cors": tuple(cors or ()), "access_log": access_log, "page": page, "samples": samples,
-         "attacks": page and (is_local if attacks is None else attacks)}
+         "attacks": page and (is_local if attacks is None else attacks)},
     )  # fmt: skip
     ensemble, classes, shape, metrics = _loaded(model, device, precision)
     name = model.resolve().name if model.exists() else str(model)
     run(ensemble, classes, shape, settings, host, port, name=name, metrics=metrics)
+
+
+def _checked(settings: "type[Settings]", values: dict[str, Any]) -> "Settings":
+    """The settings, or an error that names the option; never what it holds, which may be a secret."""
+    from pydantic import ValidationError
+
+    try:
+        return settings.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors(include_input=False, include_url=False)[0]
+        option = str(problem["loc"][0]).replace("_", "-") if problem["loc"] else "options"
+        raise InputError(f"--{option}: {problem['msg'].lower()}") from None
 
 
 def _loaded(
