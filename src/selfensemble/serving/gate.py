@@ -25,8 +25,7 @@ GONE = 499  # what is counted and logged where the client left before its answer
 class _RefusedError(Exception):
     def __init__(self, status: int, text: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(text)
-        # What is left of the body is not read, so that the connection cannot go on.
-        self.answer = problem(status, text, (headers or {}) | {"Connection": "close"})
+        self.answer = problem(status, text, headers)
 
 
 class _LeftError(Exception):
@@ -99,7 +98,7 @@ class Gate:
             await self._within(scope, bytes(body), receive, exchange)
         except TimeoutError:
             text = f"the request did not come within {self.settings.timeout:g} s"
-            await _RefusedError(408, text).answer(scope, receive, exchange.send)
+            await _RefusedError(408, text, {"Connection": "close"}).answer(scope, receive, exchange.send)
         except _RefusedError as error:
             await error.answer(scope, receive, exchange.send)
         except asyncio.CancelledError:  # the server stops, and this took too long
