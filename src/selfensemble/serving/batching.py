@@ -29,7 +29,7 @@ from ..ensemble.promises import check_stopping
 from ..ensemble.stopping import Calibrated, Fixed, Rule, worth_taking
 from ..noise.injection import eval_mode
 from ..noise.streams import fresh_seed, noise_draw
-from .turns import BusyError, ClosedError, Lane, ModelError, Turns, settle
+from .turns import BusyError, ClosedError, Lane, Turns, settle
 
 _log = logging.getLogger("selfensemble.serving")
 
@@ -200,11 +200,9 @@ class Batcher:
                     self.failing = False
         except Exception as error:  # of the network: those who asked are told, others go on
             self.failing = True
-            failed = ModelError(f"{type(error).__name__}: {error}")
-            failed.__cause__ = error
-            active.fail(failed)
+            active.fail(error)
             for each in taken:
-                settle(each.answer, error=failed)
+                settle(each.answer, error=error)
         finally:
             self._began = None
         return True

@@ -194,7 +194,12 @@ class Service:
 
     async def _shared(self, inputs: Tensor, rule: Rule) -> list[Answer]:
         futures = self._batcher.submit(inputs, rule)
-        found: list[Answer] = await asyncio.gather(*(self._wait(future) for future in futures))
+        try:
+            found: list[Answer] = await asyncio.gather(*(self._wait(future) for future in futures))
+        except (ClosedError, NotFiniteError):
+            raise
+        except Exception as error:  # they were taken: what goes wrong now is the network's
+            raise ModelError(f"{type(error).__name__}: {error}") from error
         return found
 
     async def run(self, work: Callable[[], Any]) -> Any:
