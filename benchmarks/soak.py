@@ -1,16 +1,19 @@
 """The server under load: malformed requests among good ones, killed twice, unable to write to a disk.
 
-    python benchmarks/soak.py [--requests 20000] [--clients 16] [--out FOLDER]
+    python benchmarks/soak.py [--requests 20000] [--clients 16] [--disturbed] [--out FOLDER]
 
 A supervisor restarts the server when it dies, as systemd would; it runs with a file size limit of 4 kB, as
 on a disk that is full. Clients repeat what the connection lost. Images are those whose label 200 draws
-agree on, so that each answer is known. It ends with an error if an answer is wrong or missing, a malformed
-request is not refused with a reason, or memory grows.
+agree on, so that each answer is known. With `--disturbed` others beside them hold connections whose headers
+or bodies never end, leave in the middle of certificates, and send images that are as large as may be. It
+ends with an error if an answer is wrong or missing, a malformed request is not refused with a reason, memory
+grows, or the server takes ten seconds to stop.
 """
 
 import asyncio
 import base64
 import io
+import json
 import random
 import resource
 import socket
@@ -113,6 +116,36 @@ def malformed(chance: random.Random) -> dict[str, Any]:
     )
 
 
+async def disturb(number: int, port: int, stop: asyncio.Event) -> None:
+    """One client that is slow, or leaves, or asks for much; again and again."""
+    file, digit = io.BytesIO(), io.BytesIO()
+    Image.new("L", (5000, 5000)).save(file, "PNG")
+    Image.new("L", (8, 8)).save(digit, "PNG")
+    large, small = (base64.b64encode(each.getvalue()).decode() for each in (file, digit))
+    long = json.dumps({"images": [small], "certify": {"n": 10_000}})
+    asked, held = [
+        ("GET /health HTTP/1.1\r\nHo", 20.0),
+        ("POST /v1/predict HTTP/1.1\r\nHost: a\r\nContent-Length: 900\r\n\r\n{", 40.0),
+        (f"POST /v1/predict HTTP/1.1\r\nHost: a\r\nContent-Length: {len(long)}\r\n\r\n{long}", 0.2),
+        (f'POST /v1/predict HTTP/1.1\r\nHost: a\r\nContent-Length: {len(large) + 15}\r\n\r\n'
+         f'{{"images": ["{large}"]}}', 5.0),
+    ][number % 4]  # fmt: skip
+    while not stop.is_set():
+        try:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        except OSError:  # between two servers
+            await asyncio.sleep(0.2)
+            continue
+        try:
+            writer.write(asked.encode())
+            async with asyncio.timeout(held):
+                await reader.read()
+        except (OSError, TimeoutError):
+            pass
+        finally:
+            writer.transport.abort()
+
+
 async def client(
     number: int, base: str, work: asyncio.Queue[int], images: list[tuple[bytes, str]],
     counts: Counter[str], latencies: list[float],
@@ -174,6 +207,10 @@ async def soak(options: Any) -> dict[str, Any]:
         asyncio.create_task(client(number, base, work, images, counts, latencies))
         for number in range(options.clients)
     ]
+    stop = asyncio.Event()
+    others = [
+        asyncio.create_task(disturb(number, supervisor.port, stop)) for number in range(8 * options.disturbed)
+    ]
     kills = [options.requests // 8, options.requests // 4]
     while not all(task.done() for task in clients):
         await asyncio.sleep(0.5)
@@ -188,8 +225,13 @@ async def soak(options: Any) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     supervisor.ending = True
     await watching
+    began_stop = time.perf_counter()
     supervisor.process.terminate()
-    status = supervisor.process.wait(timeout=60)
+    status = await asyncio.to_thread(supervisor.process.wait, 60)
+    stopped = time.perf_counter() - began_stop
+    stop.set()
+    for each in others:
+        each.cancel()
     errors = (supervisor.process.stderr.read() if supervisor.process.stderr else b"").decode()
     # From when the last server has warmed up.
     warm = [megabytes for done, megabytes in memory if done > options.requests * 0.4] or [0.0]
@@ -198,7 +240,7 @@ async def soak(options: Any) -> dict[str, Any]:
     latencies.sort()
     return {
         "counts": dict(counts), "starts": supervisor.starts, "exit status": status, "stderr": errors[-2000:],
-        "seconds": seconds, "requests a second": options.requests / seconds,
+        "seconds to stop": stopped, "seconds": seconds, "requests a second": options.requests / seconds,
         "p50 ms": 1000 * latencies[len(latencies) // 2],
         "p99 ms": 1000 * latencies[int(len(latencies) * 0.99)],
         "memory MB": {
@@ -212,12 +254,15 @@ def main() -> None:
     parser = arguments(__doc__, rounds=1)
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--disturbed", action="store_true", help="Slow, leaving and greedy clients beside.")
     options = parsed(parser)
     found = asyncio.run(soak(options))
     counts, memory = found["counts"], found["memory MB"]
     rows = [[name, str(value)] for name, value in counts.items()]
     rows += [["starts of the server", str(found["starts"])]]
-    rows += [[name, f"{found[name]:.1f}"] for name in ("requests a second", "p50 ms", "p99 ms")]
+    rows += [
+        [name, f"{found[name]:.1f}"] for name in ("requests a second", "p50 ms", "p99 ms", "seconds to stop")
+    ]
     for part in ("first quarter", "last quarter"):
         rows.append([f"memory, {part}, MB", f"{memory[part]:.1f}"])
     title = f"{options.requests} requests, {options.clients} clients, {MODEL}"
@@ -228,6 +273,7 @@ def main() -> None:
         "malformed requests that were not refused": counts.get("malformed, not refused", 0),
         "requests without an answer": options.requests - sum(counts.get(key, 0) for key in answered),
         "exit status": found["exit status"],
+        "a stop that takes 10 s or more": int(found["seconds to stop"] >= 10),
         "memory that grows": int(memory["growth"] > 0.05),
     }
     if any(faults.values()):

@@ -5,27 +5,33 @@ Exit status: 0 done, 1 an error of the program, 2 wrong input or surroundings, 3
 """
 
 import errno
+import io
 import sys
 import traceback
 import warnings
+from pathlib import Path
 
-import typer
+from .runtime.interrupts import INTERRUPTED, Interrupted, end_while_loading
+
+if __name__ == "__main__" or Path(sys.argv[0]).stem == "selfensemble":
+    end_while_loading()  # before the rest is imported
 
 # isort: off  (the help lists commands in this order)
+import typer
+
 from .cli import certainty, evaluation, experiments, models, serving, terminal, training  # noqa: F401
 from .cli.base import app
 from .runtime.errors import InputError
-from .runtime.interrupts import Interrupted
 from .runtime.memory import keep_freed_memory
 
 # isort: on
 
-_INTERRUPTED = 130
-
 
 def main() -> None:
     """Entry point."""
+    end_while_loading()
     keep_freed_memory()
+    _write_any_letter()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     if not debug:
@@ -33,22 +39,29 @@ def main() -> None:
     try:
         status = _run(arguments, debug)
     except KeyboardInterrupt:  # while an error or an interrupt was being reported
-        status = _INTERRUPTED
-    if status == _INTERRUPTED:
+        status = INTERRUPTED
+    if status == INTERRUPTED:
         # An interrupt within exec of a string (of a dataclass, say) marks the interpreter to end by SIGINT,
         # caught or not; the next exec takes the mark away (CPython's run_eval_code_obj).
         exec("")  # noqa: S102
     sys.exit(status)
 
 
+def _write_any_letter() -> None:
+    """What the terminal's encoding lacks is written as its number; it ends nothing in an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _run(arguments: list[str], debug: bool) -> int:
     try:
         status = app(arguments, prog_name="selfensemble", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        status = _INTERRUPTED
+        status = INTERRUPTED
     except Exception as error:
         return _report(error, debug)
-    if status == _INTERRUPTED:  # newer releases of typer turn KeyboardInterrupt into this
+    if status == INTERRUPTED:  # newer releases of typer turn KeyboardInterrupt into this
         _fail("interrupted; files that were complete before are intact", debug)
     return int(status or 0)
 
@@ -61,7 +74,7 @@ def _report(error: Exception, debug: bool) -> int:
         return 2
     if isinstance(error, Interrupted):
         _fail(str(error), debug)
-        return _INTERRUPTED
+        return INTERRUPTED
     known = (InputError, ValueError, TypeError, OSError, FloatingPointError)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
         _fail(f"no room to write ({error.strerror}): free some space; earlier files are intact", debug)

@@ -125,3 +125,75 @@ def test_only_networks_of_transformers_are_built(tmp_path: Path, name: str) -> N
     path.write_text(json.dumps(values))
     with pytest.raises(ValueError, match=r"no network|cannot be built"):
         rse.load(tmp_path)
+
+
+def saved_vit(folder: Path) -> dict[str, Any]:
+    """A saved network of transformers; what is in its `config.json`."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        num_labels=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
+        image_size=16, patch_size=8, num_channels=1,
+    )  # fmt: skip
+    rse.save(rse.SelfEnsemble(transformers.ViTForImageClassification(config)).eval(), folder)
+    values: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return values
+
+
+def changed(folder: Path, values: dict[str, Any], kind: str | None = None, **changes: Any) -> Path:
+    section = values["transformers"] | ({} if kind is None else {"name": kind, "config": {}})
+    section["config"] = section["config"] | changes
+    (folder / "config.json").write_text(json.dumps(values | {"transformers": section}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked"),
+    [
+        (None, {"attn_implementation": "strangers/kernel"}),
+        (None, {"_attn_implementation": "strangers/kernel"}),
+        (None, {"_attn_implementation_internal": "strangers/kernel"}),
+        (None, {"experts_implementation": "strangers/kernel:forward"}),
+        (None, {"hidden_act": "strangers/activation"}),
+        (None, {"quantization_config": {"quant_method": "awq"}}),
+        (None, {"use_kernels": True}),
+        ("DPTForSemanticSegmentation", {"backbone": "microsoft/resnet-50", "use_pretrained_backbone": True}),
+        ("UperNetForSemanticSegmentation", {"backbone": "resnet18", "use_timm_backbone": True}),
+        ("UperNetForSemanticSegmentation",
+         {"backbone_config": {"model_type": "swin", "attn_implementation": "strangers/kernel"}}),
+        ("UperNetForSemanticSegmentation",
+         {"backbone_config": {"model_type": "timm_backbone", "backbone": "resnet18"}}),
+        ("TimmWrapperForImageClassification", {"architecture": "hf-hub:strangers/net"}),
+        ("TimmWrapperForImageClassification", {"model_args": {"pretrained": True}}),
+        ("TimmWrapperForImageClassification", {"model_args": {"checkpoint_path": "weights.pt"}}),
+    ],
+)  # fmt: skip
+def test_a_strangers_configuration_fetches_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str | None, asked: dict[str, Any]
+) -> None:
+    """Refused by the name of the key, before anything is asked for."""
+    values = saved_vit(tmp_path)
+    import socket
+
+    def connect(*_: object) -> None:
+        raise AssertionError("a connection was made")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    with pytest.raises(ValueError, match=r"nothing is fetched|nothing but the network") as refused:
+        rse.load(changed(tmp_path, values, kind, **asked))
+    assert any(key in str(refused.value) for key in asked)
+
+
+def test_keys_that_no_class_declares_are_left_out(tmp_path: Path) -> None:
+    """Old and foreign ones, of which the network is none the worse."""
+    values = saved_vit(tmp_path)
+    images = torch.rand(2, 1, 16, 16)
+    expected = rse.load(tmp_path).predict(images, seed=1).probabilities
+    beside: dict[str, Any] = {
+        "auto_map": {"AutoModel": "strangers/code--model.Net"}, "torchscript": False, "bad_words_ids": None,
+        "_name_or_path": "/somebody/net", "license": "https://example.org", "_attn_implementation": "sdpa",
+    }  # fmt: skip
+    again = rse.load(changed(tmp_path, values, **beside))
+    torch.testing.assert_close(again.predict(images, seed=1).probabilities, expected)
+    config: Any = again.model.config
+    assert not hasattr(config, "license")
+    assert not hasattr(config, "auto_map")

@@ -206,3 +206,39 @@ def test_an_interrupt_within_exec_exits_130(tmp_path: Path) -> None:
     )
     run = subprocess.run([sys.executable, "-m", "interrupted"], cwd=tmp_path, check=False)
     assert run.returncode == 130
+
+
+def test_ctrl_c_while_modules_load_exits_130(model: Path) -> None:
+    """In the middle of loading PyTorch, which turns it into errors of its own now and then."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "selfensemble", "evaluate", str(model)],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "libtorch_cpu" not in maps.read_text():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (
+        130,
+        "error: interrupted; files that were complete before are intact\n",
+    )
+
+
+@pytest.mark.parametrize("within", ["except KeyboardInterrupt: raise ImportError('strange')", "finally: pass",
+                                    "except BaseException: pass"])  # fmt: skip
+def test_modules_that_make_something_else_of_ctrl_c(tmp_path: Path, within: str) -> None:
+    """An extension that fails to load, one that lets it through, one that swallows it."""
+    (tmp_path / "strange.py").write_text(
+        f"import os, signal\ntry: os.kill(os.getpid(), signal.SIGINT)\n{within}\n"
+    )
+    (tmp_path / "interrupted.py").write_text(
+        "import selfensemble.__main__ as command\n"
+        "command.app = lambda *args, **kwargs: __import__('strange') and 0\n"
+        "command.main()\n"
+    )
+    command = [sys.executable, "-m", "interrupted"]
+    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert finished.returncode == 130
+    assert "strange" not in finished.stderr
+    assert finished.stderr.startswith("error: interrupted")

@@ -5,6 +5,7 @@ import io
 import re
 import shutil
 import subprocess
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from selfensemble.evaluation.results import (
     Results,
     read_results,
 )
-from selfensemble.report.html import GALLERY, write_report
+from selfensemble.report.gallery import GALLERY
+from selfensemble.report.html import write_report
 from selfensemble.report.shown import between
 from selfensemble.runtime.files import write_json
 from selfensemble.runtime.provenance import binomial_interval
@@ -487,3 +489,120 @@ def test_a_browser_renders_it(tmp_path: Path) -> None:
     colourful = (pixels.max(axis=2) - pixels.min(axis=2) > 100).sum()
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
     assert colourful > 500  # lines of a plot
+
+
+def test_the_verdict_comes_first(tmp_path: Path) -> None:
+    """What holds, at which radius, against what, how sure; a network once, whatever it was evaluated by."""
+    failed = [CheckRecord(name="random noise", passed=False, figure="30 %", advice="attack better")]
+    passed = [CheckRecord(name="more steps", passed=True, figure="1 %", advice="")]
+    far = entry("worst-far", 0, title="worst case", attack="worst case", norm="linf", eps=16 / 255)
+    harsh = honest(14)
+    harsh["worst_case"].append(far)
+    runs = [
+        a_run(tmp_path / "weak", **paper()),
+        a_run(tmp_path / "fair", checks=failed, **honest()),
+        a_certification(tmp_path / "mine", "0123abcd", "cifar10:test"),
+        a_run(tmp_path / "other", digest="beef", checks=passed, **harsh),
+        a_run(tmp_path / "unknown", digest="cafe", **paper()),
+    ]
+    text, _ = report(*runs)
+    found = re.search(r'<section aria-labelledby="verdict">(.*?)</section>', text, re.DOTALL)
+    assert found
+    assert "<table" not in text[: found.end()]
+    one, other, unknown = (Page(part).text for part in found.group(1).split("<h3>")[1:])
+    low, high = (f"{100 * end:.1f}" for end in binomial_interval(15, 50))
+    for expected in (
+        "weak, fair, mine", "Without attack 90.0 % of 50 images", "within L∞, at most",
+        f"8/255: 30.0 % [{low}, {high}] (3 attacks)", "0.25: 70.0 %", "DDN goes as far as it needs",
+        "at least", "0.1: 60.0 % [50.0, 65.0]", "wrong with a probability of 0.001 at most",
+        "weak is left out here", "not sure. Honesty checks failed (random noise)",
+    ):  # fmt: skip
+        assert expected in one, expected
+    assert "16/255: 0.0 % [0.0, 7.1] (0 attacks, nothing holds)" in other
+    assert "all 1 honesty checks that apply passed" in other
+    assert "Nothing is known of its robustness" in unknown
+    assert "No honesty check was made" in unknown
+
+
+def test_the_honest_protocol_stands_before_the_weak_one(tmp_path: Path) -> None:
+    runs = [a_run(tmp_path / "weak", **paper()), a_run(tmp_path / "fair")]
+    for order in (runs, runs[::-1]):
+        text, page = report(*order)
+        assert text.index(">Protocol honest</h2>") < text.index(">Protocol paper</h2>")
+        assert page.text.count("A weak protocol:") == 1
+        assert text.index(">Protocol paper</h2>") < text.index("A weak protocol:")
+
+
+def test_the_checks_of_a_network_are_shown_once(tmp_path: Path) -> None:
+    checks = [CheckRecord(name="more steps", passed=True, figure="40 % to 41 %", advice="")]
+    runs = [
+        a_run(tmp_path / "weak", checks=checks, **paper()),
+        a_run(tmp_path / "fair", checks=checks),
+        a_run(tmp_path / "bare", **paper(1)),
+        a_run(tmp_path / "other", digest="beef", checks=checks),
+    ]
+    _, page = report(*runs)
+    assert page.text.count("40 % to 41 %") == 2
+    assert "They were not run with bare" in page.text
+
+
+def test_no_figure_is_minus_zero(tmp_path: Path) -> None:
+    """Differences and intervals come out a little below nothing."""
+    tiny = -1e-17
+    clean = entry("clean", 45, attack="none", low=tiny, seeds=(tiny,), all_seeds=tiny, wrong_per_query=tiny,
+                  rms_l2=-0.0, persistent={1: tiny, 10: 0.5})  # fmt: skip
+    text, _ = report(a_run(tmp_path / "run", clean=clean))
+    assert not re.search(r"(?<![\w.])-0(\.0*)?(?![\w.])", Page(text).text)
+
+
+def test_tables_fit_a_phone(two_runs: tuple[str, Page]) -> None:
+    """Summaries network by network, other tables a cell a line, each cell with the name of its column."""
+    text, page = two_runs
+    regions = [each for each in page.attributes("div") if "table" in (each.get("class") or "").split()]
+    assert regions
+    for each in regions:
+        kinds = set((each["class"] or "").split())
+        assert kinds & {"stack", "one", "many"}, each
+        assert ("many" in kinds) == (each["aria-label"] or "").startswith("Summary of protocol")
+    for stacked in re.findall(r'<div class="table[^"]*stack.*?</table>', text, re.DOTALL):
+        cells = re.findall(r"<td([^>]*)>(.)", stacked)
+        assert all("data-label" in cell or 'class="left"' in cell for cell, _ in cells)
+    for label in ("first", "second"):
+        one = re.search(rf'aria-label="Summary of {label}, protocol honest".*?</table>', text, re.DOTALL)
+        assert one
+        assert one.group().count('<th scope="col"') == 4
+        assert one.group().count("worst case") == 5
+
+
+def test_a_plot_answers_one_question(tmp_path: Path) -> None:
+    """What is left at a radius is a line a network; single attacks stand in the table."""
+    text, _ = report(a_run(tmp_path / "a"), a_run(tmp_path / "b", digest="beef"))
+    legends = {
+        title: re.findall(r"<span>(.*?)</span></li>", legend)
+        for title, legend in re.findall(
+            r'<figure>\n<h3>(.*?)</h3>.*?<ul class="legend">(.*?)</ul>', text, re.DOTALL
+        )
+    }
+    assert legends["Accuracy against the radius, L∞"] == ["a, worst case", "b, worst case"]
+    assert len(legends["The persistent attacker, L2"]) == 2 * (1 + 2)
+    assert not any("L∞" in label for label in legends["The persistent attacker, L2"])
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_no_page_of_the_print_is_empty(tmp_path: Path) -> None:
+    runs = [a_run(tmp_path / "run", size=120), a_run(tmp_path / "paper", digest="beef", **paper())]
+    page = write_report(runs, tmp_path / "out.html")
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'p'}"]
+    command += [f"--print-to-pdf={tmp_path / 'out.pdf'}", page.as_uri()]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    content = (tmp_path / "out.pdf").read_bytes()
+    objects = dict(re.findall(rb"(?<!\d)(\d+) 0 obj\s(.*?)endobj", content, re.DOTALL))
+    pages = [each for each in objects.values() if re.search(rb"/Type\s*/Page\b", each)]
+    assert len(pages) > 4
+    for each in pages:
+        found = re.search(rb"/Contents (\d+) 0 R", each)
+        assert found
+        drawn = zlib.decompressobj().decompress(
+            objects[found.group(1)].partition(b"stream")[2].lstrip(b"\r\n")
+        )
+        assert len(re.findall(rb"T[jJ]", drawn)) > 100

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import selfensemble as rse
@@ -133,6 +135,79 @@ def test_what_the_page_may_not_do(digit: bytes, tmp_path: Path) -> None:
     assert [each["name"] for each in samples] == ["mine"]
 
 
+@pytest.mark.parametrize(("eps", "found"), [(0.01, False), (4.0, True)])
+@pytest.mark.parametrize("target", ["plain", "ensemble"])
+def test_an_attack_says_whether_it_found_anything(digit: bytes, target: str, eps: float, found: bool) -> None:
+    """Of its target, not of the other network."""
+    with client(attacks=True) as session:
+        asked = {"image": encoded(digit), "target": target, "eps": eps}
+        answer = session.post("/v1/attack", json=asked).json()
+    assert (answer["found"], answer["target"]) == (found, target)
+    compared = answer["answers"][0 if target == "ensemble" else 1]
+    assert (compared["before"]["label"] != compared["after"]["label"]) == found
+
+
+def test_distances_that_no_image_has_are_refused(digit: bytes) -> None:
+    """From a black image the farthest one is white, at 8; from a grey one, 128 levels away in each pixel."""
+    for level, reach in ((0, 8.0), (255, 8.0), (127, 8 * 128 / 255)):
+        file = io.BytesIO()
+        Image.new("L", (8, 8), level).save(file, "PNG")
+        with client(attacks=True) as session:
+            asked = {"image": encoded(file.getvalue()), "target": "plain"}
+            lines = stream(session.post("/v1/votes", json={"image": asked["image"], "draws": 1}))
+            assert lines[0]["reach"] == pytest.approx(reach, rel=1e-5)
+            assert session.post("/v1/attack", json=asked | {"eps": reach - 0.01}).status_code == 200
+            refused = session.post("/v1/attack", json=asked | {"eps": reach + 0.01})
+        assert (refused.status_code, f"{reach:.2f}" in refused.json()["error"]) == (422, True)
+
+
+def test_the_network_and_its_figures_are_named(tmp_path: Path, digit: bytes) -> None:
+    (tmp_path / "7.png").write_bytes(digit)
+    metrics = {"test": {"accuracy": 0.98, "low": 0.96, "high": 0.99, "images": 450}}
+    for samples in (None, tmp_path):
+        app = create_app(
+            rse.load("digits-rse"),
+            CLASSES,
+            (1, 8, 8),
+            Settings(samples=samples),
+            name="mine",
+            metrics=metrics,
+        )
+        with TestClient(app) as session:
+            about = session.get("/v1/model").json()
+        assert (about["name"], about["metrics"]) == ("mine", metrics)
+        assert about["noise"] == [0.47, 0.1, 0.1, 0.1]
+        for each in about["page"]["samples"]:  # nothing that looks like an answer
+            assert each["caption"].startswith("sample ")
+
+
+def test_the_command_names_what_it_serves(server: Server) -> None:
+    about = server.client.get("/v1/model").json()
+    assert about["name"] == "digits-rse"
+    assert about["metrics"]["test"]["images"] == 450
+
+
+def test_an_attack_that_nobody_waits_for_is_given_up(digit: bytes) -> None:
+    """After the time for it, and before its next pass; then another one may begin."""
+    network = rse.load("digits-rse")
+    gate = threading.Event()
+
+    def slow(module: Any, args: Any) -> None:
+        if torch.is_grad_enabled():  # in attacks alone
+            gate.wait(20)
+
+    network.model.register_forward_pre_hook(slow)
+    app = create_app(network, CLASSES, (1, 8, 8), Settings(attacks=True, attack_timeout=0.5))
+    asked = {"image": encoded(digit), "target": "ensemble", "eps": 0.01}
+    with TestClient(app) as session:
+        late = session.post("/v1/attack", json=asked)
+        assert (late.status_code, "0.5 s" in late.json()["error"]) == (504, True)
+        assert session.post("/v1/attack", json=asked).status_code == 429  # it is still in its pass
+        gate.set()
+        while session.post("/v1/attack", json=asked | {"target": "plain"}).status_code == 429:
+            pass
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     running = Server()
@@ -181,9 +256,22 @@ def test_the_page_in_a_browser(
     assert "fools its target" in page.inner_text("#attacking")
     assert page.locator("#verdict .fooled").count() >= 1
 
+    page.fill("#eps", "50")
+    page.click("#run")
+    assert "no image is farther" in page.inner_text("#eps-problem")
+    page.fill("#eps", "4")
+    assert page.locator("#eps-problem").is_hidden()
+    page.fill("#draws", "0")
+    page.click("#again")
+    assert "whole number from 1 to 1000" in page.inner_text("#draws-problem")
+    page.fill("#draws", "8")
+
     page.screenshot(path=pictures / f"page-{width}-{scheme}.png", full_page=True)
     assert serious_faults(page) == []
 
+    text = {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"hello"}
+    page.set_input_files("#file", files=[text])
+    assert "notes.txt is no image" in page.inner_text("#problem")
     page.set_input_files("#file", files=[{"name": "x.png", "mimeType": "image/png", "buffer": b"no image"}])
     page.wait_for_selector("#problem:not([hidden])")
     assert "image" in page.inner_text("#problem")

@@ -28,8 +28,10 @@ pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient  # noqa: E402
 
 from selfensemble.serving.app import create_app  # noqa: E402
-from selfensemble.serving.service import keyed_seed  # noqa: E402
+from selfensemble.serving.keyed import keyed_seed  # noqa: E402
 from selfensemble.serving.settings import Settings  # noqa: E402
+
+from ..command import error  # noqa: E402
 
 CLASSES = tuple("0123456789")
 
@@ -197,7 +199,7 @@ def test_it_ends_what_it_took_when_it_is_stopped(
 ) -> None:
     running = Server()
     files, _ = digits
-    body = {"images": [encoded(files[0])] * 40, "draws": 900}
+    body = {"images": [encoded(files[0])] * 40, "draws": 100}
     with ThreadPoolExecutor(4) as pool:
         asked = [
             pool.submit(httpx.post, f"{running.url}/v1/predict", json=body, timeout=60) for _ in range(4)
@@ -215,6 +217,14 @@ def test_other_machines_need_a_key() -> None:
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert found.returncode == 2
     assert "--api-key" in found.stderr
+
+
+def test_a_key_that_is_refused_is_not_printed() -> None:
+    """Nor is a secret; the option is named."""
+    for option, value in (("--api-key", "hushed"), ("--secret", "hushed as well")):
+        said = error("serve", "digits-rse", option, value)
+        assert option in said
+        assert "hushed" not in said
 
 
 def client(ensemble: rse.SelfEnsemble | None = None, **settings: Any) -> TestClient:
@@ -352,3 +362,33 @@ def test_with_a_secret_asking_again_gains_nothing(digits: tuple[list[bytes], lis
     images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
     images[1, 0, 0, 0] = 1
     assert keyed_seed("sixteen characters", images[0]) != keyed_seed("sixteen characters", images[1])
+
+
+@pytest.mark.parametrize("stop", [None, "exact"])
+def test_with_a_secret_an_image_has_one_answer(
+    digits: tuple[list[bytes], list[int]], stop: str | None
+) -> None:
+    """However it is asked for: other draws, rules and risks, and the vote, choose none of their own."""
+    files, _ = digits
+    body: dict[str, Any] = {"images": [encoded(data) for data in files[:8]]}
+    vote = {"image": body["images"][0]}
+    chosen: list[dict[str, Any]] = [
+        {"draws": 1},
+        {"draws": 7},
+        {"stop": "exact" if stop is None else "calibrated"},
+    ]
+    with client(secret="sixteen characters", stop=stop, draws=12) as http:
+        first = http.post("/v1/predict", json=body).json()
+        for same in ({}, {"draws": 12}, {"stop": stop}, {"draws": 12, "stop": stop}, {"top": 5}):
+            assert http.post("/v1/predict", json=body | same).json() == first
+        for other in chosen:
+            answer = http.post("/v1/predict", json=body | other)
+            assert (answer.status_code, "one answer" in answer.json()["error"]) == (422, True)
+        for kind in ("decide", "certify"):
+            answer = http.post("/v1/predict", json=body | {kind: {"alpha": 0.9}})
+            assert (answer.status_code, f"{kind}.alpha" in answer.json()["error"]) == (422, True)
+        assert http.post("/v1/votes", json=vote | {"draws": 1}).status_code == 422
+        assert json.loads(http.post("/v1/votes", json=vote).text.splitlines()[-1])["draws"] == 12
+    with client(draws=12) as http:
+        assert http.post("/v1/predict", json=body | {"draws": 1}).json()["images"][0]["draws"] == 1
+        assert json.loads(http.post("/v1/votes", json=vote).text.splitlines()[-1])["draws"] == 20

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import selfensemble as rse
 from selfensemble.ensemble.stopping import Calibrated, Exact, Fixed, Rule
-from selfensemble.serving.batching import Answer, Batcher, BusyError, ClosedError
+from selfensemble.serving.batching import Answer, Batcher
+from selfensemble.serving.turns import BusyError, ClosedError
 
 
 class Probe(nn.Module):

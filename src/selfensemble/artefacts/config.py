@@ -20,6 +20,7 @@ from ..noise.layer import RandomLayer
 from ..noise.randomness import AnyRandomness, randomise_, randomness_of
 from ..noise.resize_pad import ResizePadConfig
 from ..noise.streams import Sampling
+from .foreign import trusted
 from .named import NamedNetwork
 
 FORMAT_VERSION = 1
@@ -108,7 +109,7 @@ class TransformersNetwork(BaseModel):
         return cls(name=name, config=json.loads(model.config.to_json_string(use_diff=False)))
 
     def build(self) -> nn.Module:
-        """The network with fresh weights; no code but that of the installed package runs."""
+        """The network with fresh weights; nothing is fetched, and only code of the installed package runs."""
         try:
             import transformers
         except ImportError as error:
@@ -118,7 +119,7 @@ class TransformersNetwork(BaseModel):
             raise ValueError(f"the installed transformers has no network {self.name}: upgrade it")
         configuration: Any = getattr(kind, "config_class", None)
         try:
-            network: nn.Module = kind(configuration.from_dict(self.config))
+            network: nn.Module = kind(configuration.from_dict(trusted(configuration, self.config)))
         except Exception as error:  # of a configuration that may be a stranger's
             reason = " ".join(str(error).split())
             raise ValueError(f"{self.name} cannot be built from the configuration saved: {reason}") from error

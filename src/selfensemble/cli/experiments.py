@@ -8,6 +8,7 @@ import typer
 from ..runtime.devices import device_named
 from ..runtime.errors import InputError
 from ..runtime.interrupts import Interrupted
+from ..runtime.ownership import owned
 from . import terminal
 from .base import Device, Json, app
 
@@ -26,7 +27,7 @@ def demo(
 
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file: --out takes the folder to write to")
-    with terminal.progress() as update:
+    with owned(out), terminal.progress() as update:
         results = run_demo(out, seed=seed, images=n, progress=update)
     if as_json:
         terminal.print_json(results)

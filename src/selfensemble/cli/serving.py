@@ -1,7 +1,7 @@
 """The command that puts a saved ensemble behind HTTP."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,46 +14,63 @@ from .options import OPTIONS, NetworkOptions, takes_network
 
 if TYPE_CHECKING:
     from ..ensemble.ensemble import SelfEnsemble
+    from ..serving.settings import Settings
+
+
+_Host = Annotated[str, typer.Option(help="Address to listen at; only this machine by default.")]
+_Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one and prints it.")]
+_Draws = Annotated[int | None, typer.Option(min=1, help="Noise draws where a request does not say.")]
+_Stop = Annotated[str | None, typer.Option(help="exact or calibrated, where a request does not say.")]
+_Key = Annotated[
+    str | None,
+    typer.Option(envvar="SELFENSEMBLE_API_KEY", help="Requests must bring it, in X-API-Key or as Bearer."),
+]
+_Secret = Annotated[
+    str | None, typer.Option(envvar="SELFENSEMBLE_SECRET", help="Noise is a function of it and of the image.")
+]
+_Attacks = Annotated[
+    bool | None,
+    typer.Option(help="Attacks at the push of a button; by default where only this machine can reach it."),
+]
+_Samples = Annotated[
+    Path | None, typer.Option(exists=True, file_okay=False, help="Folder of images that the page offers.")
+]
+_Timeout = Annotated[
+    float, typer.Option(help="Seconds in which a request comes, and in which it is answered.")
+]
+_Cors = Annotated[
+    list[str] | None,
+    typer.Option(help="Origin of web pages that may ask (https://example.org), or *; may be repeated."),
+]
+_Precision = Annotated[
+    str | None,
+    typer.Option(help="float32 or bf16; by default that of calibrated rules, or the faster one."),
+]
 
 
 @app.command()
 @takes_network
 def serve(
     model: Model,
-    host: Annotated[
-        str, typer.Option(help="Address to listen at; only this machine by default.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one and prints it.")] = 8000,
-    draws: Annotated[
-        int | None, typer.Option(min=1, help="Noise draws where a request does not say.")
-    ] = None,
-    stop: Annotated[
-        str | None, typer.Option(help="exact or calibrated, where a request does not say.")
-    ] = None,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="SELFENSEMBLE_API_KEY", help="Requests must bring it in X-API-Key.")
-    ] = None,
-    secret: Annotated[
-        str | None,
-        typer.Option(envvar="SELFENSEMBLE_SECRET", help="Noise is a function of it and of the image."),
-    ] = None,
+    host: _Host = "127.0.0.1",
+    port: _Port = 8000,
+    draws: _Draws = None,
+    stop: _Stop = None,
+    api_key: _Key = None,
+    secret: _Secret = None,
     page: Annotated[bool, typer.Option(help="A page at / that shows the vote of the draws.")] = True,
-    attacks: Annotated[
-        bool | None,
-        typer.Option(
-            help="Attacks at the push of a button; by default where only this machine can reach it."
-        ),
-    ] = None,
-    samples: Annotated[
-        Path | None, typer.Option(exists=True, file_okay=False, help="Folder of images that the page offers.")
-    ] = None,
+    attacks: _Attacks = None,
+    samples: _Samples = None,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 16 * 2**20,
     max_waiting: Annotated[int, typer.Option(min=1, help="Images in the queue; more are refused.")] = 256,
-    timeout: Annotated[float, typer.Option(help="Seconds for a request.")] = 30.0,
-    precision: Annotated[
-        str | None,
-        typer.Option(help="float32 or bf16; by default that of calibrated rules, or the faster one."),
-    ] = None,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of an image as it is sent.")] = 25_000_000,
+    max_certify: Annotated[
+        int, typer.Option(min=1, help="Noise draws that a certificate may ask for.")
+    ] = 10_000,
+    timeout: _Timeout = 30.0,
+    cors: _Cors = None,
+    access_log: Annotated[bool, typer.Option(help="A line for each request, on stderr.")] = True,
+    precision: _Precision = None,
     device: Device = "auto",
     network: NetworkOptions = OPTIONS,
 ) -> None:
@@ -71,13 +88,28 @@ def serve(
             f"{host} may be reached from other machines: pass --api-key (or SELFENSEMBLE_API_KEY), or keep "
             "the default --host"
         )
-    settings = Settings.model_validate(
+    settings = _checked(
+        Settings,
         {"draws": draws, "stop": stop, "api_key": api_key, "secret": secret, "max_body": max_body,
-         "max_waiting": max_waiting, "timeout": timeout, "page": page, "samples": samples,
-         "attacks": page and (is_local if attacks is None else attacks)}
+         "max_waiting": max_waiting, "max_pixels": max_pixels, "max_certify": max_certify, "timeout": timeout,
+         "cors": tuple(cors or ()), "access_log": access_log, "page": page, "samples": samples,
+         "attacks": page and (is_local if attacks is None else attacks)},
     )  # fmt: skip
-    ensemble, classes, shape = _loaded(open_network(model, network), device, precision)
-    run(ensemble, classes, shape, settings, host, port)
+    opened = open_network(model, network)
+    ensemble, classes, shape = _loaded(opened, device, precision)
+    run(ensemble, classes, shape, settings, host, port, name=opened.name, metrics=opened.config.metrics)
+
+
+def _checked(settings: "type[Settings]", values: dict[str, Any]) -> "Settings":
+    """The settings, or an error that names the option; never what it holds, which may be a secret."""
+    from pydantic import ValidationError
+
+    try:
+        return settings.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors(include_input=False, include_url=False)[0]
+        option = str(problem["loc"][0]).replace("_", "-") if problem["loc"] else "options"
+        raise InputError(f"--{option}: {problem['msg'].lower()}") from None
 
 
 def _loaded(

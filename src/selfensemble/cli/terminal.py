@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from ..evaluation.results import CheckRecord, Results
     from ..experiments import Page
 
-out, err = Console(), Console(stderr=True)
+# Names that users give to files and classes may hold brackets and colons: nothing that is printed is markup.
+_PLAIN: dict[str, Any] = {"markup": False, "emoji": False}
+out, err = Console(**_PLAIN), Console(stderr=True, **_PLAIN)
 
 
 @contextmanager
@@ -36,7 +38,7 @@ def progress() -> Iterator[Any]:
         )
 
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TaskProgressColumn(),
             TimeRemainingColumn(),

@@ -8,6 +8,7 @@ import typer
 from ..runtime.devices import device_named
 from ..runtime.errors import InputError
 from ..runtime.interrupts import Interrupted
+from ..runtime.ownership import owned
 from . import terminal
 from .base import Device, Json, Model, app, resumable
 from .data_options import NO_DATA, DataOptions, takes_data
@@ -102,7 +103,7 @@ def tune(
     ensemble = opened.ensemble.to(device_named(device))
     folder = out or Path("runs") / f"{opened.name}-tuned"
     fine_tune = training(config.recipe, model, epochs, folder, data.data, data.given()) if epochs else None
-    with resumable(folder), terminal.progress() as update:
+    with resumable(folder), owned(folder), terminal.progress() as update:
         found = sweep(
             ensemble, test.inputs(chosen), test.labels[chosen], wanted, eps=eps, give_up=give_up, seed=seed,
             fine_tune=fine_tune, progress=update,

@@ -1,6 +1,8 @@
 """Noise draws of a batch, and their mean and spread; images leave as they are settled."""
 
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import partial
 
 import torch
@@ -14,6 +16,20 @@ from .stopping import Rule, worth_taking
 
 _ON_ACCELERATORS = 64  # times the elements of a pass on a CPU
 _PASSES = 64  # of which the images are on the device at a time
+_around: ContextVar[Callable[[], AbstractContextManager[object]]] = ContextVar("around", default=nullcontext)
+
+
+@contextmanager
+def passes_within(context: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
+    """Within this, `Draws` of this thread make each pass within a `context()` of its own.
+
+    So that others get their turns in the middle of a long calculation, and that it can be given up there.
+    """
+    token = _around.set(context)
+    try:
+        yield
+    finally:
+        _around.reset(token)
 
 
 class Draws:
@@ -156,6 +172,7 @@ class Draws:
                 portable=self._portable, repeatable=False,
             )  # fmt: skip
             with ExitStack() as stack:
+                stack.enter_context(_around.get()())
                 stack.enter_context(drawn)
                 stack.enter_context(self._explained(self._example))
                 if self.seed is not None and self.reseeds():
@@ -207,8 +224,12 @@ def moments(draws: Draws, group: Tensor, rule: Rule, number: int = 0) -> tuple[T
     return mean, (squares / (used - 1).unsqueeze(1)).sqrt(), used
 
 
+class NotFiniteError(ValueError):
+    """The network returns NaN."""
+
+
 def check_finite(outputs: Tensor) -> Tensor:
-    """Return `outputs`, or raise a ValueError where the model returned NaN: nothing can be certain of it."""
+    """Return `outputs`, or raise a NotFiniteError: nothing can be certain where a model returns NaN."""
     if torch.isfinite(outputs).all():
         return outputs
-    raise ValueError("the model returns NaN: mend it before asking what is certain of its answers")
+    raise NotFiniteError("the model returns NaN: mend it before asking what is certain of its answers")

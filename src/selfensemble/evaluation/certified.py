@@ -26,6 +26,7 @@ from ..ensemble.ensemble import SelfEnsemble
 from ..fast.ensemble import precision_of
 from ..noise.streams import stream_seed
 from ..runtime.files import atomic_write, read_versioned, write_json
+from ..runtime.ownership import owned
 from ..runtime.processes import wait_for_all
 from ..runtime.provenance import accuracy_record, provenance
 from ..runtime.schema import Count, Positive, Section
@@ -161,7 +162,15 @@ class Certification:
         claim(self.out / RUN, identity)
 
     def run(self) -> Certified:
-        """Do what is not done yet, then write the results; may be stopped at any time."""
+        """Do what is not done yet, then write the results; may be stopped at any time.
+
+        Raises:
+            FolderInUseError: another process works in `out`.
+        """
+        with owned(self.out, self.rank == 0):
+            return self._run()
+
+    def _run(self) -> Certified:
         starts = list(enumerate(range(0, self.images, self.settings.shard)))
         mine = [pair for pair in starts if pair[0] % self.world == self.rank]
         began, computed = time.monotonic(), 0
@@ -215,7 +224,7 @@ class Certification:
         shards = []
         for start in range(0, self.images, self.settings.shard):
             try:
-                shards.append(json.loads(self._path(start).read_text()))
+                shards.append(json.loads(self._path(start).read_text(encoding="utf-8")))
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise ValueError(
                     f"{self._path(start)} is damaged ({error}): delete it and run the same again"

@@ -32,7 +32,7 @@ def claim(path: Path, identity: dict[str, Any]) -> None:
         write_json(path, identity)
         return
     try:
-        before = json.loads(path.read_text())
+        before = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}): restore it, or use another folder") from error
     from ..training.recipe import differing_keys

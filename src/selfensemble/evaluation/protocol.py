@@ -17,6 +17,7 @@ from torch import Tensor
 from ..attacks import ATTACKS
 from ..attacks.expectation import NoiseOptions
 from ..fast.optimize import Precision
+from ..runtime.files import read_text
 from ..runtime.schema import Section
 
 _FOLDER = "protocols"
@@ -134,9 +135,9 @@ def load_protocol(source: str, overrides: dict[str, Any] | None = None) -> Proto
         ValueError: YAML, a key, an attack or a value is wrong; the message says which.
     """
     if source in shipped_protocols():
-        text = (resources.files(__package__) / _FOLDER / f"{source}.yaml").read_text()
+        text = (resources.files(__package__) / _FOLDER / f"{source}.yaml").read_text(encoding="utf-8")
     elif Path(source).suffix in (".yaml", ".yml") and Path(source).is_file():
-        text = Path(source).read_text()
+        text = read_text(Path(source))
     else:
         raise FileNotFoundError(
             f"no protocol {source!r}: pass a .yaml file or one of {', '.join(shipped_protocols())}"

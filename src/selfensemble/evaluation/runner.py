@@ -30,6 +30,7 @@ from ..noise.injection import noise_disabled
 from ..noise.streams import stream_seed
 from ..runtime.files import atomic_write, write_json
 from ..runtime.interrupts import Interrupted
+from ..runtime.ownership import owned
 from ..runtime.processes import wait_for_all
 from ..runtime.provenance import provenance
 from . import collect
@@ -134,7 +135,15 @@ class Evaluation:
                 raise ValueError(f"attack {run.key}: {error}") from error
 
     def run(self) -> Results:
-        """Do what is not done yet, then write the results; may be stopped at any time."""
+        """Do what is not done yet, then write the results; may be stopped at any time.
+
+        Raises:
+            FolderInUseError: another process works in `out`.
+        """
+        with owned(self.out, self.rank == 0):
+            return self._run()
+
+    def _run(self) -> Results:
         starts = enumerate(self.shards.starts)
         units = [(number, start, work) for number, start in starts for work in self.work]
         mine = [unit for unit in units if unit[0] % self.world == self.rank]
@@ -264,7 +273,7 @@ class Evaluation:
 
     def _write_timings(self) -> None:
         seconds = {
-            path.stem: json.loads(path.read_text())["seconds"]
+            path.stem: json.loads(path.read_text(encoding="utf-8"))["seconds"]
             for path in sorted((self.out / SHARDS).glob("*.json"))
         }
         write_json(self.out / TIMINGS, {"finished": provenance()["time"], "seconds": seconds})
@@ -275,7 +284,7 @@ class Evaluation:
         if not (self.protocol.checks and path.is_file()):
             return None
         try:
-            found = json.loads(path.read_text())["checks"]
+            found = json.loads(path.read_text(encoding="utf-8"))["checks"]
             return tuple(CheckRecord.model_validate(check) for check in found)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}): delete it and run the same again") from error

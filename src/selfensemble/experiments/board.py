@@ -59,7 +59,7 @@ class Claim(Section):
 
 def claims() -> dict[str, Claim]:
     """By the network's name, in the order of the tables."""
-    text = (resources.files(__package__) / "board.yaml").read_text()
+    text = (resources.files(__package__) / "board.yaml").read_text(encoding="utf-8")
     return {name: Claim.model_validate(entry) for name, entry in yaml.safe_load(text).items()}
 
 

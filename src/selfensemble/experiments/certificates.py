@@ -265,7 +265,7 @@ def _less(title: str, than: str, pairs: Sequence[tuple[Record, Record]]) -> list
             ours, theirs = (reach(each, method) for each in (record, other))
             points = [_points((ours >= radius).astype(float) - (theirs >= radius)) for radius in RADII]
             further = mean(np.maximum(ours, 0) - np.maximum(theirs, 0))
-            radius = f"{further.value:+.3f} ({further.low:+.3f} to {further.high:+.3f})"
+            radius = f"{further.value:+z.3f} ({further.low:+z.3f} to {further.high:+z.3f})"
             rows.append([f"{record.facts.title}, {method}", *points, radius])
     if not rows:
         return []
@@ -279,7 +279,7 @@ def _less(title: str, than: str, pairs: Sequence[tuple[Record, Record]]) -> list
 
 def _points(differences: NDArray[np.float64]) -> str:
     figure = mean(differences)
-    return f"{100 * figure.value:+.1f} ({100 * figure.low:+.1f} to {100 * figure.high:+.1f})"
+    return f"{100 * figure.value:+z.1f} ({100 * figure.low:+z.1f} to {100 * figure.high:+z.1f})"
 
 
 def _grid(records: Sequence[Record]) -> list[float]:

@@ -78,7 +78,7 @@ def gain_table(
         mine = ours.bits(f"{key}.right")[:, 0].astype(float)
         gains = [mean(mine - record.bits(f"{key}.right")[:, 0]) for record in others]
         each = [
-            f"{100 * gain.value:+.1f} ({100 * gain.low:+.1f} to {100 * gain.high:+.1f})" for gain in gains
+            f"{100 * gain.value:+z.1f} ({100 * gain.low:+z.1f} to {100 * gain.high:+z.1f})" for gain in gains
         ]
         rows.append([what, *each])
     caption = "Accuracy of ours less that of the other, in points, with the paired 95 % interval."

@@ -139,4 +139,4 @@ def _gain(record: Record, kind: str, more: int, fewer: int) -> Share:
 
 
 def _points(gain: Share) -> str:
-    return f"{100 * gain.value:+.2f} ({100 * gain.low:+.2f} to {100 * gain.high:+.2f})"
+    return f"{100 * gain.value:+z.2f} ({100 * gain.low:+z.2f} to {100 * gain.high:+z.2f})"

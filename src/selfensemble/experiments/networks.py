@@ -95,7 +95,7 @@ def network(entry: str, **changes: Any) -> Network:
 
 
 def _file() -> dict[str, dict[str, Any]]:
-    text = (resources.files(__package__) / "networks.yaml").read_text()
+    text = (resources.files(__package__) / "networks.yaml").read_text(encoding="utf-8")
     content: dict[str, dict[str, Any]] = yaml.safe_load(text)
     return content
 
@@ -160,7 +160,7 @@ def trained(
             "untouched: pass another --models, or remove it to train anew"
         )
     results = folder / RESULTS
-    training = json.loads(results.read_text()) if results.is_file() else {}
+    training = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
     own = Recipe.model_validate(config.recipe)
     return Trained(changed(storage.load(folder), wanted), own, training, config.classes)
 

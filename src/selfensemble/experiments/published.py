@@ -28,5 +28,7 @@ def citation() -> str:
 
 
 def _file() -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((resources.files(__package__) / "published.json").read_text())
+    content: dict[str, Any] = json.loads(
+        (resources.files(__package__) / "published.json").read_text(encoding="utf-8")
+    )
     return content

@@ -134,7 +134,7 @@ def load_scale(name: str) -> Scale:
     Raises:
         ValueError: no such scale; the message lists them.
     """
-    known = yaml.safe_load((resources.files(__package__) / "scales.yaml").read_text())
+    known = yaml.safe_load((resources.files(__package__) / "scales.yaml").read_text(encoding="utf-8"))
     if name not in known:
         raise ValueError(f"no scale {name!r}: choose one of {', '.join(known)}")
     return Scale.model_validate({"name": name} | known[name])

@@ -29,7 +29,7 @@ class Units:
             write_json(path, identity)
             return
         try:
-            before = json.loads(path.read_text())
+            before = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(
                 f"{path} is damaged ({error}): remove {folder}, or pass another --runs"

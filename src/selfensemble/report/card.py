@@ -1,5 +1,6 @@
 """The card of a trained network: what it is, what was measured on it, what it is not."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ from ..evaluation.certified import Certified
 from ..evaluation.results import Entry, Results
 from ..training.recipe import public_recipe
 from .facts import facts, usage
+from .markdown import code, plain, word
 
 # Their protocols are named EXPERIMENT-SCALE.
 EXPERIMENTS = (
     "headline", "draws", "noise", "targeted", "theory", "honest", "board", "certainty", "certificates",
     "certified-noise", "resnext", "stl10",
 )  # fmt: skip
+SCALES = ("quick", "quarter", "half", "wide", "full")  # protocols of other names are files, as `honest-1`
 _NOISE = """\
 The noise has to stay on at test time, and fresh: whoever can ask many times, or predict the noise, meets a
 weaker defense. """
@@ -49,7 +52,7 @@ def model_card(
         certificates: certifications of it, see `read_certified`.
         pixels: what its first noise is worth on the image, see `noise_on_pixels`.
     """
-    recipe = config.recipe or {}
+    recipe, quoted = config.recipe or {}, json.dumps(name, ensure_ascii=False)
     front: dict[str, Any] = {} if licence is None else {"license": licence}
     front |= {
         "library_name": "selfensemble",
@@ -57,9 +60,9 @@ def model_card(
         "tags": ["random-self-ensemble", "adversarial-robustness"],
     }
     parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {name}",
-        str(recipe.get("description", "")),
-        usage(name, config),
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n# {plain(name)}",
+        plain(str(recipe.get("description", ""))),
+        usage(quoted, config),
         facts(config, pixels),
         "## Measured\n\n" + _measured(config, results),
         "\n\n".join(map(_certificate, certificates)),
@@ -71,7 +74,8 @@ def model_card(
         ),
     ]
     if recipe:
-        parts.append(f"## Recipe\n\n```yaml\n{yaml.safe_dump(public_recipe(recipe), sort_keys=False)}```")
+        shown = yaml.safe_dump(public_recipe(recipe), sort_keys=False, allow_unicode=True)
+        parts.append(f"## Recipe\n\n```yaml\n{shown}```")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -82,7 +86,7 @@ def _measured(config: ArtefactConfig, results: Sequence[Results]) -> str:
             lines.append(f"{split.capitalize()} accuracy {_share(record)}, {record['images']} images.")
     for result in results:
         lines += [
-            f"\n`{_command(result)}`, seed {result.protocol['seed']}, {_machine(result.provenance)}; "
+            f"\n{code(_command(result))}, seed {result.protocol['seed']}, {_machine(result.provenance)}; "
             f"{result.data.which}{_of_data(config, result)}{_answered(result)}, "
             "95 % Clopper-Pearson intervals:\n",
             "| attack | budget | accuracy | RMS L2 |\n|---|---|---|---|",
@@ -95,12 +99,13 @@ def _measured(config: ArtefactConfig, results: Sequence[Results]) -> str:
 
 def _certificate(found: Certified) -> str:
     asked = found.settings
-    command = f"selfensemble certify {found.name} --method {asked['method']} --n {asked['n']}"
+    command = f"selfensemble certify {word(found.name)} --method {asked['method']} --n {asked['n']}"
     command += "" if found.precision == "float32" else f" --precision {found.precision}"
+    command += f" --n-images {found.data.images}"
     rows = [f"| {point.radius:.2f} | {_share(point.model_dump())} |" for point in found.curve]
     return "\n".join(
         [
-            f"`{command} --n-images {found.data.images}`, {_machine(found.provenance)}; share of the "
+            f"{code(command)}, {_machine(found.provenance)}; share of the "
             f"{found.data.which} that are answered rightly with a certificate of at least that "
             f"L2 radius, each wrong with probability {asked['alpha']:g} at most; nothing is certified of "
             f"{100 * found.abstained:.1f} %:\n",
@@ -114,12 +119,14 @@ def _command(result: Results) -> str:
     """What made an evaluation: `evaluate`, or an experiment, whose protocols are named EXPERIMENT-SCALE."""
     protocol = result.protocol
     experiment, _, scale = protocol["name"].rpartition("-")
-    if experiment in EXPERIMENTS:
+    if experiment in EXPERIMENTS and scale in SCALES:
         return f"selfensemble reproduce {experiment} --scale {scale} --only {result.name}"
     precision = protocol.get("precision", "float32")
     options = "" if precision == "float32" else f" --precision {precision}"
     name = protocol["name"]
-    return f"selfensemble evaluate {result.name} --protocol {name} --n {result.data.images}{options}"
+    return (
+        f"selfensemble evaluate {word(result.name)} --protocol {word(name)} --n {result.data.images}{options}"
+    )
 
 
 def _of_data(config: ArtefactConfig, result: Results) -> str:
@@ -137,7 +144,7 @@ def _row(entry: Entry) -> str:
     budget = f"{entry.norm} {entry.eps:.4g}" if entry.eps is not None else ""
     if entry.c is not None:
         budget = f"c = {entry.c:g}"
-    return f"| {entry.title} | {budget} | {_share(entry.model_dump())} | {entry.rms_l2:.3f} |"
+    return f"| {plain(entry.title)} | {budget} | {_share(entry.model_dump())} | {entry.rms_l2:.3f} |"
 
 
 def _share(record: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from ..certainty.pixels import pixel_std
 from ..ensemble.ensemble import SelfEnsemble
 from ..noise.layer import describe_std
 from ..noise.levels import Std
+from .markdown import plain
 
 UNKNOWN = math.nan
 
@@ -27,8 +28,8 @@ def noise_on_pixels(ensemble: SelfEnsemble, config: ArtefactConfig) -> float:
         return UNKNOWN
 
 
-def usage(name: str, config: ArtefactConfig) -> str:
-    """Lines of Python that load and use it."""
+def usage(quoted: str, config: ArtefactConfig) -> str:
+    """Lines of Python that load and use it; `quoted` is its name as Python writes it."""
     model, comment = "", ""
     if config.architecture is None and config.transformers is None:
         named = config.network
@@ -40,7 +41,7 @@ def usage(name: str, config: ArtefactConfig) -> str:
     inputs = "images (B, C, H, W)" if config.bounds is not None or config.input_shape else "inputs"
     scale = f" in [{low:g}, {high:g}], not standardised" if low is not None else ", as the network takes them"
     return (
-        f'```python\nimport selfensemble as rse\n\nensemble = rse.load("{name}"{model}){comment}\n'
+        f"```python\nimport selfensemble as rse\n\nensemble = rse.load({quoted}{model}){comment}\n"
         f"ensemble.predict(images)  # {inputs}{scale}\n```"
     )
 
@@ -61,7 +62,7 @@ def facts(config: ArtefactConfig, pixels: float | None = None) -> str:
         mean, std = (", ".join(f"{value:.4g}" for value in each) for each in _mean_and_std(config))
         lines.append(f"standardised by its first layer: mean {mean}, std {std}")
     if config.classes is not None:
-        lines.append(f"classes: {', '.join(config.classes)}")
+        lines.append(f"classes: {', '.join(map(plain, config.classes))}")
     source = (config.recipe or {}).get("data", {}).get("source")
     if config.architecture is None:
         lines.append(f"trained on {source}" if source else "what it was trained on is not recorded")

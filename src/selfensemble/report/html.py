@@ -1,7 +1,5 @@
 """The report: one HTML file, without any request to a network, that compares evaluation runs."""
 
-import base64
-import io
 import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,25 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 import yaml
-from numpy.typing import NDArray
-from PIL import Image
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from ..evaluation.certified import CERTIFIED, Certified, read_certified
-from ..evaluation.results import Entry, ModelRecord, Results, read_results
+from ..evaluation.results import CheckRecord, Entry, ModelRecord, Results, read_results
 from ..noise.layer import describe_std
 from ..runtime.files import atomic_write
+from .gallery import gallery
 from .shown import between, certified_plot, protocol_plots, row_title, threat_model
 from .svg import VIEW_BOX, Plot
-
-GALLERY = "gallery.safetensors"
-_ATTACKS_SHOWN = 6
-_IMAGES_SHOWN = 8
-_PIXELS_SHOWN = 200_000  # a row of a gallery; fewer images are shown of large ones
-_MAGNIFICATIONS = (1, 2, 5, 10, 20, 50, 100)
+from .verdict import is_weak, verdicts
 
 
 @dataclass(frozen=True)
@@ -83,7 +72,9 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     source = resources.files(__package__).joinpath("template.html").read_text(encoding="utf-8")
     contexts = [_run_context(label, run) for label, run in labelled.items()]
     page = environment.from_string(source).render(
+        verdicts=verdicts({label: run.results for label, run in labelled.items()}, certified),
         sections=_sections(labelled),
+        checked=_checked(labelled),
         certificates=_certificates(certified, labelled),
         runs=contexts,
         view_box=VIEW_BOX,
@@ -115,12 +106,15 @@ def _sections(runs: Mapping[str, _Run]) -> list[dict[str, Any]]:
             raise ValueError(f"the results in {run.folder} do not name their protocol: run it again")
         protocols.setdefault(str(name), {})[label] = run.results
     sections = []
-    for number, (name, members) in enumerate(protocols.items(), 1):
+    # A weak protocol comes last, whichever run was named first.
+    ordered = sorted(protocols.items(), key=lambda each: is_weak(list(each[1].values())))
+    for number, (name, members) in enumerate(ordered, 1):
         plots = protocol_plots(members)
         sections.append(
             {
                 "id": f"protocol-{number}",
                 "name": name,
+                "weak": is_weak(list(members.values())),
                 "edition": max(int(each.protocol.get("version", 1)) for each in members.values()),
                 "in_turn": any(each.protocol.get("in_turn") for each in members.values()),
                 "published": any(e.published is not None for each in members.values() for e in each.attacks),
@@ -148,6 +142,22 @@ def _certificates(certified: Mapping[str, Certified], runs: Mapping[str, _Run]) 
         "between": [(label, each, between(each, results)) for label, each in certified.items()],
         "plots": [_shown(plot, "plot-certified")],
     }
+
+
+def _checked(runs: Mapping[str, _Run]) -> list[dict[str, Any]]:
+    """By network: its honesty checks, each table once, and the evaluations that have none."""
+    networks: dict[str, list[str]] = {}
+    for label, run in runs.items():
+        networks.setdefault(run.results.model.digest, []).append(label)
+    found = []
+    for labels in networks.values():
+        tables: dict[tuple[CheckRecord, ...], list[str]] = {}
+        for label in labels:
+            if checks := runs[label].results.checks:
+                tables.setdefault(checks, []).append(label)
+        without = [label for label in labels if not runs[label].results.checks]
+        found.append({"labels": labels, "tables": list(tables.items()), "without": without})
+    return found
 
 
 def _notes(members: Sequence[Results]) -> list[str]:
@@ -192,7 +202,7 @@ def _run_context(label: str, run: _Run) -> dict[str, Any]:
         "label": label,
         "results": results,
         "entries": [results.clean, *results.attacks, *results.worst_case],
-        "gallery": _gallery(run),
+        "gallery": gallery(run.folder, results),
         "noise": _noise(results.model),
         "protocol": _yaml(results.protocol),
         "provenance": _yaml(results.provenance),
@@ -206,131 +216,16 @@ def _noise(model: ModelRecord) -> str:
     return ", ".join([*levels, *model.randomness]) or "none"
 
 
-def _gallery(run: _Run) -> dict[str, Any]:
-    """Pictures of the strongest attack of every threat model, then of the others."""
-    file = run.folder / GALLERY
-    context: dict[str, Any] = {"missing": None, "attacks": [], "left_out": 0, "images": 0}
-    if not file.is_file():
-        return context | {"missing": f"There are no pictures: the run has no {GALLERY}."}
-    tensors = _read_gallery(file, run.results)
-    original = tensors["original"]
-    if len(original) == 0 or not run.results.attacks:
-        return context | {"missing": "There are no pictures: the gallery is empty."}
-    if original.shape[1] not in (1, 3):
-        channels = f"{original.shape[1]} channels"
-        return context | {"missing": f"There are no pictures: images of {channels} can not be shown."}
-    entries = _strongest_first(run.results.attacks)
-    pixels = original.shape[2] * original.shape[3]
-    images = min(len(original), _IMAGES_SHOWN, max(1, _PIXELS_SHOWN // pixels))
-    return context | {
-        "attacks": [
-            _pictures(entry, tensors, images, run.results.data.classes) for entry in entries[:_ATTACKS_SHOWN]
-        ],
-        "left_out": max(0, len(entries) - _ATTACKS_SHOWN),
-        "images": images,
-    }
-
-
-def _strongest_first(attacks: Sequence[Entry]) -> list[Entry]:
-    ranked: list[tuple[int, int, Entry]] = []
-    threats = list(dict.fromkeys(threat_model(entry) for entry in attacks))
-    for place, threat in enumerate(threats):
-        group = sorted(
-            (entry for entry in attacks if threat_model(entry) == threat), key=lambda each: each.accuracy
-        )
-        ranked += [(rank, place, entry) for rank, entry in enumerate(group)]
-    return [entry for _, _, entry in sorted(ranked, key=lambda item: item[:2])]
-
-
-def _read_gallery(file: Path, results: Results) -> dict[str, NDArray[Any]]:
-    """The checked tensors of a gallery."""
-    cure = f"run the evaluation again, or remove {GALLERY} for a report without pictures"
-    try:
-        tensors: dict[str, NDArray[Any]] = load_file(file)
-    except (SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({error}): {cure}") from error
-    images = ["original", *(entry.key for entry in results.attacks)]
-    answers = ["label", "answer.clean", *(f"answer.{entry.key}" for entry in results.attacks)]
-    if absent := [name for name in (*images, *answers) if name not in tensors]:
-        raise ValueError(f"{file} is damaged: it holds no {absent[0]!r}: {cure}")
-    shape = tensors["original"].shape
-    for name in images:
-        tensor = tensors[name]
-        if len(shape) != 4 or tensor.shape != shape or tensor.dtype != np.float32:
-            raise ValueError(f"{file} is damaged: {name!r} is {tensor.dtype} {tensor.shape}: {cure}")
-        if not np.isfinite(tensor).all():
-            raise ValueError(f"{file} is damaged: {name!r} holds values that are not finite: {cure}")
-    for name in answers:
-        tensor = tensors[name]
-        if tensor.shape != shape[:1] or tensor.dtype != np.int64:
-            raise ValueError(f"{file} is damaged: {name!r} is {tensor.dtype} {tensor.shape}: {cure}")
-    return tensors
-
-
-def _pictures(
-    entry: Entry, tensors: Mapping[str, NDArray[Any]], images: int, classes: Sequence[str]
-) -> dict[str, Any]:
-    def name(label: int) -> str:
-        return classes[label] if 0 <= label < len(classes) else f"class {label}"
-
-    original, adversarial = tensors["original"][:images], tensors[entry.key][:images]
-    change = adversarial - original
-    largest = float(np.abs(change).max())
-    fitting = [factor for factor in _MAGNIFICATIONS if factor * largest <= 0.5] if largest else [1]
-    factor = max(fitting, default=1)
-    samples = []
-    for i in range(images):
-        label, clean, answer = (
-            int(tensors[which][i]) for which in ("label", "answer.clean", f"answer.{entry.key}")
-        )
-        samples.append(
-            {
-                "original": _data_uri(original[i]),
-                "adversarial": _data_uri(adversarial[i]),
-                "difference": _data_uri(0.5 + factor * change[i]),
-                "label": name(label),
-                "clean": name(clean),
-                "clean_right": clean == label,
-                "answer": name(answer),
-                "right": answer == label,
-                "l2": f"{float(np.sqrt(np.square(change[i]).sum())):.3f}",
-                "linf": _linf(float(np.abs(change[i]).max())),
-            }
-        )
-    return {
-        "entry": entry,
-        "title": row_title(entry),
-        "threat": threat_model(entry),
-        "magnification": factor,
-        "samples": samples,
-    }
-
-
-def _data_uri(image: NDArray[Any]) -> str:
-    """A PNG of (C, H, W) in [0, 1]; what lies outside is clipped."""
-    pixels = np.rint(255 * np.clip(image, 0.0, 1.0)).astype(np.uint8)
-    picture = Image.fromarray(
-        pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0))
-    )
-    buffer = io.BytesIO()
-    picture.save(buffer, format="png")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def _linf(distance: float) -> str:
-    return f"{distance:.4f} ({255 * distance:.1f}/255)"
-
-
 def _percent(share: float) -> str:
-    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
+    return f"{100 * share:z.1f}\N{NO-BREAK SPACE}%"
 
 
 def _share(share: float) -> str:
-    return f"{100 * share:.1f}"
+    return f"{100 * share:z.1f}"
 
 
 def _number(value: float) -> str:
-    return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
+    return f"{value:z.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
 
 
 def _yaml(value: Any) -> str:

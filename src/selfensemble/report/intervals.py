@@ -21,7 +21,7 @@ class Share(NamedTuple):
     @property
     def text(self) -> str:
         """In per cent."""
-        return f"{100 * self.value:.1f} ({100 * self.low:.1f} to {100 * self.high:.1f})"
+        return f"{100 * self.value:z.1f} ({100 * self.low:z.1f} to {100 * self.high:z.1f})"
 
 
 def share(which: NDArray[np.bool_]) -> Share:

@@ -75,7 +75,7 @@ def pack(
     metrics = {"test": accuracy_record(correct, len(test))}
     write(stored, metrics=metrics)
     if run is not None and (trained := Path(run) / RESULTS).is_file():
-        made = json.loads(trained.read_text())
+        made = json.loads(trained.read_text(encoding="utf-8"))
         kept = {key: made[key] for key in ("history", "training_seconds", "provenance") if key in made}
         write_json(out / RESULTS, {"recipe": recipe, "metrics": metrics} | kept)
     write_card(out, ensemble=stored)

@@ -19,7 +19,7 @@ def threat_model(entry: Entry) -> str:
         return "No attack"
     norm = NORMS.get(entry.norm, entry.norm) if entry.norm else None
     if norm and entry.eps is not None:
-        return f"{norm}, \N{GREEK SMALL LETTER EPSILON} = {_radius(entry.eps, entry.norm)}"
+        return f"{norm}, \N{GREEK SMALL LETTER EPSILON} = {radius_text(entry.eps, entry.norm)}"
     if entry.c is not None:
         return "Fixed strength c"
     return f"Minimum distance, {norm}" if norm else "Minimum distance"
@@ -30,7 +30,8 @@ def row_title(entry: Entry) -> str:
     return entry.title if entry.c is None else f"{entry.title}, c = {entry.c:g}"
 
 
-def _radius(eps: float, norm: str | None) -> str:
+def radius_text(eps: float, norm: str | None) -> str:
+    """A radius as it is usually named: in 1/255 where it is one of single pixels."""
     steps = 255 * eps
     if norm != "linf" or not eps:
         return f"{eps:.6g}"
@@ -48,7 +49,7 @@ def protocol_plots(runs: Mapping[str, Results]) -> list[Plot]:
     """The plots that the runs of one protocol, by their labels, have data for."""
     norms = {entry.norm for results in runs.values() for entry in results.attacks if entry.eps is not None}
     plots = [_against_c(runs), *(_against_eps(runs, norm) for norm in NORMS if norm in norms)]
-    plots += [_against_distortion(runs), _against_draws(runs), _persistent(runs)]
+    plots += [_against_distortion(runs), _against_draws(runs), *_persistent(runs)]
     return [plot for plot in plots if plot.lines]
 
 
@@ -139,8 +140,8 @@ def _against_eps(runs: Mapping[str, Results], norm: str) -> Plot:
     unit = 255 if norm == "linf" else 1
     caption = (
         f"Accuracy under attacks that may change an image by at most \N{GREEK SMALL LETTER EPSILON} in "
-        f"{NORMS[norm]}. The worst case takes for every image the attack that harms it most. "
-        "Bars: 95 % intervals."
+        f"{NORMS[norm]}. The worst case takes for every image the attack that harms it most; single attacks "
+        "stand in the table. Bars: 95 % intervals."
     )
 
     def radius(entry: Entry) -> float | None:
@@ -193,17 +194,27 @@ def _against_draws(runs: Mapping[str, Results]) -> Plot:
     return Plot("Accuracy against the number of draws", caption, x_label, "accuracy", tuple(lines), "log")
 
 
-def _persistent(runs: Mapping[str, Results]) -> Plot:
+def _persistent(runs: Mapping[str, Results]) -> list[Plot]:
+    """A plot for the worst cases of each norm, or one of unchanged images alone."""
+    norms = {entry.norm for results in runs.values() for entry in results.worst_case}
+    return [_persistent_within(runs, norm) for norm in NORMS if norm in norms] or [
+        _persistent_within(runs, None)
+    ]
+
+
+def _persistent_within(runs: Mapping[str, Results], norm: str | None) -> Plot:
     caption = (
         "The attacker who asks again: the share of images of which at least one of k queries is answered "
-        "wrongly. Dashed: unchanged images, which are answered wrongly now and then, too. "
-        "Solid: worst case under attack."
+        "wrongly. Dashed: unchanged images, which are answered wrongly now and then, too."
+        + (" Solid: worst case under attack." if norm else "")
     )
     kinds: dict[str, int] = {}
     lines = []
     for number, (label, results) in enumerate(runs.items()):
         shown = (results.clean, *results.worst_case)
         for entry in shown:
+            if entry is not results.clean and entry.norm != norm:
+                continue
             points = tuple(Point(k, share) for k, share in sorted(entry.persistent.items()) if k > 0)
             title = _name(entry, shown)
             kind = kinds.setdefault(title, len(kinds))
@@ -211,9 +222,8 @@ def _persistent(runs: Mapping[str, Results]) -> Plot:
             if len(points) > 1:
                 dash = _CLEAN_DASH if entry is results.clean else None
                 lines.append(line(number, kind, name, points, len(runs), dash=dash))
-    return Plot(
-        "The persistent attacker", caption, "queries k", "images with a wrong answer", tuple(lines), "log"
-    )
+    title = f"The persistent attacker, {NORMS[norm]}" if norm else "The persistent attacker"
+    return Plot(title, caption, "queries k", "images with a wrong answer", tuple(lines), "log")
 
 
 def _curves(
@@ -231,7 +241,9 @@ def _curves(
     kinds = {"worst case": 0}
     lines = []
     for number, (label, results) in enumerate(runs.items()):
-        wanted = [entry for entry in (*results.worst_case, *results.attacks) if order(entry) is not None]
+        worst = [entry for entry in results.worst_case if order(entry) is not None]
+        # What is left at a radius is the worst case; single attacks stand in the table.
+        wanted = worst or [entry for entry in results.attacks if order(entry) is not None]
         for kind, entries in _families(wanted, order):
             shown = [_point(x(entry) or 0.0, entry) for entry in entries]
             # An attack of minimum distance is a point: no line leads there.

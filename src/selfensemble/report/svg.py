@@ -51,10 +51,10 @@ class Point(NamedTuple):
     @property
     def text(self) -> str:
         """The share with its interval, in per cent."""
-        share = f"{100 * self.y:.1f}"
+        share = f"{100 * self.y:z.1f}"
         if self.low is None or self.high is None:
             return share
-        return f"{share} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+        return f"{share} [{100 * self.low:z.1f}, {100 * self.high:z.1f}]"
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Plot:
         parts = []
         for line in self.lines:
             ends = dict.fromkeys((line.points[0], line.points[-1]))
-            values = " and ".join(f"{100 * point.y:.1f} % at {point.x:.4g}" for point in ends)
+            values = " and ".join(f"{100 * point.y:z.1f} % at {point.x:.4g}" for point in ends)
             parts.append(f"{line.label}: {values}.")
         return f"{self.y_label} against {self.x_label}. " + " ".join(parts)
 

@@ -98,6 +98,18 @@ def sync(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
+def read_text(path: Path) -> str:
+    """The text of a file that a user wrote, whatever the locale: YAML and JSON are UTF-8.
+
+    Raises:
+        ValueError: it is not; the message says what to do.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text (byte {error.start}): save it as UTF-8") from None
+
+
 def to_json(value: Any) -> bytes:
     """Indented JSON; NaN is an error."""
     return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
@@ -121,7 +133,7 @@ def read_versioned(path: Path, schema: type[Schema], name: str, version: int, me
         ValueError: the file is damaged, foreign, or written by a newer version.
     """
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}): {mend}") from error
     if not isinstance(values, dict) or values.get("format") != name:

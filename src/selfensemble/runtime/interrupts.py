@@ -1,14 +1,44 @@
-"""Stopping a long run between two steps rather than in the middle of one."""
+"""Stopping a long run between two steps rather than in the middle of one, and while modules load at once."""
 
+import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+INTERRUPTED = 130  # the exit status
+_TOLD = b"error: interrupted; files that were complete before are intact\n"
+
 
 class Interrupted(RuntimeError):
     """The user asked to stop; everything done so far is in the checkpoint."""
+
+
+def end_while_loading() -> None:
+    """From now on Ctrl-C ends the process at once while a module is being imported; else it does as before.
+
+    Many modules turn a KeyboardInterrupt in the middle of them into other errors, or swallow it, and leave
+    themselves half imported. For a command, not for a library.
+    """
+    here = threading.current_thread() is threading.main_thread()
+    if here and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    within = frame
+    while within is not None:
+        if within.f_code.co_filename.startswith("<frozen importlib"):
+            with contextlib.suppress(Exception):
+                sys.stdout.flush()
+            with contextlib.suppress(OSError):
+                os.write(2, _TOLD)
+            os._exit(INTERRUPTED)
+        within = within.f_back
+    signal.default_int_handler(number, frame)
 
 
 @contextmanager

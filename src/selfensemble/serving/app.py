@@ -1,7 +1,7 @@
 """The HTTP interface: routes for JSON and files, health, metrics; see `docs/serving.md`."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -9,13 +9,14 @@ from typing import Annotated, Any
 from fastapi import FastAPI, File, Form, HTTPException, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
+from PIL import Image
 from prometheus_client import generate_latest
-from pydantic import ValidationError
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.formparsers import MultiPartParser
 
 from ..ensemble.ensemble import SelfEnsemble
 from . import schemas
+from .forms import options_of
 from .gate import Gate
 from .page import add_page, samples
 from .problems import REFUSALS, first, problem
@@ -24,7 +25,13 @@ from .settings import Settings
 
 
 def create_app(
-    ensemble: SelfEnsemble, classes: Sequence[str], shape: tuple[int, int, int], settings: Settings
+    ensemble: SelfEnsemble,
+    classes: Sequence[str],
+    shape: tuple[int, int, int],
+    settings: Settings,
+    *,
+    name: str = "",
+    metrics: Mapping[str, Any] | None = None,
 ) -> FastAPI:
     """An application that answers with `ensemble`.
 
@@ -33,10 +40,12 @@ def create_app(
         classes: names, in the order of the outputs.
         shape: (channels, height, width) of its images.
         settings: limits.
+        name, metrics: of the network, see `ArtefactConfig`, for those who ask what answers.
     """
     # The gate holds a body in memory; a form in it is not to be written to a disk, which may be full.
     MultiPartParser.spool_max_size = max(MultiPartParser.spool_max_size, settings.max_body)
-    service = Service(ensemble, tuple(classes), shape, settings)
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, settings.max_pixels)
+    service = Service(ensemble, tuple(classes), shape, settings, name, metrics)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -71,10 +80,6 @@ def _add_problems(app: FastAPI) -> None:
     async def refused(request: Request, error: AnyHTTPException) -> JSONResponse:
         return problem(error.status_code, str(error.detail), error.headers)
 
-    @app.exception_handler(Exception)
-    async def broken(request: Request, error: Exception) -> JSONResponse:
-        return problem(500, f"the server failed ({type(error).__name__}): see its log")
-
 
 def _add_answers(app: FastAPI, service: Service) -> None:
     """What answers images, and what tells of the network."""
@@ -83,20 +88,19 @@ def _add_answers(app: FastAPI, service: Service) -> None:
     async def predict(request: schemas.Request) -> schemas.Response:
         """Answer images that are sent as base64 in JSON."""
         service.check_count(len(request.images))
-        files = [service.decoded(text, place) for place, text in enumerate(request.images)]
-        return await service.answer(files, request)
+        return await service.answer(request.images, request)
 
     @app.post("/v1/predict/files", responses=REFUSALS)
     async def predict_files(
+        request: Request,
         images: Annotated[list[UploadFile], File(description="image files")],
-        options: Annotated[str, Form(description="JSON with the options of /v1/predict")] = "{}",
+        options: Annotated[
+            str, Form(description="JSON with the options of /v1/predict, which may be fields as well")
+        ] = "{}",
     ) -> schemas.Response:
         """Answer images that are sent as files of a form."""
         service.check_count(len(images))
-        try:
-            wanted = schemas.Options.model_validate_json(options)
-        except ValidationError as error:
-            raise HTTPException(422, "options: " + first(error.errors())) from None
+        wanted = options_of((await request.form()).multi_items())
         return await service.answer([await each.read() for each in images], wanted)
 
     @app.get("/v1/model")
@@ -108,16 +112,18 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 def _add_health(app: FastAPI, service: Service) -> None:
     """For those who watch over the server."""
 
-    @app.get("/health")
+    @app.get("/health", responses={503: {"model": schemas.Problem}})
     async def health() -> dict[str, str]:
-        """The process lives."""
+        """The process lives, and can compute: if not, it must be started again."""
+        if not service.is_alive:
+            raise HTTPException(503, "the thread that computes has ended: start the server again")
         return {"status": "alive"}
 
     @app.get("/ready", responses={503: {"model": schemas.Problem}})
     async def ready() -> dict[str, str]:
-        """Requests are taken: not while starting or stopping, nor with a full queue."""
-        if not service.is_ready:
-            raise HTTPException(503, "not taking requests now")
+        """Requests are taken, and answered: not while starting or stopping, nor when the network fails."""
+        if (why := await service.why_not_ready()) is not None:
+            raise HTTPException(503, f"not taking requests now: {why}")
         return {"status": "ready"}
 
     @app.get("/metrics", response_class=PlainTextResponse)

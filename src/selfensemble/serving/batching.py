@@ -2,27 +2,36 @@
 
 Every pass holds one noise draw, or several, of all images that are being answered. An image that is settled
 leaves, and another that waits takes its place before the next pass: nobody waits for a batch to fill or to
-end. The draws of each image are independent of each other, or opposite in pairs where a rule says so; that
-images of one pass share their noise is no matter to any of them.
+end. Whose answer nobody waits for any more leaves as well. The draws of each image are independent of each
+other, or opposite in pairs where a rule says so; that images of one pass share their noise is no matter to
+any of them.
+
+What has images for itself (decisions, certificates, keyed noise) is computed by threads of their own, which
+take turns with this one: a pass each.
 """
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..ensemble.checks import check_images
-from ..ensemble.draws import Draws
+from ..ensemble.draws import Draws, NotFiniteError
 from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.promises import check_stopping
 from ..ensemble.stopping import Calibrated, Fixed, Rule, worth_taking
 from ..noise.injection import eval_mode
 from ..noise.streams import fresh_seed, noise_draw
+from .turns import BusyError, ClosedError, Lane, Turns, settle
+
+_log = logging.getLogger("selfensemble.serving")
 
 
 class Answer(NamedTuple):
@@ -31,14 +40,6 @@ class Answer(NamedTuple):
     probabilities: Tensor
     spread: Tensor
     draws: int
-
-
-class BusyError(RuntimeError):
-    """Too many images wait: come back later."""
-
-
-class ClosedError(RuntimeError):
-    """Nothing more is taken."""
 
 
 @dataclass
@@ -57,6 +58,9 @@ class Batcher:
         most_waiting: images that may wait; more are refused.
 
     `close` (or leaving the context) takes nothing more and ends what was taken.
+
+    Attributes:
+        failing: whether the last pass raised an error.
     """
 
     def __init__(self, ensemble: SelfEnsemble, example: Tensor, most_waiting: int = 256) -> None:
@@ -70,10 +74,13 @@ class Batcher:
         with eval_mode(ensemble):
             self._draws.varies()  # asked once: what is found out is kept
         self._queue: deque[_Waiting] = deque()
-        self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._changed = threading.Condition()
-        self._closing = False
+        self._closing = self.failing = False
+        self._began: float | None = None  # of the pass that is being made
         self.passes = self.images = self.drawn = 0
+        self._turns = Turns()
+        self._short, self._long = (Lane(name, self._turns, most_waiting) for name in ("short", "long"))
+        self._active = _Active()
         self._thread = threading.Thread(target=self._run, name="selfensemble-batcher", daemon=True)
         self._thread.start()
 
@@ -87,6 +94,16 @@ class Batcher:
     def waiting(self) -> int:
         """Images in the queue."""
         return len(self._queue)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether what is asked will ever be computed."""
+        return self._thread.is_alive() and self._short.is_alive and self._long.is_alive
+
+    def stuck(self, seconds: float) -> bool:
+        """Whether a pass has taken longer than that and has not ended."""
+        began = self._began
+        return began is not None and monotonic() - began > seconds
 
     def submit(self, images: Tensor, rule: Rule) -> "list[Future[Answer]]":
         """Answers to come of (B, ...) images, all of them taken or none.
@@ -106,61 +123,89 @@ class Batcher:
             raise ValueError(f"images must have shape {self._shape}, got {tuple(images.shape[1:])}")
         prepared = [_Waiting(image, rule) for image in self._draws.prepared(images)]
         with self._changed:
-            if self._closing:
-                raise ClosedError("the server is stopping")
+            self._check_open()
+            if len(self._queue) + len(prepared) > self.most_waiting:
+                self._queue = deque(each for each in self._queue if not each.answer.cancelled())
             if len(self._queue) + len(prepared) > self.most_waiting:
                 raise BusyError(f"{len(self._queue)} images wait, at most {self.most_waiting} may")
             self._queue.extend(prepared)
             self._changed.notify()
         return [each.answer for each in prepared]
 
-    def run(self, job: Callable[[], Any]) -> "Future[Any]":
-        """What `job` returns, to come: it is called between two passes, when nothing else uses the network.
+    def run(self, job: Callable[[], Any], *, long: bool = False) -> "Future[Any]":
+        """What `job` returns, to come: the passes of its `Draws` take turns with those of everybody else.
+
+        Args:
+            job: is called in another thread. When its answer is cancelled, it ends before its next pass.
+            long: whether it may take much longer than an answer; short ones do not wait for those.
 
         Raises:
             BusyError, ClosedError: see `submit`.
         """
-        answer: Future[Any] = Future()
         with self._changed:
-            if self._closing:
-                raise ClosedError("the server is stopping")
-            if len(self._jobs) >= self.most_waiting:
-                raise BusyError(f"{len(self._jobs)} jobs wait, at most {self.most_waiting} may")
-            self._jobs.append((job, answer))
-            self._changed.notify()
-        return answer
+            self._check_open()
+        return (self._long if long else self._short).run(job)
 
     def close(self) -> None:
-        """Take nothing more, and return when all that was taken is answered."""
+        """Take nothing more, and return when all that was taken is answered or cancelled."""
         with self._changed:
             self._closing = True
             self._changed.notify()
         self._thread.join()
+        self._short.close()
+        self._long.close()
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise ClosedError("the server is stopping")
+        if not self.is_alive:
+            raise ClosedError("the thread that computes has ended: the server must be started again")
 
     def _run(self) -> None:
-        active = _Active()
-        with eval_mode(self.ensemble), torch.no_grad():
-            while True:
-                with self._changed:
-                    while not (self._queue or self._jobs or len(active) or self._closing):
-                        self._changed.wait()
-                    if not (self._queue or self._jobs or len(active)):
-                        return  # closing
-                    job = self._jobs.popleft() if self._jobs else None
-                    taken: list[_Waiting] = []
-                    while self._queue and len(active) + len(taken) < self._room:
-                        waits = self._queue.popleft()
-                        if waits.answer.set_running_or_notify_cancel():
-                            taken.append(waits)
-                if job is not None:
-                    _call(*job)
-                try:
-                    active.admit(taken)
-                    self._fix(taken)
-                    if len(active):
-                        self._step(active)
-                except Exception as error:  # of the network: those who asked are told, others go on
-                    active.fail(error)
+        try:
+            with eval_mode(self.ensemble), torch.no_grad():
+                while self._round():
+                    pass
+        except BaseException:  # nothing is computed any more; whoever waits is told
+            _log.critical("the thread that computes has ended", exc_info=True)
+        finally:
+            with self._changed:
+                left, self._queue = list(self._queue), deque()
+            ended = ClosedError("the thread that computes has ended")
+            for each in left:
+                settle(each.answer, error=ended)
+            self._active.fail(ended)
+
+    def _round(self) -> bool:
+        """Take who waits, and make a pass; False when closing and nothing is left."""
+        active = self._active
+        with self._changed:
+            while not (self._queue or len(active) or self._closing):
+                self._changed.wait()
+            if not (self._queue or len(active)):
+                return False
+            active.forget()
+            taken: list[_Waiting] = []
+            while self._queue and len(active) + len(taken) < self._room:
+                waits = self._queue.popleft()
+                if not waits.answer.cancelled():
+                    taken.append(waits)
+        try:
+            self._began = monotonic()
+            with self._turns:
+                active.admit(taken)
+                self._fix(taken)
+                if len(active):
+                    self._step(active)
+                    self.failing = False
+        except Exception as error:  # of the network: those who asked are told, others go on
+            self.failing = True
+            active.fail(error)
+            for each in taken:
+                settle(each.answer, error=error)
+        finally:
+            self._began = None
+        return True
 
     def _fix(self, taken: "list[_Waiting]") -> None:
         """One draw is enough of a network that answers these images alike however often it is asked."""
@@ -197,14 +242,6 @@ class Batcher:
         self.images += active.add(outputs)
 
 
-def _call(job: Callable[[], Any], answer: "Future[Any]") -> None:
-    if answer.set_running_or_notify_cancel():
-        try:
-            answer.set_result(job())
-        except Exception as error:  # whoever asked is told
-            answer.set_exception(error)
-
-
 class _Active:
     """The images that are being answered."""
 
@@ -227,6 +264,11 @@ class _Active:
         """The most draws that an image still wants in one pass."""
         pairs = zip(self._waits, self._used.tolist(), strict=True)
         return max(worth_taking(each.rule, int(used)) for each, used in pairs)
+
+    def forget(self) -> None:
+        """Leave out those whose answer nobody waits for."""
+        gone = torch.tensor([each.answer.cancelled() for each in self._waits], dtype=torch.bool, device="cpu")
+        self._keep(~gone)
 
     def admit(self, taken: list[_Waiting]) -> None:
         """Begin with some more."""
@@ -256,7 +298,7 @@ class _Active:
             done |= self._settled()
         broken = ~outputs.isfinite().all(dim=2).all(dim=0)
         for place in torch.nonzero(broken)[:, 0].tolist():
-            self._waits[place].answer.set_exception(ValueError("the model returns NaN for this image"))
+            settle(self._waits[place].answer, error=NotFiniteError("the model returns NaN for this image"))
         self._answer(done & ~broken)
         ended = done | broken
         self._keep(~ended)
@@ -278,7 +320,7 @@ class _Active:
         spread = (self._squares / (self._used - 1).unsqueeze(1)).sqrt()
         for place in torch.nonzero(done)[:, 0].tolist():
             answer = Answer(self._mean[place].clone(), spread[place].clone(), int(self._used[place]))
-            self._waits[place].answer.set_result(answer)
+            settle(self._waits[place].answer, answer)
 
     def _keep(self, stay: Tensor) -> None:
         if stay.all():
@@ -290,5 +332,5 @@ class _Active:
     def fail(self, error: Exception) -> None:
         """Tell all of them."""
         for each in self._waits:
-            each.answer.set_exception(error)
+            settle(each.answer, error=error)
         self.__init__()  # type: ignore[misc]

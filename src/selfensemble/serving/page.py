@@ -4,9 +4,12 @@ import asyncio
 import base64
 import copy
 import io
+import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import Future
 from importlib import resources
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -26,6 +29,7 @@ from . import schemas
 from .batching import Answer
 from .problems import REFUSALS
 from .service import Service
+from .turns import AbandonedError, in_thread
 
 FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
@@ -42,6 +46,7 @@ _HEADERS = {
     "Cache-Control": "no-cache",
 }
 _SHOWN = 5  # classes
+_DRAWS = 20  # that vote where the request does not say
 _SAMPLES = 12
 # Shares of a minimum-norm attack's change that are tried for one that survives rounding to 8 bits.
 _FARTHER = (1.0, 1.02, 1.05, 1.1, 1.2, 1.5)
@@ -63,14 +68,17 @@ def add_page(app: FastAPI, service: Service) -> None:
     async def votes(request: schemas.Votes) -> StreamingResponse:
         """One line of JSON a draw: votes and mean probabilities of the leading classes so far."""
         inputs, seed = await service.one_image(request.image, request.draws)
-        return StreamingResponse(page.votes(inputs, seed, request.draws), media_type="application/x-ndjson")
+        draws = request.draws or (_DRAWS if seed is None else service.draws_of_all)
+        return StreamingResponse(page.votes(inputs, seed, draws), media_type="application/x-ndjson")
 
     if service.settings.attacks:
 
         @app.post("/v1/attack", responses=REFUSALS)
         async def attack(request: schemas.Attack) -> schemas.Attacked:
             """Change an image so that the ensemble, or the network without noise, errs; one at a time."""
-            inputs, _ = await service.one_image(request.image, 1)
+            inputs, _ = await service.one_image(request.image, None)
+            if request.attack == "pgd" and request.eps > (reach := _reach(inputs)):
+                raise HTTPException(422, f"eps: no image is farther from this one than {reach:.2f} in L2")
             return await page.attack(inputs, request)
 
 
@@ -84,14 +92,19 @@ def samples(folder: Path | None, shape: tuple[int, int, int]) -> list[dict[str, 
         found = []
         for each in chosen[:_SAMPLES]:
             with Image.open(each) as image:
-                found.append({"name": each.stem, "image": _png(image)})
+                about = f"sample from the file {each.name}"
+                found.append({"name": each.stem, "caption": about, "image": _png(image)})
         return found
     if shape == (1, 8, 8):
         from ..data.sources import load_data
 
         test = load_data("digits", "test")
         return [
-            {"name": f"digit {place + 1}", "image": _png(Image.fromarray(test.images[place][0].numpy()))}
+            {
+                "name": f"sample {place + 1}",
+                "caption": f"sample {place + 1} of {_SAMPLES}, from the test images",
+                "image": _png(Image.fromarray(test.images[place][0].numpy())),
+            }
             for place in range(_SAMPLES)
         ]
     return []
@@ -100,36 +113,41 @@ def samples(folder: Path | None, shape: tuple[int, int, int]) -> list[dict[str, 
 class _Page:
     def __init__(self, service: Service) -> None:
         self.service = service
-        self._attacking = asyncio.Lock()
+        self._running: Future[schemas.Attacked] | None = None
+        self._given_up = threading.Event()
         self._targets: dict[str, SelfEnsemble] = {}
 
     async def votes(self, inputs: Tensor, seed: int | None, draws: int) -> AsyncIterator[bytes]:
-        service = self.service
-        plain = schemas.Vote(plain=self._answer(await service.run(lambda: self._without_noise(inputs))))
-        yield _line(plain)
+        """Lines of the stream; what goes wrong is one of them, for it is too late for a status."""
+        try:
+            async for state in self._votes(inputs, seed, draws):
+                yield _line(state)
+        except HTTPException as error:
+            yield _line(schemas.Vote(error=str(error.detail)))
+
+    async def _votes(self, inputs: Tensor, seed: int | None, draws: int) -> AsyncIterator[schemas.Vote]:
+        service, ends = self.service, monotonic() + self.service.settings.timeout
+        plain = await service.run(lambda: self._without_noise(inputs))
+        yield schemas.Vote(plain=self._answer(plain), reach=_reach(inputs))
         total = votes = torch.zeros(len(service.classes), dtype=torch.float32, device="cpu")
         for number in range(1, draws + 1):
-            try:
-                one = await self._draw(inputs, seed, number - 1)
-            except HTTPException as error:  # too late for a status
-                yield _line(schemas.Vote(error=str(error.detail)))
-                return
+            if monotonic() > ends:
+                raise HTTPException(504, f"no more draws within {service.settings.timeout:g} s")
+            one = await self._draw(inputs, seed, number - 1)
             total = total + one
             votes = votes.scatter_add(
                 0, one.argmax().unsqueeze(0), torch.ones(1, dtype=torch.float32, device="cpu")
             )
             mean = total / number
             order = (votes + mean).argsort(descending=True)[:_SHOWN].tolist()
-            yield _line(
-                schemas.Vote(
-                    draws=number,
-                    classes=[
-                        schemas.VotedClass(
-                            label=service.classes[k], votes=int(votes[k]), probability=float(mean[k])
-                        )
-                        for k in order
-                    ],
-                )
+            yield schemas.Vote(
+                draws=number,
+                classes=[
+                    schemas.VotedClass(
+                        label=service.classes[k], votes=int(votes[k]), probability=float(mean[k])
+                    )
+                    for k in order
+                ],
             )
 
     async def _draw(self, inputs: Tensor, seed: int | None, number: int) -> Tensor:
@@ -158,12 +176,27 @@ class _Page:
         )
 
     async def attack(self, inputs: Tensor, asked: schemas.Attack) -> schemas.Attacked:
-        if self._attacking.locked():
+        if self._running is not None and not self._running.done():
             headers = {"Retry-After": str(self.service.settings.retry_after)}
             raise HTTPException(429, "another attack is running: come back later", headers)
-        async with self._attacking:
-            # In a thread of its own, on copies: those who want answers go on getting them.
-            return await asyncio.to_thread(self._attack, inputs, asked)
+        self._given_up.clear()
+        # In a thread of its own, on copies: those who want answers go on getting them.
+        self._running = in_thread(lambda: self._attack(inputs, asked))
+        limit = self.service.settings.attack_timeout
+        found = asyncio.wrap_future(self._running)
+        found.add_done_callback(lambda ended: ended.exception())  # which perhaps nobody waits for
+        try:
+            await asyncio.wait({found}, timeout=limit)  # given up, it ends at its next pass, and not before
+        finally:
+            self._given_up.set()
+        if not found.done():
+            raise HTTPException(504, f"the attack did not end within {limit:g} s")
+        return found.result()
+
+    def _go_on(self, *_: object) -> None:
+        """In front of each pass of an attack: nobody may wait for it any more."""
+        if self._given_up.is_set():
+            raise AbandonedError("nobody waits for this attack")
 
     def _attack(self, inputs: Tensor, asked: schemas.Attack) -> schemas.Attacked:
         if not self._targets:
@@ -172,6 +205,8 @@ class _Page:
             plain = copy.deepcopy(ensemble)
             make_static_(plain)
             plain.draws = 1
+            for target in (ensemble, plain):
+                target.model.register_forward_pre_hook(self._go_on)
             self._targets |= {"ensemble": ensemble, "plain": plain}
         target = self._targets[asked.target]
         before = {name: model.predict(inputs) for name, model in self._targets.items()}
@@ -190,18 +225,19 @@ class _Page:
         difference = attacked - inputs
         largest = float(difference.abs().max())
         factor = max(1, int(0.5 / largest)) if largest > 0 else 1
+        after = {name: model.predict(attacked) for name, model in self._targets.items()}
         answers = []
         for who, name in (("the ensemble", "ensemble"), ("the network without noise", "plain")):
-            after = self._targets[name].predict(attacked)
             pair = [
                 self._answer(Answer(each.probabilities[0].cpu(), each.spread[0], 1))
-                for each in (before[name], after)
+                for each in (before[name], after[name])
             ]
             answers.append(schemas.Compared(who=who, before=pair[0], after=pair[1]))
         return schemas.Attacked(
             before=_picture(inputs[0]), after=_picture(attacked[0]), magnified=factor,
             change=_picture((0.5 + factor * difference[0]).clamp(0, 1)), l2=float(difference.norm()),
-            answers=answers, gradients=budget.gradients,
+            answers=answers, gradients=budget.gradients, target=asked.target,
+            found=bool(after[asked.target].label != before[asked.target].label),
         )  # fmt: skip
 
     def _rounded(
@@ -218,6 +254,11 @@ class _Page:
             if target.predict(attacked).label != before:
                 break
         return attacked
+
+
+def _reach(inputs: Tensor) -> float:
+    """L2 distance from an image in [0, 1] to the farthest other one."""
+    return float(torch.maximum(inputs, 1 - inputs).norm())
 
 
 def _line(value: schemas.Vote) -> bytes:

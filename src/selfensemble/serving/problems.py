@@ -22,5 +22,7 @@ def first(errors: Sequence[Any]) -> str:
     """The first of pydantic's complaints, on a line."""
     if not errors:
         return "the request is not valid"
+    if errors[0].get("type") == "json_invalid":
+        return f"the body is no JSON: {errors[0].get('ctx', {}).get('error', 'it cannot be read')}"
     place = ".".join(str(part) for part in errors[0].get("loc", ()) if part != "body")
     return f"{place}: {errors[0].get('msg', 'not valid')}".lstrip(": ")

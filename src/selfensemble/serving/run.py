@@ -2,12 +2,13 @@
 
 import signal
 import socket
-from collections.abc import Sequence
-
-import uvicorn
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..ensemble.ensemble import SelfEnsemble
 from .app import create_app
+from .connections import Server, configured
+from .logs import begin
 from .settings import Settings
 
 
@@ -18,13 +19,16 @@ def run(
     settings: Settings,
     host: str,
     port: int,
+    *,
+    name: str = "",
+    metrics: Mapping[str, Any] | None = None,
 ) -> None:
     """Serve until SIGINT or SIGTERM; requests that were taken are answered first.
 
     Raises:
         OSError: the address cannot be listened at.
     """
-    app = create_app(ensemble, classes, shape, settings)
+    app = create_app(ensemble, classes, shape, settings, name=name, metrics=metrics)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -33,13 +37,12 @@ def run(
         except OSError as error:
             raise OSError(error.errno, f"cannot listen at {host}:{port} ({error.strerror})") from error
         where = f"[{host}]" if ":" in host else host
+        writer = begin(settings.access_log)
         print(f"listening at http://{where}:{listener.getsockname()[1]}", flush=True)  # noqa: T201
-        config = uvicorn.Config(
-            app, log_level="warning", access_log=False, server_header=False,
-            timeout_graceful_shutdown=round(settings.timeout) + 5, limit_concurrency=None,
-            h11_max_incomplete_event_size=64 * 1024,
-        )  # fmt: skip
+        longest = max(settings.timeout, settings.attack_timeout if settings.attacks else 0.0)
+        config = configured(app, settings.timeout + longest + 10.0, settings.header_timeout)
         # Once all is answered uvicorn raises the signal that stopped it again; that is no failure.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, frame: None)
-        uvicorn.Server(config).run(sockets=[listener])
+        Server(config).run(sockets=[listener])
+        writer.drain(1.0)

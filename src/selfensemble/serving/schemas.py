@@ -118,7 +118,9 @@ class Votes(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     image: Annotated[str, Field(description="an image file in base64")]
-    draws: Annotated[int, Field(ge=1)] = 20
+    draws: Annotated[
+        int | None, Field(ge=1, description="20 by default; those of the server where noise is keyed")
+    ] = None
 
 
 class Answered(BaseModel):
@@ -135,9 +137,13 @@ class VotedClass(Answered):
 
 
 class Vote(BaseModel):
-    """A line of the stream: first `plain`, without noise; then draws so far and the leading classes."""
+    """A line of the stream: first `plain`, without noise; then draws so far and the leading classes.
+
+    `reach` comes with `plain`: the L2 distance of the farthest image, beyond which no attack can go.
+    """
 
     plain: Answered | None = None
+    reach: float | None = None
     draws: int | None = None
     classes: list[VotedClass] | None = None
     error: str | None = None
@@ -150,7 +156,7 @@ class Attack(BaseModel):
     image: Annotated[str, Field(description="an image file in base64")]
     target: Literal["ensemble", "plain"] = "ensemble"
     attack: Literal["pgd", "cw"] = "pgd"
-    eps: Annotated[float, Field(gt=0, le=100, description="L2 distance that PGD may go")] = 0.5
+    eps: Annotated[float, Field(gt=0, allow_inf_nan=False, description="L2 distance that PGD may go")] = 0.5
 
 
 class Compared(BaseModel):
@@ -162,8 +168,14 @@ class Compared(BaseModel):
 
 
 class Attacked(BaseModel):
-    """PNG files in base64, the L2 distance, and what became of the answers; judged as 8-bit images."""
+    """PNG files in base64, the L2 distance, and what became of the answers; judged as 8-bit images.
 
+    `found` says whether the target is fooled. If not, this attack found nothing, which proves nothing:
+    `after` is then the last that it tried.
+    """
+
+    target: Literal["ensemble", "plain"]
+    found: bool
     before: str
     change: str
     magnified: int

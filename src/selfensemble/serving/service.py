@@ -1,12 +1,10 @@
 """What stands behind the routes: images are opened, answered and named, within limits."""
 
 import asyncio
-import hashlib
-import hmac
 import math
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -18,14 +16,19 @@ from torch import Tensor
 from ..certainty.certification import certify
 from ..certainty.conformal import ConformalSets
 from ..certainty.decision import decide
+from ..ensemble.draws import NotFiniteError
 from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.promises import rule_for
-from ..ensemble.stopping import Rule, Stop
-from ..noise.entropy import WideSeed
+from ..ensemble.stopping import Fixed, Rule, Stop
+from ..noise.injection import noise_layers
 from . import schemas
-from .batching import Answer, Batcher, BusyError, ClosedError
-from .images import ImageError, TooLargeError, decode_base64, open_image, scaled
+from .batching import Answer, Batcher
+from .images import ImageError, TooLargeError, scaled
+from .keyed import check_one_answer, keyed_seed
+from .logs import LOG
+from .opening import Opener
 from .settings import Settings
+from .turns import BusyError, ClosedError, ModelError
 
 
 class Service:
@@ -37,10 +40,14 @@ class Service:
         classes: tuple[str, ...],
         shape: tuple[int, int, int],
         settings: Settings,
+        name: str = "",
+        metrics: Mapping[str, Any] | None = None,
     ) -> None:
+        self.name, self.metrics = name, dict(metrics or {})
         self.ensemble, self.classes, self.shape, self.settings = ensemble, classes, shape, settings
         rule_for(settings.stop, settings.draws or ensemble.draws, False, ensemble)  # says what is wrong
         self.batcher: Batcher | None = None
+        self.opener = Opener(shape, settings.max_pixels)
         self.samples: list[dict[str, str]] = []  # that the page offers
         self.registry = CollectorRegistry()
         self.requests = Counter(
@@ -60,26 +67,48 @@ class Service:
 
     def start(self) -> None:
         """Begin to take requests."""
-        self.batcher = Batcher(
-            self.ensemble,
-            torch.zeros(1, *self.shape, dtype=torch.float32, device="cpu"),
-            self.settings.max_waiting,
-        )
+        self.opener = Opener(self.shape, self.settings.max_pixels)
+        self.batcher = Batcher(self.ensemble, self._example, self.settings.max_waiting)
 
     def stop(self) -> None:
         """End what was taken."""
+        self.opener.close()
         if self.batcher is not None:
             self.batcher.close()
 
     @property
-    def is_ready(self) -> bool:
-        """Whether a request would be taken."""
-        return self.batcher is not None and self.batcher.waiting < self.settings.max_waiting
+    def _example(self) -> Tensor:
+        return torch.zeros(1, *self.shape, dtype=torch.float32, device="cpu")
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether anything will ever be computed again: if not, the process must be started anew."""
+        return self.batcher is None or self.batcher.is_alive
+
+    async def why_not_ready(self) -> str | None:
+        """Why a request would get no answer, or None where it would.
+
+        Of a network whose last pass failed it is seen whether it can make another one.
+        """
+        batcher, limits = self.batcher, self.settings
+        if batcher is None:
+            return "the server has not started"
+        if not batcher.is_alive:
+            return "the thread that computes has ended: the server must be started again"
+        if batcher.waiting >= limits.max_waiting:
+            return "the queue is full"
+        if batcher.stuck(limits.timeout):
+            return f"a pass of the network has taken longer than {limits.timeout:g} s"
+        if batcher.failing:
+            with suppress(HTTPException):
+                await self.predicted(self._example, Fixed(1))
+        return "the network fails: see the log" if batcher.failing else None
 
     def about(self) -> dict[str, Any]:
         """Of `/v1/model`."""
         return {
-            "classes": self.classes, "shape": self.shape, "draws": self.settings.draws or self.ensemble.draws,
+            "name": self.name, "metrics": self.metrics, "noise": self._levels(),
+            "classes": self.classes, "shape": self.shape, "draws": self.draws_of_all,
             "stop": self.settings.stop, "calibrated": holds(lambda: self._rule("calibrated", None)),
             "sets": holds(lambda: ConformalSets.of(self.ensemble)), "keyed": self.settings.secret is not None,
             "limits": self.settings.model_dump(
@@ -88,6 +117,11 @@ class Service:
             "page": {"attack": self.settings.attacks, "samples": self.samples},
         }  # fmt: skip
 
+    def _levels(self) -> list[float]:
+        """Standard deviations of the noise, the largest of its channels each, in the order of the layers."""
+        layers = noise_layers(self.ensemble.model).values()
+        return [float(torch.as_tensor(layer.std, dtype=torch.float64).detach().max()) for layer in layers]
+
     def check_count(self, images: int) -> None:
         """Raise unless a request may have as many images."""
         if images > self.settings.max_images:
@@ -95,21 +129,13 @@ class Service:
                 413, f"{images} images, at most {self.settings.max_images} a request are taken"
             )
 
-    @staticmethod
-    def decoded(text: str, place: int) -> bytes:
-        """The bytes of an image in JSON."""
-        try:
-            return decode_base64(text)
-        except ImageError as error:
-            raise HTTPException(422, f"image {place}: {error}") from None
-
-    async def answer(self, files: list[bytes], options: schemas.Options) -> schemas.Response:
-        """Open, compute, and name the classes."""
+    async def answer(self, files: list[bytes] | list[str], options: schemas.Options) -> schemas.Response:
+        """Open files (or their base64), compute, and name the classes."""
         self._check(options)
-        opened = await asyncio.to_thread(self._open, files)
-        inputs = scaled(opened)
-        seeds = self._seeds(opened)
         async with self._limited():
+            opened = await self._open(files)
+            inputs = scaled(opened)
+            seeds = self._seeds(opened)
             if options.sets:
                 ConformalSets.of(self.ensemble)  # says what is wrong before anything is computed
             answers = await self._predict(inputs, seeds, options)
@@ -140,13 +166,20 @@ class Service:
             raise HTTPException(429, f"{error}: come back later", headers) from None
         except ClosedError as error:
             raise HTTPException(503, str(error)) from None
+        except NotFiniteError as error:
+            LOG.error("%s", error)
+            raise HTTPException(500, "the network returns no numbers for such an image") from None
+        except ModelError as error:
+            LOG.error("a pass of the network failed", exc_info=error)
+            raise HTTPException(500, "the network failed: see the log of the server") from None
         except ValueError as error:  # what this network cannot do
             raise HTTPException(422, str(error)) from None
 
-    async def one_image(self, text: str, draws: int) -> tuple[Tensor, int | None]:
+    async def one_image(self, text: str, draws: int | None) -> tuple[Tensor, int | None]:
         """(1, C, H, W) of an image in base64 that `draws` are asked of, and its seed where noise is keyed."""
         self._check(schemas.Options(draws=draws, stop=None))
-        opened = await asyncio.to_thread(self._open, [self.decoded(text, 0)])
+        async with self._limited():
+            opened = await self._open([text])
         return scaled(opened), self._seeds(opened)[0]
 
     def _seeds(self, opened: list[Tensor]) -> list[int | None]:
@@ -161,11 +194,16 @@ class Service:
 
     async def _shared(self, inputs: Tensor, rule: Rule) -> list[Answer]:
         futures = self._batcher.submit(inputs, rule)
-        found: list[Answer] = await asyncio.gather(*(self._wait(future) for future in futures))
+        try:
+            found: list[Answer] = await asyncio.gather(*(self._wait(future) for future in futures))
+        except (ClosedError, NotFiniteError):
+            raise
+        except Exception as error:  # they were taken: what goes wrong now is the network's
+            raise ModelError(f"{type(error).__name__}: {error}") from error
         return found
 
     async def run(self, work: Callable[[], Any]) -> Any:
-        """What `work` returns, which has the network for itself."""
+        """What `work` returns, which makes passes of its own."""
         async with self._limited():
             return await self._wait(self._batcher.run(work))
 
@@ -180,17 +218,21 @@ class Service:
         for name, value, most in asked:
             if value is not None and value > most:
                 raise HTTPException(422, f"{name} may be at most {most} here, got {value}")
+        if limits.secret is not None:
+            check_one_answer(options, self.draws_of_all, limits.stop)
 
-    def _open(self, files: list[bytes]) -> list[Tensor]:
-        opened = []
-        for place, data in enumerate(files):
-            try:
-                opened.append(open_image(data, self.shape, self.settings.max_pixels))
-            except TooLargeError as error:
-                raise HTTPException(413, f"image {place}: {error}") from None
-            except ImageError as error:
-                raise HTTPException(422, f"image {place}: {error}") from None
-        return opened
+    @property
+    def draws_of_all(self) -> int:
+        """Of an image where the request does not say."""
+        return self.settings.draws or self.ensemble.draws
+
+    async def _open(self, files: list[bytes] | list[str]) -> list[Tensor]:
+        try:
+            return await self.opener.open(files)
+        except TooLargeError as error:
+            raise HTTPException(413, str(error)) from None
+        except ImageError as error:
+            raise HTTPException(422, str(error)) from None
 
     @property
     def _batcher(self) -> Batcher:
@@ -201,21 +243,20 @@ class Service:
     async def _predict(
         self, inputs: Tensor, seeds: list[int | None], options: schemas.Options
     ) -> Sequence[Answer]:
-        # A number of draws in the request alone takes them all.
-        stop = options.stop if options.stop or options.draws else self.settings.stop
-        draws = options.draws or self.settings.draws
         if self.settings.secret is not None:
-            job = self._batcher.run(lambda: self._keyed(inputs, seeds, draws, stop))
+            job = self._batcher.run(lambda: self._keyed(inputs, seeds))
             keyed: list[Answer] = await self._wait(job)
             return keyed
-        return await self._shared(inputs, self._rule(stop, draws))
+        # A number of draws in the request alone takes them all.
+        stop = options.stop if options.stop or options.draws else self.settings.stop
+        return await self._shared(inputs, self._rule(stop, options.draws or self.settings.draws))
 
     def _rule(self, stop: Stop | None, draws: int | None) -> Rule:
         return rule_for(stop, draws or self.ensemble.draws, draws is not None, self.ensemble)
 
-    def _keyed(self, inputs: Tensor, seeds: list[int | None], draws: int | None, stop: Any) -> list[Answer]:
+    def _keyed(self, inputs: Tensor, seeds: list[int | None]) -> list[Answer]:
         """Each image on its own, with noise of its own seed."""
-        found = []
+        found, draws, stop = [], self.settings.draws, self.settings.stop
         for image, seed in zip(inputs, seeds, strict=True):
             answer = self.ensemble.predict(image[None], draws=draws, stop=stop, seed=seed)
             found.append(Answer(answer.probabilities[0], answer.spread[0], int(answer.draws[0])))
@@ -232,7 +273,7 @@ class Service:
         if asked is None:
             return [None] * len(inputs)
         jobs = [partial(work, image[None], seed, asked) for image, seed in zip(inputs, seeds, strict=True)]
-        return [await self._wait(self._batcher.run(job)) for job in jobs]
+        return [await self._wait(self._batcher.run(job, long=True)) for job in jobs]
 
     @staticmethod
     async def _wait(future: "Future[Any]") -> Any:
@@ -288,9 +329,3 @@ def holds(asked: Callable[[], object]) -> bool:
     except ValueError:
         return False
     return True
-
-
-def keyed_seed(secret: str, image: Tensor) -> int:
-    """A seed that only who knows the secret can tell from the image."""
-    code = hmac.new(secret.encode(), image.contiguous().numpy().tobytes(), hashlib.sha256)
-    return WideSeed(int.from_bytes(code.digest()[:8], "big") >> 2)

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 from ..networks.models import MODELS
 from ..noise.randomness import AnyRandomness
 from ..noise.resize_pad import ResizePadConfig
+from ..runtime.files import read_text
 from ..runtime.schema import Section
 from .defenses import AnyDefense, CrossEntropy
 from .sections import DataSection, ModelSection, NoiseSection, TrainSection
@@ -133,10 +134,10 @@ def public_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
 
 def _read(source: str) -> str:
     if source in shipped_recipes():
-        return (resources.files(__package__) / "recipes" / f"{source}.yaml").read_text()
+        return (resources.files(__package__) / "recipes" / f"{source}.yaml").read_text(encoding="utf-8")
     path = Path(source)
     if path.suffix in (".yaml", ".yml") and path.is_file():
-        return path.read_text()
+        return read_text(path)
     raise FileNotFoundError(
         f"no recipe {source!r}: pass a .yaml file or one of {', '.join(shipped_recipes())}"
     )

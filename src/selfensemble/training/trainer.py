@@ -28,6 +28,7 @@ from ..noise.learned import mean_levels
 from ..noise.streams import stream_seed
 from ..runtime.files import write_json
 from ..runtime.interrupts import Interrupted, stop_requests
+from ..runtime.ownership import owned
 from ..runtime.processes import check_restarts
 from ..runtime.provenance import accuracy_record, provenance
 from ..runtime.random_state import kept_random_state
@@ -59,6 +60,7 @@ class Trainer:
 
     Raises:
         FileExistsError: `out` holds a run, and neither `resume` nor `overwrite` is given.
+        FolderInUseError: another process works in `out`.
         ValueError: the checkpoint is damaged or belongs to another recipe.
     """
 
@@ -89,7 +91,10 @@ class Trainer:
         self.recipe, self.out = recipe, Path(out)
         self.progress = progress or (lambda step, steps, text: None)
         self.accelerator = _accelerator(recipe.train.precision)
-        self._overwrite = overwrite
+        self._resume, self._overwrite = resume, overwrite
+        if self.out.is_dir():  # to be told before anything is loaded
+            with owned(self.out, self.accelerator.is_main_process):
+                pass
         self._replaces = self._check_folder(resume, overwrite)
         self.batches = Batches(recipe, self.accelerator, given)
         self.steps = self.batches.in_epoch * recipe.train.epochs
@@ -136,7 +141,14 @@ class Trainer:
         Raises:
             Interrupted: SIGINT or SIGTERM came; a checkpoint of the last whole step is written.
             FloatingPointError: the loss is no longer finite.
+            FolderInUseError, FileExistsError: another process works in `out`, or has meanwhile.
         """
+        with owned(self.out, self.accelerator.is_main_process):
+            if self.step == 0:  # another may have begun, and ended, since this one looked
+                self._replaces = self._check_folder(self._resume, self._overwrite)
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         from torch.utils.tensorboard import SummaryWriter
 
         self._train_teacher()

@@ -2,6 +2,7 @@
 const $ = (id) => document.getElementById(id);
 let image = null; // base64 of the file
 let key = "";
+let keyed = false; // the noise is a function of the image: it has one answer, of so many draws
 let turn = 0; // what an older vote still brings is thrown away
 
 function say(problem) {
@@ -9,11 +10,38 @@ function say(problem) {
   $("problem").hidden = !problem;
 }
 
+// What is wrong with a number in a field, in words beside it; the number if nothing is.
+function number(id, wanted, isRight) {
+  const field = $(id);
+  const value = field.value.trim() === "" ? NaN : Number(field.value);
+  const right = Number.isFinite(value) && isRight(value);
+  $(`${id}-problem`).textContent = right ? "" : wanted;
+  $(`${id}-problem`).hidden = right;
+  field.setAttribute("aria-invalid", String(!right));
+  return right ? value : null;
+}
+
+function drawsWanted() {
+  const most = Number($("draws").max);
+  return number("draws", `Draws are a whole number from 1 to ${most}.`,
+    (value) => Number.isInteger(value) && value >= 1 && value <= most);
+}
+
+function distanceWanted() {
+  const most = Number($("eps").max);
+  return number("eps", `The distance is a number above 0, at most ${most}: no image is farther from this one.`,
+    (value) => value > 0 && value <= most);
+}
+
 async function ask(path, body) {
   const headers = { "Content-Type": "application/json" };
   if (key) headers["X-API-Key"] = key;
   const answer = await fetch(path, body ? { method: "POST", headers, body: JSON.stringify(body) } : { headers });
-  if (answer.status === 401) $("access").hidden = false;
+  if (answer.status === 401) {
+    $("access").hidden = false;
+    $("key").focus();
+    throw new Error(key ? "This is not the key of this server: type it again." : "This server wants a key: type it below.");
+  }
   if (!answer.ok) {
     const told = await answer.json().catch(() => ({ error: `the server answers ${answer.status}` }));
     throw new Error(told.error);
@@ -31,9 +59,18 @@ async function begin() {
     say("");
     const [channels, height, width] = model.shape;
     const colours = channels === 1 ? "grey" : "colour";
-    $("about").textContent = `This one takes ${colours} images of ${width} x ${height} pixels and knows ` +
-      `${model.classes.length} classes; others are resized.`;
+    $("about").textContent = `It takes ${colours} images of ${width} x ${height} pixels (others are resized) and ` +
+      `knows ${model.classes.length} classes.`;
+    $("model").textContent = figures(model);
+    $("model").hidden = false;
     $("draws").max = model.limits.max_draws;
+    $("eps").max = Math.floor(100 * Math.sqrt(channels * height * width)) / 100;
+    keyed = model.keyed;
+    if (keyed) {
+      $("draws").value = model.draws;
+      $("draws").disabled = true;
+      $("draws-note").textContent = "for everybody: the noise of an image is a function of it and of a secret";
+    }
     $("attack").dataset.allowed = model.page.attack ? "yes" : "";
     $("samples").replaceChildren(...model.page.samples.map(sampleButton));
   } catch (error) {
@@ -41,29 +78,53 @@ async function begin() {
   }
 }
 
+function figures(model) {
+  const said = [model.name || "A network without a name"];
+  const test = model.metrics.test;
+  if (test && typeof test.accuracy === "number") {
+    said.push(`without attack ${percent(test.accuracy)} of ${test.images} test images right ` +
+      `(95\u00a0% interval ${percent(test.low)} to ${percent(test.high)})`);
+  } else said.push("accuracy not stored with it");
+  const levels = model.noise.map((level) => Number(level.toFixed(3)));
+  const inner = [...new Set(levels.slice(1))];
+  if (levels.length) {
+    said.push(`noise ${levels[0]} on the image` +
+      (inner.length ? `, ${inner.length > 1 ? `${Math.min(...inner)} to ${Math.max(...inner)}` : inner[0]} inside` : ""));
+  }
+  said.push("how it holds against attacks is not measured by this page");
+  return `${said.join("; ")}.`;
+}
+
 function sampleButton(sample) {
   const button = document.createElement("button");
   const picture = document.createElement("img");
   button.type = "button";
   picture.src = `data:image/png;base64,${sample.image}`;
-  picture.alt = `Sample: ${sample.name}`;
+  picture.alt = sample.caption;
   button.append(picture);
-  button.addEventListener("click", () => choose(sample.image, `data:image/png;base64,${sample.image}`, sample.name));
+  button.addEventListener("click", () => choose(sample.image, `data:image/png;base64,${sample.image}`, sample.caption));
   return button;
 }
 
-async function take(file) {
+const KINDS = ["image/png", "image/jpeg", "image/webp", "image/bmp", "image/gif"];
+
+async function take(files) {
+  const [file] = files;
   if (!file) return;
+  if (!KINDS.includes(file.type)) {
+    say(`${file.name} is no image that this page takes: choose a PNG, JPEG, WebP, BMP or GIF file.`);
+    return;
+  }
   const url = await new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.onload = () => resolve(reader.result);
     reader.onerror = () => reject(reader.error);
     reader.readAsDataURL(file);
   });
-  choose(url.slice(url.indexOf(",") + 1), url, file.name);
+  choose(url.slice(url.indexOf(",") + 1), url, file.name, files.length);
 }
 
-function choose(base64, url, name) {
+function choose(base64, url, name, files = 1) {
   image = base64;
   $("preview").src = url;
   $("caption").textContent = name;
@@ -72,18 +133,20 @@ function choose(base64, url, name) {
   $("result").hidden = true;
   $("attacking").textContent = "";
   vote();
+  if (files > 1) $("caption").textContent += ` (the first of ${files} files: one image at a time)`;
 }
 
 async function vote() {
+  const wanted = drawsWanted();
+  if (wanted === null) return;
   const mine = ++turn;
-  const wanted = Math.max(1, Number($("draws").value) || 1);
   $("again").disabled = true;
   $("ensemble").textContent = $("plain").textContent = "–";
   $("count").textContent = $("told").textContent = "";
   $("votes").replaceChildren();
   say("");
   try {
-    const answer = await ask("v1/votes", { image, draws: wanted });
+    const answer = await ask("v1/votes", keyed ? { image } : { image, draws: wanted });
     const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
     let rest = "";
     for (;;) {
@@ -103,7 +166,11 @@ async function vote() {
 
 function show(state, wanted) {
   if (state.error) { say(state.error); return; }
-  if (state.plain) { $("plain").textContent = named(state.plain); return; }
+  if (state.plain) {
+    $("plain").textContent = named(state.plain);
+    $("eps").max = Math.floor(100 * state.reach) / 100;
+    return;
+  }
   const last = state.draws === wanted;
   $("count").textContent = last ? `${wanted} draws have voted.` : `${state.draws} of ${wanted} draws have voted.`;
   // Screen readers are told once, at the end, rather than at every draw.
@@ -134,30 +201,36 @@ function cell(kind, text, name = "") {
 async function attack(event) {
   event.preventDefault();
   const form = new FormData($("attack-form"));
+  const pgd = form.get("attack") === "pgd";
+  const eps = distanceWanted();
+  if (pgd && eps === null) return;
   $("run").disabled = true;
   $("attacking").textContent = "Attacking; this can take a minute.";
   $("result").hidden = true;
   say("");
   try {
     const found = await (await ask("v1/attack", {
-      image, target: form.get("target"), attack: form.get("attack"), eps: Number(form.get("eps")),
+      image, target: form.get("target"), attack: form.get("attack"), ...(pgd ? { eps } : {}),
     })).json();
     for (const name of ["before", "change", "after"]) $(name).src = `data:image/png;base64,${found[name]}`;
     const times = found.magnified > 1 ? `, ${found.magnified} times` : "";
     $("change-caption").textContent = `change${times}; L2 ${found.l2.toFixed(2)}`;
+    const target = found.answers[found.target === "plain" ? 1 : 0];
     $("verdict").replaceChildren(...found.answers.map((each) => {
       const row = document.createElement("tr");
       const head = cell("th", each.who);
       head.scope = "row";
       const fooled = each.before.label !== each.after.label;
-      const after = cell("td", `${named(each.after)} (${fooled ? "fooled" : "same answer"})`, fooled ? "fooled" : "");
+      const same = each === target ? "this attack found nothing" : "same answer; it was not attacked";
+      const after = cell("td", `${named(each.after)} (${fooled ? "fooled" : same})`, fooled ? "fooled" : "");
       row.append(head, cell("td", named(each.before)), after);
       return row;
     }));
-    const target = found.answers[form.get("target") === "plain" ? 1 : 0];
-    $("attacking").textContent = target.before.label !== target.after.label
-      ? "The attack found an image that fools its target."
-      : `${found.gradients} gradients found no image that fools its target. Another attack may find one.`;
+    const within = pgd ? `, within an L2 distance of ${eps}` : "";
+    $("attacking").textContent = found.found
+      ? `The attack found an image that fools its target, ${target.who}.`
+      : `${found.gradients} gradients found no image that fools its target, ${target.who}${within}. ` +
+        "That proves nothing of it: a longer attack, or another one, may find one.";
     $("result").hidden = false;
   } catch (error) {
     $("attacking").textContent = "";
@@ -167,7 +240,9 @@ async function attack(event) {
   }
 }
 
-$("file").addEventListener("change", (event) => take(event.target.files[0]));
+$("file").addEventListener("change", (event) => take(event.target.files));
+$("draws").addEventListener("input", drawsWanted);
+$("eps").addEventListener("input", distanceWanted);
 $("again").addEventListener("click", vote);
 $("attack-form").addEventListener("submit", attack);
 $("access").addEventListener("submit", (event) => {
@@ -181,5 +256,8 @@ for (const kind of ["dragenter", "dragover"]) {
 for (const kind of ["dragleave", "drop"]) {
   document.addEventListener(kind, (event) => { event.preventDefault(); $("drop").classList.remove("over"); });
 }
-document.addEventListener("drop", (event) => take(event.dataTransfer.files[0]));
+document.addEventListener("drop", (event) => {
+  if (event.dataTransfer.files.length) take(event.dataTransfer.files);
+  else say("What was dropped is no file: drop an image file, or choose one.");
+});
 begin();
