@@ -34,7 +34,7 @@ def memory_mapped(identity: list[Any], decode: Callable[[], Iterable[Tensor]]) -
                 raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    shape = json.loads((folder / "meta.json").read_text())["shape"]
+    shape = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["shape"]
     path = str(folder / "images.bin")
     return torch.from_file(path, shared=False, size=math.prod(shape), dtype=torch.uint8).view(shape)
 
@@ -42,7 +42,7 @@ def memory_mapped(identity: list[Any], decode: Callable[[], Iterable[Tensor]]) -
 def _is_whole(folder: Path) -> bool:
     """Whether a decoded split is there and has the size that it should have."""
     try:
-        shape = json.loads((folder / "meta.json").read_text())["shape"]
+        shape = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["shape"]
         return bool((folder / "images.bin").stat().st_size == math.prod(shape))
     except (OSError, ValueError, KeyError):
         return False

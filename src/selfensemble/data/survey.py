@@ -81,7 +81,7 @@ def survey(rows: Rows) -> Survey:
     key = json.dumps([_VERSION, rows.identity])
     path = cache_dir() / "surveys" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
     try:
-        known = json.loads(path.read_text())
+        known = json.loads(path.read_text(encoding="utf-8"))
         sizes = [None if each is None else (each[0], each[1]) for each in known["sizes"]]
         bad = {int(place): why for place, why in known["bad"].items()}
         return Survey(known["labels"], sizes, known["grey"], bad)

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -29,9 +27,9 @@ from ..noise.streams import stream_seed
 from ..runtime.files import write_json
 from ..runtime.interrupts import Interrupted, stop_requests
 from ..runtime.ownership import owned
-from ..runtime.processes import check_restarts
 from ..runtime.provenance import accuracy_record, provenance
 from ..runtime.random_state import kept_random_state
+from .accelerator import accelerator_of
 from .accuracy import count_correct
 from .batches import Batch, Batches, given_data
 from .building import architecture, fresh_network, is_built_in
@@ -90,7 +88,7 @@ class Trainer:
         self._model, self._given = model, given
         self.recipe, self.out = recipe, Path(out)
         self.progress = progress or (lambda step, steps, text: None)
-        self.accelerator = _accelerator(recipe.train.precision)
+        self.accelerator = accelerator_of(recipe.train.precision)
         self._resume, self._overwrite = resume, overwrite
         if self.out.is_dir():  # to be told before anything is loaded
             with owned(self.out, self.accelerator.is_main_process):
@@ -334,8 +332,7 @@ class Trainer:
         if state.get("data") not in (None, fingerprint(self.batches)):
             raise ValueError(
                 f"{path} belongs to other images (their number or labels differ): restore them, or start "
-                "afresh "
-                "with --overwrite"
+                "afresh with --overwrite"
             )
         try:
             self.training_step.restore(state)
@@ -346,13 +343,3 @@ class Trainer:
             raise ValueError(
                 f"{path} is damaged ({type(error).__name__}): remove it, or start afresh with --overwrite"
             ) from error
-
-
-def _accelerator(precision: str) -> Accelerator:
-    """Of this process, for training in a precision."""
-    # A second run in one process may want another precision than the first; a teacher wants the same.
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
-        AcceleratorState._reset_state()
-    check_restarts()
-    # Told so, Accelerate joins the processes that torchrun starts on a machine without accelerator.
-    return Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())

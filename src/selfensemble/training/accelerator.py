@@ -1,0 +1,17 @@
+"""The accelerator of a training run, by Hugging Face Accelerate."""
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from ..runtime.processes import check_restarts
+
+
+def accelerator_of(precision: str) -> Accelerator:
+    """Of this process, for training in a precision."""
+    # A second run in one process may want another precision than the first; a teacher wants the same.
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()
+    check_restarts()
+    # Told so, Accelerate joins the processes that torchrun starts on a machine without accelerator.
+    return Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
