@@ -14,7 +14,7 @@ from torch import Tensor
 import selfensemble as rse
 from selfensemble.attacks.budget import count_evaluations
 from selfensemble.evaluation import judge
-from selfensemble.evaluation.runner import within
+from selfensemble.evaluation.balls import within
 from selfensemble.runtime.provenance import provenance
 
 LOOKS, QUERIES = 3, 20

@@ -11,7 +11,7 @@ import selfensemble as rse
 from selfensemble.attacks import cw_l2, ddn, fab, fmn, pgd
 from selfensemble.attacks.losses import cross_entropy
 from selfensemble.attacks.norms import unit_l2
-from selfensemble.evaluation.runner import within
+from selfensemble.evaluation.balls import within
 
 from ..conftest import LinearClassifier
 

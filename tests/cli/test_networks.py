@@ -113,7 +113,7 @@ COMMANDS: dict[str, tuple[tuple[Any, ...], tuple[str, ...], Callable[[Any], bool
         ("--json",), SHAPE,
         lambda found: found["network"] == {"name": NAME, "arguments": {"width": 8}} and found["draws"] == 3,
     ),
-    "validate": (("--json",), SHAPE, lambda found: found == []),
+    "validate": (("--json",), SHAPE, lambda found: found == {"issues": []}),
     "pack": (("copy",), DATA, lambda found: read_config("copy").network is not None),
 }  # fmt: skip
 
@@ -312,5 +312,5 @@ def test_a_network_of_transformers_from_its_folder(here: Path) -> None:
     assert len(json.loads(run("predict", "--model", "packed", "digit.png", "--json").stdout)["images"]) == 1
     finished = run("info", "transformers:vit", "--mean", 0, "--std", 1, "--json")
     assert "wants standardised" not in finished.stderr
-    found = json.loads(run("validate", "transformers:vit", "--json").stdout)
+    found = json.loads(run("validate", "transformers:vit", "--json").stdout)["issues"]
     assert [issue["rule"] for issue in found] == ["one-layer"]

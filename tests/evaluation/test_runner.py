@@ -15,10 +15,11 @@ import torch
 import selfensemble as rse
 from selfensemble.artefacts.config import Architecture
 from selfensemble.data.images import ImageData
+from selfensemble.evaluation.balls import within
 from selfensemble.evaluation.doctor import examination
 from selfensemble.evaluation.protocol import Protocol, expand
 from selfensemble.evaluation.results import CheckRecord, Results, read_results
-from selfensemble.evaluation.runner import Evaluation, within
+from selfensemble.evaluation.runner import Evaluation
 from selfensemble.evaluation.shards import plans_of
 
 PROTOCOL = """

@@ -41,12 +41,16 @@ def image_files(paths: list[Path]) -> list[Path]:
 
 
 def inputs_of(
-    files: list[Path], shape: tuple[int, int, int], centre: float, bad: list[tuple[Path, str]]
+    files: list[Path],
+    shape: tuple[int, int, int],
+    centre: float,
+    bad: list[tuple[Path, str]],
+    bounds: tuple[float, float] | None,
 ) -> Iterator[tuple[list[Path], "torch.Tensor"]]:
-    """Inputs (B, C, H, W) in [0, 1] of files, some at a time; those that cannot be read go to `bad`."""
+    """Inputs (B, C, H, W) within the bounds, some files at a time; those that cannot be read go to `bad`."""
     import torch
 
-    from ..data.images import batch_size
+    from ..data.images import as_inputs, batch_size
 
     size = batch_size(256, shape)
     for start in range(0, len(files), size):
@@ -59,7 +63,7 @@ def inputs_of(
             else:
                 good.append(path)
         if good:
-            yield good, torch.stack(images).float() / 255
+            yield good, as_inputs(torch.stack(images), bounds)
 
 
 def read_image(path: Path, shape: tuple[int, int, int], centre: float = 1.0) -> "torch.Tensor":

@@ -5,6 +5,7 @@ Everything heavy is imported by the command that needs it.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -16,9 +17,27 @@ app = typer.Typer(
     help="Random Self-Ensemble: defend a classifier by noise, and say honestly how well.",
     epilog="--debug after any command shows the traceback of an error.",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"selfensemble {metadata.version('selfensemble')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of no command."""
+
+
 MODEL_HELP = (
     "Folder that `train` wrote, a name of the zoo, or of a network: package.module:attribute, "
     "path/to/file.py:attribute, timm:NAME, torchvision:NAME, transformers:FOLDER-OR-ID."

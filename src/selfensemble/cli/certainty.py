@@ -33,10 +33,15 @@ _PRECISION = "float32, or bf16: an optimised copy, which is then what the result
 def certify(
     model: Model,
     data: DataOptions = NO_DATA,
-    n_images: Annotated[int, typer.Option(min=1, help="Test images: the first so many.")] = 500,
+    n: Annotated[
+        int | None, typer.Option(min=1, help="Test images: the first so many; 500 by default.")
+    ] = None,
+    n_images: Annotated[int | None, typer.Option(min=1, hidden=True)] = None,
     method: Annotated[str, typer.Option(help="mean (what `predict` averages) or vote.")] = "mean",
     rivals: Annotated[str, typer.Option(help="runner_up bounds every rival, all takes 1 - p.")] = "runner_up",
-    n: Annotated[int, typer.Option(min=2, help="Noise draws that estimate.")] = 10_000,
+    max_draws: Annotated[
+        int | None, typer.Option(min=2, help="Noise draws that estimate, at most; 10,000 by default.")
+    ] = None,
     n0: Annotated[int, typer.Option(min=1, help="Noise draws that select the answer.")] = 100,
     alpha: Annotated[float, typer.Option(help="Risk of a wrong certificate, for each image.")] = 0.001,
     radius: Annotated[
@@ -59,8 +64,9 @@ def certify(
     """Certify L2 radii within which the answer cannot change; goes on where it stopped."""
     from ..evaluation.certified import Certification, Settings
 
+    images, most = _images_and_draws(n, n_images, max_draws)
     settings = Settings.model_validate(
-        {"images": n_images, "alpha": alpha, "n0": n0, "n": n, "method": method, "rivals": rivals,
+        {"images": images, "alpha": alpha, "n0": n0, "n": most, "method": method, "rivals": rivals,
          "radius": radius, "grid": grid, "seed": seed, "shard": shard}
     )  # fmt: skip
     rank, world, target = this_process(device)
@@ -91,6 +97,18 @@ def certify(
     terminal.out.print(f"Written to {folder}: certified.json, certificates.csv", soft_wrap=True)
 
 
+def _images_and_draws(n: int | None, n_images: int | None, max_draws: int | None) -> tuple[int, int]:
+    """How many images, and how many draws of each; `--n DRAWS --n-images IMAGES` is the old spelling."""
+    if n is None or n_images is None:
+        return n or n_images or 500, max_draws or 10_000
+    if max_draws is not None:
+        raise InputError("--n and --n-images are both images beside --max-draws: leave one out")
+    terminal.note(f"--n beside --n-images counts draws: write --n {n_images} --max-draws {n}")
+    if n < 2:
+        raise InputError("a certificate takes 2 draws or more")
+    return n_images, n
+
+
 @app.command()
 @takes_network
 @takes_data
@@ -98,7 +116,10 @@ def calibrate(
     model: Annotated[str, typer.Argument(help="Folder that `train` wrote; its config.json is extended.")],
     data: DataOptions = NO_DATA,
     n_images: Annotated[
-        int, typer.Option(min=1, help="Test images: the last so many, so that the first stay unseen.")
+        int,
+        typer.Option(
+            "--n", "--n-images", min=1, help="Test images: the last so many, so that the first stay unseen."
+        ),
     ] = 4000,
     epsilon: Annotated[
         float | None,
@@ -136,7 +157,7 @@ def calibrate(
     opened = open_network(model, network, data, with_data=True)
     config, test = opened.config, opened.test
     if len(test) < n_images:
-        raise InputError(f"there are {len(test)} test images: --n-images asks for {n_images}")
+        raise InputError(f"there are {len(test)} test images: --n asks for {n_images}")
     ensemble = in_precision(opened.ensemble.to(device_named(device)), test.inputs(slice(2)), precision)
     work = _sets if sets else _stopping
     options = {name: value for name, value in (of_sets if sets else of_stops).items() if value is not None}

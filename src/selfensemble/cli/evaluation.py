@@ -79,7 +79,7 @@ def evaluate(
         results = evaluation.run()
         if save_images and rank == 0:
             update("writing images", 1.0)
-            write_images(evaluation.shards, folder / "images")
+            write_images(evaluation.shards, folder / "images", evaluation.bounds)
     if rank == 0:
         _show(results, folder, as_json)
 
@@ -148,7 +148,7 @@ def doctor(
             progress=update,
         )
     if as_json:
-        terminal.print_json([check.model_dump(mode="json") for check in checks])
+        terminal.print_json({"checks": [check.model_dump(mode="json") for check in checks]})
     else:
         terminal.print_checks(checks)
     if any(check.passed is False for check in checks):
@@ -170,7 +170,7 @@ def validate(
     examined, example, chosen = open_bare(model, network, data)
     issues = look(examined, example, filter_fn=chosen)
     if as_json:
-        terminal.print_json([asdict(issue) for issue in issues])
+        terminal.print_json({"issues": [asdict(issue) for issue in issues]})
     else:
         terminal.print_issues(issues)
     if any(issue.severity == "error" for issue in issues):

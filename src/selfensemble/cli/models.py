@@ -46,7 +46,7 @@ def predict(
     files, bad, records = image_files(paths), list[tuple[Path, str]](), list[dict[str, Any]]()
     ensemble = opened.ensemble.to(device_named(device))
     centre = (opened.config.recipe or {}).get("data", {}).get("centre", 1.0)
-    for group, inputs in inputs_of(files, opened.shape, centre, bad):
+    for group, inputs in inputs_of(files, opened.shape, centre, bad, ensemble.bounds):
         if not records:
             ensemble = _as_calibrated(ensemble, inputs, stop, sets)
         asked = {"draws": draws, "seed": seed, "stop": stop}

@@ -172,7 +172,7 @@ def _saved(model: str, options: NetworkOptions, data: DataOptions, with_data: bo
     except UntrustedNetwork as error:
         raise InputError(_how_to_go_on(error)) from error
     ensemble.draws = options.draws or ensemble.draws
-    images = test_data_of(config, data) if with_data else None
+    images = test_data_of(config, data).within(ensemble.bounds) if with_data else None
     return Opened(ensemble, config, Path(model).resolve().name, images, locate(model))
 
 

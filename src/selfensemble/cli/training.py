@@ -71,7 +71,10 @@ def tune(
     model: Model,
     data: DataOptions = NO_DATA,
     n_images: Annotated[
-        int, typer.Option(min=1, help="Test images: the last so many, so that the first stay unseen.")
+        int,
+        typer.Option(
+            "--n", "--n-images", min=1, help="Test images: the last so many, so that the first stay unseen."
+        ),
     ] = 200,
     levels: Annotated[
         str | None, typer.Option(help="init:inner,init:inner,...; by default 0:0 to 0.4:0.2.")
@@ -98,7 +101,7 @@ def tune(
     opened = open_network(model, network, data, with_data=True)
     config, test = opened.config, opened.test
     if len(test) < n_images:
-        raise InputError(f"there are {len(test)} test images: --n-images asks for {n_images}")
+        raise InputError(f"there are {len(test)} test images: --n asks for {n_images}")
     chosen = slice(len(test) - n_images, len(test))
     ensemble = opened.ensemble.to(device_named(device))
     folder = out or Path("runs") / f"{opened.name}-tuned"

@@ -31,6 +31,7 @@ class ImageData:
         cut: where train and test split were cut out of the same images: the share of the test split, and
             the seed.
         skipped: files that are not among the images, and why.
+        bounds: that black and white of uint8 images become, see `within`.
 
     Raises:
         ValueError, TypeError: labels that are no numbers of these classes, one an image, or images that are
@@ -44,6 +45,7 @@ class ImageData:
     drawn: int | None = None
     cut: tuple[float, int] | None = None
     skipped: tuple[str, ...] = ()
+    bounds: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         images = self.images
@@ -64,8 +66,8 @@ class ImageData:
         return tuple(self.images.shape[1:])
 
     def inputs(self, index: Tensor | slice = slice(None)) -> Tensor:
-        """Images as float32: uint8 divided by 255, others as they are."""
-        return as_inputs(self.images[index])
+        """Images as float32: uint8 within the bounds, others as they are."""
+        return as_inputs(self.images[index], self.bounds)
 
     def batches(self, indices: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs and labels of the images `indices`, up to `size` at a time, decoded ahead by workers."""
@@ -75,7 +77,15 @@ class ImageData:
         else:
             found = (self.images[group] for group in groups)
         for images, group in zip(found, groups, strict=True):
-            yield as_inputs(images), self.labels[group]
+            yield as_inputs(images, self.bounds), self.labels[group]
+
+    def within(self, bounds: tuple[float, float] | None) -> "ImageData":
+        """The same images for a network whose inputs have these bounds; None for [0, 1].
+
+        Images of 256 levels are scaled, black to the lower bound and white to the upper; floating point is
+        what the network takes, and stays.
+        """
+        return replace(self, bounds=bounds or (0.0, 1.0))
 
     def subset(self, index: Tensor) -> "ImageData":
         """Some of the images; of a large set they are looked up where they are asked for."""
@@ -155,9 +165,19 @@ class FirstInputs:
             yield inputs.cpu()
 
 
-def as_inputs(images: Tensor) -> Tensor:
-    """Images as float32: uint8 divided by 255, others as they are."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+def as_inputs(images: Tensor, bounds: tuple[float, float] | None = None) -> Tensor:
+    """Images as float32: uint8 from 0 to 255 within the bounds (None for [0, 1]), others as they are."""
+    if images.dtype != torch.uint8:
+        return images.float()
+    return in_bounds(images.float() / 255, bounds)
+
+
+def in_bounds(images: Tensor, bounds: tuple[float, float] | None) -> Tensor:
+    """Images in [0, 1] with black and white at the bounds; None for [0, 1]."""
+    if bounds is None or bounds == (0.0, 1.0):
+        return images
+    low, high = bounds
+    return (low + (high - low) * images).clamp(low, high)
 
 
 def batch_size(most: int, shape: tuple[int, ...]) -> int:

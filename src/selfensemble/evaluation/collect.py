@@ -7,6 +7,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from .balls import UNIT, Bounds, in_units
 from .judge import Verdict
 from .results import Entry
 from .shards import CLEAN, Plan, Shards
@@ -84,19 +85,19 @@ def table(shards: Shards, labels: Tensor) -> str:
     return text.getvalue()
 
 
-def gallery(shards: Shards, labels: Tensor) -> bytes:
-    """A few images that are answered rightly without attack, and what each attack made of them."""
+def gallery(shards: Shards, labels: Tensor, bounds: Bounds = UNIT) -> bytes:
+    """A few images that are answered rightly without attack, and what each attack made of them, in [0, 1]."""
     clean = [shards.read(start, CLEAN) for start in shards.starts]
     answers = torch.cat([part.answers[:, 0] for part in clean])
     chosen = (answers == labels).nonzero().squeeze(1)[:_GALLERY_IMAGES]
     tensors = {
-        "original": shards.inputs[chosen],
+        "original": in_units(shards.inputs[chosen], bounds),
         "label": labels[chosen],
         "answer.clean": answers[chosen],
     }
     last = int(chosen.max()) if len(chosen) else 0
     for plan in shards.plans[1:]:
         parts = [shards.read(start, plan.key) for start in shards.starts[: 1 + last // shards.size]]
-        tensors[plan.key] = torch.cat([part.adversarial for part in parts])[chosen]
+        tensors[plan.key] = in_units(torch.cat([part.adversarial for part in parts])[chosen], bounds)
         tensors[f"answer.{plan.key}"] = torch.cat([part.answers[:, 0] for part in parts])[chosen]
     return safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})

@@ -8,26 +8,34 @@ from PIL import Image
 from torch import Tensor
 
 from ..attacks.norms import per_image, size
+from ..data.images import in_bounds
 from ..runtime.files import atomic_write
+from .balls import UNIT, Bounds, in_units
 from .shards import CLEAN, Shards
 
 _HALVINGS = 12
 _CHANNELS = (1, 3, 4)  # grey, colour, colour and opacity
 
 
-def in_8_bits(found: Tensor, x: Tensor, norm: str | None = None, eps: float | None = None) -> Tensor:
+def in_8_bits(
+    found: Tensor, x: Tensor, norm: str | None = None, eps: float | None = None, bounds: Bounds = UNIT
+) -> Tensor:
     """Attacked images rounded to 256 levels, within the ball.
 
     Where rounding leaves the ball, the change is made a little shorter before it is rounded.
 
     Args:
-        found, x: (B, ...) attacked and original images, in [0, 1].
-        norm, eps: the ball; None for none.
+        found, x: (B, ...) attacked and original images, within the bounds.
+        norm, eps: the ball, in the units of the bounds; None for none.
+        bounds: of the inputs, black and white of the files.
 
     Returns:
-        (B, ...) multiples of 1/255. Of an original that is none itself all of them may lie outside of the
-        ball: then it takes their place.
+        (B, ...) the nearest of 256 levels between the bounds. Of an original that has others all of them may
+        lie outside of the ball: then it takes their place.
     """
+    if bounds != UNIT:
+        length = None if eps is None else eps / (bounds[1] - bounds[0])
+        return in_bounds(in_8_bits(in_units(found, bounds), in_units(x, bounds), norm, length), bounds)
 
     def rounded(share: Tensor) -> Tensor:
         return ((x + per_image(share, x) * (found - x)).clamp(0.0, 1.0) * 255).round() / 255
@@ -50,7 +58,7 @@ def in_8_bits(found: Tensor, x: Tensor, norm: str | None = None, eps: float | No
     return best
 
 
-def write_images(shards: Shards, folder: Path) -> None:
+def write_images(shards: Shards, folder: Path, bounds: Bounds = UNIT) -> None:
     """PNG files of all attacked images: `ENTRY/IMAGE.png`, numbered as in the table of a run.
 
     Raises:
@@ -62,7 +70,7 @@ def write_images(shards: Shards, folder: Path) -> None:
         raise ValueError(f"PNG holds images (C, H, W) of 1, 3 or 4 channels, not {shape}")
     for plan in shards.plans:
         for start in shards.starts if plan.key != CLEAN else ():
-            for row, image in enumerate(shards.read(start, plan.key).adversarial):
+            for row, image in enumerate(in_units(shards.read(start, plan.key).adversarial, bounds)):
                 levels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).squeeze(2).numpy()
                 file = io.BytesIO()
                 Image.fromarray(levels).save(file, "png")

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ..attacks.autoattack import published_rule
 from ..attacks.budget import count_evaluations
-from ..attacks.norms import check_eps, per_image, project, size
+from ..attacks.norms import check_eps
+from ..attacks.units import bounds_of
 from ..data.images import FirstInputs, ImageData, batch_size
 from ..data.labels import class_numbers
 from ..ensemble.ensemble import SelfEnsemble
@@ -34,6 +35,7 @@ from ..runtime.ownership import owned
 from ..runtime.processes import wait_for_all
 from ..runtime.provenance import provenance
 from . import collect
+from .balls import within
 from .eight_bits import in_8_bits
 from .identity import claim, data_record, duration, model_record
 from .judge import judge
@@ -90,6 +92,7 @@ class Evaluation:
             raise ValueError(f"{self.data.name} has no images to evaluate on")
         self.inputs = FirstInputs(self.data, self.images)
         self.labels = self.data.labels[: self.images].cpu()
+        self.bounds = bounds_of(self.ensemble)
         if self.max_batch is None:
             self.max_batch = batch_size(_BATCH, self.data.shape)
         self.runs = expand(self.protocol)
@@ -189,11 +192,11 @@ class Evaluation:
                 tensors[PUBLISHED] = torch.cat(robust).cpu()
             plans = [plan for plan in self.plans if plan.run is run]
             for index, plan in enumerate(plans):
-                images = found
+                images, farther = found, run.attack in MINIMUM_NORM
                 if plan.norm is not None and plan.eps is not None:
-                    images = within(found, x, plan.norm, plan.eps, run.attack in MINIMUM_NORM)
+                    images = within(found, x, plan.norm, plan.eps, farther, self.bounds)
                 if self.protocol.bits is not None:
-                    images = in_8_bits(images, x, plan.norm, plan.eps)
+                    images = in_8_bits(images, x, plan.norm, plan.eps, self.bounds)
                 seed = self._seed(number, order, 1 + index)
                 self._judge(tensors, plan, x, images, y, self.protocol.judge.seeds, seed)
         else:
@@ -264,7 +267,7 @@ class Evaluation:
         )
         write_json(self.out / RESULTS, results.model_dump(mode="json"))
         atomic_write(self.out / TABLE, collect.table(self.shards, self.labels).encode())
-        atomic_write(self.out / GALLERY, collect.gallery(self.shards, self.labels))
+        atomic_write(self.out / GALLERY, collect.gallery(self.shards, self.labels, self.bounds))
         self._write_timings()
         if self.protocol.checks and results.checks is None:
             examined = results.model_copy(update={"checks": self._checks()})
@@ -319,24 +322,3 @@ class Evaluation:
         found = [check.model_dump(mode="json") for check in checks]
         write_json(self.out / SHARDS / CHECKS, {"checks": found, "seconds": seconds})
         return tuple(checks)
-
-
-def within(found: Tensor, x: Tensor, norm: str, eps: float, farther: bool) -> Tensor:
-    """Attacked images brought into a ball: those that lie beyond it are projected onto it.
-
-    Args:
-        found, x: attacked and original images.
-        norm, eps: the ball.
-        farther: take each image inside on in its direction as far as the ball and [0, 1] allow. The nearest
-            image that fools a random network lies where half of its answers are right; whoever may go
-            farther will.
-    """
-    change = found - x
-    distance = size(change, norm)
-    beyond = distance > eps * (1 + 1e-5)
-    if farther:
-        factor = torch.where(distance > 0, eps / distance.clamp(min=1e-12), 1.0).clamp(min=1.0)
-        found = (x + per_image(factor, change) * change).clamp(0, 1)
-    if not beyond.any():
-        return found
-    return torch.where(per_image(beyond, x), x + project(change, norm, eps, x), found)

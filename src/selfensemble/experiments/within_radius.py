@@ -10,7 +10,7 @@ from ..attacks import apgd, cw_l2, pgd
 from ..attacks.transfer import transfer
 from ..certainty.certification import METHODS, certificates
 from ..ensemble.ensemble import SelfEnsemble
-from ..evaluation.runner import within
+from ..evaluation.balls import within
 from ..noise.streams import stream_seed
 from ..report.page import Table
 from .base import Setting

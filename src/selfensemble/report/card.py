@@ -99,9 +99,9 @@ def _measured(config: ArtefactConfig, results: Sequence[Results]) -> str:
 
 def _certificate(found: Certified) -> str:
     asked = found.settings
-    command = f"selfensemble certify {word(found.name)} --method {asked['method']} --n {asked['n']}"
+    command = f"selfensemble certify {word(found.name)} --method {asked['method']} --max-draws {asked['n']}"
     command += "" if found.precision == "float32" else f" --precision {found.precision}"
-    command += f" --n-images {found.data.images}"
+    command += f" --n {found.data.images}"
     rows = [f"| {point.radius:.2f} | {_share(point.model_dump())} |" for point in found.curve]
     return "\n".join(
         [

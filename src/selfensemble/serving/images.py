@@ -11,6 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ..data.decoding import prepare_image
+from ..data.images import as_inputs
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 _SCAN = b"\xff\xda"  # begins each scan of a JPEG; within its data it cannot occur
@@ -93,6 +94,6 @@ def decode_base64(text: str) -> bytes:
         raise ImageError("this is no base64 text") from None
 
 
-def scaled(images: list[Tensor]) -> Tensor:
-    """(B, C, H, W) float32 in [0, 1]."""
-    return torch.stack(images).float() / 255
+def scaled(images: list[Tensor], bounds: tuple[float, float] | None) -> Tensor:
+    """(B, C, H, W) float32 of black and white at the bounds; without bounds in [0, 1]."""
+    return as_inputs(torch.stack(images), bounds)

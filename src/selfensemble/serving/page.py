@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from .. import attacks
+from ..data.images import in_bounds
 from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.stopping import Fixed
 from ..noise.calls import to_eval_mode_
@@ -77,7 +78,7 @@ def add_page(app: FastAPI, service: Service) -> None:
         async def attack(request: schemas.Attack) -> schemas.Attacked:
             """Change an image so that the ensemble, or the network without noise, errs; one at a time."""
             inputs, _ = await service.one_image(request.image, None)
-            if request.attack == "pgd" and request.eps > (reach := _reach(inputs)):
+            if request.attack == "pgd" and request.eps > (reach := _reach(page.pixels(inputs))):
                 raise HTTPException(422, f"eps: no image is farther from this one than {reach:.2f} in L2")
             return await page.attack(inputs, request)
 
@@ -193,6 +194,11 @@ class _Page:
             raise HTTPException(504, f"the attack did not end within {limit:g} s")
         return found.result()
 
+    def pixels(self, inputs: Tensor) -> Tensor:
+        """Inputs in the bounds of the ensemble as images in [0, 1]."""
+        low, high = self.service.ensemble.bounds or (0.0, 1.0)
+        return (inputs - low) / (high - low)
+
     def _go_on(self, *_: object) -> None:
         """In front of each pass of an attack: nobody may wait for it any more."""
         if self._given_up.is_set():
@@ -214,15 +220,17 @@ class _Page:
         eot = 8 if target.is_random else 1
         with attacks.count_evaluations() as budget:
             if asked.attack == "pgd":
+                low, high = self.service.ensemble.bounds or (0.0, 1.0)
                 changed = attacks.pgd(
-                    target, inputs, labels, norm="l2", eps=asked.eps, steps=40, eot=eot,
+                    target, inputs, labels, norm="l2", eps=asked.eps * (high - low), steps=40, eot=eot,
                     average="probabilities",
                 )  # fmt: skip
             else:
                 changed = attacks.cw_l2(target, inputs, labels, steps=60, binary_search_steps=4, eot=eot)
         farther = _FARTHER if asked.attack == "cw" else (1.0,)
-        attacked = self._rounded(target, inputs, changed - inputs, farther)
-        difference = attacked - inputs
+        original = self.pixels(inputs)
+        shown = self._rounded(target, inputs, self.pixels(changed) - original, farther)
+        attacked, difference = in_bounds(shown, self.service.ensemble.bounds), shown - original
         largest = float(difference.abs().max())
         factor = max(1, int(0.5 / largest)) if largest > 0 else 1
         after = {name: model.predict(attacked) for name, model in self._targets.items()}
@@ -234,7 +242,7 @@ class _Page:
             ]
             answers.append(schemas.Compared(who=who, before=pair[0], after=pair[1]))
         return schemas.Attacked(
-            before=_picture(inputs[0]), after=_picture(attacked[0]), magnified=factor,
+            before=_picture(original[0]), after=_picture(shown[0]), magnified=factor,
             change=_picture((0.5 + factor * difference[0]).clamp(0, 1)), l2=float(difference.norm()),
             answers=answers, gradients=budget.gradients, target=asked.target,
             found=bool(after[asked.target].label != before[asked.target].label),
@@ -243,15 +251,15 @@ class _Page:
     def _rounded(
         self, target: SelfEnsemble, inputs: Tensor, change: Tensor, farther: tuple[float, ...]
     ) -> Tensor:
-        """The attacked image as a file can hold it, which is what is shown and judged.
+        """The attacked image in [0, 1] as a file can hold it, which is what is shown and judged.
 
         The nearest image that fools a network lies at its boundary, and rounding can bring it back: the
         change is then taken `farther`, in shares of its length, until the target is fooled.
         """
-        before = target.predict(inputs).label
+        before, original = target.predict(inputs).label, self.pixels(inputs)
         for share in farther:
-            attacked = ((inputs + share * change).clamp(0, 1) * 255).round() / 255
-            if target.predict(attacked).label != before:
+            attacked = ((original + share * change).clamp(0, 1) * 255).round() / 255
+            if target.predict(in_bounds(attacked, target.bounds)).label != before:
                 break
         return attacked
 

@@ -134,7 +134,7 @@ class Service:
         self._check(options)
         async with self._limited():
             opened = await self._open(files)
-            inputs = scaled(opened)
+            inputs = scaled(opened, self.ensemble.bounds)
             seeds = self._seeds(opened)
             if options.sets:
                 ConformalSets.of(self.ensemble)  # says what is wrong before anything is computed
@@ -180,7 +180,7 @@ class Service:
         self._check(schemas.Options(draws=draws, stop=None))
         async with self._limited():
             opened = await self._open([text])
-        return scaled(opened), self._seeds(opened)[0]
+        return scaled(opened, self.ensemble.bounds), self._seeds(opened)[0]
 
     def _seeds(self, opened: list[Tensor]) -> list[int | None]:
         """Of each image, where its noise is keyed."""
@@ -287,9 +287,14 @@ class Service:
         )  # fmt: skip
 
     def _certify(self, inputs: Tensor, seed: int | None, asked: schemas.Certify) -> schemas.CertificateAnswer:
-        found = certify(self.ensemble, inputs, **asked.model_dump(), seed=seed)
+        # Radii are those of images in [0, 1], whatever the bounds of the ensemble.
+        low, high = self.ensemble.bounds or (0.0, 1.0)
+        wanted = None if asked.radius is None else asked.radius * (high - low)
+        settings = asked.model_dump() | {"radius": wanted}
+        found = certify(self.ensemble, inputs, **settings, seed=seed)
+        radius = float(found.radius) / (high - low)
         return schemas.CertificateAnswer(
-            label=self._name(int(found.label)), radius=float(found.radius), draws=int(found.draws),
+            label=self._name(int(found.label)), radius=radius, draws=int(found.draws),
             alpha=asked.alpha,
         )  # fmt: skip
 
