@@ -209,7 +209,7 @@ def test_training_without_float64(
     name: str, there: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = trained(name, tmp_path / "here")
-    monkeypatch.setattr(trainer, "_accelerator", lambda precision: There(cpu=True))
+    monkeypatch.setattr(trainer, "accelerator_of", lambda precision: There(cpu=True))
     found = trained(name, tmp_path / "there")
     assert {tensor.device for tensor in found.weights.values()} >= {there}
     assert plain(found) == plain(expected)

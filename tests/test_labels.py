@@ -152,8 +152,8 @@ def test_training_on_labels_of_another_type(tmp_path: Path, monkeypatch: pytest.
     weights: list[dict[str, Tensor]] = []
     for kind in (lambda labels: labels, KINDS["uint8"]):
 
-        def own(source: Any, split: Any, *, size: Any, kind: Any = kind) -> rse.ImageData:
-            data = load_data(source, split, size=size)
+        def own(source: Any, split: Any, *, kind: Any = kind, **reading: Any) -> rse.ImageData:
+            data = load_data(source, split, **reading)
             return rse.ImageData(data.name, data.images, kind(data.labels), data.classes)
 
         monkeypatch.setattr(batches, "load_data", own)

@@ -80,9 +80,10 @@ def test_sides_and_places_are_uniform() -> None:
 @pytest.mark.parametrize("sampling", ["per_image", "shared"])
 def test_one_draw_a_pass_where_sampling_is_shared(sampling: Sampling) -> None:
     layer = ResizePad(ResizePadConfig(smallest=8, largest=40), sampling=sampling).eval()
-    first, second = boxes(layer, 20), boxes(layer, 20)
+    first, *others = (boxes(layer, 20) for _ in range(9))
     assert (len(first.unique(dim=0)) == 1) == (sampling == "shared")
-    assert not torch.equal(first, second)
+    # Of the largest sides there are few placements: one draw in hundreds is that before it, eight never are.
+    assert not all(torch.equal(first, other) for other in others)
     assert len(boxes(layer.train(), 20).unique(dim=0)) > 1
 
 

@@ -25,7 +25,7 @@ class Own(nn.Module):
 
 class Resizing(Own):
     def forward(self, inputs: Tensor) -> Tensor:
-        return super().forward(nn.functional.interpolate(inputs, size=9))
+        return super().forward(nn.functional.interpolate(inputs, size=9, mode="bilinear"))
 
 
 class Smoothed(nn.Sequential):

@@ -45,6 +45,38 @@ def test_one_at_a_time(tmp_path: Path) -> None:
         pass
 
 
+FORK = """
+import os, sys, time
+from pathlib import Path
+from selfensemble.runtime.ownership import owned
+with owned(Path(sys.argv[1])):
+    child = os.fork()  # as the workers that decode images
+    if child == 0:
+        time.sleep(60)
+    print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_child_that_outlives_its_run_holds_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FORK, str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    try:
+        with pytest.raises(FolderInUseError), owned(tmp_path):
+            pass
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        os.kill(child, 0)  # it lives
+        with owned(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        process.stdout.close()
+
+
 def test_a_crash_lets_go(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -42,7 +42,8 @@ def pixel_map(arrive: Callable[[Tensor], Tensor], images: Tensor, low: float, hi
 
     def sent(shares: Tensor) -> Tensor:
         pixels = (low + (high - low) * shares.double()).view(images.shape)
-        return arrive(pixels.to(images)).detach().cpu().double().flatten()
+        # In two steps: not every device has float64.
+        return arrive(pixels.to(images.dtype).to(images.device)).detach().cpu().double().flatten()
 
     count = images.numel()
     numbers, dark = torch.arange(count, device="cpu"), torch.zeros(count, device="cpu")
@@ -59,12 +60,13 @@ def pixel_map(arrive: Callable[[Tensor], Tensor], images: Tensor, low: float, hi
         unit *= _BASE
     if len(span) == 0 or (bool(held.any()) and int(source.max()) >= count):
         return None
-    chance = torch.rand(count, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(images)
-    exact = (low + (high - low) * chance.double().cpu()).to(images.dtype).double()
+    generator = torch.Generator("cpu").manual_seed(0)
+    chance = torch.rand(count, generator=generator, dtype=torch.float32, device="cpu").to(images.dtype)
+    exact = (low + (high - low) * chance.double()).to(images.dtype).double()
     slope = span / (high - low)
     affine = slope * (exact[source] - low) + offset
     tolerance = 1e-5 * float(span.abs().max())
-    if not torch.allclose(sent(chance.cpu()), affine, rtol=1e-5, atol=tolerance):
+    if not torch.allclose(sent(chance), affine, rtol=1e-5, atol=tolerance):
         return None
     return PixelMap(source, slope, arrive(images).shape)
 

@@ -89,7 +89,7 @@ def as_images(pixels: Any, source: str) -> Tensor:
     Raises:
         ValueError: it cannot be told where the channels are.
     """
-    images = torch.as_tensor(pixels)
+    images = torch.as_tensor(pixels, device="cpu")
     images = images.float() if images.is_floating_point() else images
     if images.dim() == 3:
         return images.unsqueeze(1)

@@ -227,9 +227,9 @@ def _labels(items: Items) -> Tensor:
     plain = getattr(dataset, "target_transform", None) is None and items.label_key is None
     if plain and known is not None and not callable(known) and len(known) == len(dataset):
         try:
-            labels = torch.as_tensor(np.asarray(known))
+            labels = torch.as_tensor(np.asarray(known), device="cpu")
         except (TypeError, ValueError):
-            labels = torch.empty(0)
+            labels = torch.empty(0, device="cpu")
         if labels.dim() == 1 and not labels.is_floating_point() and int(labels.min()) >= 0:
             return labels.long()
     return torch.tensor(each_of(items.label, len(dataset)), dtype=torch.int64, device="cpu")
@@ -249,7 +249,7 @@ def _array(image: Any, name: str, place: int) -> Tensor:
             "is "
             "needed"
         )
-    found = torch.as_tensor(image)
+    found = torch.as_tensor(image, device="cpu")
     if isinstance(image, np.ndarray) and found.dim() == 3 and found.shape[2] in (1, 3):
         if found.shape[0] in (1, 3):
             raise ValueError(

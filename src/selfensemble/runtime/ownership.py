@@ -12,6 +12,19 @@ except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".selfensemble.lock"
+_handles: set[int] = set()
+
+
+def _let_go() -> None:
+    """In a forked child, a worker that decodes images, say: it may outlive the run whose folder this is."""
+    for handle in _handles:
+        with contextlib.suppress(OSError):
+            os.close(handle)
+    _handles.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 class FolderInUseError(OSError):
@@ -34,10 +47,13 @@ def owned(folder: Path, wanted: bool = True) -> Iterator[None]:
         NotADirectoryError: it is a file.
     """
     handle = _held(folder) if wanted and fcntl is not None else None
+    if handle is not None:
+        _handles.add(handle)
     try:
         yield
     finally:
-        if handle is not None:
+        if handle in _handles:  # not in a forked child, which has let it go
+            _handles.discard(handle)
             # Before it is let go: who has opened it looks whether it is still there.
             with contextlib.suppress(OSError):
                 (folder / LOCK).unlink()

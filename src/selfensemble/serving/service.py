@@ -120,7 +120,10 @@ class Service:
     def _levels(self) -> list[float]:
         """Standard deviations of the noise, the largest of its channels each, in the order of the layers."""
         layers = noise_layers(self.ensemble.model).values()
-        return [float(torch.as_tensor(layer.std, dtype=torch.float64).detach().max()) for layer in layers]
+        return [
+            float(torch.as_tensor(layer.std, dtype=torch.float64, device="cpu").detach().max())
+            for layer in layers
+        ]
 
     def check_count(self, images: int) -> None:
         """Raise unless a request may have as many images."""
