@@ -199,16 +199,9 @@ def info(
     if model is not None:
         described = described_as(model, network).model_dump(mode="json")
     else:
-        from ..artefacts.zoo import zoo
-        from ..evaluation.protocol import load_protocol, shipped_protocols
-        from ..networks.models import MODELS
-        from ..runtime.provenance import provenance
-        from ..training.recipe import load_recipe, shipped_recipes
+        from .inventory import inventory
 
-        recipes = {name: load_recipe(name).description for name in shipped_recipes()}
-        protocols = {name: load_protocol(name).description for name in shipped_protocols()}
-        described = provenance() | {"models": list(MODELS), "recipes": recipes, "protocols": protocols}
-        described |= {"zoo": list(zoo())}
+        described = inventory()
     if as_json:
         terminal.print_json(described)
         return
