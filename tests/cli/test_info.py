@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from selfensemble.artefacts.config import ArtefactConfig
 from selfensemble.artefacts.outline import Outline, read_as
@@ -26,7 +27,9 @@ from ..command import error, run
 GOLDEN = Path(__file__).parents[1] / "golden" / "v1"
 
 
-def test_info_does_not_wait_for_torch() -> None:
+def test_what_is_loaded(tmp_path: Path) -> None:
+    """For `info` no PyTorch, for `predict` nothing else that takes as long."""
+    Image.new("L", (8, 8), 128).save(tmp_path / "picture.png")
     script = (
         "import sys\n"
         "from selfensemble.__main__ import main\n"
@@ -36,6 +39,13 @@ def test_info_does_not_wait_for_torch() -> None:
         "    except SystemExit as stop: assert stop.code == 0, stop.code\n"
         "    loaded = {'torch', 'numpy', 'scipy', 'matplotlib'} & set(sys.modules)\n"
         "    assert not loaded, (more, loaded)\n"
+        f"picture = {str(tmp_path / 'picture.png')!r}\n"
+        "sys.argv = ['selfensemble', 'predict', picture, '--model', 'digits-rse']\n"
+        "try: main()\n"
+        "except SystemExit as stop: assert stop.code == 0, stop.code\n"
+        "slow = {'scipy', 'accelerate', 'datasets', 'pandas', 'sklearn', 'matplotlib', 'lightning', 'timm'}\n"
+        "loaded = slow & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
     )
     finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
