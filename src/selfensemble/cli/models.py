@@ -43,7 +43,8 @@ def predict(
 ) -> None:
     """Label images, with mean probabilities and spread; exit status 2 if some files cannot be read."""
     opened = open_network(model, network)
-    files, bad, records = image_files(paths), list[tuple[Path, str]](), list[dict[str, Any]]()
+    bad, records = list[tuple[Path, str]](), list[dict[str, Any]]()
+    files, others = image_files(paths, bad)
     ensemble = opened.ensemble.to(device_named(device))
     centre = (opened.config.recipe or {}).get("data", {}).get("centre", 1.0)
     for group, inputs in inputs_of(files, opened.shape, centre, bad, ensemble.bounds):
@@ -58,6 +59,8 @@ def predict(
         terminal.print_json({"images": records, "unreadable": unreadable})
     else:
         terminal.print_predictions(records, len(records[0]["predictions"]))
+    for text in others:
+        terminal.note(text)
     for path, why in bad:
         terminal.note(f"cannot read {path} as an image: {why}")
     if bad:
