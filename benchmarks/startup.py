@@ -1,4 +1,4 @@
-"""How long `selfensemble --help` takes, and what `import selfensemble` adds to `import torch`.
+"""How long `selfensemble --help`, `info` and `predict` of an image take, and what is added to `import torch`.
 
     python benchmarks/startup.py [--rounds 15] [--out FOLDER]
 
@@ -7,8 +7,11 @@ Fresh processes in turn; files are in the system's cache after the first round, 
 
 import subprocess
 import sys
+import tempfile
 from functools import partial
+from pathlib import Path
 
+from PIL import Image
 from timing import arguments, in_turn, medians, parsed, report
 
 
@@ -19,11 +22,19 @@ def process(*arguments: str) -> None:
 def main() -> None:
     parser = arguments(__doc__, rounds=15)
     options = parsed(parser)
+    command = ("-m", "selfensemble")
+    picture = Path(tempfile.mkdtemp()) / "picture.png"
+    Image.new("L", (8, 8), 128).save(picture)
     everything = "import torch, selfensemble as rse; [getattr(rse, name) for name in rse.__all__]"
     seconds = in_turn(
         {
             "python": partial(process, "-c", ""),
-            "selfensemble --help": partial(process, "-m", "selfensemble", "--help"),
+            "selfensemble --help": partial(process, *command, "--help"),
+            "selfensemble info": partial(process, *command, "info"),
+            "selfensemble info digits-rse": partial(process, *command, "info", "digits-rse"),
+            "selfensemble predict": partial(
+                process, *command, "predict", str(picture), "--model", "digits-rse"
+            ),
             "import torch": partial(process, "-c", "import torch"),
             "import torch, selfensemble": partial(process, "-c", "import torch, selfensemble"),
             "all public names": partial(process, "-c", everything),
@@ -34,6 +45,7 @@ def main() -> None:
     added = {
         "import selfensemble adds": middle["import torch, selfensemble"] - middle["import torch"],
         "all public names add": middle["all public names"] - middle["import torch"],
+        "predict adds": middle["selfensemble predict"] - middle["import torch"],
     }
     rows = [[name, f"{value:.2f}"] for name, value in (middle | added).items()]
     report(

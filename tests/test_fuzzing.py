@@ -1,9 +1,11 @@
-"""A few hundred cases of `tests/fuzzing.py`; tens of thousands are a command, see there."""
+"""A few hundred cases of `tests/fuzzing.py`; tens of thousands are a command, see there; so are folders."""
 
+import os
 from pathlib import Path
 
 import pytest
 
+from .folder_fuzzing import fuzz_folders
 from .fuzzing import fuzz, targets
 
 
@@ -16,3 +18,12 @@ def test_no_loader_fails_but_by_a_plain_error(tmp_path: Path, monkeypatch: pytes
         faults += found
     assert faults == []
     assert refused > 100
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links and pipes need rights there")
+def test_folders_lose_no_file_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SELFENSEMBLE_CACHE", str(tmp_path / "work" / "cache"))
+    (tmp_path / "work").mkdir()
+    refused, faults = fuzz_folders(tmp_path / "work", 40, seed=1)
+    assert faults == []
+    assert 0 < refused < 20

@@ -1,6 +1,7 @@
 """Folders as people have them, in commands: sorted by class, with damaged files, of other sizes."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +163,32 @@ def test_predict_answers_the_good_files_and_lists_the_others(place: Path, tmp_pa
     assert "as an image" in error(
         *with_network(place, "predict", tmp_path / "none", "--model", place / "saved")
     )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no pipes there")
+def test_predict_waits_for_no_pipe_and_loses_nothing_in_silence(place: Path, tmp_path: Path) -> None:
+    """Named files that are missing take no answers from others; others of a folder are counted."""
+    folder = tmp_path / "mine"
+    (folder / "inner").mkdir(parents=True)
+    for name in ("good.png", "photo", "inner/photo.bak", "inner/other.BAK"):
+        Image.new("RGB", (20, 12), "white").save(folder / name, "PNG")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "gone.png").symlink_to("nowhere")
+    (tmp_path / "empty").mkdir()
+    asked = (folder, tmp_path / "missing.png", tmp_path / "empty")
+    finished = call(*with_network(place, "predict", *asked, "--model", place / "saved", "--json"))
+    assert finished.returncode == 2
+    found = json.loads(finished.stdout)
+    assert [Path(each["file"]).name for each in found["images"]] == ["good.png"]
+    assert {Path(each["file"]).name: each["reason"] for each in found["unreadable"]} == {
+        "empty": "a folder without images", "gone.png": "a link to nothing", "missing.png": "no such file",
+        "pipe.png": "no file, but a pipe or a device",
+    }  # fmt: skip
+    assert f"files of {folder} that are no images by their names were left out: 2 .bak, 1 without suffix" in (
+        finished.stderr
+    )
+    none = error(*with_network(place, "predict", tmp_path / "empty", "--model", place / "saved"))
+    assert "a folder without images" in none
 
 
 def test_answers_do_not_depend_on_how_many_are_asked_at_a_time(

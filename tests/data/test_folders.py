@@ -249,6 +249,74 @@ def test_published_sets_keep_their_order_and_sorted_ones_do_not() -> None:
     assert not is_shuffled(drifting)
 
 
+def test_what_lies_beside_the_splits_is_listed(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    picture(tmp_path / "unsorted" / "0.png")
+    picture(tmp_path / "stray.png")
+    (tmp_path / "validation").mkdir()
+    (tmp_path / "README.md").write_text("about")
+    data = load_data(tmp_path, "train")
+    assert len(data) == 6
+    assert data.skipped == tuple(
+        f"{each}: beside the splits, and of none" for each in ("stray.png", "unsorted")
+    )
+
+
+def test_two_folders_that_may_be_one_split_are_refused(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    picture(tmp_path / "Train" / "bird" / "0.png")
+    if len(list(tmp_path.iterdir())) == 2:
+        return  # where letters of both cases are one
+    with pytest.raises(ValueError, match="holds Train and train, which may be one split: rename one"):
+        load_data(tmp_path, "train")
+
+
+def test_folders_that_nobody_may_look_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a class they are listed; where one would be a class, the folder is refused."""
+    two_classes(tmp_path)
+    listing = Path.iterdir
+
+    def refuse(path: Path) -> Any:
+        if path.name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listing(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    picture(tmp_path / "train" / "cat" / "closed" / "9.png")
+    with pytest.warns(UserWarning, match="cat/closed: a folder that nobody may look into"):
+        assert len(load_data(tmp_path, "train")) == 6
+    picture(tmp_path / "test" / "closed" / "9.png")
+    with pytest.raises(ValueError, match=r"nobody may look into .*closed, which would be a class"):
+        load_data(tmp_path, "test")
+
+
+def test_an_image_that_may_be_read_again_is_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rights leave a file's size and time as they are, by which it was known."""
+    two_classes(tmp_path)
+    closed, reading, access = tmp_path / "train" / "cat" / "1.png", Path.read_bytes, os.access
+
+    def refuse(path: Path) -> bytes:
+        if path == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return reading(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refuse)
+        patch.setattr(os, "access", lambda path, mode: path != closed and access(path, mode))
+        with pytest.warns(UserWarning, match=r"cat/1\.png: .*Permission denied"):
+            assert len(load_data(tmp_path, "train")) == 5
+    assert len(load_data(tmp_path, "train")) == 6
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are no bytes there")
+def test_names_that_are_no_text_are_cut_as_others_are(tmp_path: Path) -> None:
+    for number in range(10):
+        picture(tmp_path / "cat" / os.fsdecode(b"\xff%d.png" % number), (number, 0, 0))
+    assert [len(load_data(tmp_path, split)) for split in ("train", "test")] == [8, 2]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="links need rights there")
 def test_folders_of_every_kind_lose_no_file_in_silence(tmp_path: Path) -> None:
     """Of 30 folders drawn at random, each file is an image, listed, hidden, or the folder is refused."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import selfensemble as rse
 from selfensemble.artefacts.storage import read_config
 from selfensemble.data.images import ImageData
+from selfensemble.evaluation import doctor
 from selfensemble.evaluation.balls import in_units, within
 from selfensemble.evaluation.eight_bits import in_8_bits, write_images
 from selfensemble.evaluation.protocol import Protocol
@@ -89,6 +90,100 @@ def test_an_evaluation_is_the_same_in_other_units(
     write_images(second.shards, tmp_path / "images", second.bounds)
     with Image.open(tmp_path / "images" / key / "0000003.png") as image:
         assert np.array_equal(np.asarray(image), levels[3, 0].round().numpy())
+
+
+def test_the_doctor_finds_the_same_in_other_units(
+    twins: tuple[rse.SelfEnsemble, rse.SelfEnsemble, ImageData],
+) -> None:
+    unit, moved, data = twins
+    budget: dict[str, Any] = {"norm": "l2", "steps": 6, "eot": 3, "images": 12, "seed": 1}
+    one = doctor(unit, data.inputs(), data.labels, eps=0.4, **budget)
+    two = doctor(moved, data.within(BOUNDS).inputs(), data.labels, eps=0.8, **budget)
+    assert [(check.name, check.passed) for check in two] == [(check.name, check.passed) for check in one]
+    assert all(check.figure != "could not be done" for check in two)
+    found = {check.name: check for check in two}
+    assert found["input range"].figure.startswith("100.0 % on [-1, 1], ")
+    assert found["success grows with eps"].figure.endswith("at 4")  # a quarter of the diameter, 2 * 8
+    assert "in [-1, 1] pixels by channel: 0.2" in found["where noise enters"].figure
+
+
+class Rounded(nn.Module):
+    """Images in 4 levels: no gradient passes."""
+
+    def __init__(self, network: nn.Module, low: float, high: float) -> None:
+        super().__init__()
+        self.network, self.low, self.high = network, low, high
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        levels = ((inputs - self.low) / (self.high - self.low) * 3).round() / 3
+        logits: Tensor = self.network(self.low + (self.high - self.low) * levels)
+        return logits
+
+
+class Bytes(nn.Module):
+    """A network of images from 0 to 255."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits: Tensor = self.network(inputs / 255)
+        return logits
+
+
+@pytest.mark.parametrize("fault", ["gradients", "input range"])
+def test_the_doctor_finds_faults_in_other_units(
+    twins: tuple[rse.SelfEnsemble, rse.SelfEnsemble, ImageData], fault: str
+) -> None:
+    unit, moved, data = twins
+    verdicts = []
+    for ensemble, bounds in ((unit, (0.0, 1.0)), (moved, BOUNDS)):
+        model = Bytes(unit.model) if fault == "input range" else Rounded(ensemble.model, *bounds)
+        faulty = rse.SelfEnsemble(model, rse.NoiseConfig(0, 0), draws=4, bounds=bounds).eval()
+        inputs, labels = data.within(bounds).inputs(), data.labels
+        if fault == "gradients":
+            labels = faulty.predict(inputs, draws=200, seed=0).label
+        eps = 0.4 * (bounds[1] - bounds[0])
+        checks = doctor(faulty, inputs, labels, norm="l2", eps=eps, steps=2, eot=2, images=12, seed=1)
+        verdicts.append({check.name: check for check in checks})
+    found = [verdict[fault] for verdict in verdicts]
+    assert [check.passed for check in found] == [False, False]
+    if fault == "input range":
+        assert "expects [0, 255] images" in found[1].advice
+        assert "units of [-1, 1] pixels" in found[1].advice
+    else:
+        assert [check.passed for check in verdicts[0].values()] == [
+            check.passed for check in verdicts[1].values()
+        ]
+
+
+def test_radii_are_those_of_the_bounds(
+    twins: tuple[rse.SelfEnsemble, rse.SelfEnsemble, ImageData],
+) -> None:
+    _, moved, data = twins
+    inputs = data.within(BOUNDS).inputs()
+    with pytest.raises(ValueError, match=r"at most 2, the linf diameter of \[-1, 1\]"):
+        doctor(moved, inputs, data.labels, eps=2.5)
+    with pytest.raises(ValueError, match=r"inputs must lie in \[-1, 1\]"):
+        doctor(moved, 2 * inputs, data.labels)
+    with pytest.raises(ValueError, match=r"inputs must lie in \[0, 1\]"):
+        doctor(moved.model, inputs, data.labels)
+
+
+def test_an_evaluation_with_checks_in_other_units(
+    twins: tuple[rse.SelfEnsemble, rse.SelfEnsemble, ImageData], tmp_path: Path
+) -> None:
+    """A radius beyond that of [0, 1] among them."""
+    _, moved, data = twins
+    attacks = [{"attack": "pgd", "norm": "linf", "eps": [0.2, 0.4, 1.5], "steps": 2}]
+    values = {"name": "checked", "images": 12, "shard": 12, "checks": True, "attacks": attacks}
+    judged = {"judge": {"seeds": 2, "queries": 2}}
+    plan = Protocol.model_validate(values | judged)
+    results = Evaluation(moved, data.within(BOUNDS), plan, tmp_path / "run").run()
+    assert results.checks is not None
+    assert len(results.checks) > 10
+    assert all(check.figure != "could not be done" for check in results.checks)
 
 
 def test_images_come_into_balls_and_levels_of_any_range() -> None:

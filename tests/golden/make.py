@@ -9,7 +9,8 @@ import safetensors.torch
 import torch
 
 import selfensemble as rse
-from selfensemble.artefacts.config import FORMAT_VERSION, Architecture
+from selfensemble.artefacts.config import Architecture
+from selfensemble.artefacts.outline import FORMAT_VERSION
 
 if __name__ == "__main__":
     torch.manual_seed(0)

@@ -16,7 +16,8 @@ from torch import nn
 import selfensemble as rse
 from selfensemble.networks.expected import expected_images
 from selfensemble.networks.importing import is_importable
-from selfensemble.networks.naming import is_network_name, name_of, network_from
+from selfensemble.networks.names import is_network_name
+from selfensemble.networks.naming import name_of, network_from
 from selfensemble.networks.normalized import Normalized
 from selfensemble.runtime.errors import MissingPackage
 

@@ -2,31 +2,25 @@
 
 import json
 import sys
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.sets import SetRule
 from ..ensemble.stopping import Calibrated
-from ..networks.models import CREATED_AS, Activation, create_model
+from ..networks.models import CREATED_AS, create_model
 from ..networks.normalized import Normalized
 from ..noise.graphs import plain_name, unwrapped
 from ..noise.injection import noise_layers
 from ..noise.layer import RandomLayer
 from ..noise.randomness import AnyRandomness, randomise_, randomness_of
 from ..noise.resize_pad import ResizePadConfig
-from ..noise.streams import Sampling
 from .foreign import trusted
 from .named import NamedNetwork
-
-FORMAT_VERSION = 1
-
-
-_Level = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+from .outline import ArchitectureRecord, NormalizationRecord, Outline, TransformersRecord
 
 
 def _layers(model: nn.Module) -> list[tuple[object, ...]]:
@@ -40,12 +34,8 @@ def _layers(model: nn.Module) -> list[tuple[object, ...]]:
     ]  # fmt: skip
 
 
-class Normalization(BaseModel):
+class Normalization(NormalizationRecord):
     """Mean and standard deviation of the channels of the images, see `Normalized`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    mean: Annotated[tuple[float, ...], Field(min_length=1)]
-    std: Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], Field(min_length=1)]
 
     @classmethod
     def of(cls, model: nn.Module) -> Self | None:
@@ -64,15 +54,8 @@ def inner_network(model: nn.Module) -> nn.Module:
     return unwrapped(model.model) if type(model) is Normalized else model
 
 
-class Architecture(BaseModel):
+class Architecture(ArchitectureRecord):
     """Arguments of `create_model`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    name: str
-    classes: int
-    channels: int
-    width: float = 1.0
-    activation: Activation = "relu"
 
     @classmethod
     def of(cls, model: nn.Module) -> Self | None:
@@ -91,12 +74,8 @@ class Architecture(BaseModel):
         return cls.model_validate(arguments) if _layers(fresh) == _layers(model) else None
 
 
-class TransformersNetwork(BaseModel):
+class TransformersNetwork(TransformersRecord):
     """A network of the package transformers: the name of its class there, and its configuration."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    name: Annotated[str, Field(pattern=r"^\w+$")]
-    config: dict[str, Any]
 
     @classmethod
     def of(cls, model: nn.Module) -> Self | None:
@@ -126,7 +105,7 @@ class TransformersNetwork(BaseModel):
         return network.eval()
 
 
-class ArtefactConfig(BaseModel):
+class ArtefactConfig(Outline):
     """What stands in `config.json`.
 
     The format has been version 1 from the start: what was added since is optional, and means nothing where it
@@ -151,24 +130,12 @@ class ArtefactConfig(BaseModel):
         sets: which labels belong to the conformal set of an image, if that was calibrated.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    format: Literal["selfensemble"] = "selfensemble"
-    format_version: int = FORMAT_VERSION
-    weights: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")] | None = None
     architecture: Architecture | None = None
     transformers: TransformersNetwork | None = None
     network: NamedNetwork | None = None
     normalize: Normalization | None = None
-    noise: dict[str, _Level | Annotated[tuple[_Level, ...], Field(min_length=1)]]
     resize_pad: ResizePadConfig | None = None
     randomness: AnyRandomness | None = None
-    draws: Annotated[int, Field(ge=1)]
-    sampling: Sampling = "shared"
-    bounds: tuple[float, float] | None = (0.0, 1.0)
-    classes: tuple[str, ...] | None = None
-    input_shape: tuple[int, int, int] | None = None
-    metrics: dict[str, Any] = {}
-    recipe: dict[str, Any] | None = None
     stopping: Calibrated | None = None
     sets: SetRule | None = None
 

@@ -4,13 +4,13 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from ..networks.importing import is_file_name, is_importable
 from ..networks.naming import name_of, network_from
+from .outline import NamedRecord
 
 _OF_LIBRARIES = ("timm:", "torchvision:")
 _FOREIGN = "the folder was not written by this package, leave it alone"
@@ -39,17 +39,8 @@ class UntrustedNetwork(ValueError):
         )
 
 
-class NamedNetwork(BaseModel):
-    """A network that is neither one of `MODELS` nor of transformers.
-
-    Attributes:
-        name: see `network_from`; of a file its path below the folder that it was saved from, or its name.
-        arguments: what its factory was called with; None where that is not known.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    name: Annotated[str, Field(pattern=r"^[\w ./\\+-]+:[\w./+-]+$", max_length=300)]
-    arguments: dict[str, Any] | None = None
+class NamedNetwork(NamedRecord):
+    """A network that is neither one of `MODELS` nor of transformers, see `NamedRecord`."""
 
     @classmethod
     def of(cls, network: nn.Module) -> Self | None:

@@ -19,20 +19,22 @@ from ..ensemble.promises import check_kept
 from ..ensemble.sets import SetRule
 from ..ensemble.stopping import Calibrated
 from ..fast.ensemble import checked_original
-from ..networks.naming import is_network_name
+from ..networks.names import is_network_name
 from ..noise.calls import to_eval_mode_
 from ..noise.copies import OptimizedCopy
 from ..noise.graphs import plain_name, unwrapped
 from ..noise.injection import attach_noise_
 from ..noise.layer import GaussianNoise, NoiseConfig
 from ..noise.resize_pad import ResizePadConfig, ResizePadNetwork
-from ..runtime.files import atomic_pair, atomic_write, digest_of, only_writer, read_versioned, to_json
-from .config import FORMAT_VERSION, Architecture, ArtefactConfig, config_of
+from ..runtime.files import atomic_pair, atomic_write, digest_of, only_writer, to_json
+from .config import Architecture, ArtefactConfig, config_of
 from .opening import ensemble_of, seeded_network
+from .outline import CONFIG as CONFIG
+from .outline import read_as
 from .rebuilding import in_float32_, is_meta_safe, network_named, rebuilt, wrapped
 from .zoo import locate
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+WEIGHTS = "model.safetensors"
 
 
 def save(
@@ -198,14 +200,7 @@ def read_config(folder: str | Path) -> ArtefactConfig:
         FileNotFoundError: the folder or the file is missing.
         ValueError: the file is damaged, foreign, or written by a newer version.
     """
-    path = locate(folder) / CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no {CONFIG} in {folder}: pass the folder that `selfensemble train` wrote (its --out)"
-        )
-    return read_versioned(
-        path, ArtefactConfig, "selfensemble", FORMAT_VERSION, "train again or restore the file"
-    )
+    return read_as(ArtefactConfig, folder)
 
 
 def read_weights(folder: str | Path, config: ArtefactConfig) -> dict[str, Tensor]:

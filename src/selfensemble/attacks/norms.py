@@ -18,13 +18,14 @@ def check_norm(norm: str, known: tuple[str, ...] = get_args(Norm)) -> None:
         raise ValueError(f"norm must be one of {', '.join(known)}, got {norm!r}")
 
 
-def check_eps(eps: float, norm: str, inputs: Tensor) -> None:
-    """Raise a ValueError unless `0 < eps <=` the diameter of the box."""
-    largest = largest_eps(norm, math.prod(inputs.shape[1:]))
+def check_eps(eps: float, norm: str, inputs: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) -> None:
+    """Raise a ValueError unless `0 < eps <=` the diameter of the box of the inputs, in their units."""
+    low, high = bounds
+    largest = (high - low) * largest_eps(norm, math.prod(inputs.shape[1:]))
     if not (math.isfinite(eps) and 0 < eps <= largest):
         raise ValueError(
-            f"eps must be above 0 and at most {largest:g}, the {norm} diameter of [0, 1] images of this "
-            f"size, got {eps:g}; L-inf distances are fractions of the pixel range, e.g. 8/255"
+            f"eps must be above 0 and at most {largest:g}, the {norm} diameter of [{low:g}, {high:g}] "
+            f"images of this size, got {eps:g}; L-inf distances are fractions of the pixel range, e.g. 8/255"
         )
 
 

@@ -1,5 +1,6 @@
 """What command-line arguments stand for: precisions, test data, images."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,23 +22,38 @@ def in_precision(ensemble: "SelfEnsemble", example: "torch.Tensor", precision: s
     return optimize(ensemble, example, "bf16") if precision == "bf16" else ensemble
 
 
-def image_files(paths: list[Path]) -> list[Path]:
-    """Files as they are named, and all images within folders that are not hidden."""
+def image_files(paths: list[Path], bad: list[tuple[Path, str]]) -> tuple[list[Path], list[str]]:
+    """Files as they are named, and all images within folders that are not hidden.
+
+    Args:
+        paths: of files and folders.
+        bad: gets what cannot be read, and why.
+
+    Returns:
+        The files, and what to say of others in the folders, which are no images by their names.
+    """
     from ..data.decoding import IMAGE_SUFFIXES
     from ..data.folders import files_below
 
-    files: list[Path] = []
+    files, others = list[Path](), list[str]()
     for path in paths:
-        if path.is_dir():
-            inside = sorted(file for file in files_below(path) if file.suffix.lower() in IMAGE_SUFFIXES)
-            if not inside:
-                raise InputError(f"no images in {path}")
-            files += inside
-        elif path.is_file():
+        if not path.is_dir():
             files.append(path)
-        else:
-            raise InputError(f"no file {path}")
-    return files
+            continue
+        closed: list[Path] = []
+        inside = sorted(files_below(path, closed=closed))
+        images = [file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES]
+        bad += [(folder, "a folder that nobody may look into") for folder in closed]
+        if not images and not closed:
+            bad.append((path, "a folder without images"))
+        kinds = Counter(file.suffix.lower() or "without suffix" for file in inside) - Counter(
+            file.suffix.lower() for file in images
+        )
+        if kinds:
+            shown = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+            others.append(f"files of {path} that are no images by their names were left out: {shown}")
+        files += images
+    return files, others
 
 
 def inputs_of(
@@ -71,7 +87,10 @@ def read_image(path: Path, shape: tuple[int, int, int], centre: float = 1.0) -> 
     from PIL import Image
 
     from ..data.decoding import prepare_image, reason
+    from ..data.folders import why_no_file
 
+    if (why := why_no_file(path)) is not None:  # a pipe would be waited for, for ever
+        raise InputError(f"{_unreadable(path)}: {why}")
     try:
         with Image.open(path) as image:
             return prepare_image(image, shape[0], (shape[1], shape[2]), centre)

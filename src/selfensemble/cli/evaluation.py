@@ -115,7 +115,9 @@ def doctor(
     data: DataOptions = NO_DATA,
     n: Annotated[int, typer.Option(min=5, help="Test images for the trial attacks.")] = 50,
     norm: Annotated[str, typer.Option(help="linf, l2 or l1.")] = "linf",
-    eps: Annotated[str, typer.Option(help="Radius of the trial attacks, e.g. 8/255.")] = "8/255",
+    eps: Annotated[
+        str, typer.Option(help="Radius of the trial attacks, e.g. 8/255, in units of the inputs.")
+    ] = "8/255",
     steps: Annotated[int, typer.Option(min=1, help="Gradient steps of the trial attacks.")] = 20,
     eot: Annotated[int, typer.Option(min=1, help="Noise draws of each step.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Of the trial attacks.")] = 0,

@@ -43,7 +43,8 @@ def predict(
 ) -> None:
     """Label images, with mean probabilities and spread; exit status 2 if some files cannot be read."""
     opened = open_network(model, network)
-    files, bad, records = image_files(paths), list[tuple[Path, str]](), list[dict[str, Any]]()
+    bad, records = list[tuple[Path, str]](), list[dict[str, Any]]()
+    files, others = image_files(paths, bad)
     ensemble = opened.ensemble.to(device_named(device))
     centre = (opened.config.recipe or {}).get("data", {}).get("centre", 1.0)
     for group, inputs in inputs_of(files, opened.shape, centre, bad, ensemble.bounds):
@@ -58,6 +59,8 @@ def predict(
         terminal.print_json({"images": records, "unreadable": unreadable})
     else:
         terminal.print_predictions(records, len(records[0]["predictions"]))
+    for text in others:
+        terminal.note(text)
     for path, why in bad:
         terminal.note(f"cannot read {path} as an image: {why}")
     if bad:
@@ -74,10 +77,10 @@ def _answers(
     asked: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """What is printed of each of these files."""
-    from ..certainty.conformal import ConformalSets
-
     possible = None
     if sets:
+        from ..certainty.conformal import ConformalSets  # with scipy, which takes half as long as PyTorch
+
         possible = ConformalSets.of(ensemble).predict(inputs, max_batch=256, seed=asked["seed"])
     answer = ensemble.predict(inputs, max_batch=256, **asked)
     names = classes or tuple(str(label) for label in range(answer.probabilities.shape[1]))
@@ -199,16 +202,9 @@ def info(
     if model is not None:
         described = described_as(model, network).model_dump(mode="json")
     else:
-        from ..artefacts.zoo import zoo
-        from ..evaluation.protocol import load_protocol, shipped_protocols
-        from ..networks.models import MODELS
-        from ..runtime.provenance import provenance
-        from ..training.recipe import load_recipe, shipped_recipes
+        from .inventory import inventory
 
-        recipes = {name: load_recipe(name).description for name in shipped_recipes()}
-        protocols = {name: load_protocol(name).description for name in shipped_protocols()}
-        described = provenance() | {"models": list(MODELS), "recipes": recipes, "protocols": protocols}
-        described |= {"zoo": list(zoo())}
+        described = inventory()
     if as_json:
         terminal.print_json(described)
         return

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from ..artefacts.config import ArtefactConfig
     from ..artefacts.named import UntrustedNetwork
+    from ..artefacts.outline import Outline
     from ..data.images import ImageData
     from ..ensemble.ensemble import SelfEnsemble
     from ..noise.injection import FilterFn
@@ -77,21 +78,19 @@ def open_network(
     Raises:
         InputError, ValueError, TypeError, OSError: what is wrong, and what to do.
     """
-    from ..networks.naming import is_network_name
+    from ..networks.names import is_network_name
 
     return (_named if is_network_name(model) else _saved)(str(model), options, data, with_data)
 
 
-def described_as(model: str, options: NetworkOptions) -> "ArtefactConfig":
-    """What is known of MODEL; of a saved ensemble without a look at its network."""
-    from ..artefacts import storage
-    from ..networks.naming import is_network_name
+def described_as(model: str, options: NetworkOptions) -> "Outline":
+    """What is known of MODEL; of a saved ensemble what is written, without PyTorch."""
+    from ..artefacts.outline import Outline, read_as
+    from ..networks.names import is_network_name
 
-    return (
-        _named(model, options, NO_DATA, False).config
-        if is_network_name(model)
-        else storage.read_config(model)
-    )
+    if is_network_name(model):
+        return _named(model, options, NO_DATA, False).config
+    return read_as(Outline, model)
 
 
 def open_bare(
@@ -102,7 +101,7 @@ def open_bare(
     A named one has got no noise yet, and may be one that cannot get any.
     """
     from ..artefacts.opening import in_pixels, seeded_network, with_mean_and_std
-    from ..networks.naming import is_network_name
+    from ..networks.names import is_network_name
     from ..networks.normalized import Normalized
     from ..noise.filters import filter_named
     from ..noise.injection import is_convolution, noise_layers
@@ -142,7 +141,7 @@ def saved_folder(model: str, what: str, *, zoo: bool = True) -> Path:
         zoo: whether one of the zoo will do.
     """
     from ..artefacts.zoo import locate
-    from ..networks.naming import is_network_name
+    from ..networks.names import is_network_name
 
     if is_network_name(model):
         raise InputError(

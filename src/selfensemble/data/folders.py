@@ -1,10 +1,11 @@
 """Folders: which files are of a split, and images in one folder a class."""
 
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .decoding import IMAGE_SUFFIXES
 from .images import Split
@@ -20,14 +21,42 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.casefold() in _NOT_OURS
 
 
-def files_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """All files that are not hidden, links to files and folders followed but for circles."""
+def files_below(
+    folder: Path, above: frozenset[str] = frozenset(), closed: list[Path] | None = None
+) -> Iterator[Path]:
+    """All files that are not hidden, links to files and folders followed but for circles.
+
+    Args:
+        folder: where to look.
+        above: folders that this one lies in.
+        closed: gets the folders that nobody may look into; None to raise a PermissionError.
+    """
     real = os.path.realpath(folder)
     if real in above:
         return
-    for path in folder.iterdir():
+    try:
+        inside = list(folder.iterdir())
+    except PermissionError:
+        if closed is None:
+            raise
+        closed.append(folder)
+        return
+    for path in inside:
         if not is_hidden(path.name):
-            yield from files_below(path, above | {real}) if path.is_dir() else (path,)
+            # Not path.is_dir(), which raises an error where the folder may be listed and no more.
+            is_folder = os.path.isdir(path)  # noqa: PTH112
+            yield from files_below(path, above | {real}, closed) if is_folder else (path,)
+
+
+def why_no_file(path: Path) -> str | None:
+    """Why nothing can be read there: a link to nothing, a pipe; None of a file."""
+    try:
+        found = path.stat().st_mode
+    except FileNotFoundError:
+        return "a link to nothing" if path.is_symlink() else "no such file"
+    except OSError as error:  # a link to itself, no right to look
+        return error.strerror or type(error).__name__
+    return None if stat.S_ISREG(found) else "no file, but a pipe or a device"
 
 
 def tables_of(folder: Path, files: Sequence[Path], split: Split, reading: Reading) -> tuple[list[Path], bool]:
@@ -56,32 +85,61 @@ def class_folders(folder: Path, split: Split, reading: Reading) -> Rows:
     """
     below = sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
     by_name = {path.name.casefold(): path for path in reversed(below)}
+    splits = {each.casefold() for kind in KNOWN_SPLITS for each in reading.names(kind)}
     for name in reading.names(split):
         root = by_name.get(name.casefold())
-        if root is not None and (files := sorted(files_below(root))) and _has_images(files):
-            return _by_class(folder, root, files, reading.cuts)
-    splits = {each.casefold() for kind in KNOWN_SPLITS for each in reading.names(kind)}
+        if root is not None and (found := _found(root)) and _has_images(found.files):
+            same = [path.name for path in below if path.name.casefold() == name.casefold()]
+            if len(same) > 1:
+                raise ValueError(f"{folder} holds {' and '.join(same)}, which may be one split: rename one")
+            return _by_class(folder, root, found, reading.cuts, _beside(folder, splits))
     if splits & by_name.keys() or reading.names(split) != KNOWN_SPLITS[split]:
         raise _no_split(folder, split, reading)
-    files = sorted(files_below(folder))
-    if not _has_images(files):
+    found = _found(folder)
+    if not _has_images(found.files):
         raise _no_split(folder, split, reading)
-    return _by_class(folder, folder, files, True)
+    return _by_class(folder, folder, found, True)
+
+
+def _beside(folder: Path, splits: set[str]) -> tuple[str, ...]:
+    """Folders and images that lie beside the splits, where nobody looks for images."""
+    known = splits | {each for names in KNOWN_SPLITS.values() for each in names}
+    return tuple(
+        f"{path.name}: beside the splits, and of none" for path in sorted(folder.iterdir())
+        if not is_hidden(path.name) and path.name.casefold() not in known
+        and (path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES)
+    )  # fmt: skip
+
+
+class _Found(NamedTuple):
+    """Files of a folder, and folders in it that nobody may look into."""
+
+    files: list[Path]
+    closed: list[Path]
+
+
+def _found(root: Path) -> _Found:
+    closed: list[Path] = []
+    return _Found(sorted(files_below(root, closed=closed)), sorted(closed))
 
 
 def _has_images(files: Sequence[Path]) -> bool:
     return any(path.suffix.lower() in IMAGE_SUFFIXES for path in files)
 
 
-def _by_class(folder: Path, root: Path, files: Sequence[Path], cut: bool) -> Rows:
+def _by_class(folder: Path, root: Path, found: _Found, cut: bool, beside: tuple[str, ...] = ()) -> Rows:
     images: list[Path] = []
     skipped, kinds = list[str](), Counter[tuple[str, str]]()
-    for path in files:
+    for path in found.closed:
+        if path.parent == root:
+            raise ValueError(f"nobody may look into {path}, which would be a class: mend its rights")
+        skipped.append(f"{path.relative_to(root).as_posix()}: a folder that nobody may look into")
+    for path in found.files:
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             place = path.parent.relative_to(root).as_posix()
             kinds[place, path.suffix.lower() or "without suffix"] += 1
-        elif not path.is_file():
-            skipped.append(f"{path.relative_to(root).as_posix()}: a link to nothing")
+        elif (why := why_no_file(path)) is not None:
+            skipped.append(f"{path.relative_to(root).as_posix()}: {why}")
         elif path.parent == root:
             raise ValueError(
                 f"{path} lies in no class: put images into {'' if cut else root.name + '/'}CLASS/, of all "
@@ -112,14 +170,14 @@ def _by_class(folder: Path, root: Path, files: Sequence[Path], cut: bool) -> Row
         names=names,
         cut=cut,
         skipped=tuple(skipped),
-        others=tuple(others),
+        others=(*others, *beside),
     )
 
 
 def _state(path: Path) -> list[Any]:
-    """By which a change of a file is noticed."""
+    """By which a change of a file is noticed, and one of who may read it."""
     found = path.stat()
-    return [found.st_size, found.st_mtime_ns]
+    return [found.st_size, found.st_mtime_ns, *([] if os.access(path, os.R_OK) else ["closed"])]
 
 
 def states(folder: Path, files: Sequence[Path]) -> list[Any]:

@@ -57,7 +57,7 @@ def test_part(names: list[str], labels: Tensor, share: float, seed: int) -> Tens
 
     An image's place is that of a hash of its name, so that files which come or go move few others.
     """
-    keys = [hashlib.sha256(f"{seed}\0{name}".encode()).hexdigest() for name in names]
+    keys = [hashlib.sha256(f"{seed}\0{name}".encode(errors="surrogateescape")).hexdigest() for name in names]
     chosen = torch.zeros(len(labels), dtype=torch.bool, device="cpu")
     for label in labels.unique().tolist():
         members = (labels == label).nonzero().squeeze(1).tolist()

@@ -85,10 +85,14 @@ def _of_folder(folder: Path, split: Split, reading: Reading) -> tuple[Rows, bool
     """The images of a split, and whether they are known to be sorted by class."""
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return open_saved(folder, split, reading), False
-    tables = sorted(path for path in files_below(folder) if path.suffix.lower() == ".parquet")
+    closed: list[Path] = []
+    files = files_below(folder, closed=closed)
+    tables = sorted(path for path in files if path.suffix.lower() == ".parquet")
+    if tables and closed:
+        raise ValueError(f"nobody may look into {closed[0]}, where there may be more: mend its rights")
     if tables:
-        files, cut = tables_of(folder, tables, split, reading)
-        return open_parquet(folder, files, cut, reading), False
+        chosen, cut = tables_of(folder, tables, split, reading)
+        return open_parquet(folder, chosen, cut, reading), False
     return class_folders(folder, split, reading), True
 
 

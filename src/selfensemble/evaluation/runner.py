@@ -133,7 +133,7 @@ class Evaluation:
             try:
                 run.call()(self.ensemble, self.inputs[:0], self.labels[:0], **run.settings)
                 for eps in run.radii:
-                    check_eps(eps, run.norm or "linf", self.inputs[:0])
+                    check_eps(eps, run.norm or "linf", self.inputs[:0], self.bounds)
             except ValueError as error:
                 raise ValueError(f"attack {run.key}: {error}") from error
 
@@ -300,7 +300,8 @@ class Evaluation:
         # The trials' threat model: the first norm of the protocol, at its middle radius.
         bound = [(plan.norm, plan.eps) for plan in self.plans if plan.norm and plan.eps]
         norm = bound[0][0] if bound else "linf"
-        radii = sorted({eps for other, eps in bound if other == norm}) or [8 / 255]
+        low, high = self.bounds
+        radii = sorted({eps for other, eps in bound if other == norm}) or [(high - low) * 8 / 255]
         try:
             checks = doctor(
                 self.ensemble, self.inputs[:_EXAMINED], self.labels[:_EXAMINED], norm=norm,

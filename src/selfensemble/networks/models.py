@@ -5,11 +5,11 @@ Every network takes images (B, channels, H, W) in [0, 1] and returns logits (B, 
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 from torch import Tensor, nn
 
-Activation = Literal["relu", "brelu"]
+from .names import Activation
+
 CREATED_AS = "created_as"  # attribute of a network: the arguments of `create_model`
 
 # BReLU, min(max(0, x), 1): a change of the input cannot grow from layer to layer (Zantedeschi et al.,

@@ -5,7 +5,6 @@ A name is an order to import: only what the caller writes is ever passed here, n
 
 import copy
 import inspect
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import nn
 from ..runtime.errors import MissingPackage
 from .importing import attribute_named, described
 from .libraries import LIBRARIES
+from .names import is_network_name
 from .weights import load_weights_
 
 NAMED_AS = "named_as"  # attribute of a network: its name, and the arguments that its factory was called with
@@ -22,17 +22,6 @@ GRAMMAR = (
     "package.module:attribute, path/to/file.py:attribute, timm:NAME, torchvision:NAME or "
     "transformers:FOLDER-OR-ID"
 )
-_HUB = "hf-hub:"  # of saved ensembles
-
-
-def is_network_name(text: object) -> bool:
-    """Whether it names a network, not a folder, one of the zoo or a saved ensemble on the Hub."""
-    name = str(text)
-    before, colon, attribute = name.rpartition(":")
-    if not colon or name.startswith(_HUB) or Path(name).exists():
-        return False
-    library = name.partition(":")[0] in LIBRARIES
-    return library or (len(before) > 1 and not re.search(r"[\\/]", attribute))  # C:\folder is a folder
 
 
 def network_from(

@@ -12,17 +12,22 @@ def provenance() -> dict[str, Any]:
     """Versions and hardware, as they belong beside every figure."""
     import torch
 
+    found = surroundings()
+    found["hardware"] |= {
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+    return found
+
+
+def surroundings() -> dict[str, Any]:
+    """What of it is known without PyTorch."""
     packages = ("selfensemble", "torch", "numpy", "accelerate")
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()}
         | {package: _version(package) for package in packages},
-        "hardware": {
-            "cpu": _cpu_name(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
+        "hardware": {"cpu": _cpu_name(), "cores": os.cpu_count()},
     }
 
 

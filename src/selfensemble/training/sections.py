@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ..networks.models import Activation
+from ..networks.names import Activation
 from ..noise.filters import Filter
 from ..noise.layer import NoiseConfig
 from ..noise.learned import Granularity

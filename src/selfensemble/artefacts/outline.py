@@ -1,0 +1,105 @@
+"""What the `config.json` of a saved ensemble says, checked without PyTorch, which takes seconds to load."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from ..networks.names import Activation
+from ..runtime.files import read_versioned
+from .zoo import locate
+
+FORMAT_VERSION = 1
+CONFIG = "config.json"
+
+_Level = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Config = TypeVar("_Config", bound="Outline")
+
+
+def _keys_and_values(value: object) -> object:
+    if not isinstance(value, dict | BaseModel | None):
+        raise ValueError("must hold keys and values")
+    return value
+
+
+_Part = Annotated[Any, BeforeValidator(_keys_and_values)]
+
+
+class NormalizationRecord(BaseModel):
+    """Mean and standard deviation of the channels of the images, see `Normalized`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    mean: Annotated[tuple[float, ...], Field(min_length=1)]
+    std: Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], Field(min_length=1)]
+
+
+class ArchitectureRecord(BaseModel):
+    """Arguments of `create_model`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    classes: int
+    channels: int
+    width: float = 1.0
+    activation: Activation = "relu"
+
+
+class TransformersRecord(BaseModel):
+    """A network of the package transformers: the name of its class there, and its configuration."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: Annotated[str, Field(pattern=r"^\w+$")]
+    config: dict[str, Any]
+
+
+class NamedRecord(BaseModel):
+    """A network that is neither one of `MODELS` nor of transformers.
+
+    Attributes:
+        name: see `network_from`; of a file its path below the folder that it was saved from, or its name.
+        arguments: what its factory was called with; None where that is not known.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: Annotated[str, Field(pattern=r"^[\w ./\\+-]+:[\w./+-]+$", max_length=300)]
+    arguments: dict[str, Any] | None = None
+
+
+class Outline(BaseModel):
+    """The keys of `config.json`; `ArtefactConfig` also checks what random layers and rules hold."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    format: Literal["selfensemble"] = "selfensemble"
+    format_version: int = FORMAT_VERSION
+    weights: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")] | None = None
+    architecture: ArchitectureRecord | None = None
+    transformers: TransformersRecord | None = None
+    network: NamedRecord | None = None
+    normalize: NormalizationRecord | None = None
+    noise: dict[str, _Level | Annotated[tuple[_Level, ...], Field(min_length=1)]]
+    resize_pad: _Part = None
+    randomness: _Part = None
+    draws: Annotated[int, Field(ge=1)]
+    sampling: Literal["per_image", "shared"] = "shared"
+    bounds: tuple[float, float] | None = (0.0, 1.0)
+    classes: tuple[str, ...] | None = None
+    input_shape: tuple[int, int, int] | None = None
+    metrics: dict[str, Any] = {}
+    recipe: dict[str, Any] | None = None
+    stopping: _Part = None
+    sets: _Part = None
+
+
+def read_as(schema: type[_Config], folder: str | Path) -> _Config:
+    """The checked `config.json` of a saved ensemble; a folder, or a name of the zoo.
+
+    Raises:
+        FileNotFoundError: the folder or the file is missing.
+        ValueError: the file is damaged, foreign, or written by a newer version.
+    """
+    path = locate(folder) / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no {CONFIG} in {folder}: pass the folder that `selfensemble train` wrote (its --out)"
+        )
+    return read_versioned(path, schema, "selfensemble", FORMAT_VERSION, "train again or restore the file")
