@@ -131,7 +131,7 @@ def test_cards_take_evaluations_of_the_same_network_only(tmp_path: Path) -> None
     settings = Settings(images=20, n0=10, n=200, method="vote")
     certified = Certification(rse.load(mine), data, settings, tmp_path / "certified", name="mine").run()
     card = write_card(mine, [results], certificates=[certified]).read_text()
-    assert "selfensemble certify mine --method vote --n 200" in card
+    assert "selfensemble certify mine --method vote --max-draws 200 --n 20" in card
     assert f"| 0.00 | {100 * certified.curve[0].accuracy:.1f} %" in card
     assert "carries no certificate" not in card
     other = rse.load(mine)

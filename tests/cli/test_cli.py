@@ -92,7 +92,7 @@ def test_evaluate(model: Path, tmp_path: Path) -> None:
 def test_doctor(model: Path) -> None:
     arguments = ("doctor", model, "--n", 5, "--eps", "1/10", "--steps", 3, "--eot", 2)
     process = call(*arguments, "--json")
-    checks = json.loads(process.stdout)
+    checks = json.loads(process.stdout)["checks"]
     assert {check["name"] for check in checks} >= {"eval mode", "randomness", "gradients"}
     assert process.returncode == (3 if any(check["passed"] is False for check in checks) else 0)
     assert "eps" in error("doctor", model, "--eps", "8/0")

@@ -94,7 +94,7 @@ COMMANDS: dict[str, tuple[tuple[Any, ...], tuple[str, ...], Callable[[Any], bool
     ),
     "doctor": (
         ("--n", 5, "--steps", 2, "--eot", 2, "--json"), DATA,
-        lambda found: {each["name"] for each in found if each["passed"]}  >= PASSED,
+        lambda found: {each["name"] for each in found["checks"] if each["passed"]}  >= PASSED,
     ),
     "certify": (
         ("--n-images", 5, "--n", 200, "--n0", 20, "--json"), DATA,

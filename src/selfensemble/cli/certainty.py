@@ -77,17 +77,9 @@ def certify(
     with resumable(folder), terminal.progress() as update:
         update("preparing", 0.0)
         results = Certification(
-            ensemble,
-            test,
-            settings,
-            folder,
-            name=name,
-            max_batch=max_batch,
-            architecture=opened.architecture,
-            progress=update,
-            rank=rank,
-            world=world,
-        ).run()
+            ensemble, test, settings, folder, name=name, max_batch=max_batch, progress=update, rank=rank,
+            architecture=opened.architecture, world=world,
+        ).run()  # fmt: skip
     if rank != 0:
         return
     if as_json:
