@@ -20,6 +20,7 @@ from ..noise.layer import RandomLayer
 from ..noise.randomness import AnyRandomness, randomise_, randomness_of
 from ..noise.resize_pad import ResizePadConfig
 from ..noise.streams import Sampling
+from ..runtime.schema import Count
 from .foreign import trusted
 from .named import NamedNetwork
 
@@ -144,7 +145,7 @@ class ArtefactConfig(BaseModel):
         resize_pad: random resize-and-pad in front of the network, if any.
         randomness: its random layers of other kinds and their places, if any.
         classes: names of the classes, where known.
-        input_shape: (C, H, W) of one input, where known.
+        input_shape: of one input, where known: (C, H, W) of images, (C, T) or (T,) of waveforms, ...
         metrics: figures measured when it was saved, with what they were measured on.
         recipe: the recipe it was trained by, if any.
         stopping: margins at which images stop drawing, if it was calibrated.
@@ -166,7 +167,7 @@ class ArtefactConfig(BaseModel):
     sampling: Sampling = "shared"
     bounds: tuple[float, float] | None = (0.0, 1.0)
     classes: tuple[str, ...] | None = None
-    input_shape: tuple[int, int, int] | None = None
+    input_shape: Annotated[tuple[Count, ...], Field(min_length=1, max_length=4)] | None = None
     metrics: dict[str, Any] = {}
     recipe: dict[str, Any] | None = None
     stopping: Calibrated | None = None

@@ -133,7 +133,7 @@ class Evaluation:
             try:
                 run.call()(self.ensemble, self.inputs[:0], self.labels[:0], **run.settings)
                 for eps in run.radii:
-                    check_eps(eps, run.norm or "linf", self.inputs[:0])
+                    check_eps(eps / (self.bounds[1] - self.bounds[0]), run.norm or "linf", self.inputs[:0])
             except ValueError as error:
                 raise ValueError(f"attack {run.key}: {error}") from error
 

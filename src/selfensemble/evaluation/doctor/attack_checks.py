@@ -25,7 +25,7 @@ _LARGE = {"linf": 0.5, "l2": 0.25, "l1": 0.25}  # large eps: a share of the box'
 
 
 def _large_eps(subject: Subject) -> float:
-    return _LARGE[subject.norm] * largest_eps(subject.norm, subject.all_inputs[:1].numel())
+    return subject.scale * _LARGE[subject.norm] * largest_eps(subject.norm, subject.all_inputs[:1].numel())
 
 
 def _difference(one: Tensor, other: Tensor) -> tuple[float, float]:

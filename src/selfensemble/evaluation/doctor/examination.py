@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...attacks.norms import check_eps, check_norm
+from ...attacks.units import bounds_of
 from ...data.labels import class_numbers
 from ...noise.calls import own_modes, set_modes
 from ...noise.own_numbers import OwnNumbers
@@ -61,9 +62,9 @@ def doctor(
 
     Args:
         model: any classifier; it is left as it was.
-        inputs: (B, C, H, W) in [0, 1], real images of the task.
+        inputs: (B, ...) in [0, 1], or the bounds of an ensemble: real images, or other inputs, of the task.
         labels: (B,) integers, the true classes.
-        norm, eps: threat model of the trial attacks.
+        norm, eps: threat model of the trial attacks, in the units of the inputs.
         steps, eot: their budget, which the checks of twice the budget find sufficient or not.
         images: how many images the trials use, the first ones that the model gets right.
         expect_random: whether two answers of the model should differ; None to judge by what is in it.
@@ -79,7 +80,8 @@ def doctor(
             errors, but failed checks.
     """
     check_norm(norm)
-    check_eps(eps, norm, inputs)
+    low, high = bounds_of(model)
+    check_eps(eps / (high - low), norm, inputs)
     subject = Subject(
         model, inputs, labels, norm=norm, eps=eps, steps=steps, eot=eot, images=images,
         expect_random=expect_random, max_batch=max_batch, seed=seed,

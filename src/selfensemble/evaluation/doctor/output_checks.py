@@ -11,7 +11,7 @@ from ..results import CheckRecord
 from .findings import PASSES, ROUNDING, differ, failed, not_applicable, passed, share
 from .subject import Subject
 
-_STEP = 0.05  # Euclidean length of the steps that gradients must predict
+_STEP = 0.05  # Euclidean length of the steps that gradients must predict, in [0, 1]
 _UNDERFLOW = 88.0  # a margin beyond which float32 softmax has no gradient left
 
 
@@ -58,23 +58,26 @@ def batch_independence(subject: Subject) -> CheckRecord:
 
 
 def input_range(subject: Subject) -> CheckRecord:
-    """The model reads images in [0, 1]: it is not better on [0, 255] or on standardised ones."""
+    """The model reads images in its bounds, by default [0, 1]: it is not better on [0, 255] or others."""
     x, y = subject.all_inputs, subject.all_labels
     dims = [0, *range(2, x.dim())]
+    low, high = subject.bounds
+    own, unit = f"[{low:g}, {high:g}]", (x - low) / subject.scale
     views = {
-        "[0, 1]": x,
-        "[0, 255]": 255 * x,
-        "[-1, 1]": 2 * x - 1,
+        own: x,
+        "[0, 1]": unit,
+        "[0, 255]": 255 * unit,
+        "[-1, 1]": 2 * unit - 1,
         "standardised": (x - x.mean(dims, keepdim=True)) / x.std(dims, keepdim=True).clamp(min=1e-6),
-    }
+    } | {own: x}
     found = {name: _right(subject, view, y) for name, view in views.items()}
     figure = ", ".join(f"{100 * value:.1f} % on {name}" for name, value in found.items())
     best = max(found, key=lambda name: found[name])
-    if found[best] > found["[0, 1]"] + 0.1:
+    if found[best] > found[own] + 0.1:
         return failed(
             figure,
             f"the model expects {best} images: put the scaling into the model, so that eps and std are in "
-            "units of [0, 1] pixels",
+            f"units of {own} pixels",
         )
     return passed(figure)
 
@@ -129,7 +132,8 @@ def gradients(subject: Subject) -> CheckRecord:
     """Gradients exist, are not zero, and predict what a small step does."""
     images, labels = subject.clean
     # A little inside the box, so that small steps stay in it.
-    images, labels = images[:32].clamp(_STEP, 1 - _STEP), labels[:32].to(subject.device)
+    (low, high), step = subject.bounds, _STEP * subject.scale
+    images, labels = images[:32].clamp(low + step, high - step), labels[:32].to(subject.device)
     zero = {}
     for name, loss in (("cross-entropy", _cross_entropy), ("margin", margin)):
         outputs, leaf = subject.with_gradient(images)
@@ -172,7 +176,8 @@ def _error_of_prediction(subject: Subject, images: Tensor, labels: Tensor) -> fl
         outputs, leaf = subject.with_gradient(images)
         (gradient,) = torch.autograd.grad(margin(outputs.float(), labels, False).sum(), leaf)
     length = gradient.flatten(1).norm(dim=1)
-    step = _STEP * gradient / length.reshape(-1, *[1] * (images.dim() - 1)).clamp(min=1e-12)
+    size = _STEP * subject.scale
+    step = size * gradient / length.reshape(-1, *[1] * (images.dim() - 1)).clamp(min=1e-12)
     change = value(leaf.detach() + step) - value(leaf.detach() - step)
-    predicted = 2 * _STEP * length
+    predicted = 2 * size * length
     return float(((change - predicted).abs() / predicted.clamp(min=1e-12)).median())

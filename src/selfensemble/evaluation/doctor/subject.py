@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...attacks.driver import attacked, check_batch, device_of, looks_like_probabilities, single_draw
 from ...attacks.pgd import pgd
+from ...attacks.units import bounds_of
 from ...ensemble.checks import floating_dtype
 from ...ensemble.ensemble import SelfEnsemble
 from ...ensemble.randomness import draws_numbers, takes_numbers
@@ -39,16 +40,22 @@ class Subject:
         max_batch: int,
         seed: int,
     ) -> None:
-        labels = check_batch(inputs, labels)
+        labels = check_batch(inputs, labels, model)
         if len(inputs) == 0:
             raise ValueError("no images to examine the model with")
         self.model, self.norm, self.eps, self.steps, self.eot = model, norm, eps, steps, eot
         self.max_batch, self.seed, self.images = max_batch, seed, images
         self.expect_random = expect_random
+        self.bounds = bounds_of(model)
         self.device = device_of(model, inputs)
         self.dtype = floating_dtype(original_of(model)) or torch.float32
         # In float32, in which attacks compute: not every device has float64.
         self.all_inputs, self.all_labels = inputs[: 4 * images].float(), labels[: 4 * images]
+
+    @property
+    def scale(self) -> float:
+        """How wide the range of inputs is, in which radii are meant; 1 of images in [0, 1]."""
+        return self.bounds[1] - self.bounds[0]
 
     def once(self, inputs: Tensor) -> Tensor:
         """Outputs of one pass in eval mode, one noise draw of an ensemble, fresh noise."""
