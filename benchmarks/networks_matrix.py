@@ -243,7 +243,7 @@ def standardised(make: Make, images: Tensor) -> str:
 def saved(make: Make, images: Tensor) -> str:
     ensemble = _ensemble(make, images)
     with tempfile.TemporaryDirectory() as folder:
-        rse.save(ensemble, folder, input_shape=tuple(images.shape[1:]))  # type: ignore[arg-type]
+        rse.save(ensemble, folder, input_shape=tuple(images.shape[1:]))
         loaded = rse.load(folder)
         card = write_card(Path(folder), ensemble=loaded).read_text()
     wrong = "" if "std 0.2 on the image" in card else "the card does not know where the noise is"

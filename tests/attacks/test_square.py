@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import selfensemble as rse
 from selfensemble.attacks.budget import count_evaluations
 from selfensemble.attacks.norms import Norm, size
-from selfensemble.attacks.square import square
+from selfensemble.attacks.square import _Proposals, square
 
 from ..conftest import LinearClassifier
 
@@ -55,6 +55,36 @@ def test_comes_near_the_largest_loss(
     gain = lead(linear, adversarial, labels) - lead(linear, grey, labels)
     assert (gain > share * largest).all()
     assert (gain <= largest + 1e-4).all()
+
+
+@pytest.mark.parametrize("shape", [(16,), (1, 16), (2, 8), (1, 2, 2, 4)])
+def test_waveforms_and_volumes_reach_the_largest_loss(
+    linear: LinearClassifier, grey: Tensor, shape: tuple[int, ...]
+) -> None:
+    waves = grey.view(8, *shape)
+    labels = answers(linear, waves)
+    found = square(linear, waves, labels, eps=0.05, queries=1000, early_stop=False, seed=0)
+    assert found.shape == waves.shape
+    optimum = lead(linear, waves, labels) + 0.05 * linear.a.detach().abs().sum()
+    torch.testing.assert_close(lead(linear, found, labels), optimum, atol=1e-4, rtol=0)
+    for norm, share in (("l2", 0.4), ("l1", 0.3)):
+        eps = {"l2": 0.2, "l1": 0.4}[norm]
+        found = square(linear, waves, labels, norm=norm, eps=eps, queries=1000, early_stop=False, seed=0)  # type: ignore[arg-type]
+        largest = eps * (linear.a.norm() if norm == "l2" else linear.a.abs().max()).detach()
+        gain = lead(linear, found, labels) - lead(linear, waves, labels)
+        assert (gain > share * largest).all()
+        assert (gain <= largest + 1e-4).all()
+
+
+def test_a_waveform_is_changed_in_pieces_of_the_share() -> None:
+    proposals = _Proposals("linf", 0.1, torch.Generator().manual_seed(0))
+    waves = torch.full((20, 2, 1000), 0.5)
+    changed = (proposals.next(waves, waves, 0.3) != waves).any(dim=1)
+    for row in changed:
+        (places,) = row.nonzero(as_tuple=True)
+        assert (len(places), int(places[-1] - places[0])) == (300, 299)
+    starts = {int(row.nonzero()[0]) for row in changed}
+    assert len(starts) > 15  # of 701 each
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])

@@ -279,3 +279,38 @@ def test_noise_where_a_recipe_wants_it(tmp_path: Path) -> None:
     levels = {name: layer.std for name, layer in rse.noise_layers(scaled.network.model).items()}
     assert levels == {"": 0.1, "model.next": 0.1}
     assert rse.certify(scaled.network.eval(), data.tensors[0][:2], n=50, n0=10).radius.shape == (2,)
+
+
+def test_a_recipe_for_inputs_of_another_range(tmp_path: Path) -> None:
+    """Waveforms in [-1, 1] are refused until the recipe says so, and are then trained on as they are."""
+    turns = torch.linspace(0, 20, 64) * torch.tensor([1.0, 3.0]).repeat(30)[:, None]
+    data = rse.ImageData("waves", torch.sin(turns)[:, None], torch.arange(60) % 2, ("low", "high"))
+    network = nn.Sequential(
+        nn.Conv1d(1, 8, 5), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(8, 2)
+    )
+    settings = ["train.epochs=2", "train.batch_size=16", "data.crop_padding=0", "data.flip=false"]
+
+    def trainer(*more: str) -> Trainer:
+        recipe = load_recipe("digits-rse", [*settings, *more])
+        return Trainer(recipe, tmp_path / "out", model=network, train_data=data, test_data=data)
+
+    with pytest.raises(ValueError, match=r"trained on \[0, 1\].* or set data.bounds"):
+        trainer()
+    with pytest.raises(ValueError, match=r"trained on \[-0.5, 1\]"):
+        trainer("data.bounds=[-0.5, 1]")
+    with pytest.raises(ValueError, match="write them in that order"):
+        load_recipe("digits-rse", ["data.bounds=[1, -1]"])
+    made = trainer("data.bounds=[-1, 1]", "defense={name: adversarial, eps: 0.1, steps: 1}")
+    assert tuple(made.ensemble.bounds or ()) == (-1, 1)
+    made.run()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["bounds"], config["input_shape"]) == ([-1.0, 1.0], [1, 64])
+
+
+def test_bytes_are_scaled_to_the_bounds_of_a_recipe(tmp_path: Path) -> None:
+    recipe = load_recipe("digits-rse", ["data.bounds=[-1, 3]", "data.crop_padding=1", "train.epochs=1"])
+    batches = Trainer(recipe, tmp_path / "out").batches
+    inputs, _ = batches.batch(torch.arange(64))
+    assert (float(inputs.min()), float(inputs.max())) == (-1, 3)
+    assert batches.test.inputs(slice(50)).min() == -1
+    assert not (inputs == 0).any()  # of 256 levels none is 0: what is put around an image is black

@@ -306,3 +306,39 @@ def test_averaged_weights_are_the_average(tmp_path: Path) -> None:
     found = next(rse.load(tmp_path).parameters()).detach()
     torch.testing.assert_close(found, expected)
     assert not torch.equal(found, weight)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_attacks_in_training_are_in_the_units_of_the_inputs(norm: Norm) -> None:
+    """In [-1, 1] twice the radius is what the radius is in [0, 1], at the border too."""
+    linear = LinearClassifier(16)
+    network = nn.Sequential(rse.GaussianNoise(0.0), linear)
+    ensemble = rse.SelfEnsemble(network, rse.NoiseConfig(0, 0), bounds=(-1, 1))
+    waves = torch.tensor([-1.0, 1.0, -0.2, 0.1] * 4).repeat(8, 1)
+    labels = linear(waves).argmax(dim=1)
+
+    def loss(over: Tensor) -> Tensor:
+        return functional.nll_loss(over, labels)
+
+    found = maximise(ensemble, waves, loss, norm=norm, eps=0.5, steps=20, step_size=0.1)
+    assert found.abs().max() <= 1
+    assert (size(found - waves, norm) <= 0.5 + 1e-5).all()
+    assert (found < -0.3).any()  # below what [0, 1] would leave
+    if norm == "linf":
+        uphill = -linear.a.detach().sign() * (2 * labels[:, None] - 1) * (-1)
+        best = (waves + 0.5 * uphill).clamp(-1, 1), (waves - 0.5 * uphill).clamp(-1, 1)
+        assert any(torch.allclose(found, each, atol=1e-5) for each in best)
+
+
+def test_fgsm_retraining_stays_in_the_bounds() -> None:
+    linear = LinearClassifier(16)
+    ensemble = rse.SelfEnsemble(nn.Sequential(linear), rse.NoiseConfig(0, 0), bounds=(-1, 1))
+    seen: list[Tensor] = []
+    linear.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    waves = -0.9 + 0.01 * torch.rand(8, 1, 16)
+    labels = torch.arange(8) % 2
+    defenses.FgsmRetraining().loss(networks(ensemble), waves, labels)
+    moved = size(seen[-1][:4] - waves[:4], "linf")
+    assert ((moved >= 0.1 - 1e-6) & (moved <= 0.3 + 1e-6)).all()
+    assert seen[-1].min() >= -1
+    assert seen[-1].min() < -0.95

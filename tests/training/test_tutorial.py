@@ -1,4 +1,4 @@
-"""The tutorial on photos: its files and its commands, as they stand there, on small photos and short."""
+"""The tutorials on photos and on audio: their files and commands as they stand there, on little data."""
 
 import json
 import re
@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from ..command import call, run
+from ..command import call, error, run
 
-PAGE = (Path(__file__).parents[2] / "docs" / "photos.md").read_text()
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE, AUDIO = ((DOCS / name).read_text() for name in ("photos.md", "audio.md"))
 SHORT = (
     "data.size=24", "data.workers=1", "train.epochs=2", "train.batch_size=16", "train.warmup_epochs=0.5",
     "noise.draws=2", "train.precision=no", "model.arguments={width: 4}", "train.checkpoint_steps=2",
@@ -24,10 +26,12 @@ CHEAP = {
 }  # fmt: skip
 
 
-def block(kind: str) -> str:
-    found = re.search(rf"^```{kind}[^\n]*\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
-    assert found is not None
-    return found[1]
+def blocks(page: str, kind: str) -> list[str]:
+    return re.findall(rf"^```{kind}[^\n]*\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+
+
+def commands_of(page: str) -> list[list[str]]:
+    return [shlex.split(line)[1:] for line in page.splitlines() if line.startswith("selfensemble ")]
 
 
 def test_a_folder_of_photos_and_a_network_by_commands_alone(
@@ -41,9 +45,9 @@ def test_a_folder_of_photos_and_a_network_by_commands_alone(
             pixels = chance.integers(0, 100, (*chance.integers(26, 40, 2), 3), dtype=np.uint8)
             pixels[..., channel] += 150
             Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{number:03}.jpg")
-    (tmp_path / "mynets.py").write_text(block("py "))
-    (tmp_path / "my.yaml").write_text(block("yaml"))
-    commands = [shlex.split(line)[1:] for line in PAGE.splitlines() if line.startswith("selfensemble ")]
+    (tmp_path / "mynets.py").write_text(blocks(PAGE, "py ")[0])
+    (tmp_path / "my.yaml").write_text(blocks(PAGE, "yaml")[0])
+    commands = commands_of(PAGE)
     trains = [each for each in commands if each[0] == "train"]
     others = [each for each in commands if each[0] != "train"]
     assert (len(trains), {each[0] for each in others}) == (2, set(CHEAP))
@@ -60,3 +64,41 @@ def test_a_folder_of_photos_and_a_network_by_commands_alone(
     assert (evaluated["data"]["images"], evaluated["data"]["drawn"]) == (20, 0)
     certified = json.loads((tmp_path / "runs" / "cats-certified-mean" / "certified.json").read_text())
     assert certified["data"]["images"] == 4
+
+
+def test_a_network_on_waveforms_by_commands_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks(AUDIO, "py ")
+    few = code.replace("Tones(800", "Tones(160").replace("1024", "256")
+    assert few.count("256") == 1
+    (tmp_path / "tones.py").write_text(few)
+    recipe, protocol = blocks(AUDIO, "yaml")
+    (tmp_path / "tones.yaml").write_text(recipe)
+    (tmp_path / "sounds.yaml").write_text(protocol.replace("steps: 100", "steps: 5").replace("300", "40"))
+    cheap = {
+        "train": ("--set", "train.epochs=8", "--set", "train.batch_size=32", "--set", "noise.draws=2"),
+        "evaluate": ("--n", 8), "doctor": ("--n", 5, "--steps", 2, "--eot", 2),
+        "certify": ("--n", 4, "--max-draws", 200), "calibrate": ("--epsilon", 0.9, "--most", 4),
+        "export": (), "validate": (),
+    }  # fmt: skip
+    commands = commands_of(AUDIO)
+    assert {command[0] for command in commands} == set(cheap)
+    for command in commands:
+        if "tones.pt" in command:
+            from selfensemble.networks.naming import network_from
+
+            torch.save(network_from("tones.py:network").state_dict(), "tones.pt")
+        written = [part.replace("1x1024", "1x256") for part in command]
+        finished = call(*written, *cheap[command[0]])
+        assert finished.returncode in ((0, 3) if command[0] == "doctor" else (0,)), finished.stderr
+    config = json.loads((tmp_path / "heard" / "config.json").read_text())
+    assert (config["input_shape"], config["bounds"]) == ([1, 256], [-1.0, 1.0])
+    assert config["metrics"]["test"]["accuracy"] > 0.4  # chance is 0.25, and 200 images tell them apart
+    evaluated = json.loads((tmp_path / "runs" / "heard-sounds" / "results.json").read_text())
+    assert len(evaluated["attacks"]) == 8
+    assert all(each["max_linf"] <= 0.0401 for each in evaluated["attacks"] if each["norm"] == "linf")
+    run("report", "runs/heard-sounds", "--out", "report.html")
+    assert "no images" in (tmp_path / "report.html").read_text()
+    named = ("--network", "tones.py:network")
+    assert "no images of 1 or 3 channels" in error("predict", "tones.py", "--model", "heard", *named)
+    assert "no images of 1 or 3 channels" in error("serve", "heard", *named)

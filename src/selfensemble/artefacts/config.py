@@ -123,7 +123,7 @@ class ArtefactConfig(Outline):
         resize_pad: random resize-and-pad in front of the network, if any.
         randomness: its random layers of other kinds and their places, if any.
         classes: names of the classes, where known.
-        input_shape: (C, H, W) of one input, where known.
+        input_shape: of one input, where known: (C, H, W) of images, (C, T) or (T,) of waveforms, ...
         metrics: figures measured when it was saved, with what they were measured on.
         recipe: the recipe it was trained by, if any.
         stopping: margins at which images stop drawing, if it was calibrated.

@@ -41,6 +41,7 @@ def ensemble_of(
     mean: Channels | None = None,
     std: Channels | None = None,
     example_inputs: Tensor | None = None,
+    bounds: tuple[float, float] | None = None,
 ) -> SelfEnsemble:
     """The ensemble of a named network, in eval mode.
 
@@ -54,12 +55,13 @@ def ensemble_of(
             is in units of pixels, and none goes in front of the layer that sees the image behind them. By
             default those of a network that has the weights of its library; 0 and 1 for none.
         example_inputs: (B, ...) images; by them the first layer is the first that runs.
+        bounds: the range of inputs; [0, 1] by default, or that of an ensemble that the name stands for.
 
     Raises:
         ValueError, TypeError: what is wrong with the network or the options.
     """
     if isinstance(network, SelfEnsemble):
-        return _as_it_is(network, name, draws, noise is None and mean is None and std is None)
+        return _as_it_is(network, name, draws, not (noise or bounds) and mean is std is None)
     chosen = filter_named(filter_name)
     is_wanted = noise is None or noise.init_std > 0 or noise.inner_std > 0
     if is_wanted and not any(chosen(module, fqn) for fqn, module in network.named_modules()):
@@ -70,8 +72,9 @@ def ensemble_of(
     if isinstance(network, Normalized):
         chosen = in_pixels(network, chosen, example_inputs)
     ensemble = SelfEnsemble(
-        network, noise, draws=draws or 10, filter_fn=chosen, example_inputs=example_inputs
-    )
+        network, noise, draws=draws or 10, filter_fn=chosen, example_inputs=example_inputs,
+        bounds=bounds or (0.0, 1.0),
+    )  # fmt: skip
     to_eval_mode_(ensemble)
     return ensemble
 
@@ -89,7 +92,9 @@ def with_mean_and_std(
 
 def _as_it_is(ensemble: SelfEnsemble, name: str, draws: int | None, is_asked_nothing: bool) -> SelfEnsemble:
     if not is_asked_nothing:
-        raise ValueError(f"{name} is a SelfEnsemble, which has its noise: leave noise, mean and std out")
+        raise ValueError(
+            f"{name} is a SelfEnsemble, which has its noise: leave noise, mean, std and bounds out"
+        )
     ensemble.draws = draws or ensemble.draws
     to_eval_mode_(ensemble)
     return ensemble

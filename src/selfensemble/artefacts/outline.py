@@ -7,6 +7,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from ..networks.names import Activation
 from ..runtime.files import read_versioned
+from ..runtime.schema import Count
 from .zoo import locate
 
 FORMAT_VERSION = 1
@@ -83,7 +84,7 @@ class Outline(BaseModel):
     sampling: Literal["per_image", "shared"] = "shared"
     bounds: tuple[float, float] | None = (0.0, 1.0)
     classes: tuple[str, ...] | None = None
-    input_shape: tuple[int, int, int] | None = None
+    input_shape: Annotated[tuple[Count, ...], Field(min_length=1, max_length=4)] | None = None
     metrics: dict[str, Any] = {}
     recipe: dict[str, Any] | None = None
     stopping: _Part = None

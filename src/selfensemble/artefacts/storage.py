@@ -43,7 +43,7 @@ def save(
     *,
     architecture: Architecture | None = None,
     classes: tuple[str, ...] | None = None,
-    input_shape: tuple[int, int, int] | None = None,
+    input_shape: tuple[int, ...] | None = None,
     metrics: dict[str, Any] | None = None,
     recipe: dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,

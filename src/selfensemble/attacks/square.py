@@ -48,6 +48,9 @@ def square(
     the clean image and confirming successes come on top. AutoAttack takes 5000 queries, and loss "ce"
     if targeted.
 
+    Inputs of other shapes are searched likewise: waveforms (B, T) and (B, C, T) in pieces of time, which
+    cover the same share, (B, C, D, H, W) as images of D x H rows.
+
     Differences from the published code: every image has squares of its own; squares reach the last row
     and column; for L-inf, signs that would change nothing are drawn again.
 
@@ -62,7 +65,7 @@ def square(
         model, inputs, labels, targeted, norm, eps, noise: see `pgd`.
 
     Returns:
-        (B, C, H, W) in the ball and in [0, 1]; judge them on fresh noise.
+        Of the shape of `inputs`, in the ball and in [0, 1]; judge them on fresh noise.
 
     Raises:
         ValueError, TypeError: inputs, labels or settings that cannot be attacked.
@@ -70,8 +73,7 @@ def square(
     check_norm(norm)
     check_eps(eps, norm, inputs)
     objective = check_loss(loss)
-    if inputs.dim() != 4:
-        raise ValueError(f"Square changes squares of images (B, C, H, W), got shape {tuple(inputs.shape)}")
+    _check_shape(inputs)
     check_count("queries", queries)
     if not 0 < p_init <= 1:
         raise ValueError(f"p_init must be above 0 and at most 1, got {p_init}")
@@ -148,37 +150,49 @@ class _Search:
 
 
 class _Proposals:
-    """The published distributions of first images and of candidates, for all images of a batch at once."""
+    """The published distributions of first images and of candidates, for all images of a batch at once.
+
+    Inputs of one row (waveforms) are changed in pieces of it in place of squares.
+    """
 
     def __init__(self, norm: str, eps: float, generator: torch.Generator) -> None:
         self.norm, self.eps, self.generator = norm, eps, generator
 
     def start(self, x: Tensor) -> Tensor:
+        """First images for inputs of any shape."""
+        return self._start(_as_images(x)).view_as(x)
+
+    def next(self, x: Tensor, best: Tensor, share: float) -> Tensor:
+        """A candidate for each input: its best one, changed in a square of `share` of the pixels."""
+        return self._next(_as_images(x), _as_images(best), share).view_as(x)
+
+    def _start(self, x: Tensor) -> Tensor:
         """Vertical stripes for L-inf; a grid of small patterns for L2 and L1."""
         count, channels, height, width = x.shape
         if self.norm == "linf":
             return (x + self.eps * self._signs((count, channels, 1, width), x)).clamp(0.0, 1.0)
-        side = max(1, min(height, width) // 5)
-        down, across = height // side, width // side
+        side = max(1, (width if height == 1 else min(height, width)) // 5)
+        tall = min(side, height)
+        down, across = height // tall, width // side
         turned = self._integers(2, (count, 1, down, across), x)
-        tiles = self._pattern(side, x)[turned] * self._signs((count, channels, down, across, 1, 1), x)
+        tiles = self._pattern(tall, side, x)[turned] * self._signs((count, channels, down, across, 1, 1), x)
         change = torch.zeros_like(x)
-        top, left = (height - down * side) // 2, (width - across * side) // 2
-        change[:, :, top : top + down * side, left : left + across * side] = tiles.transpose(3, 4).reshape(
-            count, channels, down * side, across * side
+        top, left = (height - down * tall) // 2, (width - across * side) // 2
+        change[:, :, top : top + down * tall, left : left + across * side] = tiles.transpose(3, 4).reshape(
+            count, channels, down * tall, across * side
         )
         # A large ball is filled; into a small one L1 changes are projected.
         grow = (self.eps / size(change, self.norm).clamp(min=_TINY)).clamp(min=1.0)
         return self._fit(change * per_image(grow, change), x)
 
-    def next(self, x: Tensor, best: Tensor, share: float) -> Tensor:
-        """A candidate for each image: its best one, changed in a square of `share` of the pixels."""
+    def _next(self, x: Tensor, best: Tensor, share: float) -> Tensor:
         height, width = x.shape[2:]
-        side = max(1, round((share * height * width) ** 0.5))
+        longest = width if height == 1 else min(height, width)
+        side = max(1, round(share * width if height == 1 else (share * height * width) ** 0.5))
         if self.norm == "linf":
-            return self._flip(x, best, min(side, height, width))
+            return self._flip(x, best, min(side, longest))
         side = max(3, side)
-        return self._move(x, best, min(side + 1 - side % 2, height, width))
+        return self._move(x, best, min(side + 1 - side % 2, longest))
 
     def _flip(self, x: Tensor, best: Tensor, side: int) -> Tensor:
         """Set the square to +eps or -eps, one sign for each channel."""
@@ -208,7 +222,8 @@ class _Proposals:
         inside = size(change * covered, self.norm) ** power
         mass = per_image((free / x.shape[1] + inside) ** (1 / power), change)
         turned = self._integers(2, (len(x), 1), x)
-        pattern = self._pattern(side, x)[turned] * self._signs((*x.shape[:2], 1, 1), x)
+        pattern = self._pattern(min(side, x.shape[2]), side, x)[turned]
+        pattern = pattern * self._signs((*x.shape[:2], 1, 1), x)
         old = change[window]
         new = pattern + old / self._channel_norms(old).clamp(min=_TINY)
         change[other] = 0.0
@@ -227,22 +242,26 @@ class _Proposals:
         )
         return norms
 
-    def _pattern(self, side: int, like: Tensor) -> Tensor:
-        """(2, side, side) of norm 1: a positive and a negative bump, one above or beside the other."""
+    def _pattern(self, tall: int, side: int, like: Tensor) -> Tensor:
+        """(2, tall, side) of norm 1: a positive and a negative bump, one above or beside the other.
+
+        `tall` is `side`, or 1: then they are beside each other in both.
+        """
         half = side // 2
-        pattern = torch.zeros(side, side, dtype=torch.float32, device="cpu")
+        pattern = torch.zeros(side, tall, dtype=torch.float32, device="cpu")
         for rows, sign in ((slice(0, half), 1.0), (slice(half, side), -1.0)):
             if rows.stop > rows.start:
-                bump = _bump(rows.stop - rows.start, side)
+                bump = _bump(rows.stop - rows.start, tall)
                 pattern[rows] = sign * bump / bump.norm(p=2 if self.norm == "l2" else 1)
         pattern /= pattern.norm(p=2 if self.norm == "l2" else 1)
-        return torch.stack([pattern, pattern.T]).to(like)
+        return torch.stack([pattern if tall == side else pattern.T, pattern.T]).to(like)
 
     def _window(self, x: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Indices of a random square in each image: `x[window]` is (B, C, side, side)."""
+        """Indices of a random square in each image: `x[window]` is (B, C, side or 1, side)."""
         count, channels, height, width = x.shape
         span = torch.arange(side, device=x.device)
-        rows = self._integers(height - side + 1, (count, 1, 1, 1), x) + span[:, None]
+        tall = min(side, height)
+        rows = self._integers(height - tall + 1, (count, 1, 1, 1), x) + span[:tall, None]
         columns = self._integers(width - side + 1, (count, 1, 1, 1), x) + span
         images = torch.arange(count, device=x.device).reshape(-1, 1, 1, 1)
         return images, torch.arange(channels, device=x.device).reshape(-1, 1, 1), rows, columns
@@ -252,6 +271,22 @@ class _Proposals:
 
     def _signs(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         return (2.0 * torch.randint(2, shape, generator=self.generator, device="cpu") - 1).to(like)
+
+
+def _check_shape(inputs: Tensor) -> None:
+    """Raise a ValueError unless there are squares or pieces of time to change."""
+    if not 2 <= inputs.dim() <= 5:
+        raise ValueError(
+            "Square changes squares of images (B, C, H, W) or pieces of waveforms (B, C, T), got shape "
+            f"{tuple(inputs.shape)}"
+        )
+
+
+def _as_images(x: Tensor) -> Tensor:
+    """Any of (B, T), (B, C, T), (B, C, H, W), (B, C, D, H, W) as (B, C, H, W); time is a row."""
+    if x.dim() == 4:
+        return x
+    return x.reshape(len(x), 1 if x.dim() == 2 else x.shape[1], -1, x.shape[-1])
 
 
 def _bump(height: int, width: int) -> Tensor:

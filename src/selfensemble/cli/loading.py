@@ -40,10 +40,11 @@ def test_data_of(config: "ArtefactConfig", data: DataOptions) -> "ImageData":
             + ("; ..." if len(test.skipped) > 5 else "")
         )
     if config.input_shape is not None and test.shape != config.input_shape:
-        channels, height, width = config.input_shape
+        channels, *sides = config.input_shape
+        square = len(sides) == 2 and sides[0] == sides[1]
         raise InputError(
-            f"{source} has images of shape {test.shape}, the model takes {config.input_shape}: pass the data "
-            "it was trained on" + (f", or --size {height} --channels {channels}" if height == width else "")
+            f"{source} has inputs of shape {test.shape}, the model takes {config.input_shape}: pass the data "
+            "it was trained on" + (f", or --size {sides[0]} --channels {channels}" if square else "")
         )
     return test if config.classes is None else test.with_classes(config.classes)
 
@@ -60,13 +61,15 @@ def _reading(recorded: dict[str, Any], data: DataOptions) -> dict[str, Any]:
 
 
 def _loaded(
-    source: str, reading: dict[str, Any], shape: tuple[int, int, int] | None, *, chosen: bool
+    source: str, reading: dict[str, Any], shape: tuple[int, ...] | None, *, chosen: bool
 ) -> "ImageData":
     """The test images, of the size of the network's inputs where they are photos of other sizes."""
     from ..data.rendering import UnclearError
     from ..data.sources import load_data
     from ..data.streaming import Streamed
 
+    if shape is not None and len(shape) != 3:  # of no images
+        return load_data(source, "test", **reading | {"shape": shape})
     fitting = reading if shape is None else reading | {"size": shape[1:], "channels": shape[0]}
     try:
         found = load_data(source, "test", **reading)

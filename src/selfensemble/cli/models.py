@@ -43,11 +43,12 @@ def predict(
 ) -> None:
     """Label images, with mean probabilities and spread; exit status 2 if some files cannot be read."""
     opened = open_network(model, network)
+    shape = opened.image_shape
     bad, records = list[tuple[Path, str]](), list[dict[str, Any]]()
     files, others = image_files(paths, bad)
     ensemble = opened.ensemble.to(device_named(device))
     centre = (opened.config.recipe or {}).get("data", {}).get("centre", 1.0)
-    for group, inputs in inputs_of(files, opened.shape, centre, bad, ensemble.bounds):
+    for group, inputs in inputs_of(files, shape, centre, bad, ensemble.bounds):
         if not records:
             ensemble = _as_calibrated(ensemble, inputs, stop, sets)
         asked = {"draws": draws, "seed": seed, "stop": stop}

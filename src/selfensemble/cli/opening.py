@@ -13,7 +13,7 @@ from ..runtime.errors import InputError
 from . import terminal
 from .data_options import NO_DATA, DataOptions
 from .loading import test_data_of, with_size
-from .options import NetworkOptions, arguments_of, channels_of, noise_of, shape_of
+from .options import NetworkOptions, arguments_of, bounds_of, channels_of, noise_of, shape_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..noise.injection import FilterFn
 
 _OF_NAMED = {"weights": "--weights", "noise": "--noise", "filter_name": "--filter", "mean": "--mean",
-             "std": "--std", "shape": "--shape"}  # fmt: skip
+             "std": "--std", "shape": "--shape", "bounds": "--bounds"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Opened:
         return self.images
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Of an image.
+    def shape(self) -> tuple[int, ...]:
+        """Of one input.
 
         Raises:
             InputError: it is not known.
@@ -63,6 +63,21 @@ class Opened:
         if self.config.input_shape is None:
             raise InputError(f"{self.name} does not say the shape of its inputs: use the Python interface")
         return self.config.input_shape
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of a command that reads image files.
+
+        Raises:
+            InputError: it is not known, or that of something else.
+        """
+        shape = self.shape
+        if len(shape) != 3 or shape[0] not in (1, 3):
+            raise InputError(
+                f"{self.name} takes inputs of shape {shape}, which are no images of 1 or 3 channels: ask it "
+                "in Python, ensemble.predict(inputs)"
+            )
+        return shape[0], shape[1], shape[2]
 
     @property
     def architecture(self) -> dict[str, Any] | None:
@@ -109,7 +124,11 @@ def open_bare(
     if not is_network_name(model):
         opened = open_network(model, options, data, with_data=data.data is not None)
         noisy = set(noise_layers(opened.ensemble.model))
-        example = _any_images(opened.shape) if data.data is None else opened.test.inputs(slice(2))
+        example = (
+            _any_images(opened.shape, opened.ensemble.bounds)
+            if data.data is None
+            else opened.test.inputs(slice(2))
+        )
         return opened.ensemble.model, example, lambda module, fqn: fqn in noisy or is_convolution(module)
     network = seeded_network(model, arguments_of(options), options.weights)
     _, example = _examples(network, model, options, data, data.data is not None)
@@ -124,12 +143,15 @@ def open_bare(
     return network, example, chosen
 
 
-def _any_images(shape: tuple[int, int, int]) -> "Tensor":
-    """Two random images of that shape, always the same."""
+def _any_images(shape: tuple[int, ...], bounds: tuple[float, float] | None) -> "Tensor":
+    """Two random inputs of that shape within the bounds, always the same."""
     import torch
 
+    from ..data.images import in_bounds
+
     generator = torch.Generator("cpu").manual_seed(0)
-    return torch.rand(2, *shape, generator=generator, dtype=torch.float32, device="cpu")
+    images = torch.rand(2, *shape, generator=generator, dtype=torch.float32, device="cpu")
+    return in_bounds(images, bounds)
 
 
 def saved_folder(model: str, what: str, *, zoo: bool = True) -> Path:
@@ -191,8 +213,9 @@ def _named(model: str, options: NetworkOptions, data: DataOptions, with_data: bo
     ensemble = ensemble_of(
         network, model, noise=noise_of(options), draws=options.draws,
         filter_name=options.filter_name or "conv", mean=channels_of(options.mean, "--mean"),
-        std=channels_of(options.std, "--std"), example_inputs=example,
+        std=channels_of(options.std, "--std"), example_inputs=example, bounds=bounds_of(options),
     )  # fmt: skip
+    images = None if images is None else images.within(ensemble.bounds)
     classes, images = _classes(network, ensemble, images, example, model)
     shape = tuple(example.shape[1:])
     config = storage.describe(ensemble, classes=classes, input_shape=shape)
@@ -206,16 +229,21 @@ def _examples(
     from ..artefacts.config import ArtefactConfig
     from ..networks.expected import expected_images
 
-    shape = shape_of(options) or expected_images(network, model).shape
+    shape, bounds = shape_of(options) or expected_images(network, model).shape, bounds_of(options)
     if not with_data:
         if shape is None:
-            raise InputError(f"{model} does not say the shape of its images: pass --shape, e.g. 3x224x224")
-        return None, _any_images(shape)
+            raise InputError(
+                f"{model} does not say the shape of its inputs: pass --shape, e.g. 3x224x224, or 1x16000"
+            )
+        return None, _any_images(shape, bounds)
     if data.data is None:
         raise InputError(f"{model} does not say what it was trained on: pass --data")
+    if shape is not None and len(shape) != 3:
+        images = test_data_of(ArtefactConfig(noise={}, draws=1, input_shape=shape), data).within(bounds)
+        return images, images.inputs(slice(2))
     square = shape is not None and shape[1] == shape[2]
     wanted = with_size(data, shape[2] if shape is not None and square else None)
-    images = test_data_of(ArtefactConfig(noise={}, draws=1), wanted)
+    images = test_data_of(ArtefactConfig(noise={}, draws=1), wanted).within(bounds)
     found = images.shape
     if options.shape is not None and found != shape:
         raise InputError(f"{data.data} has images of shape {found}, --shape says {shape}: change it")

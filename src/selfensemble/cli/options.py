@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,7 +54,10 @@ class NetworkOptions:
         str | None, typer.Option(help=f"{_NAMED}: of the pixels; the noise is in front of both.")
     ] = None
     shape: Annotated[
-        str | None, typer.Option(help=f"{_NAMED}: of an image, CHANNELSxHEIGHTxWIDTH, e.g. 3x224x224.")
+        str | None, typer.Option(help=f"{_NAMED}: of an input: 3x224x224 of images, 1x16000 of waveforms.")
+    ] = None
+    bounds: Annotated[
+        str | None, typer.Option(help=f"{_NAMED}: LOW:HIGH, the range of its inputs; 0:1 by default.")
     ] = None
 
 
@@ -126,12 +130,27 @@ def channels_of(text: str | None, flag: str) -> list[float] | None:
     return found
 
 
-def shape_of(options: NetworkOptions) -> tuple[int, int, int] | None:
-    """(C, H, W) as it was written."""
+def bounds_of(options: NetworkOptions) -> tuple[float, float] | None:
+    """The range of inputs as it was written."""
+    if (text := options.bounds) is None:
+        return None
+    try:
+        low, high = (float(part) for part in text.split(":"))
+    except ValueError:
+        raise InputError(f"--bounds is LOW:HIGH, the range of inputs, e.g. -1:1, got {text!r}") from None
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise InputError(f"--bounds is LOW:HIGH with LOW below HIGH, both finite, got {text!r}")
+    return low, high
+
+
+def shape_of(options: NetworkOptions) -> tuple[int, ...] | None:
+    """Of one input, as it was written."""
     if (text := options.shape) is None:
         return None
     parts = re.split("[x,]", text)
-    if len(parts) != 3 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise InputError(f"--shape is CHANNELSxHEIGHTxWIDTH, e.g. 3x224x224, got {text!r}")
-    channels, height, width = map(int, parts)
-    return channels, height, width
+    if len(parts) > 4 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise InputError(
+            f"--shape is that of one input, 1 to 4 numbers: CHANNELSxHEIGHTxWIDTH of an image (3x224x224), "
+            f"CHANNELSxSAMPLES of a waveform (1x16000), got {text!r}"
+        )
+    return tuple(map(int, parts))

@@ -122,11 +122,12 @@ def _loaded(
 
     target = device_named(device)
     ensemble = opened.ensemble.to(target)
-    example = torch.zeros(2, *opened.shape, dtype=torch.float32, device="cpu")
+    shape = opened.image_shape
+    example = torch.zeros(2, *shape, dtype=torch.float32, device="cpu")
     # Rules are about a precision; without --precision it is theirs, first of all that of the stops.
     rules = [rule.precision for rule in (ensemble.stopping, ensemble.sets) if rule is not None]
     ensemble = in_precision(ensemble, example, precision or [*rules, faster_precision(target)][0])
     classes = opened.config.classes or tuple(
         map(str, range(ensemble.eval().predict(example).probabilities.shape[1]))
     )
-    return ensemble, classes, opened.shape
+    return ensemble, classes, shape

@@ -50,7 +50,7 @@ def arrays(file: Path, split: Split, reading: Reading) -> ImageData:
             raise ValueError(
                 f"{file} holds pickled objects, which are never read: save plain arrays"
             ) from error
-    images, numbers, classes = as_images(pixels, str(file)), *_classes(labels, str(file))
+    images, numbers, classes = as_images(pixels, str(file), reading.shape), *_classes(labels, str(file))
     if len(images) != len(numbers):
         raise ValueError(f"{file} has {len(images)} images and {len(numbers)} labels: they must be as many")
     check_wanted(tuple(images.shape[1:]), reading, str(file))
@@ -83,19 +83,28 @@ def check_wanted(shape: tuple[int, ...], reading: Reading, source: str) -> None:
         )
 
 
-def as_images(pixels: Any, source: str) -> Tensor:
+def as_images(pixels: Any, source: str, shape: tuple[int, ...] | None = None) -> Tensor:
     """(N, H, W), (N, H, W, C) or (N, C, H, W) as the last of them; floating point as float32.
+
+    Args:
+        pixels: an array.
+        source: for errors.
+        shape: of one input, which is then taken as it is. Without it arrays of two dimensions, or of five
+            and more, are taken as they are, since they are no images.
 
     Raises:
         ValueError: it cannot be told where the channels are.
     """
     images = torch.as_tensor(pixels, device="cpu")
     images = images.float() if images.is_floating_point() else images
+    if tuple(images.shape[1:]) == shape or images.dim() in (2, 5):
+        return images
     if images.dim() == 3:
         return images.unsqueeze(1)
     if images.dim() != 4:
         raise ValueError(
-            f"{source}: images have the shape {tuple(images.shape)}, not (N, C, H, W) or (N, H, W, C)"
+            f"{source}: inputs have the shape {tuple(images.shape)}, not (N, C, H, W) or (N, H, W, C) of "
+            "images, (N, T) or (N, C, T) of waveforms"
         )
     _, first, middle, last = images.shape
     in_front, behind = first in (1, 3), last in (1, 3)

@@ -23,8 +23,9 @@ class ImageData:
 
     Attributes:
         name: where it came from.
-        images: (N, C, H, W): uint8, or floating point that networks get as it is. A tensor, memory-mapped
-            where it was decoded from files, or images that are decoded where they are indexed.
+        images: (N, C, H, W), or (N, ...) of inputs of any other shape, such as waveforms (N, C, T): uint8,
+            or floating point that networks get as it is. A tensor, memory-mapped where it was decoded from
+            files, or images that are decoded where they are indexed.
         labels: (N,) int64, beside the images; other integers become that.
         classes: names of the K classes.
         drawn: the seed of the order that the images are in; None for the order that they are stored in.
@@ -62,7 +63,7 @@ class ImageData:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one image: (C, H, W)."""
+        """Of one input: (C, H, W) of images."""
         return tuple(self.images.shape[1:])
 
     def inputs(self, index: Tensor | slice = slice(None)) -> Tensor:

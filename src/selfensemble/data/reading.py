@@ -25,6 +25,8 @@ class Options(TypedDict, total=False):
         stream: whether images are decoded as they are needed; by default those of more than 128 pixels.
         centre: side of the central part of images that is kept, as a share; 1.
         revision: of a data set of the Hub.
+        shape: of one input, where arrays are no images: (C, T) or (T,) of waveforms, ...; arrays of that
+            shape are taken as they are, and all else is refused.
     """
 
     channels: int | None
@@ -37,6 +39,7 @@ class Options(TypedDict, total=False):
     stream: bool | None
     centre: float
     revision: str | None
+    shape: tuple[int, ...] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +57,7 @@ class Reading:
     stream: bool | None = None
     centre: float = 1.0
     revision: str | None = None
+    shape: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         sides = (self.size,) if isinstance(self.size, int) else self.size or ()

@@ -52,8 +52,17 @@ def load_data(
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     reading = Reading(size=size, **options)
     source = str(source)
-    if source == "digits":
-        return digits(split, size)
+    data = digits(split, size) if source == "digits" else _loaded(source, split, reading)
+    if reading.shape not in (None, data.shape):
+        raise ValueError(
+            f"{source} has inputs of shape {data.shape}, {reading.shape} is asked for: change the shape, "
+            "or the data"
+        )
+    return data
+
+
+def _loaded(source: str, split: Split, reading: Reading) -> ImageData:
+    """What is no data set of the package."""
     path = Path(source).expanduser()
     found: ImageData | Rows
     if path.is_dir():

@@ -114,10 +114,12 @@ def from_dataset(dataset: Any, name: str, reading: Reading | None = None) -> Ima
         size = reading.sides or (first.height, first.width)
         one, dtype = (channels, *size), torch.uint8
     else:
-        example = _array(first, name, 0)
+        example = _array(first, name, 0, reading.shape)
         one, dtype = tuple(example.shape), example.dtype
         check_wanted(one, reading, name)
-    reader = DatasetReader(items, one, dtype, sized=reading.sides is not None, centre=reading.centre)
+    reader = DatasetReader(
+        items, one, dtype, sized=reading.sides is not None, centre=reading.centre, shape=reading.shape
+    )
     everything = torch.arange(len(dataset), device="cpu")
     return ImageData(name, Streamed(reader, everything, one, dtype), labels, tuple(map(str, classes)))
 
@@ -172,11 +174,12 @@ class DatasetReader:
     dtype: torch.dtype
     sized: bool
     centre: float = 1.0
+    shape: tuple[int, ...] | None = None
 
     def prepared(self, place: int) -> Tensor:
         image = self.items.image(place)
         if not hasattr(image, "convert"):
-            found = _array(image, self.items.name, place)
+            found = _array(image, self.items.name, place, self.shape)
             if tuple(found.shape) != self.one or found.dtype != self.dtype:
                 raise ValueError(
                     f"item {place} of {self.items.name} is {found.dtype} {tuple(found.shape)}, the first one "
@@ -241,8 +244,8 @@ def _channels(items: Items) -> int:
     return 1 if all(is_grey(items.image(place)) for place in places) else 3
 
 
-def _array(image: Any, name: str, place: int) -> Tensor:
-    """(C, H, W) uint8 or float32."""
+def _array(image: Any, name: str, place: int, shape: tuple[int, ...] | None) -> Tensor:
+    """uint8 or float32: a tensor as it is, as is an array of that shape; another array as (C, H, W)."""
     if not isinstance(image, Tensor | np.ndarray):
         raise TypeError(
             f"item {place} of {name} begins with a {type(image).__name__}: a PIL image, a tensor or an array "
@@ -250,7 +253,8 @@ def _array(image: Any, name: str, place: int) -> Tensor:
             "needed"
         )
     found = torch.as_tensor(image, device="cpu")
-    if isinstance(image, np.ndarray) and found.dim() == 3 and found.shape[2] in (1, 3):
+    is_image = isinstance(image, np.ndarray) and tuple(found.shape) != shape
+    if is_image and found.dim() == 3 and found.shape[2] in (1, 3):
         if found.shape[0] in (1, 3):
             raise ValueError(
                 f"item {place} of {name} is an array of shape {image.shape}, which leaves open where the "
@@ -258,7 +262,7 @@ def _array(image: Any, name: str, place: int) -> Tensor:
                 "are: give a tensor (C, H, W)"
             )
         found = found.permute(2, 0, 1)
-    if isinstance(image, np.ndarray) and found.dim() == 2:
+    if is_image and found.dim() == 2:
         found = found.unsqueeze(0)
     if not (found.is_floating_point() or found.dtype == torch.uint8):
         raise ValueError(

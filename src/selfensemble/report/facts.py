@@ -38,7 +38,15 @@ def usage(quoted: str, config: ArtefactConfig) -> str:
         elif named.needs_trust:
             model, comment = f', model="{named.name}"', "  # imports that code, which is not in here"
     low, high = config.bounds or (None, None)
-    inputs = "images (B, C, H, W)" if config.bounds is not None or config.input_shape else "inputs"
+    shape = config.input_shape
+    is_image = len(shape) == 3 if shape else config.bounds is not None
+    inputs = (
+        "images (B, C, H, W)"
+        if is_image
+        else f"inputs (B, {', '.join(map(str, shape))})"
+        if shape
+        else "inputs"
+    )
     scale = f" in [{low:g}, {high:g}], not standardised" if low is not None else ", as the network takes them"
     return (
         f"```python\nimport selfensemble as rse\n\nensemble = rse.load({quoted}{model}){comment}\n"

@@ -32,6 +32,9 @@ def gallery(folder: Path, results: Results) -> dict[str, Any]:
     original = tensors["original"]
     if len(original) == 0 or not results.attacks:
         return context | {"missing": "There are no pictures: the gallery is empty."}
+    if original.ndim != 4:
+        shape = tuple(original.shape[1:])
+        return context | {"missing": f"There are no pictures: inputs of shape {shape} are no images."}
     if original.shape[1] not in (1, 3):
         channels = f"{original.shape[1]} channels"
         return context | {"missing": f"There are no pictures: images of {channels} can not be shown."}
@@ -72,7 +75,7 @@ def _read_gallery(file: Path, results: Results) -> dict[str, NDArray[Any]]:
     shape = tensors["original"].shape
     for name in images:
         tensor = tensors[name]
-        if len(shape) != 4 or tensor.shape != shape or tensor.dtype != np.float32:
+        if len(shape) < 2 or tensor.shape != shape or tensor.dtype != np.float32:
             raise ValueError(f"{file} is damaged: {name!r} is {tensor.dtype} {tensor.shape}: {cure}")
         if not np.isfinite(tensor).all():
             raise ValueError(f"{file} is damaged: {name!r} holds values that are not finite: {cure}")

@@ -32,7 +32,7 @@ def augmentation(config: DataSection) -> Callable[[Tensor], Tensor]:
             columns = torch.where(chosen, width - 1 - columns, columns)
         top, left = torch.randint(2 * padding + 1, (2, count, 1), device=images.device)
         each = torch.arange(count, device=images.device)[:, None, None]
-        padded = functional.pad(images, 4 * (padding,))
+        padded = functional.pad(images, 4 * (padding,), value=config.bounds[0])
         taken = padded[each, :, (top + rows)[:, :, None], (left + columns)[:, None, :]]
         return taken.permute(0, 3, 1, 2)
 

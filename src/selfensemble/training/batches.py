@@ -103,14 +103,14 @@ class Batches:
         return mine.to(self.device)
 
     def batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The images of a batch, augmented, (B, C, H, W) in [0, 1], and their labels (B,)."""
-        device = self._accelerator.device
+        """The images of a batch, augmented, (B, C, H, W) in `data.bounds`, and their labels (B,)."""
+        device, bounds = self._accelerator.device, self._config.bounds
         if isinstance(batch, Tensor):
-            inputs, labels = as_inputs(self._images[batch]).to(device), self._labels[batch]
+            inputs, labels = as_inputs(self._images[batch], bounds).to(device), self._labels[batch]
         else:
             images, labels = batch
-            _check_range(images, self.train.name)
-            inputs = as_inputs(images.to(device))  # a quarter of the way as bytes
+            _check_range(images, self.train.name, bounds)
+            inputs = as_inputs(images.to(device), bounds)  # a quarter of the way as bytes
         inputs = self._mix(self._augment(inputs))
         return inputs.contiguous(memory_format=self.format), labels.to(device)
 
@@ -145,17 +145,17 @@ def _load(
             train = load_data(config.source, "train", **config.reading())
             like_train = config.reading() | ({"channels": train.shape[0]} if _is_decoded(train) else {})
             test = load_data(config.source, "test", **like_train)
-    test = test.with_classes(train.classes)
+    train, test = train.within(config.bounds), test.with_classes(train.classes).within(config.bounds)
     if config.images is not None:
         train, test = (part.sample(config.images, seed) for part in (train, test))
     if train.shape != test.shape:
         raise ValueError(
-            f"training images are {train.shape}, test images {test.shape} (channels, height, width): "
+            f"training inputs are {train.shape}, test inputs {test.shape} (channels, height, width): "
             "convert them to one kind, or set data.size"
         )
     for part in (train, test):
         if isinstance(part.images, Tensor):
-            _check_range(part.images, part.name)
+            _check_range(part.images, part.name, config.bounds)
     return _with_workers(train, config.workers), _with_workers(test, config.workers)
 
 
@@ -170,19 +170,20 @@ def _with_workers(data: ImageData, workers: int | None) -> ImageData:
     return replace(data, images=replace(data.images, workers=workers))
 
 
-def _check_range(images: Tensor, name: str) -> None:
+def _check_range(images: Tensor, name: str, bounds: tuple[float, float]) -> None:
     """Pixels that are no bytes are taken as they are.
 
     Raises:
-        ValueError: they are not in [0, 1].
+        ValueError: they are not within the bounds.
     """
     if images.dtype == torch.uint8 or len(images) == 0:
         return
     low, high = (float(each) for each in images.aminmax())
-    if not (low >= 0 and high <= 1):
+    if not (low >= bounds[0] and high <= bounds[1]):
         raise ValueError(
-            f"pixels of {name} go from {low:g} to {high:g}, networks here are trained on [0, 1]: scale them, "
-            "give uint8, or put mean and std into model.normalize"
+            f"pixels of {name} go from {low:g} to {high:g}, networks here are trained on [{bounds[0]:g}, "
+            f"{bounds[1]:g}]: scale them, give uint8, put mean and std into model.normalize, or set "
+            "data.bounds to the range that they can have (-1 and 1 of waveforms)"
         )
 
 

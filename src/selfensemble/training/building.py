@@ -39,8 +39,9 @@ def build_ensemble(recipe: Recipe, data: ImageData, given: nn.Module | None = No
         model = ResizePadNetwork(model, recipe.resize_pad)
     chosen = _places(recipe, model, example)
     ensemble = SelfEnsemble(
-        model, recipe.noise.config(), draws=recipe.noise.draws, filter_fn=chosen, example_inputs=example
-    )
+        model, recipe.noise.config(), draws=recipe.noise.draws, filter_fn=chosen, example_inputs=example,
+        bounds=recipe.data.bounds,
+    )  # fmt: skip
     if not is_built_in(recipe, given):
         _check_answers(ensemble, example, data)
     if recipe.model.weights is not None and not _is_file(recipe.model.weights):

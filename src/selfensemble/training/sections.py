@@ -11,6 +11,7 @@ from ..noise.learned import Granularity
 from ..runtime.schema import Count, NonNegative, Positive, Section
 
 Share = Annotated[float, Field(gt=0, le=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class PhotoSection(Section):
@@ -41,7 +42,8 @@ class DataSection(Section):
     `images`: at most as many of each split, drawn by the seed, to try things out. `workers`: processes that
     decode photos; None for as many as there are cores, 8 at most; the results do not depend on it. `photos`:
     what is done to them in training. `mixup`: each image is mixed with another one, this one's share drawn
-    from Beta(mixup + 1, mixup); 0 for not.
+    from Beta(mixup + 1, mixup); 0 for not. `bounds`: the range of inputs, which is then that of the network,
+    the unit of its noise and of the radii of attacks; uint8 images are scaled to it.
     """
 
     source: str = "digits"
@@ -63,17 +65,25 @@ class DataSection(Section):
     workers: Annotated[int, Field(ge=0)] | None = None
     photos: PhotoSection | None = None
     mixup: NonNegative = 0.0
+    shape: Annotated[tuple[Count, ...], Field(min_length=1, max_length=4)] | None = None
+    bounds: tuple[Finite, Finite] = (0.0, 1.0)
 
     def reading(self) -> dict[str, Any]:
         """Arguments of `load_data` beside source and split."""
         names = (
             "size", "channels", "train_split", "test_split", "image_column", "label_column", "test_share",
-            "split_seed", "stream", "centre", "revision",
+            "split_seed", "stream", "centre", "revision", "shape",
         )  # fmt: skip
         found = {name: getattr(self, name) for name in names}
         if self.photos is not None and self.size is not None and self.stream is None:
             found["stream"] = True  # the whole photo is wanted, not what is left of it at that size
         return found
+
+    @model_validator(mode="after")
+    def _has_a_range(self) -> Self:
+        if not self.bounds[0] < self.bounds[1]:
+            raise ValueError("data.bounds are the lowest and the highest value: write them in that order")
+        return self
 
     @model_validator(mode="after")
     def _has_whole_photos(self) -> Self:

@@ -164,6 +164,7 @@ def _first_ensemble(recipe: Recipe, batches: Batches, given: nn.Module | None) -
             reason = str(error).partition("\n")[0]
             raise ValueError(
                 f"{name} cannot take images of shape {batches.train.shape} "
-                f"({reason}): choose another model.name or data.size"
+                f"({reason}): choose another model.name or data.size, or name the shape of inputs that are "
+                "no images (data.shape)"
             ) from error
     return ensemble.to(memory_format=batches.format)  # type: ignore[call-overload, no-any-return]

@@ -303,7 +303,7 @@ class Trainer:
             self.out,
             architecture=architecture(self.recipe, train) if is_built_in(self.recipe, self._model) else None,
             classes=train.classes,
-            input_shape=train.shape if len(train.shape) == 3 else None,
+            input_shape=train.shape if 1 <= len(train.shape) <= 4 else None,
             metrics=metrics,
             recipe=self.recipe.model_dump(mode="json"),
         )

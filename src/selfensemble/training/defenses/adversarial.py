@@ -45,9 +45,9 @@ def maximise(
 
     Args:
         ensemble: the network.
-        inputs: (B, C, H, W) in [0, 1].
+        inputs: (B, ...) in the bounds of the ensemble, by default [0, 1].
         loss: (B, K) log-probabilities, of the mean over draws, to a scalar.
-        norm, eps: the ball.
+        norm, eps: the ball, in the units of the inputs.
         steps, step_size: of the ascent.
         eot: noise draws of one step.
         random_start: begin within the ball rather than at the images.
@@ -55,8 +55,13 @@ def maximise(
         projected: bring each iterate into the ball.
 
     Returns:
-        (B, C, H, W), in [0, 1] and, where projected, in the ball.
+        (B, ...), in the bounds and, where projected, in the ball.
     """
+    low, high = ensemble.bounds or (0.0, 1.0)
+    scale, given = high - low, inputs
+    if scale != 1 or low != 0:  # in units of [0, 1]
+        inputs = ((inputs - low) / scale).clamp(0.0, 1.0)
+        eps, step_size = eps / scale, step_size / scale
     change = torch.zeros_like(inputs)
     if random_start:
         change = norms.random_start(inputs, norm, start * eps, _global_generator(inputs.device))
@@ -64,12 +69,14 @@ def maximise(
         draws = eot if eot > 1 and ensemble.varies(inputs) else 1
         for _ in range(steps):
             leaf = (inputs + change).requires_grad_()
-            each = [ensemble.draw_logits(leaf).float().log_softmax(dim=1) for _ in range(draws)]
+            seen = leaf if inputs is given else low + scale * leaf
+            each = [ensemble.draw_logits(seen).float().log_softmax(dim=1) for _ in range(draws)]
             over = torch.stack(each).logsumexp(dim=0) - math.log(draws)
             (gradient,) = torch.autograd.grad(loss(over), leaf)
             change = change + step_size * steepest(gradient.float(), norm)
             change = project(change, norm, eps, inputs) if projected else change.clamp(-inputs, 1 - inputs)
-    return (inputs + change).detach()
+    found = (inputs + change).detach()
+    return found if inputs is given else (low + scale * found).clamp(low, high)
 
 
 def _global_generator(device: torch.device) -> torch.Generator:

@@ -20,7 +20,8 @@ class FgsmRetraining(Defense):
     """Cross-entropy of a batch, half of which is attacked in one step of a random length.
 
     Attributes:
-        smallest_eps, largest_eps: L-inf length of the step, uniform in between, each image its own.
+        smallest_eps, largest_eps: L-inf length of the step, in the units of the inputs, uniform in between,
+            each image its own.
     """
 
     name: Literal["fgsm-retraining"] = "fgsm-retraining"
@@ -38,8 +39,12 @@ class FgsmRetraining(Defense):
             logits = networks.ensemble.draw_logits(leaf).float()
             found = functional.cross_entropy(logits, targets(labels[:half], logits))
             (gradient,) = torch.autograd.grad(found, leaf)
-        eps = inputs.new_empty(half, 1, 1, 1).uniform_(self.smallest_eps, self.largest_eps)
-        change = project(eps * gradient.sign(), "linf", self.largest_eps, inputs[:half])
+        low, high = networks.ensemble.bounds or (0.0, 1.0)
+        scale = high - low
+        each = (half, *[1] * (inputs.dim() - 1))
+        eps = inputs.new_empty(each).uniform_(self.smallest_eps, self.largest_eps) / scale
+        unit = (inputs[:half] - low) / scale
+        change = scale * project(eps * gradient.sign(), "linf", self.largest_eps / scale, unit)
         mixed = torch.cat([inputs[:half] + change, inputs[half:]])
         logits = logits_in_train_mode(networks, mixed)
         return functional.cross_entropy(logits, targets(labels, logits))
