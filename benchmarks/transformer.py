@@ -56,7 +56,7 @@ class Transformer(nn.Module):
     def __init__(self, width: int = 48, depth: int = 2, heads: int = 4) -> None:
         super().__init__()
         self.patches = nn.Conv2d(1, width, 2, stride=2)
-        self.places = nn.Parameter(0.02 * torch.randn(1, 16, width))
+        self.places = nn.Parameter(0.02 * torch.randn(1, 16, width, device="cpu"))
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
 
@@ -95,7 +95,7 @@ def trained(place: str | None, level: float, seed: int, epochs: int) -> rse.Self
     rates = torch.optim.lr_scheduler.OneCycleLR(adam, 4e-3, epochs * batches)
     ensemble.train()
     for _ in range(epochs):
-        for index in torch.randperm(len(inputs))[: 128 * batches].split(128):
+        for index in torch.randperm(len(inputs), device="cpu")[: 128 * batches].split(128):
             loss = functional.cross_entropy(ensemble(inputs[index]), labels[index])
             adam.zero_grad()
             loss.backward()

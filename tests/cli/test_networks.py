@@ -260,7 +260,7 @@ def test_the_server_takes_named_networks_and_folders(here: Path) -> None:
         (("--mean", "124,116,104", "--std", "58,57,57"), "divide them by 255"),
         (("--mean", "grey", "--std", "1"), "--mean is a number for each channel"),
         (("--mean", "0.1,0.2", "--std", "1"), "2 channels"),
-        (("--shape", "8x8"), "--shape is CHANNELSxHEIGHTxWIDTH"),
+        (("--shape", "8x8x"), "--shape is that of one input, 1 to 4 numbers"),
         (("--shape", "3x8x8"), r"cannot take inputs of shape (2, 3, 8, 8)"),
         (("--weights", "nowhere.pt"), "no file nowhere.pt"),
         (("--network-args", '{"depth": 8}'), "unexpected keyword argument 'depth'"),
