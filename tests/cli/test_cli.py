@@ -131,7 +131,7 @@ def test_wrong_calls_are_one_line(model: Path, pictures: Path, tmp_path: Path) -
     assert "--out" in error("evaluate", tmp_path)
     assert "cannot use device" in error("evaluate", model, "--device", "abacus")
     assert "no such file" in error("predict", "--model", model, tmp_path / "missing.png")
-    assert "no images" in error("predict", "--model", model, tmp_path)
+    assert "a folder without images" in error("predict", "--model", model, tmp_path)
     assert "as an image" in error("predict", "--model", model, pictures / "notes.txt")
     assert "c must be" in error("evaluate", model, "--c", "-1", "--n", 5, "--out", tmp_path / "y")
     assert "autoattack-rand" in error("evaluate", model, "--protocol", "onest")
