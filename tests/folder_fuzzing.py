@@ -353,10 +353,10 @@ def main() -> int:
             os.chown(place, _NOBODY, _NOBODY)
             os.setgid(_NOBODY)
             os.setuid(_NOBODY)
-        os.environ["SELFENSEMBLE_CACHE"] = f"{place}/work/cache"
+        os.environ["SELFENSEMBLE_CACHE"] = str(Path(place) / "fuzzed" / "cache")
         began = time.perf_counter()
-        (Path(place) / "work").mkdir()
-        refused, faults = fuzz_folders(Path(place) / "work", options.folders, options.seed)
+        (Path(place) / "fuzzed").mkdir()
+        refused, faults = fuzz_folders(Path(place) / "fuzzed", options.folders, options.seed)
     for fault in faults[:20]:
         print(fault.encode("utf-8", "backslashreplace").decode())
     seconds = time.perf_counter() - began

@@ -1,12 +1,11 @@
 """Options of every command that takes images to work on, as they are written, and what they say."""
 
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import wraps
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
+
+from .option_groups import takes
 
 
 @dataclass(frozen=True)
@@ -42,26 +41,4 @@ class DataOptions:
 NO_DATA = DataOptions()
 
 
-def takes_data(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of `DataOptions` in place of its parameter `data`."""
-    signature = inspect.signature(command)
-    hints = get_type_hints(DataOptions, include_extras=True)
-    added = [
-        inspect.Parameter(
-            each.name, inspect.Parameter.KEYWORD_ONLY, annotation=hints[each.name], default=each.default
-        )
-        for each in fields(DataOptions)
-    ]
-
-    @wraps(command)
-    def run(**values: Any) -> None:
-        chosen = {parameter.name: values.pop(parameter.name) for parameter in added}
-        command(**values, data=DataOptions(**chosen))
-
-    kept: list[inspect.Parameter] = []
-    for name, each in signature.parameters.items():
-        kept += added if name == "data" else [each.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
-    run.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
-    run.__annotations__ = {each.name: each.annotation for each in kept} | {"return": None}
-    del run.__wrapped__  # typer would look there
-    return run
+takes_data = takes(DataOptions, "data")

@@ -1,18 +1,16 @@
 """Options of every command that takes a network, as they are written, and what they say."""
 
-import inspect
 import json
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..runtime.errors import InputError
+from .option_groups import takes
 
 if TYPE_CHECKING:
     from ..noise.levels import NoiseConfig
@@ -64,32 +62,7 @@ class NetworkOptions:
 OPTIONS = NetworkOptions()
 
 
-def takes_network(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of `NetworkOptions` in place of its parameter `network`.
-
-    Those that it has itself (`draws`) stay its own.
-    """
-    signature = inspect.signature(command)
-    own = dict(signature.parameters)
-    defaults = {name: getattr(NetworkOptions(), name) for name in NetworkOptions.__annotations__}
-    added = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=defaults[name])
-        for name, kind in NetworkOptions.__annotations__.items()
-        if name == "network" or name not in own
-    ]
-
-    @wraps(command)
-    def run(**values: Any) -> None:
-        chosen = {parameter.name: values.pop(parameter.name) for parameter in added}
-        command(**values, network=NetworkOptions(**chosen))
-
-    kept = [
-        each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for name, each in own.items() if name != "network"
-    ]
-    run.__signature__ = signature.replace(parameters=[*kept, *added])  # type: ignore[attr-defined]
-    run.__annotations__ = {each.name: each.annotation for each in (*kept, *added)} | {"return": None}
-    del run.__wrapped__  # typer would look there
-    return run
+takes_network = takes(NetworkOptions, "network")
 
 
 def arguments_of(options: NetworkOptions) -> dict[str, Any] | None:
