@@ -21,7 +21,7 @@ SHORT = (
 CHEAP = {
     "evaluate": ["--c", "1", "--n", "20", "--protocol", "paper"],
     "doctor": ["--n", "5", "--steps", "1", "--eot", "1"],
-    "certify": ["--n-images", "4", "--n", "100"],
+    "certify": ["--n", "4", "--max-draws", "100"],
     "predict": [],
 }  # fmt: skip
 
