@@ -51,7 +51,7 @@ clean:
 	@touch $@
 
 .venv/.core: .venv/.python pyproject.toml constraints.txt
-	$(INSTALL) --editable .
+	$(INSTALL) --editable '.[cli,report,train]'
 	@touch $@
 
 .venv/.dev: .venv/.core
@@ -60,7 +60,7 @@ clean:
 
 # torchattacks pins an old version of requests that it does not need.
 .venv/.bench: .venv/.core
-	$(INSTALL) --editable '.[bench,serve]'
+	$(INSTALL) --editable '.[all,bench]'
 	$(INSTALL) --no-deps torchattacks
 	@touch $@
 
