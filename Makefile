@@ -5,7 +5,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Two test processes of one thread each: faster on two cores than one process of two.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: demo test browser-test lint bench docs sbom clean
+.PHONY: demo test browser-test lint bench docs dist sbom clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.core
@@ -34,6 +34,14 @@ bench: .venv/.bench
 
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Wheel and source distribution, checked, and tried in a fresh environment: the README's first code, the demo, some tests.
+dist: .venv/.python
+	rm -rf dist
+	$(INSTALL) build twine
+	$(BIN)/python -m build --quiet
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python benchmarks/installation.py dist/*.whl --whole
 
 # What is installed, as CycloneDX, and under which licences; the tools that tell are not part of it.
 sbom: .venv/.core
