@@ -5,7 +5,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Two test processes of one thread each: faster on two cores than one process of two.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: demo test browser-test lint bench docs dist sbom clean
+.PHONY: demo test browser-test lint bench docs tutorials dist sbom clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.core
@@ -34,6 +34,10 @@ bench: .venv/.bench
 
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Executes the notebooks, and writes what they print and draw into them: a minute on one core.
+tutorials: .venv/.docs
+	$(BIN)/python docs/tutorials/execute.py
 
 # Wheel and source distribution, checked, and tried in a fresh environment: the README's first code, the demo, some tests.
 dist: .venv/.python

@@ -39,6 +39,7 @@ def executed(name: str) -> Any:
 
 
 def main() -> None:
+    """Execute those that are named, or all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=NAMES, metavar="NAME")
     for name in parser.parse_args().names:
