@@ -34,7 +34,7 @@ class Fresh:
         """Seconds that Python takes with these arguments; no path leads to the repository."""
         hidden = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         began = time.monotonic()
-        subprocess.run([self.python, *arguments], check=True, cwd=self.folder, env=hidden)
+        subprocess.run([str(self.python), *arguments], check=True, cwd=self.folder, env=hidden)
         return time.monotonic() - began
 
     def install(self, *wanted: str) -> float:
@@ -44,7 +44,7 @@ class Fresh:
 
     def packages(self) -> set[str]:
         """Names of what is installed."""
-        command = [self.python, "-m", "pip", "list", "--format=json", "--disable-pip-version-check"]
+        command = [str(self.python), "-m", "pip", "list", "--format=json", "--disable-pip-version-check"]
         found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
         return {each["name"].lower() for each in found}
 

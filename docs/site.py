@@ -27,11 +27,11 @@ def on_files(files: Files, config: Any) -> Files:
         files.append(File.generated(config, str(place.with_suffix(".md")), content=text))
         for name, content in pictures.items():
             files.append(File.generated(config, str(place.with_name(name)), content=content))
-    for place, source in OUTSIDE.items():
+    for page, source in OUTSIDE.items():
         text = (ROOT / source).read_text(encoding="utf-8").replace("](docs/", "](")
         for other, name in OUTSIDE.items():
             text = text.replace(f"]({name})", f"]({other})")
-        files.append(File.generated(config, place, content=text))
+        files.append(File.generated(config, page, content=text))
     return files
 
 
