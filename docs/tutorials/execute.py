@@ -5,7 +5,6 @@ python docs/tutorials/execute.py [NAME ...]     # needs the extra `docs`; minute
 
 import argparse
 import os
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,10 @@ def executed(name: str) -> Any:
             extra_arguments=["--InlineBackend.rc={'figure.dpi': 80, 'savefig.dpi': 80}"],
         )  # fmt: skip
         client.execute(env=os.environ | {"OMP_NUM_THREADS": "1"})
-    for cell in notebook.cells:
-        for output in cell.get("outputs", ()):
-            if output.output_type == "stream":  # the text of two flushes comes in two parts or one
-                output.text = re.sub(r"\x1b\[[0-9;]*m", "", output.text)
-    notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
     return notebook
 
 
