@@ -15,7 +15,17 @@ import pytest
 from .conftest import serious_faults
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("", "harden/", "evaluation/", "results/headline/", "performance/", "api/")
+PAGES = (
+    "",
+    "harden/",
+    "tutorials/harden/",
+    "tasks/",
+    "compare/",
+    "evaluation/",
+    "results/headline/",
+    "performance/",
+    "api/",
+)
 
 
 @pytest.fixture(scope="module")
