@@ -1,7 +1,8 @@
 """Certification runs: certificates of many images, sharded, resumable, results in one folder.
 
 The folder holds `run.json` (what is certified), `shards/` (a file a slice of images; what is there is never
-computed again), and at the end `certificates.csv` with a row an image and `certified.json` with the curve.
+computed again), `certificates.csv` with a row an image and `certified.json` with the curve: after each
+slice, of the images until there.
 """
 
 import csv
@@ -95,6 +96,7 @@ class Certified(Record):
         mean_radius: over all images, 0 where the answer is wrong or missing (the average certified radius).
         draws: mean number an image, selection included.
         wanted: what became of the wanted radii.
+        done: how many of the first images the figures are of, where the run has not ended; None for all.
     """
 
     format: Literal["selfensemble-certification"] = "selfensemble-certification"
@@ -110,7 +112,18 @@ class Certified(Record):
     mean_radius: float
     draws: float
     wanted: tuple[WantedRadius, ...] = ()
+    done: int | None = None
     provenance: dict[str, Any]
+
+    @property
+    def images(self) -> int:
+        """How many images the figures are of."""
+        return self.data.images if self.done is None else self.done
+
+    @property
+    def which(self) -> str:
+        """Which images they are, for people."""
+        return self.data.which if self.done is None else f"first {self.done} of the {self.data.which}"
 
 
 @dataclass
@@ -188,9 +201,11 @@ class Certification:
 
             self._compute(number, start, inner)
             computed += 1
+            if self.rank == 0:
+                self._write()
         wait_for_all(self.world)
         if self.rank == 0:
-            self._finish()
+            self._write()
         wait_for_all(self.world)
         return read_certified(self.out)
 
@@ -219,16 +234,20 @@ class Certification:
             columns[name] = [None if math.isnan(bound) else bound for bound in columns[name]]
         write_json(self._path(start), columns | {"seconds": round(time.monotonic() - began, 3)})
 
-    def _finish(self) -> None:
-        """Put the shards together."""
+    def _write(self) -> None:
+        """Put the first slices together, up to one that is missing."""
         shards = []
         for start in range(0, self.images, self.settings.shard):
             try:
                 shards.append(json.loads(self._path(start).read_text(encoding="utf-8")))
+            except FileNotFoundError:
+                break
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise ValueError(
                     f"{self._path(start)} is damaged ({error}): delete it and run the same again"
                 ) from error
+        if not shards:
+            return
         names = list(Certificate.__dataclass_fields__)
         for shard in shards:  # of versions before there were verdicts
             shard.setdefault("verdict", [[] for _ in shard["label"]])
@@ -237,14 +256,15 @@ class Certification:
             name: np.concatenate([np.asarray(shard[name], dtype=bounds.get(name)) for shard in shards])
             for name in names
         }
-        truth = self.labels.numpy()
+        done = len(columns["label"])
+        truth = self.labels[:done].numpy()
         right = columns["label"] == truth
         radius = np.where(right, columns["radius"], 0.0)
         steps = int(columns["radius"].max(initial=0.0) / _STEP) + 2
         curve = []
         for at in (round(step * _STEP, 10) for step in range(steps)):
             count = int((right & (columns["radius"] >= at)).sum())
-            curve.append(Point(radius=at, **_share(count, self.images)))
+            curve.append(Point(radius=at, **_share(count, done)))
         about = provenance()
         about.pop("time")
         results = Certified(
@@ -259,6 +279,7 @@ class Certification:
             mean_radius=float(radius.mean()),
             draws=float(columns["draws"].mean()),
             wanted=_wanted(self.settings.radius, columns["verdict"]),
+            done=None if done == self.images else done,
             provenance=about,
         )
         atomic_write(self.out / CERTIFICATES, _table(truth, columns).encode())
@@ -301,7 +322,5 @@ def read_certified(path: str | Path) -> Certified:
     """
     file = Path(path) / CERTIFIED if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise FileNotFoundError(
-            f"no {CERTIFIED} in {path}: pass the folder of a finished `selfensemble certify`"
-        )
+        raise FileNotFoundError(f"no {CERTIFIED} in {path}: pass the folder of a `selfensemble certify`")
     return read_versioned(file, Certified, FORMAT, FORMAT_VERSION, "certify again")
