@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import BeforeValidator, Field
 
 from ..certainty.bounds import MeanBound
-from ..certainty.certification import Certificate, Method, certify, wanted_radii
+from ..certainty.certification import VERDICTS, Certificate, Method, certify, wanted_radii
 from ..certainty.pixels import pixel_std
 from ..certainty.statistics import Rivals
 from ..data.images import FirstInputs, ImageData
@@ -38,7 +38,6 @@ RUN, CERTIFIED, CERTIFICATES, SHARDS = "run.json", "certified.json", "certificat
 Progress = Callable[[str, float], None]
 FORMAT, FORMAT_VERSION = "selfensemble-certification", 1
 _STEP = 0.05  # between the radii of the curve
-_VERDICTS = {1: "reached", -1: "out-of-reach", 0: "open"}
 
 
 def _one_or_several(radius: object) -> object:
@@ -287,7 +286,7 @@ class Certification:
 
 
 def _wanted(radius: float | Sequence[float] | None, verdicts: np.ndarray) -> tuple[WantedRadius, ...]:
-    shares = [{word: float((verdicts == number).mean(axis=0)[column]) for number, word in _VERDICTS.items()}
+    shares = [{word: float((verdicts == number).mean(axis=0)[column]) for number, word in VERDICTS.items()}
               for column in range(verdicts.shape[1])]  # fmt: skip
     return tuple(
         WantedRadius(radius=each, **{word.replace("-", "_"): share for word, share in found.items()})
@@ -308,7 +307,7 @@ def _table(truth: np.ndarray, columns: dict[str, np.ndarray]) -> str:
     for index, row in enumerate(zip(truth, *columns.values(), strict=True)):
         right, answer, radius, lower, upper, draws, verdict = row
         bounds = ["" if np.isnan(bound) else f"{bound:.6f}" for bound in (lower, upper)]
-        words = " ".join(_VERDICTS[int(each)] for each in verdict)
+        words = " ".join(VERDICTS[int(each)] for each in verdict)
         writer.writerow([index, right, answer, f"{radius:.6f}", *bounds, draws, words])
     return text.getvalue()
 

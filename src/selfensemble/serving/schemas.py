@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..certainty.certification import Method
+from ..certainty.certification import Method, Verdict
 from ..ensemble.stopping import Stop
 
 _Risk = Annotated[float, Field(gt=0, lt=1)]
@@ -72,12 +72,16 @@ class DecisionAnswer(BaseModel):
 
 
 class CertificateAnswer(BaseModel):
-    """Label that no change within the L2 radius changes, or null; images in [0, 1]."""
+    """Label that no change within the L2 radius changes, or null; images in [0, 1].
+
+    `verdict` on a wanted radius: certified, proven to be out of reach of any number of draws, or neither.
+    """
 
     label: str | None
     radius: float
     draws: int
     alpha: float
+    verdict: Verdict | None = None
 
 
 class SetAnswer(BaseModel):
