@@ -11,17 +11,24 @@ import traceback
 import warnings
 from pathlib import Path
 
+from .runtime.errors import InputError, MissingPackage
 from .runtime.interrupts import INTERRUPTED, Interrupted, end_while_loading
+from .runtime.packages import needs
 
 if __name__ == "__main__" or Path(sys.argv[0]).stem == "selfensemble":
     end_while_loading()  # before the rest is imported
 
-# isort: off  (the help lists commands in this order)
-import typer
+try:
+    with needs("selfensemble[cli]"):
+        import rich  # noqa: F401
+        import typer
+except MissingPackage as missing:
+    sys.stderr.write(f"error: {missing}\n")
+    sys.exit(2)
 
+# isort: off  (the help lists commands in this order)
 from .cli import certainty, evaluation, experiments, models, serving, terminal, training  # noqa: F401
 from .cli.base import app
-from .runtime.errors import InputError
 from .runtime.memory import keep_freed_memory
 
 # isort: on

@@ -31,7 +31,7 @@ from selfensemble.experiments.targeted import targets_of
 from selfensemble.report.figures import Line, Panel, draw
 from selfensemble.report.intervals import mean, share
 from selfensemble.report.packing import pack
-from selfensemble.training.trainer import CHECKPOINT, RESULTS
+from selfensemble.training.checkpoints import CHECKPOINT, RESULTS
 
 
 class Done:

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from ..runtime.packages import needs
+
 PREFIX = "hf-hub:"
 FILES = ("config.json", "model.safetensors", "README.md", "results.json")
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -23,8 +25,9 @@ def fetch(name: str, *, revision: str | None = None, token: str | None = None) -
         FileNotFoundError: there is no such network, or the Hub cannot be reached; the message says which.
         ValueError: not a name of the Hub.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    with needs("selfensemble[hub]"):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     name, _, asked = name.removeprefix(PREFIX).partition("@")
     if not NAME.fullmatch(name):

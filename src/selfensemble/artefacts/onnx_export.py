@@ -27,6 +27,7 @@ from ..fast.ensemble import checked_original
 from ..noise.injection import eval_mode, noise_layers, random_layers
 from ..noise.layer import GaussianNoise, Std
 from ..runtime.files import atomic_file
+from ..runtime.packages import needs
 from .onnx_noise import NOISE, seed_noise
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def export_onnx(
     Raises:
         ValueError: there are random layers that ONNX cannot express, the network draws random numbers of its
             own, computes in float64 or bfloat16, or cannot be exported.
-        ImportError: onnx or onnxscript is missing: `pip install 'selfensemble[onnx]'`.
+        MissingPackage: onnx or onnxscript is missing: `pip install 'selfensemble[onnx]'`.
     """
     onnx = _onnx()
     original = checked_original(ensemble)
@@ -141,13 +142,9 @@ def _check_graph(model: Any, layers: int) -> None:
 
 def _onnx() -> ModuleType:
     """The package onnx, with what torch's exporter needs."""
-    try:
+    with needs("selfensemble[onnx]"):
         import onnx
         import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"ONNX files need more packages ({error.name} is missing): pip install 'selfensemble[onnx]'"
-        ) from error
     return onnx
 
 

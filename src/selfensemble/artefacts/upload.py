@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..runtime.packages import needs
 from .download import FILES, NAME, PREFIX, brief
 from .storage import load, read_config, read_weights
 
@@ -30,8 +31,9 @@ def push(
         FileNotFoundError, ValueError: nothing that `load` could read.
         PermissionError: the Hub refuses.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    with needs("selfensemble[hub]"):
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError
 
     name = name.removeprefix(PREFIX)
     if not NAME.fullmatch(name):

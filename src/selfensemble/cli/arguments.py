@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..runtime.errors import InputError
+from ..runtime.packages import needs
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +85,8 @@ def inputs_of(
 
 def read_image(path: Path, shape: tuple[int, int, int], centre: float = 1.0) -> "torch.Tensor":
     """An image of that shape (channels, height, width), uint8."""
-    from PIL import Image
+    with needs("selfensemble[cli]"):
+        from PIL import Image
 
     from ..data.decoding import prepare_image, reason
     from ..data.folders import why_no_file

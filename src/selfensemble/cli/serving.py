@@ -75,13 +75,9 @@ def serve(
     network: NetworkOptions = OPTIONS,
 ) -> None:
     """Answer images over HTTP: POST /v1/predict; see /openapi.json."""
-    try:
-        from ..serving.run import run
-        from ..serving.settings import Settings
-    except ImportError as error:
-        raise InputError(
-            f"serving needs more packages ({error.name} is missing): pip install 'selfensemble[serve]'"
-        ) from error
+    from ..serving.run import run
+    from ..serving.settings import Settings
+
     is_local = host in ("127.0.0.1", "localhost", "::1")
     if not is_local and api_key is None:
         raise InputError(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.files import cache_dir
+from ..runtime.packages import needs
 from .folders import states
 from .images import Split
 from .reading import Reading
@@ -20,7 +21,8 @@ _LABELS = (
 
 def open_parquet(folder: Path, files: Sequence[Path], cut: bool, reading: Reading) -> Rows:
     """The rows of parquet files in `folder`."""
-    from datasets import load_dataset
+    with needs("selfensemble[data]"):
+        from datasets import load_dataset
 
     def open_table(streaming: bool) -> Any:
         return load_dataset(
@@ -38,7 +40,8 @@ def open_saved(folder: Path, split: Split, reading: Reading) -> Rows:
     Raises:
         FileNotFoundError: it has no such split.
     """
-    from datasets import DatasetDict, load_from_disk
+    with needs("selfensemble[data]"):
+        from datasets import DatasetDict, load_from_disk
 
     found: Any = load_from_disk(str(folder))
     cut = not isinstance(found, DatasetDict)
@@ -61,7 +64,8 @@ def open_hub(hub_id: str, split: Split, reading: Reading) -> Rows:
     Raises:
         ConnectionError: it cannot be read.
     """
-    from datasets import load_dataset
+    with needs("selfensemble[data]"):
+        from datasets import load_dataset
 
     def open_table(streaming: bool) -> Any:
         problems = []
@@ -111,7 +115,8 @@ def _rows(
     reading: Reading,
 ) -> Rows:
     """The image and the label column of a data set, opened to be read in order or at random."""
-    from datasets import ClassLabel, Image
+    with needs("selfensemble[data]"):
+        from datasets import ClassLabel, Image
 
     first = in_order()
     features = first.features

@@ -10,7 +10,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from ..attacks import ATTACKS
 from ..attacks.expectation import NoiseOptions
 from ..fast.optimize import Precision
 from ..runtime.files import read_text
+from ..runtime.packages import needs
 from ..runtime.schema import Section
 
 _FOLDER = "protocols"
@@ -134,6 +134,9 @@ def load_protocol(source: str, overrides: dict[str, Any] | None = None) -> Proto
         FileNotFoundError: no such protocol; the message lists the shipped ones.
         ValueError: YAML, a key, an attack or a value is wrong; the message says which.
     """
+    with needs("selfensemble[cli]"):
+        import yaml
+
     if source in shipped_protocols():
         text = (resources.files(__package__) / _FOLDER / f"{source}.yaml").read_text(encoding="utf-8")
     elif Path(source).suffix in (".yaml", ".yml") and Path(source).is_file():

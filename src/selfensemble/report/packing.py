@@ -23,8 +23,8 @@ from ..noise.resize_pad import ResizePadNetwork
 from ..runtime.files import atomic_write, write_json
 from ..runtime.provenance import accuracy_record
 from ..training.accuracy import count_correct
+from ..training.checkpoints import RESULTS
 from ..training.recipe import public_recipe
-from ..training.trainer import RESULTS
 from .card import model_card
 from .facts import noise_on_pixels
 

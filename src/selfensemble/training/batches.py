@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from ..data.images import ImageData, as_inputs, split_validation
@@ -13,10 +12,14 @@ from ..data.sources import load_data
 from ..data.streaming import Look, StoredReader, Streamed, prepared
 from ..data.torch_datasets import from_dataset
 from ..noise.streams import stream_seed
+from ..runtime.packages import needs
 from .augmentation import augmentation, mixing
 from .photos import PhotoChanges, rand_augment
 from .recipe import Recipe
 from .sections import DataSection
+
+with needs("selfensemble[train]"):
+    from accelerate import Accelerator
 
 _ON_DEVICE = 2**31  # bytes of images that an accelerator keeps
 # Of a step: numbers of images that lie where `Batches.device` says, or decoded images and their labels.

@@ -9,13 +9,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Self, get_args
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from ..networks.models import MODELS
 from ..noise.randomness import AnyRandomness
 from ..noise.resize_pad import ResizePadConfig
 from ..runtime.files import read_text
+from ..runtime.packages import needs
 from ..runtime.schema import Section
 from .defenses import AnyDefense, CrossEntropy
 from .sections import DataSection, ModelSection, NoiseSection, TrainSection
@@ -89,6 +89,9 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
         FileNotFoundError: no such recipe; the message lists the shipped ones.
         ValueError: YAML or a key or a value is wrong; the message says which.
     """
+    with needs("selfensemble[train]"):
+        import yaml
+
     text = _read(source)
     try:
         values = yaml.safe_load(text)
@@ -144,6 +147,8 @@ def _read(source: str) -> str:
 
 
 def _override(values: dict[str, Any], override: str) -> None:
+    import yaml
+
     path, found, text = override.partition("=")
     *sections, key = path.strip().split(".")
     if not found or not key:
