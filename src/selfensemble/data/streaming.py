@@ -278,9 +278,9 @@ def _undisturbed(worker: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """Where the main process was killed, the images on their way fill a pipe, and their sender waits for ever.
+    """Do not outlive a main process that was killed.
 
-    What torch does then is to leave its loop, which waits for just that.
+    Images on their way then fill a pipe that nobody reads, and a worker of torch waits for it for ever.
     """
     parent = multiprocessing.parent_process()
     while parent is not None and os.getppid() == parent.pid:
