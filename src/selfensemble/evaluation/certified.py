@@ -22,7 +22,7 @@ from ..certainty.bounds import MeanBound
 from ..certainty.certification import VERDICTS, Certificate, Method, certify, wanted_radii
 from ..certainty.pixels import pixel_std
 from ..certainty.statistics import Rivals
-from ..data.images import FirstInputs, ImageData
+from ..data.images import ImageData, Inputs
 from ..ensemble.ensemble import SelfEnsemble
 from ..fast.ensemble import precision_of
 from ..noise.streams import stream_seed
@@ -157,7 +157,7 @@ class Certification:
 
     def __post_init__(self) -> None:
         self.images = min(self.settings.images, len(self.data))
-        self.inputs, self.labels = FirstInputs(self.data, self.images), self.data.labels[: self.images].cpu()
+        self.inputs, self.labels = Inputs(self.data, self.images), self.data.labels[: self.images].cpu()
         self.std, self.precision = pixel_std(self.ensemble, self.inputs[:2]), precision_of(self.ensemble)
         self.model = model_record(self.ensemble, self.name, self.architecture)
         self.data_record = data_record(self.inputs, self.labels)

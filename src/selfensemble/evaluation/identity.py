@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.images import FirstInputs
+from ..data.images import Inputs
 from ..ensemble.ensemble import SelfEnsemble
 from ..fast.ensemble import original_of, precision_of
 from ..noise.injection import noise_layers, random_layers
@@ -42,7 +42,7 @@ def claim(path: Path, identity: dict[str, Any]) -> None:
         raise ValueError(f"{folder} holds a run that differs in {names}; it is untouched: use another folder")
 
 
-def data_record(inputs: FirstInputs, labels: Tensor) -> DataRecord:
+def data_record(inputs: Inputs, labels: Tensor) -> DataRecord:
     """The images of a run."""
     data = inputs.data
     digest = hashlib.sha256()

@@ -23,7 +23,7 @@ from ..attacks.autoattack import published_rule
 from ..attacks.budget import count_evaluations
 from ..attacks.norms import check_eps
 from ..attacks.units import bounds_of
-from ..data.images import FirstInputs, ImageData, batch_size
+from ..data.images import ImageData, Inputs, batch_size
 from ..data.labels import class_numbers
 from ..ensemble.ensemble import SelfEnsemble
 from ..fast.optimize import optimize
@@ -90,7 +90,7 @@ class Evaluation:
         self.images = min(self.protocol.images, len(self.data))
         if self.images == 0:
             raise ValueError(f"{self.data.name} has no images to evaluate on")
-        self.inputs = FirstInputs(self.data, self.images)
+        self.inputs = Inputs(self.data, self.images)
         self.labels = self.data.labels[: self.images].cpu()
         self.bounds = bounds_of(self.ensemble)
         if self.max_batch is None:

@@ -20,6 +20,9 @@ from ..runtime.schema import Section
 from .defenses import AnyDefense, CrossEntropy
 from .sections import DataSection, ModelSection, NoiseSection, TrainSection
 
+# Keys that change nothing of what a training ends in.
+_WITHOUT_EFFECT = {"description", "data.workers", "train.checkpoint_steps"}
+
 
 class Recipe(Section):
     """Everything a training run depends on, but for the machine.
@@ -62,14 +65,14 @@ class Recipe(Section):
         return self.model_copy(update={section: own.model_copy(update=values)})
 
     def differs_from(self, saved: dict[str, Any]) -> list[str]:
-        """Dotted names of the keys in which a saved recipe is another one: words do not count.
+        """Dotted names of the keys in which a saved recipe is another one, with other weights in the end.
 
         A key that has come since it was saved has its default.
         """
         with suppress(ValidationError):  # what is no recipe is compared as it is
             saved = Recipe.model_validate(saved).model_dump(mode="json")
         keys = differing_keys(saved, self.model_dump(mode="json"))
-        return [key for key in keys if key != "description"]
+        return [key for key in keys if key not in _WITHOUT_EFFECT]
 
 
 def shipped_recipes() -> list[str]:
