@@ -6,7 +6,6 @@ computed again), and at the end `certificates.csv` with a row an image and `cert
 
 import csv
 import io
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -29,13 +28,15 @@ from ..runtime.files import atomic_write, read_versioned, write_json
 from ..runtime.ownership import owned
 from ..runtime.processes import wait_for_all
 from ..runtime.provenance import accuracy_record, provenance
-from ..runtime.schema import Count, Positive, Section
+from ..runtime.schema import Count, Positive, Section, Seed
+from ..runtime.texts import read_json
 from .identity import claim, data_record, duration, model_record
 from .results import DataRecord, ModelRecord, Record
 
 RUN, CERTIFIED, CERTIFICATES, SHARDS = "run.json", "certified.json", "certificates.csv", "shards"
 Progress = Callable[[str, float], None]
 FORMAT, FORMAT_VERSION = "selfensemble-certification", 1
+_AGAIN = "delete it and run the same again"
 _STEP = 0.05  # between the radii of the curve
 _VERDICTS = {1: "reached", -1: "out-of-reach", 0: "open"}
 
@@ -59,7 +60,7 @@ class Settings(Section):
     bound: MeanBound | None = None
     radius: Annotated[Positive | tuple[Positive, ...] | None, BeforeValidator(_one_or_several)] = None
     grid: bool = False
-    seed: int = 0
+    seed: Seed = 0
     shard: Count = 50
 
 
@@ -221,14 +222,9 @@ class Certification:
 
     def _finish(self) -> None:
         """Put the shards together."""
-        shards = []
-        for start in range(0, self.images, self.settings.shard):
-            try:
-                shards.append(json.loads(self._path(start).read_text(encoding="utf-8")))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(
-                    f"{self._path(start)} is damaged ({error}): delete it and run the same again"
-                ) from error
+        shards = [
+            read_json(self._path(start), _AGAIN) for start in range(0, self.images, self.settings.shard)
+        ]
         names = list(Certificate.__dataclass_fields__)
         for shard in shards:  # of versions before there were verdicts
             shard.setdefault("verdict", [[] for _ in shard["label"]])

@@ -5,6 +5,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
+from ..runtime.checking import explained
 from .schemas import Problem
 
 # What a route that takes images may say instead of an answer, for its description.
@@ -18,11 +19,11 @@ def problem(status: int, text: str, headers: Any = None) -> JSONResponse:
     return JSONResponse({"error": text}, status_code=status, headers=headers)
 
 
-def first(errors: Sequence[Any]) -> str:
-    """The first of pydantic's complaints, on a line."""
+def reasons(errors: Sequence[Any], body: Any) -> str:
+    """What pydantic and FastAPI found in a body or a form, on a line."""
     if not errors:
         return "the request is not valid"
     if errors[0].get("type") == "json_invalid":
-        return f"the body is no JSON: {errors[0].get('ctx', {}).get('error', 'it cannot be read')}"
-    place = ".".join(str(part) for part in errors[0].get("loc", ()) if part != "body")
-    return f"{place}: {errors[0].get('msg', 'not valid')}".lstrip(": ")
+        return f"the body is no JSON (at byte {errors[0]['loc'][-1]})"
+    placed = [each | {"loc": [part for part in each["loc"] if part != "body"]} for each in errors]
+    return explained(placed, body, whole="the body")
