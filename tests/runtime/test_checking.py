@@ -74,7 +74,9 @@ def test_what_is_wrong_is_said_in_our_words(values: Any, message: str) -> None:
 
 def test_no_text_of_pydantic_is_passed_on() -> None:
     """Whatever kind of error it may find, those that no schema here can raise among them."""
-    context = dict.fromkeys(("ge", "gt", "le", "lt", "min_length", "max_length", "pattern", "expected"), 7)
+    context = dict.fromkeys(
+        ("ge", "gt", "le", "lt", "min_length", "max_length", "pattern", "expected", "error"), 7
+    )
     for kind in get_args(ErrorType):
         found = [{"type": kind, "loc": ("key",), "msg": "theirs", "input": 1, "ctx": context}]
         text = explained(found, {"key": 1})

@@ -93,7 +93,7 @@ def _place(error: Any, values: Any) -> _Place:
         if _holds(values, part):
             place.append(part)
             values = values[part]
-    return (*place, error["loc"][-1]) if error["type"] == "missing" else tuple(place)
+    return (*place, *error["loc"][-1:]) if error["type"] == "missing" else tuple(place)
 
 
 def _holds(values: Any, part: Any) -> bool:

@@ -19,7 +19,7 @@ from . import schemas
 from .forms import options_of
 from .gate import Gate
 from .page import add_page, samples
-from .problems import REFUSALS, problem, reasons
+from .problems import REFUSALS, in_words, problem, reasons
 from .service import Service
 from .settings import Settings
 
@@ -78,7 +78,7 @@ def _add_problems(app: FastAPI) -> None:
 
     @app.exception_handler(AnyHTTPException)
     async def refused(request: Request, error: AnyHTTPException) -> JSONResponse:
-        return problem(error.status_code, str(error.detail), error.headers)
+        return problem(error.status_code, in_words(error.status_code, error.detail), error.headers)
 
 
 def _add_answers(app: FastAPI, service: Service) -> None:
