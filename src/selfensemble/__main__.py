@@ -12,9 +12,11 @@ import warnings
 from pathlib import Path
 
 from .runtime.interrupts import INTERRUPTED, Interrupted, end_while_loading
+from .runtime.memory import collect_garbage_later, keep_freed_memory
 
 if __name__ == "__main__" or Path(sys.argv[0]).stem == "selfensemble":
     end_while_loading()  # before the rest is imported
+    collect_garbage_later()
 
 # isort: off  (the help lists commands in this order)
 import typer
@@ -24,7 +26,6 @@ from .cli import certainty, evaluation, experiments, models, serving, terminal, 
 from .cli.base import app
 from .runtime.checking import explained
 from .runtime.errors import InputError
-from .runtime.memory import keep_freed_memory
 
 # isort: on
 

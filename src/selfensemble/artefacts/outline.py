@@ -82,7 +82,8 @@ class NamedRecord(BaseModel):
 class Outline(BaseModel):
     """The keys of `config.json`; `ArtefactConfig` also checks what random layers and rules hold."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Built when something is read: a command reads one of the two.
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
     format: Literal["selfensemble"] = "selfensemble"
     format_version: int = FORMAT_VERSION
     weights: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")] | None = None
