@@ -2,9 +2,9 @@
 
     python benchmarks/startup.py [--rounds 15] [--out FOLDER]
 
-Fresh processes in turn; files are in the system's cache after the first rounds, which are not counted. Modules
-have bytecode, as installed ones have: what a clone compiles once, or at every start where the environment sets
-PYTHONDONTWRITEBYTECODE, is not counted either.
+Fresh processes in turn; files are in the system's cache after the first rounds, which are not counted.
+Modules have bytecode, as installed ones have: what a clone compiles once, or at every start where the
+environment sets PYTHONDONTWRITEBYTECODE, is not counted either.
 """
 
 import os
