@@ -35,6 +35,7 @@ def run(
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
+            listener.listen()  # those who read the line below wait for the server, and are not refused
         except OSError as error:
             raise InputError(
                 f"cannot listen at {host}:{port} ({error.strerror}): pass another --host or --port"
