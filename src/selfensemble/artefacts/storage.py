@@ -218,7 +218,7 @@ def read_weights(folder: str | Path, config: ArtefactConfig) -> dict[str, Tensor
         try:
             tensors = safetensors.torch.load_file(path)
         except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or not a safetensors file ({error})") from error
+            raise ValueError(f"{path} is damaged or not a safetensors file: restore it") from error
         found = None
         if config.weights is not None:
             found = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"

@@ -7,7 +7,6 @@ slice, of the images until there.
 
 import csv
 import io
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -30,13 +29,15 @@ from ..runtime.files import atomic_write, read_versioned, write_json
 from ..runtime.ownership import owned
 from ..runtime.processes import wait_for_all
 from ..runtime.provenance import accuracy_record, provenance
-from ..runtime.schema import Count, Positive, Section
+from ..runtime.schema import Count, Positive, Section, Seed
+from ..runtime.texts import read_json
 from .identity import claim, data_record, duration, model_record
 from .results import DataRecord, ModelRecord, Record
 
 RUN, CERTIFIED, CERTIFICATES, SHARDS = "run.json", "certified.json", "certificates.csv", "shards"
 Progress = Callable[[str, float], None]
 FORMAT, FORMAT_VERSION = "selfensemble-certification", 1
+_AGAIN = "delete it and run the same again"
 _STEP = 0.05  # between the radii of the curve
 
 
@@ -59,7 +60,7 @@ class Settings(Section):
     bound: MeanBound | None = None
     radius: Annotated[Positive | tuple[Positive, ...] | None, BeforeValidator(_one_or_several)] = None
     grid: bool = False
-    seed: int = 0
+    seed: Seed = 0
     shard: Count = 50
 
 
@@ -237,14 +238,9 @@ class Certification:
         """Put the first slices together, up to one that is missing."""
         shards = []
         for start in range(0, self.images, self.settings.shard):
-            try:
-                shards.append(json.loads(self._path(start).read_text(encoding="utf-8")))
-            except FileNotFoundError:
+            if not self._path(start).is_file():
                 break
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(
-                    f"{self._path(start)} is damaged ({error}): delete it and run the same again"
-                ) from error
+            shards.append(read_json(self._path(start), _AGAIN))
         if not shards:
             return
         names = list(Certificate.__dataclass_fields__)
