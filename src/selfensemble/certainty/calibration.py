@@ -125,8 +125,8 @@ def _share_of(wrong: np.ndarray, draws: int) -> float:
     share = float(wrong.mean())
     if share == 0:
         raise ValueError(
-            f"{draws} draws answer all {len(wrong)} images as the infinite ensemble does: set epsilon, or give "
-            "more images"
+            f"{draws} draws answer all {len(wrong)} images as the infinite ensemble does: set epsilon, "
+            "or give more images"
         )
     return share
 
