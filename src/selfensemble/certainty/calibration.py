@@ -114,21 +114,15 @@ def calibrate(
     order = np.random.default_rng(entropy).permutation(len(inputs))
     first, second = (paths.of(half) for half in np.array_split(order, 2))
     if epsilon is None:
-        epsilon = _share_of(fixed[order[: first.wrong.shape[1]]], ensemble.draws)
+        epsilon = float(fixed[order[: first.wrong.shape[1]]].mean())
+        if epsilon == 0:
+            raise ValueError(
+                f"{ensemble.draws} draws answer all {len(order) // 2} images as the infinite ensemble "
+                "does: set epsilon, or give more images"
+            )
     rule = choose(first, second, epsilon, delta, reference_draws)
     about = {**still(ensemble, about), "antithetic": antithetic, "draws": ensemble.draws}
     return rule.model_copy(update=about)
-
-
-def _share_of(wrong: np.ndarray, draws: int) -> float:
-    """Of images whose answer by a fixed number of draws is wrong."""
-    share = float(wrong.mean())
-    if share == 0:
-        raise ValueError(
-            f"{draws} draws answer all {len(wrong)} images as the infinite ensemble does: set epsilon, "
-            "or give more images"
-        )
-    return share
 
 
 def _check_noise(ensemble: SelfEnsemble, inputs: Tensor) -> None:

@@ -19,18 +19,18 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} is no UTF-8 text (byte {error.start}): save it as UTF-8") from None
 
 
-def parsed_yaml(text: str, what: str, extra: str = "cli") -> Any:
+def parsed_yaml(text: str, what: str, wanted: str = "selfensemble[cli]") -> Any:
     """What stands in a text in YAML.
 
     Args:
         text: to read.
         what: it is, for the error.
-        extra: of the package, to install where PyYAML is missing.
+        wanted: what to install where PyYAML is missing.
 
     Raises:
         ValueError: it is none; the message begins with `what` and says where.
     """
-    with needs(f"selfensemble[{extra}]"):
+    with needs(wanted):
         import yaml
 
     try:

@@ -92,7 +92,7 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
         ValueError: YAML or a key or a value is wrong; the message says which.
     """
     text = _read(source)
-    values = parsed_yaml(text, f"recipe {source}", "train")
+    values = parsed_yaml(text, f"recipe {source}", "selfensemble[train]")
     if not isinstance(values, dict):
         raise ValueError(f"recipe {source} must hold keys and values, e.g. `train: {{epochs: 5}}`")
     values.setdefault("name", Path(source).stem)
