@@ -10,7 +10,7 @@ test that fails is taken: fixed-sequence testing, which needs no correction for 
 Source: Angelopoulos, Bates, Candes, Jordan, Lei, Learn then Test, 2021, arXiv 2110.01052, section 2.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -88,8 +88,7 @@ def calibrate(
             what they say of an answer.
         antithetic: whether predictions are to draw in pairs of opposite noise, which takes fewer draws. The
             default of epsilon is about draws that do not.
-        max_batch: see `SelfEnsemble.predict`.
-        seed: of noise and halves; None for fresh entropy.
+        max_batch, seed: see `SelfEnsemble.predict`; the seed is that of the halves as well.
         progress: called with draws done and all of them, of images times draws.
 
     Returns:
@@ -101,28 +100,32 @@ def calibrate(
     check_images(inputs[:2] if isinstance(inputs, Inputs) else inputs, ensemble.bounds)
     _check_shares(len(inputs), epsilon=epsilon, delta=delta)
     _check_noise(ensemble, inputs[:2])
+    size = None if max_batch is None else check_count("max_batch", max_batch)
     about = origin(ensemble)
     most, reference_draws = check_count("most", most), check_count("reference_draws", reference_draws)
     entropy = np.random.SeedSequence(seed)
     seeds: list[int] = entropy.generate_state(2).tolist()
-    size = None if max_batch is None else check_count("max_batch", max_batch)
-    sources = [
-        Draws(ensemble, inputs[:2], size, each, "per_image", pairs, len(inputs))
-        for each, pairs in zip(seeds, (antithetic, False), strict=True)
-    ]
-    paths, fixed = _record(ensemble, sources, inputs, most, reference_draws, progress)
+    example, count = inputs[:2], len(inputs)
+    own = Draws(ensemble, example, size, seeds[0], "per_image", antithetic, count)
+    independent = Draws(ensemble, example, size, seeds[1], "per_image", count=count)
+    paths, fixed = _record(ensemble, own, independent, inputs, most, reference_draws, progress)
     order = np.random.default_rng(entropy).permutation(len(inputs))
     first, second = (paths.of(half) for half in np.array_split(order, 2))
     if epsilon is None:
-        epsilon = float(fixed[order[: first.wrong.shape[1]]].mean())
-        if epsilon == 0:
-            raise ValueError(
-                f"{ensemble.draws} draws answer all {len(order) // 2} images as the infinite ensemble "
-                "does: set epsilon, or give more images"
-            )
+        epsilon = _share_of(fixed[order[: first.wrong.shape[1]]], ensemble.draws)
     rule = choose(first, second, epsilon, delta, reference_draws)
     about = {**still(ensemble, about), "antithetic": antithetic, "draws": ensemble.draws}
     return rule.model_copy(update=about)
+
+
+def _share_of(wrong: np.ndarray, draws: int) -> float:
+    """Of the images that so many draws answer otherwise."""
+    if not wrong.any():
+        raise ValueError(
+            f"{draws} draws answer all {len(wrong)} images as the infinite ensemble does: set epsilon, or "
+            "give more images"
+        )
+    return float(wrong.mean())
 
 
 def _check_noise(ensemble: SelfEnsemble, inputs: Tensor) -> None:
@@ -188,7 +191,8 @@ def cheapest(paths: Paths, price: float) -> np.ndarray:
 
 def _record(
     ensemble: SelfEnsemble,
-    sources: Sequence[Draws],
+    own: Draws,
+    independent: Draws,
     inputs: Tensor | Inputs,
     most: int,
     reference_draws: int,
@@ -198,11 +202,10 @@ def _record(
 
     Args:
         ensemble: in any mode.
-        sources: of the paths and of their reference, and of the independent draws; each image has its own,
-            as images that share noise would not be independent.
+        own, independent: draws, of which each image has its own: images that share noise would not be
+            independent.
         inputs, most, reference_draws, progress: see `calibrate`.
     """
-    own, independent = sources
     found: list[tuple[Tensor, ...]] = []
     done, total = 0, len(inputs) * (reference_draws + ensemble.draws + most)
 

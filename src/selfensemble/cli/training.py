@@ -87,11 +87,7 @@ def tune(
         typer.Option(min=0, help="Of training at each level; 0 asks how much noise the network bears now."),
     ] = 0,
     recipe: Annotated[
-        str | None,
-        typer.Option(
-            help="With --epochs: how to train, a shipped recipe or a YAML file, but for network, levels and "
-            "epochs; by default that of the network's training."
-        ),
+        str | None, typer.Option(help="To train by with --epochs; by default that of the network's training.")
     ] = None,
     eps: Annotated[float, typer.Option(help="L2 radius of the attack, images in [0, 1].")] = 0.5,
     give_up: Annotated[float, typer.Option(help="Clean accuracy that the recommendation may cost.")] = 0.05,
