@@ -69,7 +69,10 @@ def arguments_of(options: NetworkOptions) -> dict[str, Any] | None:
     """Arguments of what makes the network."""
     if options.network_args is None:
         return None
-    found = parsed_json(options.network_args, f"--network-args {options.network_args}")
+    try:
+        found = parsed_json(options.network_args, "--network-args")
+    except ValueError as error:
+        raise InputError(f"{error}: write '{{\"depth\": 20}}'") from error
     if not isinstance(found, dict):
         raise InputError(f"--network-args are keywords and values, '{{\"depth\": 20}}', got {found!r}")
     return found
