@@ -1,8 +1,10 @@
 """Networks with known answers, and awkward ones."""
 
+import importlib.util
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,24 @@ def browser() -> Iterator[Any]:
         running = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield running
         running.close()
+
+
+_of_torchvision: list[torch.library.Library] = []
+
+
+@pytest.fixture
+def torchvision() -> None:
+    """Where it is installed, of whichever build, it can be imported: it asks for two of its operators."""
+    found = importlib.util.find_spec("torchvision")
+    known = "torchvision" in sys.modules or hasattr(torch.ops.torchvision, "nms")
+    if known or found is None or found.origin is None:
+        return
+    try:
+        torch.ops.load_library(str(next(Path(found.origin).parent.glob("_C*.so"))))
+    except (OSError, StopIteration):  # it is for another build of PyTorch
+        _of_torchvision.append(torch.library.Library("torchvision", "DEF"))
+        for name in ("nms", "qnms"):
+            _of_torchvision[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 @pytest.fixture

@@ -282,6 +282,25 @@ def test_options_that_go_elsewhere(here: Path) -> None:
     assert "answers with 7 classes, digits has 10" in error("evaluate", "wide.py:make", *DATA)
 
 
+def test_levels_are_tuned_with_training_by_a_recipe(here: Path) -> None:
+    """Which a network that was not trained here does not know; other weights are trained again."""
+    asked = ("tune", NAME, *NAMED, *DATA, "--n", 20, "--levels", "0.1:0.05", "--epochs", 1)
+    assert "says no recipe to train it by: pass --recipe" in error(*asked)
+    assert "add --epochs" in error("tune", NAME, *NAMED, *DATA, "--n", 20, "--recipe", "digits-rse")
+    finished = run(*asked, "--recipe", "digits-rse", "--out", "tuned", "--json")
+    (level,) = json.loads(finished.stdout)["levels"]
+    assert level["clean"]["value"] > 0.4
+    (trained,) = (each for each in Path("tuned").iterdir() if each.is_dir())
+    config = read_config(trained)
+    assert config.network is not None
+    assert (config.network.name, config.network.arguments) == (NAME, {"width": 8})
+    assert config.normalize is not None
+    assert config.noise[""] == 0.1  # in front of mean and std
+    torch.save(rse.network_from(NAME, {"width": 8}).state_dict(), "weights.pt")
+    run(*asked, "--recipe", "digits-rse", "--out", "tuned")
+    assert len([each for each in Path("tuned").iterdir() if each.is_dir()]) == 2
+
+
 def test_noise_behind_mean_and_std_is_in_pixels(here: Path) -> None:
     """In front of them, and of every convolution but the one that runs first behind them."""
     described = json.loads(run("info", NAME, *NAMED, *SHAPE, "--json").stdout)

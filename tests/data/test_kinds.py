@@ -4,6 +4,8 @@ import csv
 import os
 import random
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -350,3 +352,22 @@ def test_a_worker_that_is_killed_is_an_error_that_says_what_to_do() -> None:
 
     with pytest.raises(OSError, match=r"data\.workers"):
         list(ahead(make, 6, 1))
+
+
+ABANDONED = """
+import numpy as np
+from selfensemble.data.streaming import ahead
+for found in ahead(lambda number: np.zeros(10**6), 100, workers=2):
+    print("one", flush=True)
+    input()
+"""
+
+
+def test_workers_end_with_a_process_that_was_killed() -> None:
+    """In the midst of sending images that nobody takes; they hold what it printed to open until they end."""
+    command = [sys.executable, "-c", ABANDONED]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == "one\n"
+        running.kill()
+        running.communicate(timeout=20)

@@ -311,3 +311,14 @@ def test_a_sample_is_of_all_classes_and_of_its_seed(digits: ImageData) -> None:
     for image, label in zip(few.images, few.labels, strict=True):
         assert known[image.numpy().tobytes()] == label
     assert digits.sample(len(digits), 0) is digits
+
+
+def test_what_data_do_not_have_is_refused(tmp_path: Path, digits: ImageData) -> None:
+    """Names of columns and splits, and revisions, are read or refused, never dropped."""
+    with pytest.raises(ValueError, match="digits have no test_split, label_column: leave that out"):
+        load_data("digits", "test", label_column="number", test_split="validation")
+    folder = write_folder(tmp_path, digits, count=4)
+    with pytest.raises(ValueError, match="have no image_column: leave"):
+        load_data(folder, "test", image_column="picture")
+    with pytest.raises(ValueError, match="is no data set of the Hub and has no revision"):
+        load_data(folder, "test", revision="main")

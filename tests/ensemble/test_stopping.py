@@ -3,6 +3,7 @@
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import selfensemble as rse
 from selfensemble.artefacts import storage
 from selfensemble.certainty.calibration import Paths, cheapest, choose
+from selfensemble.data.images import ImageData, Inputs
 from selfensemble.ensemble.draws import Draws, moments
 from selfensemble.ensemble.stopping import Calibrated, Exact, Fixed, Rule, margin
 
@@ -382,7 +384,7 @@ def test_a_calibrated_network(digits: tuple[rse.SelfEnsemble, Tensor], tmp_path:
         seed=0,
         progress=lambda done, total: calls.append((done, total)),
     )
-    assert calls[-1] == (126, 126)
+    assert calls[-1] == (300 * 126, 300 * 126)
     again = rse.calibrate(ensemble, images[:300], epsilon=0.2, most=16, reference_draws=100, seed=0)
     assert again == rule
     ensemble.stopping = rule
@@ -403,6 +405,28 @@ def test_a_calibrated_network(digits: tuple[rse.SelfEnsemble, Tensor], tmp_path:
     fresh = rse.create_model("small-cnn", channels=1, width=0.25)
     ensemble.stopping = halving(4)  # which is bound to it, as to what is loaded
     assert rse.load(tmp_path / "model", model=fresh).stopping == ensemble.stopping
+
+
+def test_images_that_are_made_some_at_a_time_give_the_same_rules(
+    digits: tuple[rse.SelfEnsemble, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ensemble, images = digits
+    labels = rse.load_data("digits", "test").labels
+    data = ImageData("floats", torch.cat([torch.rand(7, 1, 8, 8), images]), labels.new_zeros(457), ("a", "b"))
+    monkeypatch.setattr("selfensemble.data.images.BATCH_NUMBERS", 64 * 30)
+    later = Inputs(data, len(images), start=7)
+    parts = list(later.split(64))
+    assert [len(part) for part in parts] == [64] * 7 + [2]
+    assert torch.equal(torch.cat(parts), images)
+    settings: dict[str, Any] = {"epsilon": 0.3, "most": 4, "reference_draws": 8, "max_batch": 3, "seed": 0}
+    assert rse.calibrate(ensemble, later, **settings) == rse.calibrate(ensemble, images, **settings)
+    rules = [rse.conformal_sets(ensemble, each, labels, draws=3, seed=0).rule for each in (later, images)]
+    assert rules[0] == rules[1]
+    data.images[300] = 2.0
+    for refused in (lambda: rse.calibrate(ensemble, later, **settings),
+                    lambda: rse.conformal_sets(ensemble, later, labels, draws=3)):  # fmt: skip
+        with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+            refused()
 
 
 def test_what_cannot_be_calibrated(digits: tuple[rse.SelfEnsemble, Tensor]) -> None:

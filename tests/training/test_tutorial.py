@@ -4,11 +4,14 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from selfensemble.artefacts.storage import read_config
 
 from ..command import call, error, run
 
@@ -25,6 +28,13 @@ CHEAP = {
     "predict": [],
 }  # fmt: skip
 
+QUICK = """
+images: 10
+judge: {seeds: 1, queries: 1}
+checks: false
+attacks: [{attack: pgd, norm: linf, eps: [0.02], steps: 3}]
+"""
+
 
 def blocks(page: str, kind: str) -> list[str]:
     return re.findall(rf"^```{kind}[^\n]*\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
@@ -34,22 +44,27 @@ def commands_of(page: str) -> list[list[str]]:
     return [shlex.split(line)[1:] for line in page.splitlines() if line.startswith("selfensemble ")]
 
 
+def photos_of_pets(here: Path, count: int) -> None:
+    """So many of each, reddish and bluish, small, of a size each."""
+    chance = np.random.default_rng(0)
+    for name, channel in (("cat", 0), ("dog", 2)):
+        (here / "photos" / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = chance.integers(0, 100, (*chance.integers(26, 40, 2), 3), dtype=np.uint8)
+            pixels[..., channel] += 150
+            Image.fromarray(pixels).save(here / "photos" / name / f"{number:03}.jpg")
+
+
 def test_a_folder_of_photos_and_a_network_by_commands_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    chance = np.random.default_rng(0)
-    for name, channel in (("cat", 0), ("dog", 2)):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for number in range(60):
-            pixels = chance.integers(0, 100, (*chance.integers(26, 40, 2), 3), dtype=np.uint8)
-            pixels[..., channel] += 150
-            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{number:03}.jpg")
+    photos_of_pets(tmp_path, 60)
     (tmp_path / "mynets.py").write_text(blocks(PAGE, "py ")[0])
     (tmp_path / "my.yaml").write_text(blocks(PAGE, "yaml")[0])
     commands = commands_of(PAGE)
-    trains = [each for each in commands if each[0] == "train"]
-    others = [each for each in commands if each[0] != "train"]
+    trains = [each for each in commands if each[0] == "train" and "fine-tuned" not in each]
+    others = [each for each in commands if each[0] != "train" and "fine-tuned" not in each]
     assert (len(trains), {each[0] for each in others}) == (2, set(CHEAP))
     for command in trains:
         run(*command, *(part for each in SHORT for part in ("--set", each)))
@@ -64,6 +79,50 @@ def test_a_folder_of_photos_and_a_network_by_commands_alone(
     assert (evaluated["data"]["images"], evaluated["data"]["drawn"]) == (20, 0)
     certified = json.loads((tmp_path / "runs" / "cats-certified-mean" / "certified.json").read_text())
     assert certified["data"]["images"] == 4
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+@pytest.mark.parametrize("library", ["transformers", "timm"])
+def test_a_network_of_a_library_by_commands_alone(
+    library: str, torchvision: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 224, which is then known of the folder."""
+    pytest.importorskip(library, reason=f"needs {library}")
+    monkeypatch.chdir(tmp_path)
+    photos_of_pets(tmp_path, 20)
+    recipe = blocks(PAGE, "yaml")[1]
+    if library == "transformers":
+        tiny_network().save_pretrained("my-network")
+    else:
+        assert "timm:resnet18" in PAGE
+        named = '"timm:test_resnet", arguments: {num_classes: 2, pretrained: false}'
+        recipe = recipe.replace('"transformers:my-network"', named)
+    (tmp_path / "library.yaml").write_text(recipe)
+    train, evaluate = (each for each in commands_of(PAGE) if "fine-tuned" in each)
+    short = (
+        "train.epochs=1",
+        "train.batch_size=8",
+        "data.workers=0",
+        "noise.draws=1",
+        "train.warmup_epochs=0",
+    )
+    run(*train, *(part for each in short for part in ("--set", each)))
+    config = read_config("fine-tuned")
+    assert (config.input_shape, config.classes) == ((3, 224, 224), ("cat", "dog"))
+    assert len(config.noise) > 2
+    (tmp_path / "quick.yaml").write_text(QUICK)
+    finished = run(*evaluate, "--protocol", "quick.yaml", "--n", 2, "--json")
+    assert json.loads(finished.stdout)["data"]["images"] == 2
+
+
+def tiny_network() -> Any:
+    """Of transformers, with fresh weights."""
+    import transformers
+
+    config = transformers.ResNetConfig(
+        embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", num_labels=2
+    )
+    return transformers.ResNetForImageClassification(config)
 
 
 def test_a_network_on_waveforms_by_commands_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..runtime.packages import needs
-from .download import FILES, NAME, PREFIX, brief
+from .download import FILES, NAME, PREFIX, said
 from .storage import load, read_config, read_weights
 
 
@@ -51,5 +51,5 @@ def push(
             repo_id=name, folder_path=folder, allow_patterns=list(FILES), commit_message=message
         )
     except HfHubHTTPError as error:
-        raise PermissionError(f"the Hub does not take {name}: {brief(error)}") from error
+        raise PermissionError(f"the Hub does not take {name}: {said(error)}") from error
     return str(commit.commit_url)

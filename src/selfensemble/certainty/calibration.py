@@ -10,14 +10,16 @@ test that fails is taken: fixed-sequence testing, which needs no correction for 
 Source: Angelopoulos, Bates, Candes, Jordan, Lei, Learn then Test, 2021, arXiv 2110.01052, section 2.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor
 
+from ..data.images import Inputs
 from ..ensemble.checks import check_count, check_images
 from ..ensemble.draws import Draws, check_finite
 from ..ensemble.ensemble import SelfEnsemble
@@ -57,13 +59,14 @@ class Paths:
 
 def calibrate(
     ensemble: SelfEnsemble,
-    inputs: Tensor,
+    inputs: Tensor | Inputs,
     *,
     epsilon: float | None = None,
     delta: float = 0.05,
     most: int = 32,
     reference_draws: int = 200,
     antithetic: bool = True,
+    max_batch: int | None = None,
     seed: int | None = None,
     progress: Progress | None = None,
 ) -> Calibrated:
@@ -75,7 +78,8 @@ def calibrate(
 
     Args:
         ensemble: in the form that will predict, e.g. optimised.
-        inputs: (N, ...) images, 200 or more; half of them choose the rules, half test them.
+        inputs: (N, ...) images, 200 or more; half of them choose the rules, half test them. As `Inputs` of
+            image data they are made some at a time.
         epsilon: the share of answers that may differ from the reference's. By default the share that
             `ensemble.draws` draws for every image get wrong, measured on the first half.
         delta: the risk that the guarantee fails, over the choice of images and noise.
@@ -84,8 +88,8 @@ def calibrate(
             what they say of an answer.
         antithetic: whether predictions are to draw in pairs of opposite noise, which takes fewer draws. The
             default of epsilon is about draws that do not.
-        seed: of noise and halves; None for fresh entropy.
-        progress: called with passes done and all of them.
+        max_batch, seed: see `SelfEnsemble.predict`; the seed is that of the halves as well.
+        progress: called with draws done and all of them, of images times draws.
 
     Returns:
         The rule; set `ensemble.stopping` to it.
@@ -93,26 +97,35 @@ def calibrate(
     Raises:
         ValueError: no noise, too few images, or no rule passes; the message says what to do.
     """
-    check_images(inputs, ensemble.bounds)
+    check_images(inputs[:2] if isinstance(inputs, Inputs) else inputs, ensemble.bounds)
     _check_shares(len(inputs), epsilon=epsilon, delta=delta)
-    _check_noise(ensemble, inputs)
+    _check_noise(ensemble, inputs[:2])
+    size = None if max_batch is None else check_count("max_batch", max_batch)
     about = origin(ensemble)
     most, reference_draws = check_count("most", most), check_count("reference_draws", reference_draws)
     entropy = np.random.SeedSequence(seed)
     seeds: list[int] = entropy.generate_state(2).tolist()
-    paths, fixed = _record(ensemble, inputs, most, reference_draws, antithetic, seeds, progress)
+    example, count = inputs[:2], len(inputs)
+    own = Draws(ensemble, example, size, seeds[0], "per_image", antithetic, count)
+    independent = Draws(ensemble, example, size, seeds[1], "per_image", count=count)
+    paths, fixed = _record(ensemble, own, independent, inputs, most, reference_draws, progress)
     order = np.random.default_rng(entropy).permutation(len(inputs))
     first, second = (paths.of(half) for half in np.array_split(order, 2))
     if epsilon is None:
-        epsilon = float(fixed[order[: first.wrong.shape[1]]].mean())
-        if epsilon == 0:
-            raise ValueError(
-                f"{ensemble.draws} draws answer all {len(order) // 2} images as the infinite ensemble "
-                "does: set epsilon, or give more images"
-            )
+        epsilon = _share_of(fixed[order[: first.wrong.shape[1]]], ensemble.draws)
     rule = choose(first, second, epsilon, delta, reference_draws)
     about = {**still(ensemble, about), "antithetic": antithetic, "draws": ensemble.draws}
     return rule.model_copy(update=about)
+
+
+def _share_of(wrong: np.ndarray, draws: int) -> float:
+    """Of the images that so many draws answer otherwise."""
+    if not wrong.any():
+        raise ValueError(
+            f"{draws} draws answer all {len(wrong)} images as the infinite ensemble does: set epsilon, or "
+            "give more images"
+        )
+    return float(wrong.mean())
 
 
 def _check_noise(ensemble: SelfEnsemble, inputs: Tensor) -> None:
@@ -178,41 +191,58 @@ def cheapest(paths: Paths, price: float) -> np.ndarray:
 
 def _record(
     ensemble: SelfEnsemble,
-    inputs: Tensor,
+    own: Draws,
+    independent: Draws,
+    inputs: Tensor | Inputs,
     most: int,
     reference_draws: int,
-    antithetic: bool,
-    seeds: list[int],
     progress: Progress | None,
 ) -> tuple[Paths, np.ndarray]:
     """Paths of up to `most` draws, and (N,) whether `ensemble.draws` independent draws are wrong.
 
-    Draws of each image's own: images that share noise would not be independent.
+    Args:
+        ensemble: in any mode.
+        own, independent: draws, of which each image has its own: images that share noise would not be
+            independent.
+        inputs, most, reference_draws, progress: see `calibrate`.
     """
-    own = Draws(ensemble, inputs, None, seeds[0], "per_image", antithetic)
-    independent = Draws(ensemble, inputs, None, seeds[1], "per_image")
-    done, total = 0, reference_draws + most + ensemble.draws
+    found: list[tuple[Tensor, ...]] = []
+    done, total = 0, len(inputs) * (reference_draws + ensemble.draws + most)
 
-    def draw(source: Draws, index: int) -> Tensor:
+    def draw(source: Draws, group: Tensor, index: int, number: int) -> Tensor:
         nonlocal done
-        groups = enumerate(source.groups(inputs))
-        parts = [source.take(source.prepared(group), index, 1, number)[0].cpu() for number, group in groups]
-        done += 1
+        outputs = check_finite(source.take(group, index, 1, number)[0].cpu())
+        done += len(group)
         if progress is not None:
             progress(done, total)
-        return check_finite(torch.cat(parts))
+        return outputs
 
     with eval_mode(ensemble):
-        nothing = torch.zeros((), dtype=torch.float32, device="cpu")
-        label = sum((draw(own, index) for index in range(reference_draws)), nothing).argmax(dim=1)
-        others = sum((draw(independent, index) for index in range(ensemble.draws)), nothing)
-        total_so_far = nothing
-        margins, wrong = [], []
-        first = reference_draws + reference_draws % 2  # the first of a pair
-        for index in range(most):
-            total_so_far = total_so_far + draw(own, first + index)
-            mean = total_so_far / (index + 1)
-            margins.append(margin(mean))
-            wrong.append(mean.argmax(dim=1) != label)
-    paths = Paths(torch.stack(margins).double().numpy(), torch.stack(wrong).numpy())
-    return paths, (others.argmax(dim=1) != label).numpy()
+        for number, images in enumerate(own.groups(inputs)):
+            check_images(images, ensemble.bounds)
+            group = own.prepared(images)
+            mine = partial(draw, own, group, number=number)
+            others = partial(draw, independent, group, number=number)
+            label = _total(map(mine, range(reference_draws))).argmax(dim=1)
+            wrong = _total(map(others, range(ensemble.draws))).argmax(dim=1) != label
+            first = reference_draws + reference_draws % 2  # the first of a pair
+            found.append((*_path(map(mine, range(first, first + most)), label), wrong))
+    margins, wrongs, fixed = (torch.cat(column, dim=-1).numpy() for column in zip(*found, strict=True))
+    return Paths(margins, wrongs), fixed
+
+
+def _total(outputs: Iterator[Tensor]) -> Tensor:
+    """What a mean is in proportion to."""
+    return sum(outputs, torch.zeros((), dtype=torch.float32, device="cpu"))
+
+
+def _path(outputs: Iterator[Tensor], label: Tensor) -> tuple[Tensor, Tensor]:
+    """(most, b) margins of the mean after each output (b, K), and whether its label is another."""
+    total = torch.zeros((), dtype=torch.float32, device="cpu")
+    margins, wrong = [], []
+    for index, each in enumerate(outputs):
+        total = total + each
+        mean = total / (index + 1)
+        margins.append(margin(mean))
+        wrong.append(mean.argmax(dim=1) != label)
+    return torch.stack(margins).double(), torch.stack(wrong)

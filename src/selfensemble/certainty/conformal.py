@@ -18,6 +18,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from ..data.images import Inputs
 from ..ensemble.checks import check_count, check_images
 from ..ensemble.draws import Draws, check_finite
 from ..ensemble.ensemble import SelfEnsemble
@@ -115,7 +116,7 @@ class ConformalSets:
 
 def conformal_sets(
     ensemble: SelfEnsemble,
-    inputs: Tensor,
+    inputs: Tensor | Inputs,
     labels: Tensor,
     *,
     alpha: float = 0.1,
@@ -131,7 +132,7 @@ def conformal_sets(
     Args:
         ensemble: in the form that will predict, e.g. optimised.
         inputs: (N, ...) held-out images that the network was not trained on; `1 / alpha - 1` or more, with a
-            radius `1 / (alpha - 2 beta) - 1` or more.
+            radius `1 / (alpha - 2 beta) - 1` or more. As `Inputs` of image data they are made some at a time.
         labels: (N,) of any integer type, on any device.
         alpha: the risk that a set misses the right label.
         radius: L2 in the units of the image; the guarantee then holds for images moved by as much.
@@ -146,14 +147,14 @@ def conformal_sets(
             that cannot be accounted for (see `pixel_std`).
         TypeError: labels that are no integers.
     """
-    check_images(inputs, ensemble.bounds)
+    check_images(inputs[:2] if isinstance(inputs, Inputs) else inputs, ensemble.bounds)
     labels = _checked(labels, len(inputs))
     if draws is None:
         draws = 1000 if radius else ensemble.draws
     beta = (alpha / 20 if beta is None else beta) if radius else 0.0
     _check_settings(alpha, radius, draws, beta, len(inputs))
     about = origin(ensemble)
-    std = pixel_std(ensemble, inputs) if radius else 0.0
+    std = pixel_std(ensemble, inputs[:2]) if radius else 0.0
     lowest = []
     start = 0
     for samples in _samples(ensemble, inputs, draws, max_batch, seed):
@@ -226,17 +227,18 @@ def _check_classes(labels: Tensor, classes: int) -> None:
 
 
 def _samples(
-    ensemble: SelfEnsemble, inputs: Tensor, draws: int, max_batch: int | None, seed: int | None
+    ensemble: SelfEnsemble, inputs: Tensor | Inputs, draws: int, max_batch: int | None, seed: int | None
 ) -> Iterator[Tensor]:
     """(draws, b, K) softmax outputs of b images after the other, on the CPU."""
     size = None if max_batch is None else check_count("max_batch", max_batch)
     if len(inputs) == 0:
         return
     with eval_mode(ensemble):
-        source = Draws(ensemble, inputs, size, seed, "per_image")
+        source = Draws(ensemble, inputs[:2], size, seed, "per_image", count=len(inputs))
         classes = source.take(source.prepared(inputs[:1]), 0, 1).shape[2]
         few = max(1, min(_ROOM // (draws * classes), source.size))
         for number, images in enumerate(inputs.split(few)):
+            check_images(images, ensemble.bounds)
             group, taken, passes = source.prepared(images), 0, []
             while taken < draws:
                 count = source.at_once(len(group), draws - taken)

@@ -11,7 +11,7 @@ from ..runtime.devices import device_named
 from ..runtime.errors import InputError
 from ..runtime.processes import this_process
 from . import terminal
-from .arguments import in_precision
+from .arguments import checked_options, in_precision
 from .base import Device, Json, Model, app, resumable
 from .data_options import NO_DATA, DataOptions, takes_data
 from .opening import open_network, saved_folder
@@ -65,9 +65,10 @@ def certify(
     from ..evaluation.certified import Certification, Settings
 
     images, most = _images_and_draws(n, n_images, max_draws)
-    settings = Settings.model_validate(
+    settings = checked_options(
+        Settings,
         {"images": images, "alpha": alpha, "n0": n0, "n": most, "method": method, "rivals": rivals,
-         "radius": radius, "grid": grid, "seed": seed, "shard": shard}
+         "radius": radius, "grid": grid, "seed": seed, "shard": shard},
     )  # fmt: skip
     rank, world, target = this_process(device)
     opened = open_network(model, network, data, with_data=True)
@@ -132,6 +133,7 @@ def calibrate(
         int | None, typer.Option(min=1, help="With --sets: of an image; the model's, with a radius 1,000.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Repeatable noise; fresh by default.")] = None,
+    max_batch: Annotated[int | None, typer.Option(min=1, help="Images a forward pass.")] = None,
     precision: Annotated[str, typer.Option(help=_PRECISION)] = "bf16",
     device: Device = "auto",
     as_json: Json = False,
@@ -152,10 +154,9 @@ def calibrate(
         raise InputError(f"there are {len(test)} test images: --n asks for {n_images}")
     ensemble = in_precision(opened.ensemble.to(device_named(device)), test.inputs(slice(2)), precision)
     work = _sets if sets else _stopping
-    options = {name: value for name, value in (of_sets if sets else of_stops).items() if value is not None}
-    rule, told = work(
-        ensemble, test, slice(len(test) - n_images, len(test)), options | {"seed": seed}, folder, config
-    )
+    chosen = (of_sets if sets else of_stops) | {"seed": seed, "max_batch": max_batch}
+    options = {name: value for name, value in chosen.items() if value is not None}
+    rule, told = work(ensemble, test, n_images, options, folder, config)
     if as_json:
         terminal.print_json(rule.model_dump(mode="json"))
         return
@@ -166,7 +167,7 @@ def calibrate(
 def _stopping(
     ensemble: "SelfEnsemble",
     test: "ImageData",
-    chosen: slice,
+    count: int,
     options: dict[str, Any],
     folder: Path,
     of: "ArtefactConfig",
@@ -174,9 +175,10 @@ def _stopping(
     """The rule that is written to the folder, and what to say of it."""
     from ..artefacts.storage import save_stopping
     from ..certainty.calibration import calibrate
+    from ..data.images import Inputs
 
     with _drawing() as progress:
-        rule = calibrate(ensemble, test.inputs(chosen), progress=progress, **options)
+        rule = calibrate(ensemble, Inputs(test, count, len(test) - count), progress=progress, **options)
     save_stopping(folder, rule, of=of)
     return rule, (
         f"Mean draws {rule.mean_draws:.2f} instead of {ensemble.draws}; {rule.disagreement:.2%} of "
@@ -188,7 +190,7 @@ def _stopping(
 def _sets(
     ensemble: "SelfEnsemble",
     test: "ImageData",
-    chosen: slice,
+    count: int,
     options: dict[str, Any],
     folder: Path,
     of: "ArtefactConfig",
@@ -196,11 +198,11 @@ def _sets(
     """The same of conformal sets."""
     from ..artefacts.storage import save_sets
     from ..certainty.conformal import conformal_sets
+    from ..data.images import Inputs
 
     with _drawing() as progress:
-        rule = conformal_sets(
-            ensemble, test.inputs(chosen), test.labels[chosen], progress=progress, **options
-        ).rule
+        last = Inputs(test, count, len(test) - count)
+        rule = conformal_sets(ensemble, last, test.labels[-count:], progress=progress, **options).rule
     save_sets(folder, rule, of=of)
     moved = f", moved by up to {rule.radius:g} in L2" if rule.radius else ""
     return rule, (
@@ -211,7 +213,7 @@ def _sets(
 
 @contextmanager
 def _drawing() -> Iterator[Callable[[int, int], None]]:
-    """Progress of draws or of images."""
+    """Progress of images, or of their draws."""
     with terminal.progress() as update:
         update("drawing", 0.0)
         yield lambda done, total: update("drawing", done / total)

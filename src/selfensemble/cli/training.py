@@ -1,7 +1,7 @@
 """Commands that train a network, and look for the level of its noise."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,8 +12,11 @@ from ..runtime.ownership import owned
 from . import terminal
 from .base import Device, Json, Model, app, resumable
 from .data_options import NO_DATA, DataOptions, takes_data
-from .opening import open_network
+from .opening import Opened, open_network
 from .options import OPTIONS, NetworkOptions, takes_network
+
+if TYPE_CHECKING:
+    from ..experiments.tuning import FineTune
 
 
 @app.command()
@@ -83,6 +86,9 @@ def tune(
         int,
         typer.Option(min=0, help="Of training at each level; 0 asks how much noise the network bears now."),
     ] = 0,
+    recipe: Annotated[
+        str | None, typer.Option(help="To train by with --epochs; by default that of the network's training.")
+    ] = None,
     eps: Annotated[float, typer.Option(help="L2 radius of the attack, images in [0, 1].")] = 0.5,
     give_up: Annotated[float, typer.Option(help="Clean accuracy that the recommendation may cost.")] = 0.05,
     seed: Annotated[int, typer.Option(min=0, help="Of attack and judge.")] = 0,
@@ -92,20 +98,20 @@ def tune(
     network: NetworkOptions = OPTIONS,
 ) -> None:
     """Sweep the level of the noise: clean and attacked accuracy, a plot, and which to take."""
-    from ..experiments.tuning import LEVELS, training
+    from ..experiments.tuning import LEVELS
     from ..experiments.tuning import tune as sweep
     from ..noise.levels import levels_named
     from ..runtime.files import write_json
 
     wanted = LEVELS if levels is None else levels_named(levels)
     opened = open_network(model, network, data, with_data=True)
-    config, test = opened.config, opened.test
+    test = opened.test
     if len(test) < n_images:
         raise InputError(f"there are {len(test)} test images: --n asks for {n_images}")
     chosen = slice(len(test) - n_images, len(test))
     ensemble = opened.ensemble.to(device_named(device))
     folder = out or Path("runs") / f"{opened.name}-tuned"
-    fine_tune = training(config.recipe, model, epochs, folder, data.data, data.given()) if epochs else None
+    fine_tune = _training(opened, model, recipe, epochs, folder, data, network)
     with resumable(folder), owned(folder), terminal.progress() as update:
         found = sweep(
             ensemble, test.inputs(chosen), test.labels[chosen], wanted, eps=eps, give_up=give_up, seed=seed,
@@ -121,3 +127,36 @@ def tune(
     terminal.print_page(page)
     terminal.out.print(f"Recommended: {found.recommended.name}")
     terminal.out.print(f"Written to {folder}: index.md, levels.svg, tune.json", soft_wrap=True)
+
+
+def _training(
+    opened: Opened,
+    model: str,
+    recipe: str | None,
+    epochs: int,
+    folder: Path,
+    data: DataOptions,
+    network: NetworkOptions,
+) -> "FineTune | None":
+    """How a network is trained at each level: by a recipe that is named, or its own."""
+    from ..experiments.tuning import training
+    from ..training.recipe import Recipe, load_recipe
+
+    if not epochs:
+        if recipe is not None:
+            raise InputError("--recipe says how to train at each level: add --epochs")
+        return None
+    if recipe is not None:
+        chosen = load_recipe(recipe)
+    elif opened.config.recipe is not None:
+        chosen = Recipe.model_validate(opened.config.recipe)
+    else:
+        raise InputError(
+            f"{model} says no recipe to train it by: pass --recipe, a shipped one (see `info`) or a YAML "
+            "file whose data and train sections say how; network, levels and epochs are those of this command"
+        )
+    if opened.folder is None:
+        chosen = chosen.replaced("noise", filter=network.filter_name or "conv")
+        chosen = chosen.replaced("data", bounds=opened.ensemble.bounds)
+    weights = model if opened.folder is not None else None
+    return training(chosen, weights, epochs, folder, data.data, data.given())

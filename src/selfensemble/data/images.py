@@ -137,16 +137,18 @@ class ImageData:
 
 
 @dataclass(frozen=True, slots=True)
-class FirstInputs:
-    """The inputs of the first images, (N, C, H, W) on the CPU, made where they are indexed.
+class Inputs:
+    """The inputs of images that follow each other, (N, C, H, W) on the CPU, made where they are indexed.
 
     Attributes:
         data: whose.
         count: N.
+        start: number of the first.
     """
 
     data: ImageData
     count: int
+    start: int = 0
 
     def __len__(self) -> int:
         return self.count
@@ -156,14 +158,25 @@ class FirstInputs:
         return torch.Size((self.count, *self.data.shape))
 
     def __getitem__(self, index: Tensor | slice) -> Tensor:
-        chosen = torch.arange(self.count, device="cpu")[index]
+        chosen = torch.arange(self.count, device="cpu")[index] + self.start
         return self.data.inputs(chosen.to(self.data.labels.device)).cpu()
 
     def parts(self) -> Iterator[Tensor]:
-        """All of them, some at a time."""
-        indices = torch.arange(self.count, device=self.data.labels.device)
+        """All of them, some at a time, decoded ahead by workers."""
+        indices = torch.arange(self.start, self.start + self.count, device=self.data.labels.device)
         for inputs, _ in self.data.batches(indices, batch_size(self.count, self.data.shape)):
             yield inputs.cpu()
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """All of them, `size` at a time, as a tensor is split."""
+        held = torch.empty((0, *self.data.shape), dtype=torch.float32, device="cpu")
+        for part in self.parts():
+            held = torch.cat([held, part])
+            while len(held) >= size:
+                yield held[:size]
+                held = held[size:]
+        if len(held):
+            yield held
 
 
 def as_inputs(images: Tensor, bounds: tuple[float, float] | None = None) -> Tensor:

@@ -4,9 +4,12 @@ What a worker makes of an image depends on the image and on what it is asked for
 it is or how many there are.
 """
 
+import multiprocessing
 import os
 import pickle
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar, copy_context
@@ -23,6 +26,7 @@ from .decoding import open_image, prepare_image
 from .rows import Cell
 
 _FEW = 64  # images that are decoded sooner than workers start
+_LOOKS = 1.0  # seconds between two looks of a worker at whether its parent is there
 
 
 class Reader(Protocol):
@@ -267,11 +271,23 @@ def _as_it_is(found: Any) -> Any:
 
 
 def _undisturbed(worker: int) -> None:
-    """Ctrl-C is for the main process, which ends its workers."""
+    """Ctrl-C is for the main process, which ends its workers; they end with it, however it ends."""
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Do not outlive a main process that was killed.
+
+    Images on their way then fill a pipe that nobody reads, and a worker of torch waits for it for ever.
+    """
+    parent = multiprocessing.parent_process()
+    while parent is not None and os.getppid() == parent.pid:
+        time.sleep(_LOOKS)
+    os._exit(1)
 
 
 def _cores() -> int:

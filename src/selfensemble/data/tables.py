@@ -1,5 +1,6 @@
 """Tables of images and labels: data sets of the Hugging Face Hub, saved ones, and parquet files."""
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,18 +75,17 @@ def open_hub(hub_id: str, split: Split, reading: Reading) -> Rows:
                 return load_dataset(hub_id, split=name, streaming=streaming, revision=reading.revision)
             except OSError as error:
                 raise ConnectionError(
-                    f"cannot read data set {hub_id!r} from the hub ({type(error).__name__}: {error}); check "
-                    "the "
-                    "id and the network, or download it and pass the folder of its parquet files"
+                    f"cannot read data set {hub_id!r} from the hub ({type(error).__name__}): check "
+                    "the id and the connection, or download it and pass the folder of its parquet files"
                 ) from error
             except ValueError as error:  # of a split that it does not have
                 if "split" not in str(error):
                     raise
-                problems.append(" ".join(str(error).split()))
+                known = re.search(r"\[(.+)\]", str(error))
+                problems.append(known.group(1).replace("'", "") if known else "others")
         raise FileNotFoundError(
-            f"no {split} split in {hub_id}: {problems[0]} data.{split}_split, --{split}-split name another, "
-            "and "
-            "one name for both cuts them out of it"
+            f"no {split} split in {hub_id}, which has {problems[0]}: data.{split}_split, --{split}-split "
+            "name another, and one name for both cuts them out of it"
         )
 
     names = [hub_id, *reading.names(split), reading.revision]

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..data.images import Inputs
 from ..noise.streams import Sampling, derived_seed, fresh_seed, noise_draw
 from .checks import explain_shape
 from .classifier import RandomClassifier
@@ -42,6 +43,7 @@ class Draws:
         seed: None for fresh noise.
         sampling: overrides the ensemble's.
         antithetic: in pairs, see `noise_draw`.
+        count: images to come, where the example is not all of them.
 
     Attributes:
         size: images a pass, of one draw.
@@ -57,7 +59,9 @@ class Draws:
         seed: int | None = None,
         sampling: Sampling | None = None,
         antithetic: bool = False,
+        count: int | None = None,
     ) -> None:
+        count = len(example) if count is None else count
         self._portable = self._repeats = seed is not None
         shared = (sampling or ensemble.sampling) == "shared"
         # A pass of whole pairs needs no streams, which take time to start.
@@ -74,11 +78,11 @@ class Draws:
         if max_batch is not None:
             self.size = self.capacity = max_batch
         elif self.device.type != "cpu":
-            self.size, self.capacity = max(in_chunk, len(example) // 2), _ON_ACCELERATORS * in_chunk
+            self.size, self.capacity = max(in_chunk, count // 2), _ON_ACCELERATORS * in_chunk
         elif ensemble.has_half_activations:
             self.size = self.capacity = in_chunk
         else:  # very small batches are not divided
-            self.size, self.capacity = max(1, in_chunk // 4, min(len(example) // 2, in_chunk)), in_chunk
+            self.size, self.capacity = max(1, in_chunk // 4, min(count // 2, in_chunk)), in_chunk
         # Per-image noise of a seed depends on the batch: images of two parts must not have the same, and
         # several draws in one batch would not be those of their own.
         self._by_part = seed is not None and not shared
@@ -89,9 +93,9 @@ class Draws:
         self._reseeds: bool | None = None
         self._folds: bool | None = None
 
-    def groups(self, inputs: Tensor) -> list[Tensor]:
+    def groups(self, inputs: Tensor | Inputs) -> Iterator[Tensor]:
         """`inputs` in parts that are taken to the device as a whole."""
-        return list(inputs.split(self.size * _PASSES))
+        return iter(inputs.split(self.size * _PASSES))
 
     def prepared(self, group: Tensor) -> Tensor:
         """A group on the device of the ensemble, in its dtype."""

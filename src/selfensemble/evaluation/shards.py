@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..attacks.norms import enclosing_radius
-from ..data.images import FirstInputs
+from ..data.images import Inputs
 from .protocol import MINIMUM_NORM, Run
 
 CLEAN, WORST = "clean", "worst"
@@ -101,7 +101,7 @@ class Shards:
 
     folder: Path
     plans: Sequence[Plan]
-    inputs: FirstInputs
+    inputs: Inputs
     size: int
 
     @property

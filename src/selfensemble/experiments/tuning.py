@@ -18,6 +18,7 @@ from ..data.sources import is_code
 from ..ensemble.checks import check_images
 from ..ensemble.draws import Draws
 from ..ensemble.ensemble import SelfEnsemble
+from ..evaluation.identity import model_record
 from ..evaluation.judge import judge
 from ..fast.optimize import optimize
 from ..noise.injection import eval_mode, noise_layers, remove_noise_, set_levels_
@@ -203,8 +204,8 @@ def _measured(
 
 
 def training(
-    recipe: dict[str, Any] | None,
-    weights: str,
+    base: Recipe,
+    weights: str | None,
     epochs: int,
     folder: Path,
     data: str | None = None,
@@ -213,38 +214,34 @@ def training(
     """A `fine_tune` that trains by a recipe; what it has trained in `folder` is used again.
 
     Args:
-        recipe: of the network.
-        weights: where its weights are.
+        base: the recipe, but for levels and epochs.
+        weights: where those of a saved ensemble are; None for a network that is none, whose own are taken.
         epochs: at each level.
         folder: of the trained networks.
         data: overrides the source of the recipe's.
         reading: overrides how it is read.
 
     Raises:
-        ValueError: there is no recipe.
+        ValueError: the images come from code that nobody named.
     """
-    if recipe is None:
-        raise ValueError(
-            "this network says no recipe to train it by: use rse.tune(..., fine_tune=...) in Python"
-        )
-    base = Recipe.model_validate(recipe).replaced("data", **(reading or {}))
+    base = base.replaced("data", **(reading or {}))
     if data is None and is_code(base.data.source):
         raise ValueError(f"the recipe's images come from code, {base.data.source}: name it, --data")
 
     def fine_tune(candidate: SelfEnsemble) -> SelfEnsemble:
         stds = [float(np.max(layer.std)) for layer in noise_layers(candidate.model).values()]
-        noise = base.noise.model_copy(update={"init_std": stds[0], "inner_std": stds[-1], "learn": None})
-        own_network = None if is_built_in(base) else _without_noise(candidate, base)
-        own = base.model_copy(
-            update={
-                "noise": noise,
-                "model": base.model.model_copy(update={"weights": weights if own_network is None else None}),
-                "train": base.train.model_copy(update={"epochs": epochs}),
-            }
-        )
-        place = folder / f"{stds[0]:g}-{stds[-1]:g}"
-        Trainer(own, place, data=data, model=own_network, resume=True).run()
-        return load(place, copy.deepcopy(own_network))
+        place = f"{stds[0]:g}-{stds[-1]:g}"
+        levels: dict[str, Any] = {"init_std": stds[0], "inner_std": stds[-1], "learn": None}
+        own = base.replaced("noise", **levels).replaced("train", epochs=epochs)
+        if weights is not None and is_built_in(base):
+            network = None
+            own = own.replaced("model", weights=weights)
+        else:
+            network = _without_noise(candidate, base)
+            own = own.replaced("model", weights=None)
+            place += f"-{model_record(candidate, '', None).digest.rpartition(':')[2][:8]}"  # of its weights
+        Trainer(own, folder / place, data=data, model=network, resume=True).run()
+        return load(folder / place, copy.deepcopy(network))
 
     return fine_tune
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.fx import GraphModule
 
 from ..runtime.errors import MissingPackage
 from .importing import attribute_named, described
@@ -65,9 +66,14 @@ def network_from(
         network = _own(name, chosen)
     if weights is not None:
         load_weights_(network, weights)
-    known = {"name": name, "arguments": chosen, "pretrained": has_its_weights}
-    setattr(network, NAMED_AS, known)
+    _remember(network, {"name": name, "arguments": chosen, "pretrained": has_its_weights})
     return network
+
+
+def _remember(network: nn.Module, known: dict[str, Any]) -> None:
+    setattr(network, NAMED_AS, known)
+    if isinstance(network, GraphModule):  # copies of which have what their graph needs, and this
+        network.meta.setdefault("_user_preserved_attributes", {})[NAMED_AS] = known
 
 
 def name_of(network: nn.Module) -> tuple[str, dict[str, Any]] | None:

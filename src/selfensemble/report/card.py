@@ -113,7 +113,7 @@ def _certificate(found: Certified) -> str:
     return "\n".join(
         [
             f"{code(command)}, {_machine(found.provenance)}; share of the "
-            f"{found.data.which} that are answered rightly with a certificate of at least that "
+            f"{found.which} that are answered rightly with a certificate of at least that "
             f"L2 radius, each wrong with probability {asked['alpha']:g} at most; nothing is certified of "
             f"{100 * found.abstained:.1f} %:\n",
             "| radius | certified accuracy |\n|---|---|",

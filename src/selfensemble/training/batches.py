@@ -193,6 +193,10 @@ def _check_range(images: Tensor, name: str, bounds: tuple[float, float]) -> None
 def _shared(wanted: int, images: int, parts: int) -> int:
     """The batch size of all processes together, a multiple of their number and that of their passes."""
     batch = min(wanted, images)
+    if images < 2 * parts:
+        raise ValueError(
+            f"{images} training images are too few: pass more (data.images, data.validation say how many)"
+        )
     if batch < 2 * parts:
         raise ValueError(
             f"a batch of {batch} cannot be shared by {parts} process(es) and passes: batch norm needs two "
