@@ -208,6 +208,19 @@ def test_an_interrupt_within_exec_exits_130(tmp_path: Path) -> None:
     assert run.returncode == 130
 
 
+def test_ctrl_c_when_all_is_done_changes_nothing(tmp_path: Path) -> None:
+    """While Python takes its modules down, which takes a while, it would kill the process."""
+    (tmp_path / "late.py").write_text(
+        "import os, signal, selfensemble.__main__ as command\n"
+        "class Late:\n"
+        "    def __del__(self, kill=os.kill, own=os.getpid(), number=signal.SIGINT): kill(own, number)\n"
+        "late, command.app = Late(), lambda *args, **kwargs: 3\n"
+        "command.main()\n"
+    )
+    run = subprocess.run([sys.executable, "-m", "late"], cwd=tmp_path, check=False, capture_output=True)
+    assert (run.returncode, run.stderr) == (3, b"")
+
+
 def test_ctrl_c_while_modules_load_exits_130(model: Path) -> None:
     """In the middle of loading PyTorch, which turns it into errors of its own now and then."""
     process = subprocess.Popen(

@@ -313,7 +313,7 @@ def test_bad_folders_and_files(
         ("{", "damaged"),
         ("[]", "was not written by selfensemble"),
         ('{"format": "selfensemble-evaluation", "format_version": 9}', "version 9"),
-        ('{"format": "selfensemble-evaluation", "format_version": 1}', "damaged: name"),
+        ('{"format": "selfensemble-evaluation", "format_version": 1}', "does not fit: name is missing"),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):

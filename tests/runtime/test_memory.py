@@ -50,6 +50,14 @@ for _ in range(2):
     kept = [[] for _ in range(45_000)]
     found.append(searches[0])
 print(json.dumps([found, gc.get_threshold() == usual, len(gc.callbacks)]))
+
+class Left:
+    def __del__(self):
+        print("searched for at the end")
+
+left = Left()
+left.itself = left
+del left
 """
 
 
@@ -59,4 +67,4 @@ def test_garbage_is_searched_for_late_and_then_as_usual() -> None:
     assert first == 0
     assert second > 10
     assert as_before
-    assert callbacks == 1
+    assert callbacks == 1  # and no second line: nothing was searched for at the end

@@ -1,5 +1,6 @@
 """Stopping a long run between two steps rather than in the middle of one, and while modules load at once."""
 
+import atexit
 import contextlib
 import os
 import signal
@@ -21,11 +22,13 @@ def end_while_loading() -> None:
     """From now on Ctrl-C ends the process at once while a module is being imported; else it does as before.
 
     Many modules turn a KeyboardInterrupt in the middle of them into other errors, or swallow it, and leave
-    themselves half imported. For a command, not for a library.
+    themselves half imported. When all is done and Python takes its modules down, Ctrl-C changes nothing: the
+    process would be killed by the signal. For a command, not for a library.
     """
     here = threading.current_thread() is threading.main_thread()
     if here and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

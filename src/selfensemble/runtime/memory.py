@@ -1,5 +1,6 @@
 """How the process of a command keeps memory, and when it looks for garbage."""
 
+import atexit
 import ctypes
 import gc
 import os
@@ -11,10 +12,11 @@ _LOADED = 350_000  # about as many objects as PyTorch and the modules of a comma
 
 
 def collect_garbage_later(objects: int = _LOADED) -> None:
-    """Have Python's first search for garbage come when there are so many objects; from then on as usual.
+    """Have Python's first search for garbage come at so many objects, go on as usual, and end without one.
 
-    Modules that load make objects that stay, and Python would look through all of them again and again: a
-    seventh of the time that `import torch` takes. For a process of its own, not for a library.
+    Modules that load make objects that stay, and Python would look through all of them again and again, and
+    once more when the process ends: a seventh and a quarter of the time of `python -c "import torch"`. What
+    other exit handlers do comes first. For a process of its own, not for a library.
     """
     usual = gc.get_threshold()
 
@@ -23,6 +25,7 @@ def collect_garbage_later(objects: int = _LOADED) -> None:
             gc.set_threshold(*usual)
             gc.callbacks.remove(as_usual)
 
+    atexit.register(gc.freeze)  # what is frozen is not looked at
     gc.callbacks.append(as_usual)
     gc.set_threshold(objects, *usual[1:])
 
