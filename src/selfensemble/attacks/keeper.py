@@ -9,7 +9,7 @@ from .expectation import Estimate, Oracle
 from .leads import fooled
 
 # Standard errors of the lead above which an attack on a random model rests. One that rested at two would
-# leave images that are answered rightly again one time in ten.
+# leave images that are classified correctly again one time in ten.
 _REST = 4.0
 
 

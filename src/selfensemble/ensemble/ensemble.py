@@ -40,7 +40,7 @@ class Prediction:
 
 
 class SelfEnsemble(Promising):
-    """A classifier with noise in front of every convolution, averaged over noise draws.
+    """A classifier with noise before every convolution, averaged over noise draws.
 
     `train()`: `forward` returns the logits of one draw, so that any loop that minimises the
     cross-entropy of the output is the method's noisy SGD. `eval()`: `forward` returns the logarithm of

@@ -65,7 +65,7 @@ class Settings(Section):
 
 
 class Point(Record):
-    """Certified accuracy at a radius: answered rightly, and certified to at least that radius."""
+    """Certified accuracy at a radius: classified correctly, and certified to at least that radius."""
 
     radius: float
     accuracy: float

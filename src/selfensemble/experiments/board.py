@@ -33,14 +33,14 @@ _NONE = "\N{EN DASH}"
 _ABOUT = """\
 Half-width VGG16 unless the scale says otherwise, all trained for the same epochs; those that train under
 attack have one gradient of it a step (N-FGSM in L-inf, for SmoothAdv one step in L2), where their papers have
-2 to 10. So the figures are below those of the papers in any case; what the board compares are the rows with
-each other, and the columns of a row. Accuracies are in % with 95 % Clopper-Pearson intervals over the images,
+2 to 10. So expect figures below those of the papers. Compare the rows with each other, and the
+columns of a row. Accuracies are in % with 95 % Clopper-Pearson intervals over the images,
 of the first of {seeds} seeds of the defender's noise; each defense was trained once. Attacks: {attacks}."""
 _CAPTION = """\
 *Claimed* is what the paper says, see below. *One draw* is PGD with {steps} steps of one draw each, the last
 iterate, L-inf 8/255: how most of these were evaluated. *AutoAttack's own rule* calls robust what a single
-draw answers rightly without attack and after each of its parts. *Worst case*: for each image the attack of
-the honest protocol that leads most, judged again on fresh noise."""
+draw classifies correctly without attack and after each of its parts. *Worst case*: for each image the strongest
+attack of the honest protocol, judged again on fresh noise."""
 
 
 class Claim(Section):
@@ -120,7 +120,7 @@ class Board(Experiment):
         ]
         panel = Panel("worst case, L-inf 8/255", "queries", "images never answered wrongly, %", lines, "log")
         caption = (
-            "Images whose every answer is right, against how often they are asked; bars: 95 % intervals."
+            "Images that get only right answers, against how often they are asked; bars: 95 % intervals."
         )
         parts += [_persistent(records), Picture("queries", caption, draw([[panel]])), _claimed(records)]
         return Page("The board: randomised defenses of others, judged again", about, parts)
@@ -216,7 +216,7 @@ def _persistent(records: Sequence[Record]) -> Table:
     ]
     head = ["defense", *(f"{where}, {count}" for where in ("clean", "L-inf 8/255") for count in _QUERIES)]
     caption = (
-        "Images in % whose every answer is right when they are asked so often, each time with fresh noise: "
+        "Share of images, in %, that get only right answers in that many queries, each with fresh noise:  "
         "clean ones, and those of the worst case. What is not random always gives the same answer."
     )
     return Table("A persistent attacker", caption, head, rows)

@@ -43,12 +43,12 @@ about: what retraining seems to gain over no defense at a small c is the scale o
 c that is small for others is large for it, and the search over c of the table by distance does not come down
 to the c it needs. *Distillation, logits / 100* is the same network, asked at the temperature of its training:
 its answers are the same, and what it seems to gain at a distance is gone. The authors' curve is compared with
-this one, whose accuracies at c it has; its distortions lie between the two.""",
+this one, because their accuracies at c agree; the authors' distortions lie between the two.""",
 }
 _COMPARED = """\
 The authors' accuracy at c, and ours where the attack has gone as far: at the same RMS L2, interpolated
-between the strengths. A network with k times the logits meets at c what another meets at k c; that
-difference is gone here. The last row is the authors' distortion over ours at the smallest c, for networks of
+between the strengths. A network with k times the logits faces at c the attack that another
+faces at k c; that difference is gone here. The last row is the authors' distortion over ours at the smallest c, for networks of
 which that fools few images: the attack then ends about c / 2 times the gradient of the margin away from
 the image, so that the row is about how much steeper the authors' margins are."""
 _FEW = 0.9  # of the accuracy without attack

@@ -14,9 +14,9 @@ RADII = (0.1, 0.25, 0.5, 0.75, 1.0)
 # What ours is compared with image by image.
 _RIVALS = ("rse", "gaussian", "smoothadv", "adversarial", "trades", "rse-learned")
 _CAPTION = """\
-Accuracy in % where C&W with binary search over c, averaged over noise, may go so far: the nearest image that
-it found is taken on in its direction as far as the distance allows, and judged on fresh noise; images that it
-did not fool within the distance are as they were. The last column is the median distance of the nearest
+Accuracy in % under C&W with binary search over c, averaged over noise, within each distance: the nearest image
+that the attack found is moved on in the same direction as far as the distance allows, and judged on fresh
+noise; images that it did not fool within the distance stay unchanged. The last column is the median distance of the nearest
 images found, over all images."""
 
 

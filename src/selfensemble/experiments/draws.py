@@ -24,7 +24,7 @@ _PAIRS = ((10, 1), (100, 1), (100, 10))
 _ABOUT = """\
 One set of {repetitions} times 100 softmax outputs an image, each from noise of its own. The answer of n draws
 is the argmax of their mean; of 100 draws there are 100 // n disjoint groups of n, and an image's accuracy is
-the share of all its groups that answer rightly. Intervals are normal ones of the mean over the images, 95 %;
+the share of all its groups that classify correctly. Intervals are normal ones of the mean over the images, 95 %;
 those of a gain are of the differences of the same images' accuracies, hence paired. The attack is PGD in L2
 at {eps:g} on the loss of the ensemble, {steps} steps of {eot} draws, one attacked image for all n."""
 
@@ -41,7 +41,7 @@ def softmax_draws(ensemble: SelfEnsemble, images: Tensor, draws: int, seed: int)
 
 
 def right_groups(probabilities: Tensor, labels: Tensor, size: int) -> Tensor:
-    """(B,) on the CPU, how many of the disjoint groups of `size` draws answer rightly.
+    """(B,) on the CPU, how many of the disjoint groups of `size` draws classify correctly.
 
     Args:
         probabilities: (draws, B, K), of single draws.
@@ -129,7 +129,7 @@ def _count(setting: Setting, x: Tensor, y: Tensor, number: int) -> dict[str, Ten
 
 
 def _accuracy(record: Record, kind: str, draws: int) -> NDArray[np.float64]:
-    """(N,) share of an image's groups that answer rightly."""
+    """(N,) share of an image's groups that classify correctly."""
     groups: int = record.facts.entries[kind]["groups"][str(draws)]
     return record.numbers(f"{kind}.{draws}") / groups
 

@@ -22,20 +22,20 @@ _DEFENSES = (
 )  # fmt: skip
 _ABOUT = """\
 The *honest protocol*: several attacks, most of them averaged over the noise, for every image and radius the
-one that leads most, judged again on fresh noise. Accuracies are those of the first of {seeds} seeds of the
+strongest one, judged again on fresh noise. Accuracies are those of the first of {seeds} seeds of the
 defender's noise, with 95 % Clopper-Pearson intervals over the images; each defense was trained once, and how
 much another training would differ is in no interval. They are upper bounds of the robustness. The attacks:
 {attacks}."""
 _TURNS = """\
-; each attack saw the images that no earlier one within its ball surely fooled, and took over the others,
-so that its figures are those of all attacks until then"""
+; each attack saw only the images that no earlier attack within its ball had clearly fooled, and took over the
+others, so its figures are those of all attacks up to that point"""
 _RULE = """\
- AutoAttack's own rule: the share of the images that one draw answers rightly without attack and one after
+ AutoAttack's own rule: the share of the images that one draw classifies correctly without attack and one after
 each of its parts, which counts lucky draws as successes; the accuracy beside it is judged on fresh noise."""
 _WORST = """\
-Accuracy in %: for each image the attack that leads most among those of this radius and all balls within it,
-L-inf ones in L2 included. It is judged again on fresh noise, so that it can lie above the accuracy that one
-attack was lucky to leave, see the last table."""
+Accuracy in %: for each image the strongest attack among those of this radius and all balls within it,
+L-inf ones in L2 included. It is judged again on fresh noise, so it can lie slightly above the accuracy
+under a single attack that was lucky; see the last table."""
 
 
 def honest_protocol(scale: Scale, seed: int) -> Protocol:

@@ -18,7 +18,7 @@ def evaluate(setting: Setting, protocol: Protocol) -> Measured:
     """Run the protocol, or what is left of it.
 
     Columns of an entry KEY: `KEY.right`, a word of a digit for each seed of the defender's noise, 1 where
-    it answers rightly; `KEY.wrong`, wrong answers of all queries where there are more of them; `KEY.l2`,
+    it classifies correctly; `KEY.wrong`, wrong answers of all queries where there are more of them; `KEY.l2`,
     the distance, but for attacks that are bound in another norm.
     """
     evaluation = Evaluation(
@@ -50,7 +50,7 @@ def accuracy(record: Record, key: str) -> Share:
 
 
 def all_seeds(record: Record, key: str) -> float:
-    """Share of the images answered rightly under every seed."""
+    """Share of the images classified correctly under every seed."""
     return float(record.bits(f"{key}.right").all(axis=1).mean())
 
 

@@ -12,8 +12,8 @@ from .records import Record
 from .scales import Scale
 
 _ABOUT = """\
-Every cell of the grid is a network of its own, trained and tested with noise of these levels: *init* on the
-image, *inner* in front of every other convolution. Accuracies are those of the first seed of the defender's
+Every cell of the grid is a separate network, trained and tested with noise of these levels: *init* on the
+image, *inner* before every other convolution. Accuracies are those of the first seed of the defender's
 noise, with 95 % Clopper-Pearson intervals. The paper's attack, C&W at a fixed c with one noise draw a step,
 is weak against randomised defenses; PGD follows the loss of the ensemble, averaged over its noise."""
 _MODES = {

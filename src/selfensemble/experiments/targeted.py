@@ -21,7 +21,7 @@ from .records import Record, column, words
 RADII = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 _SEARCH = "search"
 _ABOUT = """\
-The wanted class of each image is drawn, by the seed, among those that it does not belong to. An attack
+The seed draws the target class of each image among the classes that the image does not belong to. An attack
 succeeds when the first seed of the defender's noise answers with the wanted class; 95 % Clopper-Pearson
 intervals. The paper's protocol is C&W at fixed c, one noise draw a step, last iterate: what a c does depends
 on the scale of the logits. The table by distance is of C&W with binary search over c, averaged over noise."""

@@ -23,10 +23,10 @@ _ABOUT = """\
 *Jensen*: the loss of the ensemble, `-log(mean softmax)`, is at most the mean loss of its {draws} single
 draws, for every image. *Second order*: noise raises the loss by the sum over all layers of
 `std^2 / 2 * Tr(H)`, H being the Hessian with respect to the noised activations, estimated at the network
-without noise ({probes} probes an image); beside it stands the increase that was measured with all levels
+without noise ({probes} probes an image); beside it is the increase that was measured with all levels
 multiplied by a factor. The two agree for a smooth network and small levels; a network of ReLUs is not smooth,
-and what its kinks near an image's activations add, of either sign, only the measured increase has. For the
-network without defense the levels are those that RSE has. *Smoothness*: the
+and only the measured increase contains what its kinks near an image's activations add, of either sign. For
+the network without defense the levels are those of RSE. *Smoothness*: the
 norm of the gradient of the ensemble's loss with respect to the image, and the largest quotient
 `|p(x') - p(x)|_1 / |x' - x|_2` that {steps} steps of gradient ascent find within L2 {radius:g}, which is a
 lower bound of the local Lipschitz constant. Means over the images with normal 95 % intervals."""

@@ -34,10 +34,10 @@ from ..training.trainer import Trainer
 # Both published levels, and multiples of them.
 LEVELS = tuple(NoiseConfig(2 * inner, inner) for inner in (0.0, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2))
 _ABOUT = """\
-Each level is a network with that much noise on the image (*init*) and in front of every other convolution
+Each level is a network with that much noise on the image (*init*) and before every other convolution
 (*inner*). Accuracies are those of the whole ensemble on fresh noise, with 95 % Clopper-Pearson intervals.
 Attacked is an upper bound: PGD follows the loss of the ensemble, averaged over its noise; stronger attacks
-may exist. *Evaluate the level that you take on other images, by the honest protocol.*"""
+may exist. *Evaluate the level you choose on other images, by the honest protocol.*"""
 
 FineTune = Callable[[SelfEnsemble], SelfEnsemble | None]
 

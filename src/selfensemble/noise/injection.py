@@ -123,7 +123,7 @@ def inject_noise_(
     filter_fn: FilterFn | Filter = is_convolution,
     example_inputs: Any = None,
 ) -> nn.Module:
-    """Put Gaussian noise in front of every convolution of `model`, in place.
+    """Put Gaussian noise before every convolution of `model`, in place.
 
     Args:
         model: any module; its parameters, buffers and state-dict keys are left as they are.

@@ -1,4 +1,4 @@
-"""Learn2Perturb: Gaussian noise with a learned level for every neuron, in front of every activation function.
+"""Learn2Perturb: Gaussian noise with a learned level for every neuron, before every activation function.
 
 Source: Jeddi et al., Learn2Perturb: an End-to-end Feature Perturbation Learning to Improve Adversarial
 Robustness, CVPR 2020: a module behind each block adds `theta * N(0, 1)` to its features before the
@@ -81,7 +81,7 @@ class LearnedPerturbation(PlacedLayer):
 
 
 class PerturbationConfig(Randomness):
-    """Learned noise in front of every activation function.
+    """Learned noise before every activation function.
 
     Attributes:
         start: theta before training.

@@ -20,7 +20,7 @@ EXPERIMENTS = (
 )  # fmt: skip
 SCALES = ("quick", "quarter", "half", "wide", "full")  # protocols of other names are files, as `honest-1`
 _NOISE = """\
-The noise has to stay on at test time, and fresh: whoever can ask many times, or predict the noise, meets a
+The noise has to stay on at test time, and fresh: an attacker who can ask many times, or predict the noise, meets a
 weaker defense. """
 _SMALL = "Trained and measured on small images of few classes; nothing is known about\nothers"
 _OTHER = "Nothing is known about other data than those named here"
@@ -113,7 +113,7 @@ def _certificate(found: Certified) -> str:
     return "\n".join(
         [
             f"{code(command)}, {_machine(found.provenance)}; share of the "
-            f"{found.which} that are answered rightly with a certificate of at least that "
+            f"{found.which} that are classified correctly with a certificate of at least that "
             f"L2 radius, each wrong with probability {asked['alpha']:g} at most; nothing is certified of "
             f"{100 * found.abstained:.1f} %:\n",
             "| radius | certified accuracy |\n|---|---|",

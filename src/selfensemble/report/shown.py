@@ -85,7 +85,7 @@ def certified_plot(certified: Mapping[str, Certified], runs: Mapping[str, Result
             points = tuple(Point(radius, share / 100) for radius, share in known.items())
             lines.append(line(number, 2, f"Cohen et al., std {std:g} (published, ResNet-110)", points, 2))
     caption = (
-        "Share of images that are answered rightly with a certificate of at least that radius. "
+        "Share of images that are classified correctly with a certificate of at least that radius. "
         f"{dashed}Bars: 95 % intervals."
     )
     return Plot("Certified accuracy", caption, "L2 radius (images in [0, 1])", "accuracy", tuple(lines))
@@ -97,7 +97,7 @@ class Between:
 
     Attributes:
         radius: L2.
-        certified: share that is answered rightly with a certificate of that radius or a larger one; None
+        certified: share that is classified correctly with a certificate of that radius or a larger one; None
             where the curve ends before.
         attacked: the attack that leaves least.
     """

@@ -114,7 +114,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
 
     @app.get("/health", responses={503: {"model": schemas.Problem}})
     async def health() -> dict[str, str]:
-        """The process lives, and can compute: if not, it must be started again."""
+        """Liveness: whether the process can compute. If not, restart it."""
         if not service.is_alive:
             raise HTTPException(503, "the thread that computes has ended: start the server again")
         return {"status": "alive"}

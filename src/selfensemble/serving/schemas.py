@@ -161,7 +161,7 @@ class Attack(BaseModel):
     image: Annotated[str, Field(description="an image file in base64")]
     target: Literal["ensemble", "plain"] = "ensemble"
     attack: Literal["pgd", "cw"] = "pgd"
-    eps: Annotated[Positive, Field(description="L2 distance that PGD may go")] = 0.5
+    eps: Annotated[Positive, Field(description="L2 distance within which PGD attacks")] = 0.5
 
 
 class Compared(BaseModel):

@@ -1,6 +1,6 @@
 """Plain training, RSE's noisy SGD, and Gaussian-augmented training: which one, the noise levels say.
 
-Without noise it is plain training. With noise in front of every convolution it minimises, by Jensen's
+Without noise it is plain training. With noise before every convolution it minimises, by Jensen's
 inequality, an upper bound on the loss of the ensemble (Liu et al., ECCV 2018, algorithm 1). With noise
 on the input alone it trains a network for randomized smoothing (Cohen et al., ICML 2019, section 3.3).
 """
