@@ -51,8 +51,8 @@ class Rounded(nn.Module):
 _PAGE = """\
 # Two tasks in a terminal
 
-Timed and written by `python benchmarks/tasks.py --page docs/tasks.md`: {machine}. Commands are shown with all
-that they print on their standard output. The figures are of few images, to be quick, with 95 % intervals.
+Timed and written by `python benchmarks/tasks.py --page docs/tasks.md`: {machine}. Commands are shown with their
+complete standard output. To be quick, they use few images; intervals are 95 %.
 
 {tasks}"""
 
@@ -102,8 +102,8 @@ class Task:
 TASKS = (
     Task(
         "I have a model",
-        "A network of your own, trained, with its weights in `my.safetensors`: looked at, trained on with "
-        "noise, attacked, certified.",
+        "You have a trained network with its weights in `my.safetensors`. These commands check it, train it further "
+"with noise, attack it and certify it.",
         {"mynets.py": _NETWORK},
         (
             "selfensemble validate mynets.py:make --weights my.safetensors --shape 1x8x8",
@@ -116,8 +116,8 @@ TASKS = (
     ),
     Task(
         "I have a defense to judge",
-        "Somebody claims that rounding makes the network robust. The doctor looks for what deceives, the "
-        "protocol attacks, the report shows both.",
+        "Someone claims that rounding makes the network robust. The doctor looks for misleading results, the "
+"protocol attacks, and the report shows both.",
         {"defense.py": _DEFENSE},
         (
             "selfensemble doctor defense.py:Rounded --weights rounded.safetensors --noise 0:0 --data digits "

@@ -34,25 +34,25 @@ def certify(
     model: Model,
     data: DataOptions = NO_DATA,
     n: Annotated[
-        int | None, typer.Option(min=1, help="Test images: the first so many; 500 by default.")
+        int | None, typer.Option(min=1, help="Number of test images, from the first on; 500 by default.")
     ] = None,
     n_images: Annotated[int | None, typer.Option(min=1, hidden=True)] = None,
     method: Annotated[str, typer.Option(help="mean (what `predict` averages) or vote.")] = "mean",
     rivals: Annotated[str, typer.Option(help="runner_up bounds every rival, all takes 1 - p.")] = "runner_up",
     max_draws: Annotated[
-        int | None, typer.Option(min=2, help="Noise draws that estimate, at most; 10,000 by default.")
+        int | None, typer.Option(min=2, help="Maximum number of noise draws for the estimate; 10,000 by default.")
     ] = None,
-    n0: Annotated[int, typer.Option(min=1, help="Noise draws that select the answer.")] = 100,
+    n0: Annotated[int, typer.Option(min=1, help="Number of noise draws that select the answer.")] = 100,
     alpha: Annotated[float, typer.Option(help="Risk of a wrong certificate, for each image.")] = 0.001,
     radius: Annotated[
-        list[float] | None, typer.Option(help="Stop images that are decided at it; may be repeated.")
+        list[float] | None, typer.Option(help="Target radius: stop images once it is decided; repeat for more.")
     ] = None,
     grid: Annotated[
         bool, typer.Option("--grid", help="Noise on the grid of 8-bit images: exact in floating point.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
-    shard: Annotated[int, typer.Option(min=1, help="Images a unit of work.")] = 50,
-    max_batch: Annotated[int | None, typer.Option(min=1, help="Images a forward pass.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
+    shard: Annotated[int, typer.Option(min=1, help="Images per unit of work.")] = 50,
+    max_batch: Annotated[int | None, typer.Option(min=1, help="Images per forward pass.")] = None,
     precision: Annotated[str, typer.Option(help=_PRECISION)] = "float32",
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run; runs/MODEL-certified-METHOD by default.")
@@ -61,7 +61,7 @@ def certify(
     as_json: Json = False,
     network: NetworkOptions = OPTIONS,
 ) -> None:
-    """Certify L2 radii within which the answer cannot change; goes on where it stopped."""
+    """Certify L2 radii within which the answer cannot change; continues where it stopped."""
     from ..evaluation.certified import Certification, Settings
 
     images, most = _images_and_draws(n, n_images, max_draws)
@@ -106,34 +106,34 @@ def _images_and_draws(n: int | None, n_images: int | None, max_draws: int | None
 @takes_network
 @takes_data
 def calibrate(
-    model: Annotated[str, typer.Argument(help="Folder that `train` wrote; its config.json is extended.")],
+    model: Annotated[str, typer.Argument(help="Folder that `train` wrote; the rule is added to its config.json.")],
     data: DataOptions = NO_DATA,
     n_images: Annotated[
         int,
         typer.Option(
-            "--n", "--n-images", min=1, help="Test images: the last so many, so that the first stay unseen."
+            "--n", "--n-images", min=1, help="Number of test images, from the end, so that the first stay unseen."
         ),
     ] = 4000,
     epsilon: Annotated[
         float | None,
-        typer.Option(help="Share of other answers; by default that of the model's fixed number of draws."),
+        typer.Option(help="Largest share of answers that may differ; by default that of the model's fixed number of draws."),
     ] = None,
-    delta: Annotated[float | None, typer.Option(help="Risk that more than epsilon differ; .05.")] = None,
-    most: Annotated[int | None, typer.Option(min=2, help="Draws of an image at most; 32.")] = None,
+    delta: Annotated[float | None, typer.Option(help="Risk that more than epsilon differ; .05 by default.")] = None,
+    most: Annotated[int | None, typer.Option(min=2, help="Maximum number of draws per image; 32 by default.")] = None,
     sets: Annotated[
-        bool, typer.Option("--sets", help="Of conformal sets instead, for `predict --sets`; uses the labels.")
+        bool, typer.Option("--sets", help="Calibrate conformal sets instead, for `predict --sets`; uses the labels.")
     ] = False,
     alpha: Annotated[
-        float | None, typer.Option(help="With --sets: the risk that a set misses the right label; .1.")
+        float | None, typer.Option(help="With --sets: the risk that a set misses the right label; .1 by default.")
     ] = None,
     radius: Annotated[
-        float | None, typer.Option(help="With --sets: also of images moved by as much, L2 in [0, 1] pixels.")
+        float | None, typer.Option(help="With --sets: hold for images changed by up to this L2 distance too.")
     ] = None,
     draws: Annotated[
-        int | None, typer.Option(min=1, help="With --sets: of an image; the model's, with a radius 1,000.")
+        int | None, typer.Option(min=1, help="With --sets: draws per image; by default the model's, or 1,000 with a radius.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Repeatable noise; fresh by default.")] = None,
-    max_batch: Annotated[int | None, typer.Option(min=1, help="Images a forward pass.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the noise; by default the noise is fresh.")] = None,
+    max_batch: Annotated[int | None, typer.Option(min=1, help="Images per forward pass.")] = None,
     precision: Annotated[str, typer.Option(help=_PRECISION)] = "bf16",
     device: Device = "auto",
     as_json: Json = False,

@@ -19,18 +19,18 @@ class DataOptions:
             "of a torch Dataset; overrides the recipe's."
         ),
     ] = None
-    size: Annotated[int | None, typer.Option(min=1, help="Side that images are cut and resized to.")] = None
+    size: Annotated[int | None, typer.Option(min=1, help="Side that images are cropped and resized to.")] = None
     channels: Annotated[int | None, typer.Option(help="1 for grey, 3 for colour.")] = None
     test_split: Annotated[
-        str | None, typer.Option("--test-split", "--split", help="What the test split is called there.")
+        str | None, typer.Option("--test-split", "--split", help="Name of the test split.")
     ] = None
     train_split: Annotated[
         str | None,
-        typer.Option(help="The same of the training split; one name for both: it is cut."),
+        typer.Option(help="Name of the training split; the same name for both divides that split."),
     ] = None
-    image_column: Annotated[str | None, typer.Option(help="Name of the column of images.")] = None
-    label_column: Annotated[str | None, typer.Option(help="Name of the column of labels.")] = None
-    revision: Annotated[str | None, typer.Option(help="Of a data set of the Hub.")] = None
+    image_column: Annotated[str | None, typer.Option(help="Name of the image column.")] = None
+    label_column: Annotated[str | None, typer.Option(help="Name of the label column.")] = None
+    revision: Annotated[str | None, typer.Option(help="Revision of a data set of the Hub.")] = None
 
     def given(self) -> dict[str, Any]:
         """What was said of how images are to be read."""

@@ -31,18 +31,18 @@ def evaluate(
     protocol: Annotated[str, typer.Option(help="A shipped protocol (see `info`) or a YAML file.")] = "paper",
     data: DataOptions = NO_DATA,
     n: Annotated[
-        int | None, typer.Option(min=1, help="Test images: the first n; of folders in random order.")
+        int | None, typer.Option(min=1, help="Number of test images, from the first on; folders in random order.")
     ] = None,
     c: Annotated[
-        list[float] | None, typer.Option(help="Strengths of the paper's attack, instead of the protocol's.")
+        list[float] | None, typer.Option(help="Strengths c of the paper's attack, instead of those of the protocol.")
     ] = None,
-    draws: Annotated[int | None, typer.Option(min=1, help="Noise draws of the defender's answer.")] = None,
-    static: Annotated[bool, typer.Option("--static", help="The network with its noise taken out.")] = False,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of attacks and judge.")] = None,
-    shard: Annotated[int | None, typer.Option(min=1, help="Images a unit of work.")] = None,
-    max_batch: Annotated[int | None, typer.Option(min=1, help="Images a forward pass.")] = None,
+    draws: Annotated[int | None, typer.Option(min=1, help="Noise draws per answer of the defender.")] = None,
+    static: Annotated[bool, typer.Option("--static", help="Evaluate the network without its noise.")] = False,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the attacks and the judge.")] = None,
+    shard: Annotated[int | None, typer.Option(min=1, help="Images per unit of work.")] = None,
+    max_batch: Annotated[int | None, typer.Option(min=1, help="Images per forward pass.")] = None,
     precision: Annotated[
-        str | None, typer.Option(help="Of the gradients that attacks follow: float32 or bf16 (faster).")
+        str | None, typer.Option(help="Precision of the attacks' gradients: float32 or bf16 (faster).")
     ] = None,
     save_images: Annotated[
         bool,
@@ -55,7 +55,7 @@ def evaluate(
     as_json: Json = False,
     network: NetworkOptions = OPTIONS,
 ) -> None:
-    """Attack a model by a protocol, judge it on fresh noise; started again, it goes on where it stopped."""
+    """Attack a model by a protocol, judge it on fresh noise; run again, it continues where it stopped."""
     from ..evaluation.eight_bits import write_images
     from ..evaluation.runner import Evaluation
     from ..noise.injection import make_static_
@@ -119,9 +119,9 @@ def doctor(
         str, typer.Option(help="Radius of the trial attacks, e.g. 8/255, in units of the inputs.")
     ] = "8/255",
     steps: Annotated[int, typer.Option(min=1, help="Gradient steps of the trial attacks.")] = 20,
-    eot: Annotated[int, typer.Option(min=1, help="Noise draws of each step.")] = 10,
-    seed: Annotated[int, typer.Option(min=0, help="Of the trial attacks.")] = 0,
-    max_batch: Annotated[int | None, typer.Option(min=1, help="Images a forward pass.")] = None,
+    eot: Annotated[int, typer.Option(min=1, help="Noise draws in each step.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the trial attacks.")] = 0,
+    max_batch: Annotated[int | None, typer.Option(min=1, help="Images per forward pass.")] = None,
     device: Device = "auto",
     as_json: Json = False,
     network: NetworkOptions = OPTIONS,
@@ -166,7 +166,7 @@ def validate(
     as_json: Json = False,
     network: NetworkOptions = OPTIONS,
 ) -> None:
-    """Say what noise would miss or get wrong in a network; exit status 3 if it finds an error."""
+    """Report what noise would miss or get wrong in a network; exit status 3 if it finds an error."""
     from ..ensemble.validators import validate as look
 
     examined, example, chosen = open_bare(model, network, data)
@@ -184,7 +184,7 @@ def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders that `evaluate` and `certify` wrote.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file.")] = Path("report.html"),
 ) -> None:
-    """Compare evaluation runs in one HTML file that needs no network."""
+    """Compare evaluation runs in one HTML file that needs no network connection."""
     from ..report.html import write_report
 
     write_report(runs, out)

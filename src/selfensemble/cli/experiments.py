@@ -16,9 +16,9 @@ from .base import Device, Json, app
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for results and pictures.")] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(min=0, help="Of weights, noise, attack and judge.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights, noise, attack and judge.")] = 0,
     n: Annotated[
-        int | None, typer.Option(min=10, max=450, help="Test images to attack; 200 and 100 by default.")
+        int | None, typer.Option(min=10, max=450, help="Test images to attack; by default 200 and 100.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -66,25 +66,25 @@ def reproduce(
     scale: Annotated[str, typer.Option(help="quick, quarter, half, wide or full: how much work.")] = "half",
     quick: Annotated[bool, typer.Option("--quick", help="The same as --scale quick.")] = False,
     data: Annotated[
-        str | None, typer.Option(help="CIFAR-10 (or of stl10 alone): a folder of parquet files, or a hub id.")
+        str | None, typer.Option(help="CIFAR-10 (or STL-10 for stl10 alone): a folder of parquet files, or a hub id.")
     ] = None,
-    stl10: Annotated[str | None, typer.Option(help="STL-10, likewise.")] = None,
+    stl10: Annotated[str | None, typer.Option(help="STL-10, in the same way.")] = None,
     models: Annotated[
-        Path | None, typer.Option(help="Trained networks, trained if missing; runs/models/SCALE by default.")
+        Path | None, typer.Option(help="Folder of networks, trained if missing; runs/models/SCALE by default.")
     ] = None,
     runs: Annotated[
-        Path | None, typer.Option(help="Finished parts of the work; runs/experiments/SCALE by default.")
+        Path | None, typer.Option(help="Folder of finished work; runs/experiments/SCALE by default.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Results, a folder an experiment.")] = Path("docs/results"),
-    only: Annotated[list[str] | None, typer.Option(help="Only this network; may be repeated.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of results, with a folder for each experiment.")] = Path("docs/results"),
+    only: Annotated[list[str] | None, typer.Option(help="Only this network; repeat for more.")] = None,
     only_render: Annotated[
         bool, typer.Option("--render", help="Only write pages and plots again, from the stored results.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of attacks and judge.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the attacks and the judge.")] = 0,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Run the paper's experiments and ours; started again, it goes on where it stopped."""
+    """Run the paper's experiments and ours; run again, it continues where it stopped."""
     from ..experiments import Reproduction, render_all
 
     if only_render:

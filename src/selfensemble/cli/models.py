@@ -27,16 +27,16 @@ _SOME_UNREADABLE = 2
 def predict(
     paths: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
     model: Annotated[str, typer.Option(help=MODEL_HELP)],
-    draws: Annotated[int | None, typer.Option(min=1, help="Noise draws a prediction.")] = None,
+    draws: Annotated[int | None, typer.Option(min=1, help="Noise draws per prediction.")] = None,
     stop: Annotated[
         str | None,
         typer.Option(help="exact or calibrated: an image stops drawing when its answer is settled."),
     ] = None,
     sets: Annotated[
-        bool, typer.Option("--sets", help="Also all labels that are possible, as `calibrate --sets` found.")
+        bool, typer.Option("--sets", help="Also show all possible labels, by the rule of `calibrate --sets`.")
     ] = False,
     top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 3,
-    seed: Annotated[int | None, typer.Option(help="Repeatable noise; fresh by default.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the noise; by default the noise is fresh.")] = None,
     device: Device = "auto",
     as_json: Json = False,
     network: NetworkOptions = OPTIONS,
@@ -121,7 +121,7 @@ def pack(
     model: Model,
     out: Annotated[Path, typer.Argument(help="New folder; its name is the network's.")],
     data: DataOptions = NO_DATA,
-    precision: Annotated[str, typer.Option(help="Of the stored weights: bf16 or float32.")] = "bf16",
+    precision: Annotated[str, typer.Option(help="Precision of the stored weights: bf16 or float32.")] = "bf16",
     network: NetworkOptions = OPTIONS,
 ) -> None:
     """Copy a saved ensemble with small weights and a model card; test accuracy is measured again."""
@@ -150,7 +150,7 @@ def export(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write, NAME.onnx.")],
     draws: Annotated[
-        int | None, typer.Option(min=1, help="Noise draws of a run; by default those of the ensemble.")
+        int | None, typer.Option(min=1, help="Noise draws per run; by default those of the ensemble.")
     ] = None,
     network: NetworkOptions = OPTIONS,
 ) -> None:
@@ -170,10 +170,10 @@ def export(
 def card(
     model: Annotated[str, typer.Argument(help="Folder of a saved ensemble.")],
     evaluation: Annotated[
-        list[Path] | None, typer.Option(help="Folder that `evaluate` wrote of it; repeat for more.")
+        list[Path] | None, typer.Option(help="Folder that `evaluate` wrote for it; repeat for more.")
     ] = None,
     certificate: Annotated[
-        list[Path] | None, typer.Option(help="Folder that `certify` wrote of it; repeat for more.")
+        list[Path] | None, typer.Option(help="Folder that `certify` wrote for it; repeat for more.")
     ] = None,
     network: NetworkOptions = OPTIONS,
 ) -> None:
@@ -199,7 +199,7 @@ def info(
     as_json: Json = False,
     network: NetworkOptions = OPTIONS,
 ) -> None:
-    """What a saved ensemble is, or what is installed here."""
+    """Describe a saved ensemble, or what is installed here."""
     if model is not None:
         described = described_as(model, network).model_dump(mode="json")
     else:

@@ -41,18 +41,18 @@ class NetworkOptions:
     noise: Annotated[
         str | None, typer.Option(help=f"{_NAMED}: INIT:INNER, std of the noise; 0.2:0.1 by default.")
     ] = None
-    draws: Annotated[int | None, typer.Option(min=1, help="Noise draws a prediction.")] = None
+    draws: Annotated[int | None, typer.Option(min=1, help="Noise draws per prediction.")] = None
     filter_name: Annotated[
-        str | None, typer.Option("--filter", help=f"{_NAMED}: noise in front of conv, linear or conv+linear.")
+        str | None, typer.Option("--filter", help=f"{_NAMED}: layers with noise before them: conv, linear or conv+linear.")
     ] = None
     mean: Annotated[
-        str | None, typer.Option(help=f"{_NAMED}: of the pixels, in [0, 1], e.g. 0.485,0.456,0.406.")
+        str | None, typer.Option(help=f"{_NAMED}: mean of the pixels, in [0, 1], e.g. 0.485,0.456,0.406.")
     ] = None
     std: Annotated[
-        str | None, typer.Option(help=f"{_NAMED}: of the pixels; the noise is in front of both.")
+        str | None, typer.Option(help=f"{_NAMED}: std of the pixels; noise is added before both.")
     ] = None
     shape: Annotated[
-        str | None, typer.Option(help=f"{_NAMED}: of an input: 3x224x224 of images, 1x16000 of waveforms.")
+        str | None, typer.Option(help=f"{_NAMED}: shape of an input: 3x224x224 for images, 1x16000 for waveforms.")
     ] = None
     bounds: Annotated[
         str | None, typer.Option(help=f"{_NAMED}: LOW:HIGH, the range of its inputs; 0:1 by default.")

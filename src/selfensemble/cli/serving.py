@@ -15,26 +15,26 @@ from .options import OPTIONS, NetworkOptions, takes_network
 if TYPE_CHECKING:
     from ..ensemble.ensemble import SelfEnsemble
 
-_Host = Annotated[str, typer.Option(help="Address to listen at; only this machine by default.")]
-_Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one and prints it.")]
-_Draws = Annotated[int | None, typer.Option(min=1, help="Noise draws where a request does not say.")]
-_Stop = Annotated[str | None, typer.Option(help="exact or calibrated, where a request does not say.")]
+_Host = Annotated[str, typer.Option(help="Address to listen on; only this machine by default.")]
+_Port = Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one and prints it.")]
+_Draws = Annotated[int | None, typer.Option(min=1, help="Noise draws, unless a request sets them.")]
+_Stop = Annotated[str | None, typer.Option(help="exact or calibrated, unless a request sets it.")]
 _Key = Annotated[
     str | None,
-    typer.Option(envvar="SELFENSEMBLE_API_KEY", help="Requests must bring it, in X-API-Key or as Bearer."),
+    typer.Option(envvar="SELFENSEMBLE_API_KEY", help="Key that requests must send, in X-API-Key or as Bearer."),
 ]
 _Secret = Annotated[
-    str | None, typer.Option(envvar="SELFENSEMBLE_SECRET", help="Noise is a function of it and of the image.")
+    str | None, typer.Option(envvar="SELFENSEMBLE_SECRET", help="Secret: noise becomes a function of it and of the image.")
 ]
 _Attacks = Annotated[
     bool | None,
     typer.Option(help="Attacks at the push of a button; by default where only this machine can reach it."),
 ]
 _Samples = Annotated[
-    Path | None, typer.Option(exists=True, file_okay=False, help="Folder of images that the page offers.")
+    Path | None, typer.Option(exists=True, file_okay=False, help="Folder of sample images for the page.")
 ]
 _Timeout = Annotated[
-    float, typer.Option(help="Seconds in which a request comes, and in which it is answered.")
+    float, typer.Option(help="Time limit in seconds for receiving a request, and for answering it.")
 ]
 _Cors = Annotated[
     list[str] | None,
@@ -59,15 +59,15 @@ def serve(
     page: Annotated[bool, typer.Option(help="A page at / that shows the vote of the draws.")] = True,
     attacks: _Attacks = None,
     samples: _Samples = None,
-    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 16 * 2**20,
-    max_waiting: Annotated[int, typer.Option(min=1, help="Images in the queue; more are refused.")] = 256,
-    max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of an image as it is sent.")] = 25_000_000,
+    max_body: Annotated[int, typer.Option(min=1, help="Maximum bytes of a request.")] = 16 * 2**20,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Maximum images in the queue; more are refused.")] = 256,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Maximum pixels of an image as it is sent.")] = 25_000_000,
     max_certify: Annotated[
-        int, typer.Option(min=1, help="Noise draws that a certificate may ask for.")
+        int, typer.Option(min=1, help="Maximum noise draws for a certificate.")
     ] = 10_000,
     timeout: _Timeout = 30.0,
     cors: _Cors = None,
-    access_log: Annotated[bool, typer.Option(help="A line for each request, on stderr.")] = True,
+    access_log: Annotated[bool, typer.Option(help="Log a line for each request, on stderr.")] = True,
     precision: _Precision = None,
     device: Device = "auto",
     network: NetworkOptions = OPTIONS,

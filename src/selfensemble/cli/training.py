@@ -28,8 +28,8 @@ def train(
         list[str] | None, typer.Option("--set", help="Override a key, e.g. --set train.epochs=5.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/RECIPE by default.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start afresh in a used folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over in a used folder.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train a network by a recipe; evaluate it, save it."""
@@ -76,7 +76,7 @@ def tune(
     n_images: Annotated[
         int,
         typer.Option(
-            "--n", "--n-images", min=1, help="Test images: the last so many, so that the first stay unseen."
+            "--n", "--n-images", min=1, help="Number of test images, from the end, so that the first stay unseen."
         ),
     ] = 200,
     levels: Annotated[
@@ -90,14 +90,14 @@ def tune(
         str | None, typer.Option(help="To train by with --epochs; by default that of the network's training.")
     ] = None,
     eps: Annotated[float, typer.Option(help="L2 radius of the attack, images in [0, 1].")] = 0.5,
-    give_up: Annotated[float, typer.Option(help="Clean accuracy that the recommendation may cost.")] = 0.05,
-    seed: Annotated[int, typer.Option(min=0, help="Of attack and judge.")] = 0,
+    give_up: Annotated[float, typer.Option(help="Clean accuracy that the recommendation may give up.")] = 0.05,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the attack and the judge.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder; runs/MODEL-tuned by default.")] = None,
     device: Device = "auto",
     as_json: Json = False,
     network: NetworkOptions = OPTIONS,
 ) -> None:
-    """Sweep the level of the noise: clean and attacked accuracy, a plot, and which to take."""
+    """Sweep the noise level: clean and attacked accuracy, a plot, and a recommendation."""
     from ..experiments.tuning import LEVELS
     from ..experiments.tuning import tune as sweep
     from ..noise.levels import levels_named
