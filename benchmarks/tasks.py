@@ -51,8 +51,8 @@ class Rounded(nn.Module):
 _PAGE = """\
 # Two tasks in a terminal
 
-Timed and written by `python benchmarks/tasks.py --page docs/tasks.md`: {machine}. Commands are shown with their
-complete standard output. To be quick, they use few images; intervals are 95 %.
+Timed and written by `python benchmarks/tasks.py --page docs/tasks.md`: {machine}. Commands are shown with
+their complete standard output. To be quick, they use few images; intervals are 95 %.
 
 {tasks}"""
 
@@ -102,8 +102,8 @@ class Task:
 TASKS = (
     Task(
         "I have a model",
-        "You have a trained network with its weights in `my.safetensors`. These commands check it, train it further "
-"with noise, attack it and certify it.",
+        "You have a trained network with its weights in `my.safetensors`. These commands check it, train it "
+        "further with noise, attack it and certify it.",
         {"mynets.py": _NETWORK},
         (
             "selfensemble validate mynets.py:make --weights my.safetensors --shape 1x8x8",
@@ -117,7 +117,7 @@ TASKS = (
     Task(
         "I have a defense to judge",
         "Someone claims that rounding makes the network robust. The doctor looks for misleading results, the "
-"protocol attacks, and the report shows both.",
+        "protocol attacks, and the report shows both.",
         {"defense.py": _DEFENSE},
         (
             "selfensemble doctor defense.py:Rounded --weights rounded.safetensors --noise 0:0 --data digits "

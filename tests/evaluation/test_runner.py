@@ -174,7 +174,7 @@ def test_interrupt_says_how_to_go_on(model: rse.SelfEnsemble, tmp_path: Path) ->
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert b"go on with the same command" in errors
+    assert b"continue with the same command" in errors
 
 
 def test_two_processes_share_the_work(model: rse.SelfEnsemble, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def front(network: nn.Module) -> rse.SelfEnsemble:
         (
             lambda: rse.SelfEnsemble(Own()),
             [
-                "std 0.2 in front of the layer that comes first, which is 0.05 on the image, 0.1 inside",
+                "std 0.2 before the first layer, which is 0.05 on the image, 0.1 inside",
                 'rse.load("net", model="tests.report.test_card:Own")  # imports that code',
                 "what it was trained on is not recorded",
                 "Nothing is known about other data than those named here",

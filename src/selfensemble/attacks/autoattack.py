@@ -29,8 +29,8 @@ _robust: ContextVar[list[Tensor] | None] = ContextVar("selfensemble_published_ru
 def published_rule() -> Iterator[list[Tensor]]:
     """Collect what the published code would call robust, batch by batch of the calls within this context.
 
-    There one forward pass decides: robust is an image that a single draw classifies correctly without attack, and
-    another after each part that it meets. Of a random model that counts lucky draws as successes, and so the
+    There one forward pass decides: an image is robust if a single draw classifies it correctly without
+    attack, and another draw after each part. For a random model that counts lucky draws as successes, so the
     verdict can lie below what the same images leave when they are judged again.
 
     Yields:

@@ -14,7 +14,7 @@ import typer
 from ..runtime.interrupts import Interrupted
 
 app = typer.Typer(
-    help="Random Self-Ensemble: defend a classifier by noise, and say honestly how well.",
+    help="Random Self-Ensemble: defend a classifier by noise, and measure honestly how well.",
     epilog="--debug after any command shows the traceback of an error.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -53,4 +53,6 @@ def resumable(folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise Interrupted(f"stopped; {folder} holds what is finished: go on with the same command") from None
+        raise Interrupted(
+            f"stopped; {folder} holds what is finished: continue with the same command"
+        ) from None

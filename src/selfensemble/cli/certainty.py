@@ -40,12 +40,14 @@ def certify(
     method: Annotated[str, typer.Option(help="mean (what `predict` averages) or vote.")] = "mean",
     rivals: Annotated[str, typer.Option(help="runner_up bounds every rival, all takes 1 - p.")] = "runner_up",
     max_draws: Annotated[
-        int | None, typer.Option(min=2, help="Maximum number of noise draws for the estimate; 10,000 by default.")
+        int | None,
+        typer.Option(min=2, help="Maximum number of noise draws for the estimate; 10,000 by default."),
     ] = None,
     n0: Annotated[int, typer.Option(min=1, help="Number of noise draws that select the answer.")] = 100,
     alpha: Annotated[float, typer.Option(help="Risk of a wrong certificate, for each image.")] = 0.001,
     radius: Annotated[
-        list[float] | None, typer.Option(help="Target radius: stop images once it is decided; repeat for more.")
+        list[float] | None,
+        typer.Option(help="Target radius: stop images once it is decided; repeat for more."),
     ] = None,
     grid: Annotated[
         bool, typer.Option("--grid", help="Noise on the grid of 8-bit images: exact in floating point.")
@@ -106,33 +108,53 @@ def _images_and_draws(n: int | None, n_images: int | None, max_draws: int | None
 @takes_network
 @takes_data
 def calibrate(
-    model: Annotated[str, typer.Argument(help="Folder that `train` wrote; the rule is added to its config.json.")],
+    model: Annotated[
+        str, typer.Argument(help="Folder that `train` wrote; the rule is added to its config.json.")
+    ],
     data: DataOptions = NO_DATA,
     n_images: Annotated[
         int,
         typer.Option(
-            "--n", "--n-images", min=1, help="Number of test images, from the end, so that the first stay unseen."
+            "--n",
+            "--n-images",
+            min=1,
+            help="Number of test images, from the end, so that the first stay unseen.",
         ),
     ] = 4000,
     epsilon: Annotated[
         float | None,
-        typer.Option(help="Largest share of answers that may differ; by default that of the model's fixed number of draws."),
+        typer.Option(
+            help="Largest share of answers that differ; by default that of the model's number of draws."
+        ),
     ] = None,
-    delta: Annotated[float | None, typer.Option(help="Risk that more than epsilon differ; .05 by default.")] = None,
-    most: Annotated[int | None, typer.Option(min=2, help="Maximum number of draws per image; 32 by default.")] = None,
+    delta: Annotated[
+        float | None, typer.Option(help="Risk that more than epsilon differ; .05 by default.")
+    ] = None,
+    most: Annotated[
+        int | None, typer.Option(min=2, help="Maximum number of draws per image; 32 by default.")
+    ] = None,
     sets: Annotated[
-        bool, typer.Option("--sets", help="Calibrate conformal sets instead, for `predict --sets`; uses the labels.")
+        bool,
+        typer.Option(
+            "--sets", help="Calibrate conformal sets instead, for `predict --sets`; uses the labels."
+        ),
     ] = False,
     alpha: Annotated[
-        float | None, typer.Option(help="With --sets: the risk that a set misses the right label; .1 by default.")
+        float | None,
+        typer.Option(help="With --sets: the risk that a set misses the right label; .1 by default."),
     ] = None,
     radius: Annotated[
         float | None, typer.Option(help="With --sets: hold for images changed by up to this L2 distance too.")
     ] = None,
     draws: Annotated[
-        int | None, typer.Option(min=1, help="With --sets: draws per image; by default the model's, or 1,000 with a radius.")
+        int | None,
+        typer.Option(
+            min=1, help="With --sets: draws per image; by default the model's, or 1,000 with a radius."
+        ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the noise; by default the noise is fresh.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the noise; by default the noise is fresh.")
+    ] = None,
     max_batch: Annotated[int | None, typer.Option(min=1, help="Images per forward pass.")] = None,
     precision: Annotated[str, typer.Option(help=_PRECISION)] = "bf16",
     device: Device = "auto",

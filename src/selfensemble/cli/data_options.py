@@ -19,7 +19,9 @@ class DataOptions:
             "of a torch Dataset; overrides the recipe's."
         ),
     ] = None
-    size: Annotated[int | None, typer.Option(min=1, help="Side that images are cropped and resized to.")] = None
+    size: Annotated[int | None, typer.Option(min=1, help="Side that images are cropped and resized to.")] = (
+        None
+    )
     channels: Annotated[int | None, typer.Option(help="1 for grey, 3 for colour.")] = None
     test_split: Annotated[
         str | None, typer.Option("--test-split", "--split", help="Name of the test split.")

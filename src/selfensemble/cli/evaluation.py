@@ -31,10 +31,12 @@ def evaluate(
     protocol: Annotated[str, typer.Option(help="A shipped protocol (see `info`) or a YAML file.")] = "paper",
     data: DataOptions = NO_DATA,
     n: Annotated[
-        int | None, typer.Option(min=1, help="Number of test images, from the first on; folders in random order.")
+        int | None,
+        typer.Option(min=1, help="Number of test images, from the first on; folders in random order."),
     ] = None,
     c: Annotated[
-        list[float] | None, typer.Option(help="Strengths c of the paper's attack, instead of those of the protocol.")
+        list[float] | None,
+        typer.Option(help="Strengths c of the paper's attack, instead of those of the protocol."),
     ] = None,
     draws: Annotated[int | None, typer.Option(min=1, help="Noise draws per answer of the defender.")] = None,
     static: Annotated[bool, typer.Option("--static", help="Evaluate the network without its noise.")] = False,

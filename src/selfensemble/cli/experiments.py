@@ -66,16 +66,20 @@ def reproduce(
     scale: Annotated[str, typer.Option(help="quick, quarter, half, wide or full: how much work.")] = "half",
     quick: Annotated[bool, typer.Option("--quick", help="The same as --scale quick.")] = False,
     data: Annotated[
-        str | None, typer.Option(help="CIFAR-10 (or STL-10 for stl10 alone): a folder of parquet files, or a hub id.")
+        str | None,
+        typer.Option(help="CIFAR-10 (or STL-10 for stl10 alone): a folder of parquet files, or a hub id."),
     ] = None,
     stl10: Annotated[str | None, typer.Option(help="STL-10, in the same way.")] = None,
     models: Annotated[
-        Path | None, typer.Option(help="Folder of networks, trained if missing; runs/models/SCALE by default.")
+        Path | None,
+        typer.Option(help="Folder of networks, trained if missing; runs/models/SCALE by default."),
     ] = None,
     runs: Annotated[
         Path | None, typer.Option(help="Folder of finished work; runs/experiments/SCALE by default.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of results, with a folder for each experiment.")] = Path("docs/results"),
+    out: Annotated[Path, typer.Option(help="Folder of results, with a folder for each experiment.")] = Path(
+        "docs/results"
+    ),
     only: Annotated[list[str] | None, typer.Option(help="Only this network; repeat for more.")] = None,
     only_render: Annotated[
         bool, typer.Option("--render", help="Only write pages and plots again, from the stored results.")
@@ -98,7 +102,7 @@ def reproduce(
                 ).run(names)  # fmt: skip
         except (KeyboardInterrupt, Interrupted) as stop:
             said = f"{stop}; " if str(stop) else "stopped; "
-            raise Interrupted(f"{said}go on with the same command") from None
+            raise Interrupted(f"{said}continue with the same command") from None
     if as_json:
         terminal.print_json({name: page.values() for name, page in pages.items()})
         return

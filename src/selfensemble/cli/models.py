@@ -36,7 +36,9 @@ def predict(
         bool, typer.Option("--sets", help="Also show all possible labels, by the rule of `calibrate --sets`.")
     ] = False,
     top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 3,
-    seed: Annotated[int | None, typer.Option(help="Seed of the noise; by default the noise is fresh.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the noise; by default the noise is fresh.")
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
     network: NetworkOptions = OPTIONS,
@@ -121,7 +123,9 @@ def pack(
     model: Model,
     out: Annotated[Path, typer.Argument(help="New folder; its name is the network's.")],
     data: DataOptions = NO_DATA,
-    precision: Annotated[str, typer.Option(help="Precision of the stored weights: bf16 or float32.")] = "bf16",
+    precision: Annotated[
+        str, typer.Option(help="Precision of the stored weights: bf16 or float32.")
+    ] = "bf16",
     network: NetworkOptions = OPTIONS,
 ) -> None:
     """Copy a saved ensemble with small weights and a model card; test accuracy is measured again."""

@@ -30,10 +30,11 @@ class NetworkOptions:
         ),
     ] = None
     trust_network: Annotated[
-        bool, typer.Option("--trust-network", help="Import what the saved ensemble itself names. It runs.")
+        bool,
+        typer.Option("--trust-network", help="Import the code that the saved ensemble names. Its code runs."),
     ] = False
     network_args: Annotated[
-        str | None, typer.Option(help="Arguments of what makes the network, as JSON: '{\"depth\": 20}'.")
+        str | None, typer.Option(help="Arguments for what makes the network, as JSON: '{\"depth\": 20}'.")
     ] = None
     weights: Annotated[
         Path | None, typer.Option(help=f"{_NAMED}: safetensors, or a state dict saved by torch.")
@@ -43,7 +44,10 @@ class NetworkOptions:
     ] = None
     draws: Annotated[int | None, typer.Option(min=1, help="Noise draws per prediction.")] = None
     filter_name: Annotated[
-        str | None, typer.Option("--filter", help=f"{_NAMED}: layers with noise before them: conv, linear or conv+linear.")
+        str | None,
+        typer.Option(
+            "--filter", help=f"{_NAMED}: layers with noise before them: conv, linear or conv+linear."
+        ),
     ] = None
     mean: Annotated[
         str | None, typer.Option(help=f"{_NAMED}: mean of the pixels, in [0, 1], e.g. 0.485,0.456,0.406.")
@@ -52,7 +56,8 @@ class NetworkOptions:
         str | None, typer.Option(help=f"{_NAMED}: std of the pixels; noise is added before both.")
     ] = None
     shape: Annotated[
-        str | None, typer.Option(help=f"{_NAMED}: shape of an input: 3x224x224 for images, 1x16000 for waveforms.")
+        str | None,
+        typer.Option(help=f"{_NAMED}: shape of an input: 3x224x224 for images, 1x16000 for waveforms."),
     ] = None
     bounds: Annotated[
         str | None, typer.Option(help=f"{_NAMED}: LOW:HIGH, the range of its inputs; 0:1 by default.")

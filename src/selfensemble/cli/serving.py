@@ -21,14 +21,19 @@ _Draws = Annotated[int | None, typer.Option(min=1, help="Noise draws, unless a r
 _Stop = Annotated[str | None, typer.Option(help="exact or calibrated, unless a request sets it.")]
 _Key = Annotated[
     str | None,
-    typer.Option(envvar="SELFENSEMBLE_API_KEY", help="Key that requests must send, in X-API-Key or as Bearer."),
+    typer.Option(
+        envvar="SELFENSEMBLE_API_KEY", help="Key that requests must send, in X-API-Key or as Bearer."
+    ),
 ]
 _Secret = Annotated[
-    str | None, typer.Option(envvar="SELFENSEMBLE_SECRET", help="Secret: noise becomes a function of it and of the image.")
+    str | None,
+    typer.Option(
+        envvar="SELFENSEMBLE_SECRET", help="Secret: noise becomes a function of it and of the image."
+    ),
 ]
 _Attacks = Annotated[
     bool | None,
-    typer.Option(help="Attacks at the push of a button; by default where only this machine can reach it."),
+    typer.Option(help="Offer attacks on the page; by default if only this machine can reach it."),
 ]
 _Samples = Annotated[
     Path | None, typer.Option(exists=True, file_okay=False, help="Folder of sample images for the page.")
@@ -38,7 +43,9 @@ _Timeout = Annotated[
 ]
 _Cors = Annotated[
     list[str] | None,
-    typer.Option(help="Origin of web pages that may ask (https://example.org), or *; may be repeated."),
+    typer.Option(
+        help="Origin of web pages that can send requests (https://example.org), or *; repeat for more."
+    ),
 ]
 _Precision = Annotated[
     str | None,
@@ -60,11 +67,13 @@ def serve(
     attacks: _Attacks = None,
     samples: _Samples = None,
     max_body: Annotated[int, typer.Option(min=1, help="Maximum bytes of a request.")] = 16 * 2**20,
-    max_waiting: Annotated[int, typer.Option(min=1, help="Maximum images in the queue; more are refused.")] = 256,
-    max_pixels: Annotated[int, typer.Option(min=1, help="Maximum pixels of an image as it is sent.")] = 25_000_000,
-    max_certify: Annotated[
-        int, typer.Option(min=1, help="Maximum noise draws for a certificate.")
-    ] = 10_000,
+    max_waiting: Annotated[
+        int, typer.Option(min=1, help="Maximum images in the queue; more are refused.")
+    ] = 256,
+    max_pixels: Annotated[
+        int, typer.Option(min=1, help="Maximum pixels of an image as it is sent.")
+    ] = 25_000_000,
+    max_certify: Annotated[int, typer.Option(min=1, help="Maximum noise draws for a certificate.")] = 10_000,
     timeout: _Timeout = 30.0,
     cors: _Cors = None,
     access_log: Annotated[bool, typer.Option(help="Log a line for each request, on stderr.")] = True,

@@ -51,7 +51,7 @@ def train(
         try:
             results = trainer.run()
         except Interrupted as stop:
-            raise Interrupted(f"{stop}; go on with the same command and --resume") from None
+            raise Interrupted(f"{stop}; continue with the same command and --resume") from None
     if not trainer.accelerator.is_main_process:
         return
     if as_json:
@@ -76,7 +76,10 @@ def tune(
     n_images: Annotated[
         int,
         typer.Option(
-            "--n", "--n-images", min=1, help="Number of test images, from the end, so that the first stay unseen."
+            "--n",
+            "--n-images",
+            min=1,
+            help="Number of test images, from the end, so that the first stay unseen.",
         ),
     ] = 200,
     levels: Annotated[
@@ -84,13 +87,15 @@ def tune(
     ] = None,
     epochs: Annotated[
         int,
-        typer.Option(min=0, help="Of training at each level; 0 asks how much noise the network bears now."),
+        typer.Option(min=0, help="Epochs of training at each level; 0 measures the network as it is."),
     ] = 0,
     recipe: Annotated[
-        str | None, typer.Option(help="To train by with --epochs; by default that of the network's training.")
+        str | None, typer.Option(help="Recipe for --epochs; by default that of the network's training.")
     ] = None,
     eps: Annotated[float, typer.Option(help="L2 radius of the attack, images in [0, 1].")] = 0.5,
-    give_up: Annotated[float, typer.Option(help="Clean accuracy that the recommendation may give up.")] = 0.05,
+    give_up: Annotated[
+        float, typer.Option(help="Clean accuracy that the recommendation may give up.")
+    ] = 0.05,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the attack and the judge.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder; runs/MODEL-tuned by default.")] = None,
     device: Device = "auto",

@@ -86,7 +86,7 @@ def table(shards: Shards, labels: Tensor) -> str:
 
 
 def gallery(shards: Shards, labels: Tensor, bounds: Bounds = UNIT) -> bytes:
-    """A few images that are classified correctly without attack, and what each attack made of them, in [0, 1]."""
+    """A few images, classified correctly without attack, and what each attack made of them, in [0, 1]."""
     clean = [shards.read(start, CLEAN) for start in shards.starts]
     answers = torch.cat([part.answers[:, 0] for part in clean])
     chosen = (answers == labels).nonzero().squeeze(1)[:_GALLERY_IMAGES]

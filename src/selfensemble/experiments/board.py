@@ -39,8 +39,8 @@ of the first of {seeds} seeds of the defender's noise; each defense was trained 
 _CAPTION = """\
 *Claimed* is what the paper says, see below. *One draw* is PGD with {steps} steps of one draw each, the last
 iterate, L-inf 8/255: how most of these were evaluated. *AutoAttack's own rule* calls robust what a single
-draw classifies correctly without attack and after each of its parts. *Worst case*: for each image the strongest
-attack of the honest protocol, judged again on fresh noise."""
+draw classifies correctly without attack and after each of its parts. *Worst case*: for each image the
+strongest attack of the honest protocol, judged again on fresh noise."""
 
 
 class Claim(Section):

@@ -38,13 +38,13 @@ and the worst case of the honest protocol, up to the chance in the choice of ima
 certificates; *open* is what nobody knows, in points. Votes certify the answer by votes, which is another
 predictor, mostly of the same answers."""
 _ABOUT = """\
-Certified accuracy at a radius: the share of the first {images} test images that are classified correctly, with a
-certificate that no change within that L2 radius changes the infinite ensemble's answer. {n0} draws select the
-answer, {n:,} estimate, and each certificate is wrong with probability {alpha:g} at most. *vote* is the
-certificate of Cohen et al. for the class that most single draws choose, *mean* that of the mean probability,
-which is what the ensemble predicts; both from the same draws, both with bounds of the runner-up. The network
-that is certified is the optimised one, in its precision. Intervals are 95 % Clopper-Pearson over the images;
-those of differences are paired."""
+Certified accuracy at a radius: the share of the first {images} test images that are classified correctly,
+with a certificate that no change within that L2 radius changes the infinite ensemble's answer. {n0} draws
+select the answer, {n:,} estimate, and each certificate is wrong with probability {alpha:g} at most. *vote* is
+the certificate of Cohen et al. for the class that most single draws choose, *mean* that of the mean
+probability, which is what the ensemble predicts; both from the same draws, both with bounds of the runner-up.
+The network that is certified is the optimised one, in its precision. Intervals are 95 % Clopper-Pearson over
+the images; those of differences are paired."""
 
 
 # How images stopped before a wanted radius was looked for by bets, and now.

@@ -47,10 +47,10 @@ this one, because their accuracies at c agree; the authors' distortions lie betw
 }
 _COMPARED = """\
 The authors' accuracy at c, and ours where the attack has gone as far: at the same RMS L2, interpolated
-between the strengths. A network with k times the logits faces at c the attack that another
-faces at k c; that difference is gone here. The last row is the authors' distortion over ours at the smallest c, for networks of
-which that fools few images: the attack then ends about c / 2 times the gradient of the margin away from
-the image, so that the row is about how much steeper the authors' margins are."""
+between the strengths. A network with k times the logits faces at c the attack that another faces at k c; that
+difference is gone here. The last row is the authors' distortion over ours at the smallest c, for networks of
+which that fools few images: the attack then ends about c / 2 times the gradient of the margin away from the
+image, so that the row is about how much steeper the authors' margins are."""
 _FEW = 0.9  # of the accuracy without attack
 _AXES = {"c": ("strength c (0: no attack)", "symlog"), "rms_l2": ("distortion, RMS L2", "linear")}
 

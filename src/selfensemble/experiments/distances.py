@@ -14,10 +14,10 @@ RADII = (0.1, 0.25, 0.5, 0.75, 1.0)
 # What ours is compared with image by image.
 _RIVALS = ("rse", "gaussian", "smoothadv", "adversarial", "trades", "rse-learned")
 _CAPTION = """\
-Accuracy in % under C&W with binary search over c, averaged over noise, within each distance: the nearest image
-that the attack found is moved on in the same direction as far as the distance allows, and judged on fresh
-noise; images that it did not fool within the distance stay unchanged. The last column is the median distance of the nearest
-images found, over all images."""
+Accuracy in % under C&W with binary search over c, averaged over noise, within each distance: the nearest
+image that the attack found is moved on in the same direction as far as the distance allows, and judged on
+fresh noise; images that it did not fool within the distance stay unchanged. The last column is the median
+distance of the nearest images found, over all images."""
 
 
 def by_radius(record: Record) -> dict[float, str]:

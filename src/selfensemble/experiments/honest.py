@@ -30,8 +30,9 @@ _TURNS = """\
 ; each attack saw only the images that no earlier attack within its ball had clearly fooled, and took over the
 others, so its figures are those of all attacks up to that point"""
 _RULE = """\
- AutoAttack's own rule: the share of the images that one draw classifies correctly without attack and one after
-each of its parts, which counts lucky draws as successes; the accuracy beside it is judged on fresh noise."""
+ AutoAttack's own rule: the share of the images that one draw classifies correctly without attack and one
+after each of its parts, which counts lucky draws as successes; the accuracy beside it is judged on fresh
+noise."""
 _WORST = """\
 Accuracy in %: for each image the strongest attack among those of this radius and all balls within it,
 L-inf ones in L2 included. It is judged again on fresh noise, so it can lie slightly above the accuracy

@@ -152,7 +152,7 @@ def trained(
             first = {"weights": str(_place_of(models / its_name, its_recipe))}
             begun = recipe.model_copy(update={"model": recipe.model.model_copy(update=first)})
         saved = folder / CHECKPOINT
-        progress(0, 1, "going on with its training" if saved.is_file() else "training")
+        progress(0, 1, "continuing its training" if saved.is_file() else "training")
         Trainer(begun, folder, data=recipe.data.source, resume=True, progress=progress).run()
     config = storage.read_config(folder)
     if config.recipe is None:

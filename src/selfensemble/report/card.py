@@ -20,8 +20,8 @@ EXPERIMENTS = (
 )  # fmt: skip
 SCALES = ("quick", "quarter", "half", "wide", "full")  # protocols of other names are files, as `honest-1`
 _NOISE = """\
-The noise has to stay on at test time, and fresh: an attacker who can ask many times, or predict the noise, meets a
-weaker defense. """
+The noise must stay on at test time and be fresh: the defense is weaker against an attacker who can send many
+queries or predict the noise. """
 _SMALL = "Trained and measured on small images of few classes; nothing is known about\nothers"
 _OTHER = "Nothing is known about other data than those named here"
 _LIMITS = """\

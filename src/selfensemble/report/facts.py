@@ -118,7 +118,7 @@ def _place(config: ArtefactConfig, first: Std, pixels: float | None) -> str:
     if pixels is None:
         return "on the image"
     if math.isnan(pixels):
-        return "in front of the layer that comes first; what it is worth in pixels is not known"
+        return "before the first layer; its size in pixels is not known"
     if math.isclose(pixels, float(np.min(first)), rel_tol=1e-3):
         return "on the image"
-    return f"in front of the layer that comes first, which is {pixels:.4g} on the image"
+    return f"before the first layer, which is {pixels:.4g} on the image"

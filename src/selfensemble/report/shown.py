@@ -208,8 +208,8 @@ def _persistent(runs: Mapping[str, Results]) -> list[Plot]:
 
 def _persistent_within(runs: Mapping[str, Results], norm: str | None) -> Plot:
     caption = (
-        "The attacker who asks again: the share of images of which at least one of k queries is answered "
-        "wrongly. Dashed: unchanged images, which are answered wrongly now and then, too."
+        "The persistent attacker: the share of images for which at least one of k queries gets a wrong "
+        "answer. Dashed: unchanged images, which get wrong answers now and then, too."
         + (" Solid: worst case under attack." if norm else "")
     )
     kinds: dict[str, int] = {}

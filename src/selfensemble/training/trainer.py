@@ -113,12 +113,12 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if existing and not (resume or overwrite):
             raise FileExistsError(
-                f"{self.out} holds a run already: pass --resume to go on with it, --overwrite to start "
+                f"{self.out} holds a run already: pass --resume to continue it, --overwrite to start "
                 "afresh, or another --out"
             )
         if existing == {storage.CONFIG} and resume:
             raise FileExistsError(
-                f"{self.out} holds an ensemble but no checkpoint to go on from: pass --overwrite to start "
+                f"{self.out} holds an ensemble but no checkpoint to continue from: pass --overwrite to start "
                 "afresh, or another --out"
             )
         return bool(existing) and not resume
