@@ -72,7 +72,7 @@ def front(network: nn.Module) -> rse.SelfEnsemble:
         ),
         (
             lambda: rse.SelfEnsemble(Resizing()),
-            ["what it is worth in pixels is not known"],
+            ["its size in pixels is not known"],
         ),
         (
             lambda: rse.SelfEnsemble(Smoothed(), bounds=(-1, 1)),

@@ -94,7 +94,7 @@ class Certainty(Experiment):
             parts += [
                 Table(
                     "Decision of the infinite ensemble",
-                    "Images that are decided within so many draws, and accuracy among the decided, in %.",
+                    "Images that are decided within that many draws, and accuracy among the decided, in %.",
                     [
                         "network",
                         *(str(count) for count in within),

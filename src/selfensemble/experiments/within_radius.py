@@ -49,7 +49,7 @@ def attacked(
 ) -> dict[str, list[str]]:
     """Attacks within the radius by means, and what is certified of the attacked images.
 
-    Images of like radii are attacked together, with the least of them. `attack.NAME.METHOD` is the answer
+    Images with similar radii are attacked together, with the least of them. `attack.NAME.METHOD` is the answer
     that is certified of the attacked image, -1 where none is, -2 where the image was not attacked.
     """
     radius, answer = found["mean.radius"], found["mean.answer"]
@@ -104,6 +104,6 @@ def withstood(records: Sequence[Record]) -> Table:
     caption = (
         "Images whose certified answer an attack within the certified radius changed into another that is "
         f"certified, with {_AFTER:,} draws at most; in brackets those of which nothing is certified then. "
-        f"Images of like radii are attacked together, with {_INSIDE:g} of the least radius."
+        f"Images with similar radii are attacked together, with {_INSIDE:g} of the least radius."
     )
     return Table("Attacks within the certified radius", caption, ["network", "images", *ATTACKS], rows)

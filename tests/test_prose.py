@@ -1,0 +1,96 @@
+"""Plain English: no word or phrase of the list below in the README, the documentation or the help texts.
+
+The list holds what was once written here and reads as archaic, indirect or translated. Code, tables of names and
+the records of decisions are left alone.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+import typer
+
+from selfensemble.__main__ import app
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+INSTEAD = {
+    r"answer(s|ed)? (rightly|wrongly)": "classified correctly; gets a wrong answer",
+    r"rightly": "correctly",
+    r"in front of": "before",
+    r"anew": "again",
+    r"somebody": "someone",
+    r"whoever": "an attacker who; if you",
+    r"who asks|asks again": "the persistent attacker; each query sees fresh noise",
+    r"meets? (other|the|always|no|fresh)": "sees; faces; uses",
+    r"(the )?process lives": "liveness",
+    r"doubts? (it|a model)": "check the evaluation",
+    r"so many": "that many",
+    r"in place of": "instead of",
+    r"com(e|es|ing) along": "included",
+    r"in any case": "so; anyway",
+    r"likewise": "in the same way",
+    r"hence": "so",
+    r"g(o|oes|oing) on (with|where|from)": "continue",
+    r"may go": "can move; within a distance",
+    r"of (yours|like)": "your; similar",
+    r"of (a|its|their|one's) own, ": "its own",
+    r"stands? (beside|below|in one|in the|in this|at the)": "is",
+    r"to either side": "±",
+    r"for ever": "forever",
+    r"cannot do without": "needs",
+    r"thereof|therein|wherein|whereof|hitherto|lest|upon": "plain words",
+}
+LISTED = re.compile(
+    "|".join(rf"(?P<_{n}>\b(?:{phrase.replace(' ', chr(92) + 's+')})\b)" for n, phrase in enumerate(INSTEAD)),
+    re.IGNORECASE,
+)
+
+
+def complaints(place: str, text: str) -> Iterator[str]:
+    """Each listed phrase of a text, with its line and what to write instead."""
+    for match in LISTED.finditer(text):
+        line = text.count("\n", 0, match.start()) + 1
+        instead = list(INSTEAD.values())[int(str(match.lastgroup)[1:])]
+        yield f"{place}:{line}: {match[0]!r}: write {instead!r}"
+
+
+def without_code(text: str) -> str:
+    """Markdown with its lines kept and its code emptied."""
+    text = re.sub(
+        r"^```.*?^```", lambda block: "\n" * block[0].count("\n"), text, flags=re.DOTALL | re.MULTILINE
+    )
+    return re.sub(r"`[^`\n]+`", "``", text)
+
+
+def pages() -> list[Path]:
+    written = [page for page in DOCS.rglob("*.md") if page.parent.name != "decisions"]
+    outside = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "zoo/README.md")]
+    return sorted([*outside, *written])
+
+
+def commands(command: click.Command, name: str) -> Iterator[tuple[str, str]]:
+    """Each help text of a command, its options and its subcommands, with its name."""
+    yield name, command.help or ""
+    for parameter in command.params:
+        yield f"{name} {parameter.name}", str(getattr(parameter, "help", None) or "")
+    for each, below in getattr(command, "commands", {}).items():
+        yield from commands(below, f"{name} {each}")
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_pages_are_in_plain_english(page: Path) -> None:
+    assert list(complaints(str(page.relative_to(ROOT)), without_code(page.read_text(encoding="utf-8")))) == []
+
+
+def test_help_texts_are_in_plain_english() -> None:
+    texts = list(commands(typer.main.get_command(app), "selfensemble"))
+    assert len(texts) > 100
+    assert [found for name, text in texts for found in complaints(name, text)] == []
+
+
+def test_a_phrase_is_found_with_its_line_and_what_to_write() -> None:
+    text = without_code("One line.\n```\nanew\n```\nNoise enters in front\nof every `anew`.")
+    assert list(complaints("page.md", text)) == ["page.md:5: 'in front\\nof': write 'before'"]
