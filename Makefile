@@ -23,6 +23,7 @@ lint: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell
 
 # All of CIFAR-10: from the hub, or `make bench CIFAR=FOLDER` with its parquet files. What needs a trained network
 # without noise, many minutes or several processes has a command of its own: attacks, opposite_noise, scaling, soak.

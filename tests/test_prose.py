@@ -1,18 +1,19 @@
 """Plain English: no word or phrase of the list below in the README, the documentation or the help texts.
 
-The list holds what was once written here and reads as archaic, indirect or translated. Code, tables of names and
-the records of decisions are left alone.
+The list holds what was once written here and reads as archaic, indirect or translated. Code and the records
+of decisions are left alone.
 """
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import click
 import pytest
 import typer
 
-from selfensemble.__main__ import app
+import selfensemble.__main__  # noqa: F401  (loads the commands)
+from selfensemble.cli.base import app
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -71,8 +72,8 @@ def pages() -> list[Path]:
     return sorted([*outside, *written])
 
 
-def commands(command: click.Command, name: str) -> Iterator[tuple[str, str]]:
-    """Each help text of a command, its options and its subcommands, with its name."""
+def commands(command: Any, name: str) -> Iterator[tuple[str, str]]:
+    """Each help text of a command of click, its options and its subcommands, with its name."""
     yield name, command.help or ""
     for parameter in command.params:
         yield f"{name} {parameter.name}", str(getattr(parameter, "help", None) or "")

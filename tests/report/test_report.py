@@ -514,8 +514,8 @@ def test_the_verdict_comes_first(tmp_path: Path) -> None:
     low, high = (f"{100 * end:.1f}" for end in binomial_interval(15, 50))
     for expected in (
         "weak, fair, mine", "Without attack 90.0 % of 50 images", "within L∞, at most",
-        f"8/255: 30.0 % [{low}, {high}] (3 attacks)", "0.25: 70.0 %", "DDN goes as far as it needs",
-        "at least", "0.1: 60.0 % [50.0, 65.0]", "wrong with a probability of 0.001 at most",
+        f"8/255: 30.0 % [{low}, {high}] (3 attacks)", "0.25: 70.0 %", "DDN moves each image as far as needed",
+        "at least", "0.1: 60.0 % [50.0, 65.0]", "wrong with probability 0.001 at most",
         "weak is left out here", "not sure. Honesty checks failed (random noise)",
     ):  # fmt: skip
         assert expected in one, expected

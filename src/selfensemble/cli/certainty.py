@@ -108,53 +108,33 @@ def _images_and_draws(n: int | None, n_images: int | None, max_draws: int | None
 @takes_network
 @takes_data
 def calibrate(
-    model: Annotated[
-        str, typer.Argument(help="Folder that `train` wrote; the rule is added to its config.json.")
-    ],
+    model: Annotated[str, typer.Argument(help="Folder that `train` wrote; config.json gets the rule.")],
     data: DataOptions = NO_DATA,
     n_images: Annotated[
         int,
         typer.Option(
-            "--n",
-            "--n-images",
-            min=1,
-            help="Number of test images, from the end, so that the first stay unseen.",
+            "--n", "--n-images", min=1, help="Number of test images, from the end: the first stay unseen."
         ),
     ] = 4000,
     epsilon: Annotated[
         float | None,
-        typer.Option(
-            help="Largest share of answers that differ; by default that of the model's number of draws."
-        ),
+        typer.Option(help="Largest share of other answers; by default that of the model's draws."),
     ] = None,
-    delta: Annotated[
-        float | None, typer.Option(help="Risk that more than epsilon differ; .05 by default.")
-    ] = None,
-    most: Annotated[
-        int | None, typer.Option(min=2, help="Maximum number of draws per image; 32 by default.")
-    ] = None,
+    delta: Annotated[float | None, typer.Option(help="Risk that more differ; .05 by default.")] = None,
+    most: Annotated[int | None, typer.Option(min=2, help="Maximum draws per image; 32 by default.")] = None,
     sets: Annotated[
-        bool,
-        typer.Option(
-            "--sets", help="Calibrate conformal sets instead, for `predict --sets`; uses the labels."
-        ),
+        bool, typer.Option("--sets", help="Calibrate conformal sets for `predict --sets`; uses labels.")
     ] = False,
     alpha: Annotated[
-        float | None,
-        typer.Option(help="With --sets: the risk that a set misses the right label; .1 by default."),
+        float | None, typer.Option(help="With --sets: risk of a set without the right label; .1 by default.")
     ] = None,
     radius: Annotated[
         float | None, typer.Option(help="With --sets: hold for images changed by up to this L2 distance too.")
     ] = None,
     draws: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="With --sets: draws per image; by default the model's, or 1,000 with a radius."
-        ),
+        int | None, typer.Option(min=1, help="With --sets: draws per image; 1,000 by default with a radius.")
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Seed of the noise; by default the noise is fresh.")
-    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the noise; fresh noise by default.")] = None,
     max_batch: Annotated[int | None, typer.Option(min=1, help="Images per forward pass.")] = None,
     precision: Annotated[str, typer.Option(help=_PRECISION)] = "bf16",
     device: Device = "auto",

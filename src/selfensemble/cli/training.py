@@ -76,10 +76,7 @@ def tune(
     n_images: Annotated[
         int,
         typer.Option(
-            "--n",
-            "--n-images",
-            min=1,
-            help="Number of test images, from the end, so that the first stay unseen.",
+            "--n", "--n-images", min=1, help="Number of test images, from the end: the first stay unseen."
         ),
     ] = 200,
     levels: Annotated[
@@ -93,9 +90,7 @@ def tune(
         str | None, typer.Option(help="Recipe for --epochs; by default that of the network's training.")
     ] = None,
     eps: Annotated[float, typer.Option(help="L2 radius of the attack, images in [0, 1].")] = 0.5,
-    give_up: Annotated[
-        float, typer.Option(help="Clean accuracy that the recommendation may give up.")
-    ] = 0.05,
+    give_up: Annotated[float, typer.Option(help="Clean accuracy that the recommendation may cost.")] = 0.05,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the attack and the judge.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder; runs/MODEL-tuned by default.")] = None,
     device: Device = "auto",

@@ -24,9 +24,10 @@ _PAIRS = ((10, 1), (100, 1), (100, 10))
 _ABOUT = """\
 One set of {repetitions} times 100 softmax outputs an image, each from noise of its own. The answer of n draws
 is the argmax of their mean; of 100 draws there are 100 // n disjoint groups of n, and an image's accuracy is
-the share of all its groups that classify correctly. Intervals are normal ones of the mean over the images, 95 %;
-those of a gain are of the differences of the same images' accuracies, so they are paired. The attack is PGD in
-L2 at {eps:g} on the loss of the ensemble, {steps} steps of {eot} draws, one attacked image for all n."""
+the share of all its groups that classify correctly. Intervals are 95 % normal intervals of the mean over the
+images; those of a gain are of the differences of the same images' accuracies, so they are paired. The attack
+is PGD in L2 at {eps:g} on the loss of the ensemble, {steps} steps of {eot} draws, one attacked image for all
+n."""
 
 
 @torch.no_grad()

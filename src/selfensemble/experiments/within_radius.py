@@ -49,8 +49,8 @@ def attacked(
 ) -> dict[str, list[str]]:
     """Attacks within the radius by means, and what is certified of the attacked images.
 
-    Images with similar radii are attacked together, with the least of them. `attack.NAME.METHOD` is the answer
-    that is certified of the attacked image, -1 where none is, -2 where the image was not attacked.
+    Images with similar radii are attacked together, with the least of them. `attack.NAME.METHOD` is the
+    answer that is certified of the attacked image, -1 where none is, -2 where the image was not attacked.
     """
     radius, answer = found["mean.radius"], found["mean.answer"]
     eligible = torch.nonzero(radius > _LEAST)[:, 0][: settings.attacked]
