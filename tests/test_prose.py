@@ -1,4 +1,4 @@
-"""Plain English: no word or phrase of the list below in the README, the documentation or the help texts.
+"""Plain English: no phrase of the list below in the README, the documentation, the report or the help texts.
 
 The list holds what was once written here and reads as archaic, indirect or translated. Code and the records
 of decisions are left alone.
@@ -67,9 +67,14 @@ def without_code(text: str) -> str:
 
 
 def pages() -> list[Path]:
+    """What people read: pages and notebooks, the template of the report, the page of the server."""
     written = [page for page in DOCS.rglob("*.md") if page.parent.name != "decisions"]
-    outside = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "zoo/README.md")]
-    return sorted([*outside, *written])
+    package = Path("src", "selfensemble")
+    outside = [
+        "README.md", "CONTRIBUTING.md", "SECURITY.md", "zoo/README.md", package / "report" / "template.html",
+        *(package / "serving" / "static" / name for name in ("index.html", "page.js")),
+    ]  # fmt: skip
+    return sorted([*(ROOT / name for name in outside), *(DOCS / "tutorials").glob("*.ipynb"), *written])
 
 
 def commands(command: Any, name: str) -> Iterator[tuple[str, str]]:

@@ -67,7 +67,7 @@ def front(network: nn.Module) -> rse.SelfEnsemble:
                 "std 0.2 before the first layer, which is 0.05 on the image, 0.1 inside",
                 'rse.load("net", model="tests.report.test_card:Own")  # imports that code',
                 "what it was trained on is not recorded",
-                "Nothing is known about other data than those named here",
+                "Nothing is known about data other than those named here",
             ],
         ),
         (

@@ -60,20 +60,20 @@ def export_onnx(
     draws: int | None = None,
     classes: tuple[str, ...] | None = None,
 ) -> Path:
-    """Write an ensemble as an ONNX file whose noise is that of a seed, another one at every run.
+    """Write an ensemble as an ONNX file with noise from a seed that must be fresh in every run.
 
     The graph takes `images`, (B, ...) float32 (or float16, as the network) in the bounds of the ensemble,
-    and `seed`, (4,) uint32: 128 bits that have to be fresh at every run, as `OnnxEnsemble` has them. (A
+    and `seed`, (4,) uint32: 128 bits that must be fresh in every run, as `OnnxEnsemble` makes them. (A
     network without noise takes no seed.) It gives `probabilities`, (B, K), the mean softmax over the draws,
     and with more than one draw `spread`, (B, K), its standard deviation over them. Every image and draw has
-    noise of its own. The number of draws is part of the graph, which needs the memory of `draws` times the
-    images of a run.
+    different noise. The number of draws is part of the graph; a run needs memory for `draws` times its
+    images.
 
-    What stays behind: the streams of `noise_draw` (the same seed is other noise here), rules that stop
-    drawing, decisions and certificates.
+    Not exported: the streams of `noise_draw` (the same seed gives different noise here), stopping rules,
+    decisions and certificates.
 
     Args:
-        ensemble: whose noise layers are Gaussian; of an optimised copy, its original is exported.
+        ensemble: with Gaussian noise layers only; for an optimised copy, its original is exported.
         path: of the file; it is replaced as a whole or not at all.
         example_inputs: (B, ...) images of the right shape; the exported graph takes any B.
         draws: of an ensemble; None for those of `ensemble`, 1 for a single noisy pass.
@@ -83,8 +83,8 @@ def export_onnx(
         The path.
 
     Raises:
-        ValueError: there are random layers that ONNX cannot express, the network draws random numbers of its
-            own, computes in float64 or bfloat16, or cannot be exported.
+        ValueError: there are random layers that ONNX cannot express, the network draws other random numbers,
+            computes in float64 or bfloat16, or cannot be exported.
         MissingPackage: onnx or onnxscript is missing: `pip install 'selfensemble[onnx]'`.
     """
     onnx = _onnx()

@@ -33,17 +33,17 @@ def seed_words(seed: int | None = None) -> np.ndarray:
 
 
 class OnnxEnsemble:
-    """A file of `export_onnx`, asked like an ensemble.
+    """A file of `export_onnx`, used like an ensemble.
 
-    Usable from several threads. A process that was forked makes a session of its own when it first predicts
-    (onnxruntime's threads do not survive a fork), and so does one that it was pickled to.
+    Usable from several threads. A forked process makes its own session when it first predicts (onnxruntime's
+    threads do not survive a fork), and so does a process that it was pickled to.
 
     Args:
         path: the file.
-        threads: that a run may use; None leaves it to onnxruntime.
+        threads: number of threads per run; None leaves it to onnxruntime.
 
     Attributes:
-        draws: noise draws of an answer, part of the file.
+        draws: noise draws per answer, part of the file.
         bounds: the valid range of inputs; None for no range.
         classes: their names, where the file has them.
         noise: standard deviation by module, of the layers that are on.
@@ -79,10 +79,10 @@ class OnnxEnsemble:
         """Label, mean probabilities and their spread over the draws, as `SelfEnsemble.predict` has them.
 
         Args:
-            inputs: (B, ...) images in `bounds`, a tensor or an array. All of them are one run, in the memory
-                of `draws` times as many.
+            inputs: (B, ...) images in `bounds`, a tensor or an array. All of them are one run, which needs
+                memory for `draws` times as many.
             seed: None for fresh noise (what a defense needs), an integer for noise that repeats with the same
-                batch; it is other noise than that of the seed in `SelfEnsemble.predict`.
+                batch; the noise differs from that of the same seed in `SelfEnsemble.predict`.
 
         Returns:
             On the device of `inputs`; the spread of a single draw is NaN.

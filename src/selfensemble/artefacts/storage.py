@@ -52,21 +52,21 @@ def save(
     """Write `ensemble` to `folder`; both files are replaced as a whole or not at all.
 
     A process that is killed just between the two leaves files of two networks, which `load` refuses. Several
-    may save to one folder: the last one's is there in the end, and `load` waits for who is at it.
+    processes can save to one folder: the last one wins, and `load` waits for a save in progress.
 
     Args:
-        ensemble: what to save; of an optimised copy its original, with draws, bounds and stopping rule of the
-            copy.
+        ensemble: what to save; for an optimised copy, its original with the draws, bounds and stopping rule
+            of the copy.
         folder: where to.
         architecture: of a network of `MODELS`; by default what `create_model` was asked for.
         classes, input_shape, metrics, recipe: see `ArtefactConfig`.
-        dtype: that weights of two dimensions or more are stored in, e.g. bfloat16 for half the size; they
-            are float32 again when they are loaded. None stores them as they are.
+        dtype: dtype for weights of two or more dimensions, e.g. bfloat16 for half the size; they are float32
+            again after loading. None stores them as they are.
 
     Raises:
-        ValueError: a rule of the ensemble (`stopping`, `sets`) was calibrated on others than the weights and
-            the noise that would be saved with it; a copy has other noise than its original, or a part of the
-            network is a copy. Nothing is written.
+        ValueError: a rule of the ensemble (`stopping`, `sets`) was calibrated on other weights or noise than
+            those that would be saved; a copy has different noise from its original, or a part of the network
+            is a copy. Nothing is written.
     """
     check_kept(ensemble)
     model, resize_pad = _to_save(ensemble)
@@ -258,16 +258,17 @@ def load(
     Args:
         folder: what `save` or `selfensemble train` wrote, the name of a network of the zoo, or
             "hf-hub:owner/name" on the Hugging Face Hub. Or the name of a network, see `network_from`, which
-            gets the noise that was published unless it has its own.
-        model: where the saved network is neither one of `MODELS` nor of a known library: a fresh one of its
+            gets the published noise unless it already has noise.
+        model: if the saved network is neither one of `MODELS` nor of a known library: a fresh network of its
             class, or the name of what makes it, see `network_from`.
         arguments: of what makes it, instead of those that it was saved with.
         weights: of a named network, a file; saved ensembles have theirs.
-        trust_network: whether to import what the folder itself names. That runs code: say so only of folders
-            whose author you trust.
+        trust_network: whether to import what the folder itself names. That runs code: do so only for folders
+            from an author you trust.
 
     Raises:
-        UntrustedNetwork: the network is of somebody's own, and nobody said what to import.
+        UntrustedNetwork: the network is custom code, and neither `model` nor `trust_network` says what to
+            import.
         FileNotFoundError, ValueError: files missing, damaged, foreign, or of another network.
     """
     if is_network_name(folder):

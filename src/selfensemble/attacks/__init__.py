@@ -1,11 +1,11 @@
 """Attacks: `attack(model, inputs, labels, *, targeted=False, ..., eot=1, seed=None) -> adversarial`.
 
-`inputs` are (B, ...) in [0, 1], or in the `bounds` of an ensemble, whose units radii then have: audio in
-[-1, 1], or images that were standardised before. `labels` are (B,) integers, the true classes, or the
-wanted ones where `targeted`. Adversarial images have the shape of `inputs` and stay in that range. An attack
-attacks the model in eval mode and computes gradients with respect to its inputs only. It claims nothing:
-whether an image is adversarial is for `evaluation.judge` to say, on fresh noise. How attacks meet noise:
-`Noise`.
+`inputs` are (B, ...) in [0, 1], or in the `bounds` of an ensemble, and radii are then in these units: audio
+in [-1, 1], or images that were standardised before. `labels` are (B,) integers, the true classes, or the
+target classes if `targeted`. Adversarial images have the shape of `inputs` and stay in that range. An attack
+attacks the model in eval mode and computes gradients with respect to its inputs only. Its result is not yet a
+success: `evaluation.judge` decides on fresh noise whether an image is adversarial. For how attacks handle
+noise, see `Noise`.
 """
 
 from collections.abc import Callable

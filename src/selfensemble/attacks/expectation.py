@@ -35,7 +35,7 @@ class NoiseOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """How an attack meets the noise of a model.
+    """How an attack handles the noise of a model.
 
     Attributes:
         eot: noise draws averaged in a step.
@@ -44,7 +44,7 @@ class Noise:
         confirm_draws: fresh draws that must confirm a success; None for 10 where two passes differ. Where
             they do not, the model counts as deterministic, and one draw stands for all; set this to
             more than 1 for a model whose randomness is rare.
-        frozen: every step meets the same draws, those of `predict(draws=eot, seed=seed)`, and they
+        frozen: every step uses the same draws, those of `predict(draws=eot, seed=seed)`, and they
             decide about success too. For checking attacks: frozen noise is no defense.
         seed: of the noise and of random starts; None for fresh entropy.
     """

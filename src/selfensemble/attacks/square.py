@@ -48,8 +48,8 @@ def square(
     the clean image and confirming successes come on top. AutoAttack takes 5000 queries, and loss "ce"
     if targeted.
 
-    Inputs of other shapes are searched likewise: waveforms (B, T) and (B, C, T) in pieces of time, which
-    cover the same share, (B, C, D, H, W) as images of D x H rows.
+    Inputs of other shapes are searched in the same way: waveforms (B, T) and (B, C, T) in pieces of time,
+    which cover the same share, (B, C, D, H, W) as images of D x H rows.
 
     Differences from the published code: every image has squares of its own; squares reach the last row
     and column; for L-inf, signs that would change nothing are drawn again.
@@ -61,7 +61,7 @@ def square(
         loss: "margin", "ce", "dlr" or "probability-margin".
         early_stop: an image leaves the batch at its first (confirmed) success, as published; otherwise
             the search for a larger loss goes on.
-        max_batch: images attacked at a time; a random model meets twice as many in a forward pass.
+        max_batch: images attacked at a time; a random model gets twice as many in a forward pass.
         model, inputs, labels, targeted, norm, eps, noise: see `pgd`.
 
     Returns:

@@ -19,7 +19,7 @@ def transfer(
     attack: Callable[..., Tensor] = apgd,
     **settings: Any,
 ) -> Tensor:
-    """Attack `surrogate` in place of `model`.
+    """Attack `surrogate` instead of `model`.
 
     Args:
         surrogate: any classifier of the same classes; None for the static base, which is `model` with

@@ -72,20 +72,20 @@ def calibrate(
 ) -> Calibrated:
     """Thresholds for `predict(..., stop="calibrated")`; labels are not needed.
 
-    The guarantee is about images drawn as `inputs` were, so these should be none that the network was trained
-    on, and it says nothing of attacked ones. It is that of the ensemble as it is given: with other weights,
-    noise, sampling, draws or precision the rule is refused.
+    The guarantee is about images drawn as `inputs` were, so pass images that the network was not trained on;
+    it does not cover attacked images. It holds for the ensemble as given: with other weights, noise,
+    sampling, draws or precision the rule is refused.
 
     Args:
         ensemble: in the form that will predict, e.g. optimised.
-        inputs: (N, ...) images, 200 or more; half of them choose the rules, half test them. As `Inputs` of
-            image data they are made some at a time.
-        epsilon: the share of answers that may differ from the reference's. By default the share that
+        inputs: (N, ...) images, 200 or more; half of them choose the rules, half test them. `Inputs` of image
+            data are loaded in parts.
+        epsilon: the share of answers that can differ from the reference's. By default the share that
             `ensemble.draws` draws for every image get wrong, measured on the first half.
         delta: the risk that the guarantee fails, over the choice of images and noise.
-        most: draws of an image at most.
-        reference_draws: draws that stand for infinitely many. Where they are themselves in doubt, so is
-            what they say of an answer.
+        most: maximum number of draws per image.
+        reference_draws: draws that stand for infinitely many. If they leave an answer undecided, so does the
+            comparison with them.
         antithetic: whether predictions are to draw in pairs of opposite noise, which takes fewer draws. The
             default of epsilon is about draws that do not.
         max_batch, seed: see `SelfEnsemble.predict`; the seed is that of the halves as well.

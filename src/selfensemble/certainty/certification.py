@@ -85,28 +85,28 @@ def certify(
 ) -> Certificate:
     """Radii within which no change of an image changes the infinite ensemble's answer.
 
-    The images of a batch share their noise, which makes random numbers cheap: the draws of each image are
-    independent of each other, which is all that its certificate rests on.
+    The images of a batch share their noise, which saves random numbers: the draws of each image are
+    independent of each other, and its certificate needs nothing else.
 
     Args:
-        ensemble: in the form that will predict: the certificate is that of the network it is given.
+        ensemble: in the form that will predict: the certificate is for the network as given.
         inputs: (B, ...) images in the ensemble's bounds.
         alpha: the risk, for each image, that its certificate is wrong.
-        n0: draws that select the answer; others estimate its probability.
-        n: draws that estimate.
+        n0: number of draws that select the answer; other draws estimate its probability.
+        n: number of draws that estimate the probability.
         method: "vote" is about the class that most single draws choose, "mean" about the mean probability,
             which is what `predict` averages.
         rivals: "all" takes one minus the answer's probability for its rivals' ("one against all"),
             "runner_up" bounds each rival's as well, with half of alpha.
         bound: for "mean", how means are bounded, see `mean_lower`. By default "betting" or "binomial", for
             each mean the one that its draws of selection say is narrower.
-        radius: a wanted radius, or several: an image stops when each of them is certified, or proven to be
-            out of reach, or given up. Half of alpha is spent on stopping early, see `anytime`.
+        radius: a target radius, or several: an image stops when each of them is certified, proven to be out
+            of reach, or given up. Half of alpha is spent on stopping early, see `anytime`.
         give_up: how often, at most, an image is given up that n draws would have certified; 0 to draw until
             a wanted radius is decided.
-        grid: draw the noise on the image on a grid that holds 8-bit images, so that the radius is true of all
-            8-bit images within it as floating-point numbers are added, not only as real numbers are; see
-            `grid_noise`. The draws of a seed are others.
+        grid: draw the noise on the image on a grid that holds 8-bit images, so that the radius holds for all
+            8-bit images within it in floating-point arithmetic, not only for real numbers; see `grid_noise`.
+            A seed gives different draws.
         max_batch, seed: see `SelfEnsemble.predict`.
         progress: called with draws done and all of them, of images times draws.
 

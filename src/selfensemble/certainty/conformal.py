@@ -42,8 +42,8 @@ class ConformalSets:
     an ensemble that was loaded.
 
     Attributes:
-        ensemble: as it was calibrated; once its weights, noise, sampling or precision are others, `predict`
-            refuses.
+        ensemble: as it was calibrated; `predict` raises an error after its weights, noise, sampling or
+            precision changed.
         rule: risk, radius, draws and threshold.
     """
 
@@ -52,10 +52,10 @@ class ConformalSets:
 
     @classmethod
     def of(cls, ensemble: SelfEnsemble) -> Self:
-        """Those that were calibrated on an ensemble and travelled with it.
+        """The sets that were calibrated on an ensemble and saved with it.
 
         Raises:
-            ValueError: there are none, or they were calibrated on another than the ensemble is now.
+            ValueError: there are none, or the ensemble changed after they were calibrated.
         """
         if ensemble.sets is None:
             raise ValueError(
@@ -72,7 +72,7 @@ class ConformalSets:
 
     @property
     def radius(self) -> float:
-        """L2 distance of attacks that are accounted for."""
+        """L2 distance of attacks that the sets account for."""
         return self.rule.radius
 
     @property
@@ -93,7 +93,7 @@ class ConformalSets:
     def predict(self, inputs: Tensor, *, max_batch: int | None = None, seed: int | None = None) -> Tensor:
         """(B, K) bool, on the CPU: which labels belong to the set of each of (B, ...) images.
 
-        A set may be empty, which says that the image is like none of those calibrated on.
+        A set can be empty, which means that the image is unlike the calibration images.
 
         Raises:
             ValueError: bad inputs, or the ensemble is another than was calibrated on.
@@ -127,7 +127,7 @@ def conformal_sets(
     seed: int | None = None,
     progress: Progress | None = None,
 ) -> ConformalSets:
-    """Calibrate sets that hold the right label with probability `1 - alpha`, over images like these.
+    """Calibrate sets that contain the right label with probability `1 - alpha`, for images like these.
 
     Args:
         ensemble: in the form that will predict, e.g. optimised.
@@ -135,9 +135,10 @@ def conformal_sets(
             radius `1 / (alpha - 2 beta) - 1` or more. As `Inputs` of image data they are made some at a time.
         labels: (N,) of any integer type, on any device.
         alpha: the risk that a set misses the right label.
-        radius: L2 in the units of the image; the guarantee then holds for images moved by as much.
-        draws: by default those of the ensemble, or 1,000 with a radius. Noise is each image's own: with
-            shared noise the images to come would not be like those calibrated on.
+        radius: L2 in the units of the image; the guarantee then holds for images changed by up to that
+            distance.
+        draws: by default those of the ensemble, or 1,000 with a radius. Noise is drawn for each image: with
+            shared noise, future images would not be like the calibration images.
         beta: with a radius, the part of `alpha` for each of two bounds; by default a twentieth.
         max_batch, seed: see `SelfEnsemble.predict`.
         progress: called with images done and all of them.

@@ -37,11 +37,11 @@ ABSTAINED = -1
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What is known of the infinite ensemble's answer to each of B images.
+    """What is known about the infinite ensemble's answer for each of B images.
 
     Attributes:
         label: (B,) int64, the class with the largest mean probability, wrong with probability alpha at most;
-            -1 where that could not be said.
+            -1 for an abstention.
         draws: (B,) int64, how many were needed, or tried.
         leader: (B,) int64, the class that led at the end, decided or not.
         low, high: (B,) float64, on the CPU: bounds of the leader's mean probability, which hold together with
@@ -113,15 +113,15 @@ def decide(
     max_batch: int | None = None,
     seed: int | None = None,
 ) -> Decision:
-    """The infinite ensemble's label of each image, or an abstention, with as few draws as it takes.
+    """The infinite ensemble's label of each image, or an abstention, with as few draws as needed.
 
-    One pass without noise before the draws says which class may lead; a wrong guess costs draws, no more.
+    One pass without noise before the draws guesses the leading class; a wrong guess only costs draws.
 
     Args:
         ensemble: what answers.
         inputs: (B, ...), see `SelfEnsemble.predict`.
-        alpha: of each image, the probability that a label is wrong, and that an interval is.
-        max_draws: where an image is given up.
+        alpha: for each image, the probability that the label is wrong, and that the interval is.
+        max_draws: after which the decision abstains.
         max_batch, seed: see `SelfEnsemble.predict`.
 
     Returns:

@@ -49,18 +49,19 @@ class SelfEnsemble(Promising):
 
     Args:
         model: a classifier that returns logits (B, K); it gets its noise in place.
-        config: noise levels; None keeps the randomness that is there, or injects the published levels.
-        draws: noise draws a prediction, >= 1.
+        config: noise levels; None keeps existing randomness, or injects the published levels if there is
+            none.
+        draws: noise draws per prediction, >= 1.
         sampling: how draws are sampled in eval mode, see `GaussianNoise`.
-        filter_fn, example_inputs: see `inject_noise_`; the answer to an example is looked at.
+        filter_fn, example_inputs: see `inject_noise_`; the output for an example is checked.
         bounds: the valid range of inputs, checked by `predict_proba`; None for no range, or for tokens.
 
     Attributes:
-        stopping: margins at which images stop drawing, see `calibrate`; None where there are none.
-        sets: which labels belong to the set of an image, see `conformal_sets`; None where there is none.
+        stopping: margins at which images stop drawing, see `calibrate`; None if there are none.
+        sets: which labels belong to the set of an image, see `conformal_sets`; None if there is no rule.
 
-    Rules are for the weights, noise, sampling and precision that they were calibrated on, and are refused
-    when they are used after one of these changed.
+    Rules are valid for the weights, noise, sampling and precision that they were calibrated on, and are
+    refused after one of these changed.
 
     Source: Liu et al. 2018, algorithm 1.
     """
@@ -121,31 +122,31 @@ class SelfEnsemble(Promising):
     ) -> Tensor:
         """Softmax averaged over noise draws, without gradients, in constant memory.
 
-        Always in eval mode, which is put back afterwards.
+        Always in eval mode; the previous mode is restored afterwards.
 
         Args:
             inputs: (B, ...), floating point, within `bounds`; chunks go to the model's device and dtype.
-            draws: by default `self.draws`; 1 where two passes do not differ.
-            max_batch: images a forward pass; by default half of the batch, which together with its noisy
-                copies needs no more memory than one plain pass over the whole; on a CPU at most 32
-                images of 32x32 or the same in pixels, on the fast path in bfloat16 128.
-            seed: None for fresh noise (what a defense needs), an integer for noise that repeats: with
-                shared sampling, the same whatever the batch and `max_batch`; in another memory format
-                (channels_last) a seed stands for other noise.
+            draws: by default `self.draws`; 1 if two passes do not differ.
+            max_batch: images per forward pass; by default half of the batch, which with its noisy copies
+                needs no more memory than one plain pass over the whole batch; on a CPU at most 32 images of
+                32x32 or the same number of pixels, on the fast path in bfloat16 128.
+            seed: None for fresh noise (what a defense needs), an integer for noise that repeats: with shared
+                sampling, the same for any batch and `max_batch`; in another memory format (channels_last) a
+                seed gives different noise.
             sampling: overrides the ensemble's.
-            stop: when an image stops drawing. None takes all draws. "exact" stops when the draws that are
-                left cannot change the label: it is that of all draws, while probabilities are means of
-                fewer. "calibrated" stops by the margins in `stopping`, which also set the most draws.
-            antithetic: draw in pairs of opposite noise: the mean is nearer to that of infinitely many
-                draws, the spread is that of draws that are not independent. By default not, but with
-                "calibrated" as it was calibrated.
+            stop: when an image stops drawing. None takes all draws. "exact" stops when the remaining draws
+                cannot change the label: it is the label of all draws, while probabilities are means of fewer.
+                "calibrated" stops by the margins in `stopping`, which also set the maximum number of draws.
+            antithetic: draw in pairs of opposite noise: the mean is closer to that of infinitely many draws;
+                the spread is that of dependent draws. Off by default; with "calibrated", as it was
+                calibrated.
 
         Returns:
             (B, K) float32 probabilities, on the device of `inputs`.
 
         Raises:
             TypeError, ValueError: inputs of a wrong dtype, shape or range, counts below 1, or a rule that was
-                calibrated on another ensemble than this is now.
+                calibrated before the ensemble changed.
         """
         return self.predict(
             inputs, draws=draws, max_batch=max_batch, seed=seed, sampling=sampling, stop=stop,
@@ -190,8 +191,8 @@ class SelfEnsemble(Promising):
         """Write weights, noise levels and a model card to `folder`.
 
         Args:
-            folder: what is there of an earlier one is replaced.
-            licence: of the weights, for the card; None says nothing of it.
+            folder: files of an earlier save are replaced.
+            licence: of the weights, for the card; None omits it.
             about: see `save`.
         """
         from ..artefacts.storage import save
@@ -210,10 +211,10 @@ class SelfEnsemble(Promising):
         token: str | None = None,
         trust_network: bool = False,
     ) -> "SelfEnsemble":
-        """What `save_pretrained` wrote: a folder, or "owner/name" on the Hugging Face Hub.
+        """Load what `save_pretrained` wrote: a folder, or "owner/name" on the Hugging Face Hub.
 
         Args:
-            name: a folder is taken where there is one.
+            name: a folder of this name takes precedence.
             model, trust_network: see `load`.
             revision, token: of the Hub.
 

@@ -32,7 +32,7 @@ class Issue:
         severity: "error": noise is missing or the ensemble will not work; "warning": it works, but
             perhaps not as meant.
         where: fully qualified name of the module, "" for the whole model.
-        message: what is the matter and why that is a problem.
+        message: what is wrong and why that is a problem.
         cure: what to do.
     """
 
@@ -52,10 +52,10 @@ def validate(
 ) -> list[Issue]:
     """Everything about `model` that would make its self-ensemble wrong, weak or impossible.
 
-    Three or four forward passes: one module by module, the others as the network runs by itself.
+    It makes three or four forward passes: one module by module, the others through the network as it is.
 
     Args:
-        model: before or after `inject_noise_`; it is left as it is. Of an optimised copy, its original.
+        model: before or after `inject_noise_`; it stays unchanged. For an optimised copy, pass the original.
         example_inputs: a batch of at least 2 (a tensor, a tuple of arguments or a dict of keywords).
         filter_fn: the one that noise is injected by.
 
@@ -113,7 +113,7 @@ def _closed(model: nn.Module, filter_fn: FilterFn) -> Iterator[Issue]:
     for fqn, kind, what in closed_parts(model, filter_fn):
         yield Issue(
             kind, "error", fqn, f"it is {what}: no noise enters the layers in it",
-            "Put noise into the original network, before it is scripted, exported or quantised",
+            "Add noise to the original network before you script, export or quantise it",
         )  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def _without_noise(model: nn.Module, matched: list[str]) -> Iterator[Issue]:
         return
     for fqn in lost:
         yield Issue(
-            "lost-noise", "error", fqn, "noise was put in front of it, and there is none: the module was "
+            "lost-noise", "error", fqn, "it had noise before it, and now there is none: the module was "
             "replaced, or the network was saved with noise and loaded without it",
             "Call remove_noise_(model), then inject; SelfEnsemble(model) restores what transformers saved",
         )  # fmt: skip
@@ -168,20 +168,20 @@ def _first_noise(trace: Trace, matched: list[str]) -> Iterator[Issue]:
         yield Issue(
             "around-first-noise", "warning", fqn, f"it reads the image, as {first} does, but gets "
             "inner_std: the image has a way around the first noise, so no radius can be certified",
-            "Put one GaussianNoise(init_std) in front of the whole network instead",
+            "Put one GaussianNoise(init_std) before the whole network instead",
         )  # fmt: skip
     for where, name in trace.image_ops.items():
         if first is None:
             yield Issue(
                 "transformed-input", "warning", where, f"{name} changes the image before the first noise: "
-                "init_std is then in the units of what comes out, not of pixels in [0, 1]",
-                "Scale init_std by the same factor, or put GaussianNoise(init_std) in front of the network",
+                "init_std is then in the units of the result, not of pixels in [0, 1]",
+                "Scale init_std by the same factor, or put GaussianNoise(init_std) before the network",
             )  # fmt: skip
         else:
             yield Issue(
                 "around-first-noise", "warning", where, f"{name} reads the image beside {first}: the image "
                 "has a way around the first noise, so no radius can be certified",
-                "Put one GaussianNoise(init_std) in front of the whole network instead",
+                "Put one GaussianNoise(init_std) before the whole network instead",
             )  # fmt: skip
 
 
@@ -197,7 +197,7 @@ def _partly_noisy(model: nn.Module, trace: Trace) -> Iterator[Issue]:
     for fqn in inside if noisy else []:
         if fqn not in noisy and fqn not in lost and fqn not in excused:
             yield Issue(
-                "partly-noisy", "warning", fqn, "other modules have noise in front of them, this has not",
+                "partly-noisy", "warning", fqn, "other modules have noise before them, but this one does not",
                 "Call remove_noise_(model) and inject again with the filter_fn you mean",
             )  # fmt: skip
 
@@ -210,17 +210,17 @@ def _order(model: nn.Module, trace: Trace) -> Iterator[Issue]:
         yield Issue(
             "order", "warning", first, f"it has the noise of the first layer, and {called[0]} runs before "
             "it: noise was put in by the order of registration",
-            "Call remove_noise_(model), and inject with example_inputs: the first is then what runs first",
+            "Call remove_noise_(model), and inject with example_inputs: the first is then the layer that runs first",
         )  # fmt: skip
 
 
 def _one_layer(model: nn.Module, trace: Trace) -> Iterator[Issue]:
-    """Noise in front of one layer of many, as in most transformers, whose only convolution cuts patches."""
+    """Noise before one layer of many, as in most transformers, where the only convolution cuts patches."""
     others = [fqn for fqn, module in model.named_modules() if is_linear(module) and fqn not in trace.called]
     if len(trace.called) == 1 and len(others) > 1:
         yield Issue(
-            "one-layer", "warning", trace.called[0], "noise goes in front of it alone, which is plain "
-            f"smoothing by one Gaussian, no self-ensemble; {len(others)} linear layers get none",
+            "one-layer", "warning", trace.called[0], "noise goes before it alone, which is plain "
+            f"smoothing by one Gaussian, not a self-ensemble; {len(others)} linear layers get none",
             'Pass filter_fn="conv+linear" (--filter conv+linear)',
         )  # fmt: skip
 
@@ -242,7 +242,7 @@ def _silent(model: nn.Module, trace: Trace) -> Iterator[Issue]:
                 yield Issue(
                     "silent-noise", "error", where, "it has noise, but the network runs as a compiled graph "
                     "that was recorded without it",
-                    "Call torch.compiler.reset(), or compile the network anew",
+                    "Call torch.compiler.reset(), or compile the network again",
                 )  # fmt: skip
         elif where != fqn and where in trace.entered:
             yield Issue(
@@ -252,7 +252,7 @@ def _silent(model: nn.Module, trace: Trace) -> Iterator[Issue]:
     if running and trace.repeats:
         yield Issue(
             "noise-without-effect", "warning", "", "noise is drawn, and two passes give the same outputs",
-            "Check what lies behind the noise: outputs that are constant or rounded cannot show it",
+            "Check the layers after the noise: constant or rounded outputs cannot show it",
         )  # fmt: skip
 
 
@@ -278,7 +278,7 @@ def _output(trace: Trace, batch: int | None) -> Iterator[Issue]:
         yield Issue(
             "probabilities", "error", "", "the outputs are probabilities: softmax would be applied twice, "
             "which flattens the ensemble and hides gradients from attacks",
-            "Return logits, i.e. leave the last softmax out",
+            "Return logits: leave out the last softmax",
         )  # fmt: skip
 
 
@@ -288,7 +288,7 @@ def _folded(trace: Trace, images: list[Tensor]) -> Iterator[Issue]:
         if size > batch > 0:
             yield Issue(
                 "folded-batch", "warning", fqn, f"it gets a batch of {size} for {batch} inputs: parts of one "
-                "input (frames, patches, windows) stand in the batch, and shared noise would be one for all",
+                "input (frames, patches, windows) are in the batch, and shared noise would be the same for all",
                 'Use SelfEnsemble(..., sampling="per_image")',
             )  # fmt: skip
             return

@@ -107,20 +107,20 @@ def judge(
     eps: float | None = None,
     max_batch: int | None = None,
 ) -> Verdict:
-    """Answer `adversarial` with fresh noise, drawn for each image and query on its own.
+    """Query the model on `adversarial` with fresh noise, drawn separately for each image and query.
 
     Args:
-        model: the defender; a `SelfEnsemble` answers by the mean softmax of its draws, any other
-            module likewise if `draws` is given.
+        model: the defender; a `SelfEnsemble` answers by the mean softmax of its draws, and so does any other
+            module if `draws` is given.
         inputs: (B, C, H, W) the original images.
         adversarial: (B, C, H, W) the attacked ones.
         labels: (B,) integers, the true classes, also for targeted attacks.
-        draws: noise draws an answer; by default the ensemble's own, 1 for any other module.
-        queries: how often each image is asked. A `SelfEnsemble` without noise is asked once, and the
-            answer stands for all.
+        draws: noise draws per answer; by default the ensemble's, 1 for any other module.
+        queries: number of queries per image. A `SelfEnsemble` without noise is queried once, and the answer
+            counts for all.
         seed: of the defender's noise; None for fresh entropy. Never the attack's.
         norm, eps: the ball that the attack was bound to; None to leave distances unchecked.
-        max_batch: images a forward pass.
+        max_batch: images per forward pass.
 
     Raises:
         ValueError: shapes differ, or adversarial images leave the model's range or the ball, or hold NaN.

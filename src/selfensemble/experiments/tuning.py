@@ -70,8 +70,8 @@ class Sweep:
 
     Attributes:
         levels: in the order they were asked for.
-        recommended: the level with the highest attacked accuracy, of those that give up no more clean
-            accuracy than was allowed; the one with less noise where two are equal.
+        recommended: the level with the highest attacked accuracy among those within the allowed loss of clean
+            accuracy; if two are equal, the one with less noise.
         give_up: what was allowed.
         settings: of the attack.
     """
@@ -136,14 +136,14 @@ def tune(
     """Measure an ensemble at several levels of its noise, with and without attack, and recommend one.
 
     Args:
-        ensemble: left as it is.
-        inputs: (B, C, H, W) in [0, 1], images that no later figure is about: the choice has seen them.
+        ensemble: stays unchanged.
+        inputs: (B, C, H, W) in [0, 1], images that later figures must not use: the choice has seen them.
         labels: (B,) integers.
         levels: of the noise.
-        fine_tune: trains a copy that has a level, in place, or returns another; None measures the network as
-            it is, which tells how much noise it bears now, not how much it would after training.
+        fine_tune: trains a copy with a level, in place, or returns another network; None measures the network
+            as it is, which shows how much noise it tolerates now, not after training.
         norm, eps, steps, eot: of the PGD attack; eps in [0, 1] pixels.
-        give_up: clean accuracy that the recommendation may cost, against the best level.
+        give_up: clean accuracy that the recommendation can cost, compared with the best level.
         seed: of attack and judge.
         progress: called with a text and a share.
 

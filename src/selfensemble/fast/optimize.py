@@ -67,25 +67,25 @@ def faster_precision(device: torch.device) -> Precision:
 def optimize(
     ensemble: SelfEnsemble, example_inputs: Tensor, precision: Precision | None = None
 ) -> FastEnsemble:
-    """A copy of `ensemble` that computes the same, faster; the original is left as it is.
+    """A copy of `ensemble` that computes the same, faster; the original stays unchanged.
 
-    Batch norm is folded into the convolution before it where the network can be traced, images are laid
-    out with channels last, and with "bf16" everything behind the first convolution is computed in
-    bfloat16. The first convolution stays in float32: bfloat16 has steps of 1/256 near 1, as large as the
-    perturbations that attacks look for.
+    Batch norm is folded into the convolution before it if the network can be traced, images are in
+    channels-last format, and with "bf16" everything after the first convolution is computed in bfloat16. The
+    first convolution stays in float32: bfloat16 has steps of 1/256 near 1, as large as the perturbations that
+    attacks look for.
 
-    The copy is in eval mode and has no gradients of weights. Attacks on it follow its gradients, and ask
+    The copy is in eval mode and has no gradients of weights. Attacks on it follow its gradients, and check on
     the original whether they succeed.
 
     Args:
-        ensemble: what to speed up, on the device it is used on; of an optimised copy, its original.
+        ensemble: the ensemble to speed up, on the device where it runs; for an optimised copy, its original.
         example_inputs: (B, ...) images, on any device; they tell which convolution is the first.
-        precision: "float32", or "bf16": labels then differ where two classes are nearly tied. By default
-            the one in which convolutions are faster on the device, which is measured.
+        precision: "float32", or "bf16": labels then differ if two classes are nearly tied. By default the
+            precision in which convolutions are measured to be faster on the device.
 
     Returns:
-        An ensemble with the same noise; seeded shared draws are the same. Calibrated rules go along, and are
-        refused where they were calibrated in another precision.
+        An ensemble with the same noise; seeded shared draws are the same. Calibrated rules are kept, and are
+        refused if they were calibrated in another precision.
     """
     original = cast(SelfEnsemble, original_of(ensemble))
     # A graph that is compiled would not follow what is done to its modules.

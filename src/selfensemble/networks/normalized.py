@@ -14,9 +14,9 @@ from ..noise.injection import device_of_parameters
 class Normalized(nn.Module):
     """`model((inputs - mean) / std)`: a network that wants standardised images, for images in [0, 1].
 
-    Attacks, certificates and the server then speak of pixels. Noise in front of a convolution of `model` is
-    in the units behind the division: of std s there, it is of std `s * std` on the pixels. Noise in front of
-    the whole `Normalized` is in pixels.
+    Attacks, certificates and the server then use pixel units. Noise before a convolution of `model` is in the
+    units after the division: noise of std s there has std `s * std` on the pixels. Noise before the whole
+    `Normalized` is in pixels.
 
     Args:
         model: a classifier.

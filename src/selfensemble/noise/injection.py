@@ -43,10 +43,10 @@ def random_layers(model: nn.Module) -> list[RandomLayer]:
 
 @contextmanager
 def noise_disabled(model: nn.Module) -> Iterator[None]:
-    """Within this context `model` is not random: noise layers are the identity, others do what is fixed.
+    """Within this context `model` is not random: noise layers are the identity, others do their fixed part.
 
-    Nor is what it is an optimised copy of. The context holds in the thread that enters it: passes of other
-    threads keep their noise.
+    For an optimised copy, this includes the original. The context applies to the thread that enters it:
+    passes of other threads keep their noise.
     """
     layers = [layer for network in with_originals(model) for layer in random_layers(network)]
     with switched_off([layer.identity for layer in layers]):
@@ -127,11 +127,11 @@ def inject_noise_(
 
     Args:
         model: any module; its parameters, buffers and state-dict keys are left as they are.
-        config: noise levels, by default those published; of a network of transformers that was saved with
-            noise, by default the levels that it had, where it had them.
-        filter_fn: called with each module and its fully qualified name; True where noise goes in
-            front. Or "conv" (the default), "linear", "conv+linear": what transformers want, most of whose
-            layers are linear.
+        config: noise levels, by default those published; for a transformers network that was saved with
+            noise, by default the noise that it had.
+        filter_fn: called with each module and its fully qualified name; True for modules that get noise
+            before them. Or "conv" (the default), "linear", or "conv+linear", for transformers, which have
+            mostly linear layers.
         example_inputs: a batch (a tensor, a tuple of arguments or a dict of keywords). With it, the
             *first* layer, which gets `init_std`, is the first that a forward pass calls; without
             it, the first in order of registration.
@@ -140,8 +140,8 @@ def inject_noise_(
         The same model.
 
     Raises:
-        ValueError: no module matches, some of what would match is out of reach (TorchScript, quantised or
-            exported parts), or the model holds injected noise already.
+        ValueError: no module matches, some matching modules cannot be hooked (TorchScript, quantised or
+            exported parts), or the model already has injected noise.
     """
     if noise_layers(model):
         raise ValueError("the model has noise layers already: call remove_noise_(model) first")
@@ -238,9 +238,9 @@ def set_levels_(model: nn.Module, config: NoiseConfig) -> nn.Module:
 
 
 def remove_noise_(model: nn.Module) -> nn.Module:
-    """Undo `inject_noise_`, in place; a model without injected noise is left as it is.
+    """Undo `inject_noise_`, in place; a model without injected noise stays unchanged.
 
-    Of an optimised copy, its original loses its noise as well.
+    For an optimised copy, the original loses its noise as well.
     """
     networks = with_originals(model)
     for network in networks[1:]:  # an original may be seen from several copies

@@ -90,7 +90,7 @@ class RandomLayer(nn.Module):
         return self.is_on and self.varies
 
     def fix_(self) -> None:
-        """Take the randomness out for good."""
+        """Remove the randomness permanently."""
         raise NotImplementedError
 
     def levels_learned(self) -> list[nn.Parameter]:
@@ -101,10 +101,10 @@ class RandomLayer(nn.Module):
 class GaussianNoise(RandomLayer):
     """Adds `N(0, std^2)` noise to its input, at training and at test time, fresh at every call.
 
-    The noise of each image of a batch is independent of all others where sampling is per image, as it always
-    is in train mode; `noise_draw(opposite=True)` is for loops that know better (docs/decisions/0021).
+    With per-image sampling, which train mode always uses, the noise of each image of a batch is independent
+    of all others, except within `noise_draw(opposite=True)` (docs/decisions/0021).
 
-    The layer adds nothing to a state dict. A state dict may hold its level as `std`, as checkpoints of the
+    The layer adds nothing to a state dict. A state dict can hold its level as `std`, as checkpoints of the
     callback for Lightning do; loading it sets the level.
 
     Args:
@@ -112,11 +112,11 @@ class GaussianNoise(RandomLayer):
         layer, sampling: see `RandomLayer`.
 
     Attributes:
-        overwrites: whether the input may be overwritten where no gradient is wanted; for networks in which
-            nobody else sees it.
+        overwrites: whether the input can be overwritten when no gradient is needed; for networks in which
+            nothing else uses it.
         record: see `records`; kept up to date.
 
-    Shape: (B, ...) of any floating dtype, to the same; (B, C, ...) where `std` holds C levels.
+    Shape: (B, ...) of any floating dtype, to the same; (B, C, ...) if `std` holds C levels.
 
     Source: Liu et al., Towards Robust Neural Networks via Random Self-ensemble, ECCV 2018, eq. 2.
     """

@@ -87,7 +87,7 @@ def noise_draw(
     """Within this context, noise is draw number `index` of `seed`, sampled by `sampling`.
 
     With a seed, the first call of a layer takes the start of the stream (seed, index, layer), and
-    later calls go on where it stopped; the same context entered again gives the same noise. Shared
+    later calls continue where it stopped; the same context entered again gives the same noise. Shared
     noise then depends on nothing else: not on the size or composition of the batch, the memory
     format or (but for rounding) the dtype. Per-image noise depends on the first two of these as well.
     CPU and CUDA have different streams. The context holds in the thread that enters it.
@@ -102,16 +102,16 @@ def noise_draw(
         step: between the numbers of those draws.
         antithetic: draws of odd number have the opposite Gaussian noise of those before them. The mean over
             pairs has the same expectation and varies less, as far as the network is linear in its
-            noise; the draws of a pair are not independent, which no certificate may overlook. Needs a seed,
+            noise; the draws of a pair are not independent, which certificates must account for. Needs a seed,
             or whole pairs in the batch.
         portable: whether shared noise of a seed is to be the same in every dtype. If not, half precision on a
             CPU has numbers that cost less, as it has without a seed.
         opposite: in train mode the second half of a batch has the opposites of the numbers of the first half,
-            half as many to draw. Only for batches in which no image stands twice: an image and its copy could
-            meet noise that cancels out. By default the noise of each image is independent of all others.
-        repeatable: whether a backward pass may compute parts of this one again (activation checkpointing),
-            with the noise that they had. Where there is none, False saves looking for it.
-        generators: where the generators of the streams are kept and looked for, of a draw with a seed.
+            so half as many are drawn. Only for batches in which no image occurs twice: an image and its copy
+            could get noise that cancels out. By default the noise of each image is independent of all others.
+        repeatable: whether a backward pass can compute parts of this one again (activation checkpointing),
+            with the same noise. False saves the search if there is none.
+        generators: where the generators of the streams are kept, for a draw with a seed.
     """
     if index < 0 or count < 1 or step < 1:
         raise ValueError(f"index must be >= 0, count and step >= 1, got {index}, {count} and {step}")

@@ -23,7 +23,7 @@ _NOISE = """\
 The noise must stay on at test time and be fresh: the defense is weaker against an attacker who can send many
 queries or predict the noise. """
 _SMALL = "Trained and measured on small images of few classes; nothing is known about\nothers"
-_OTHER = "Nothing is known about other data than those named here"
+_OTHER = "Nothing is known about data other than those named here"
 _LIMITS = """\
 Robust accuracies are what the named attacks left over: upper bounds, not guarantees. {certificate}{noise}\
 {data}, about natural shifts of the data, or about changes that the attacks did not try (patches, rotations,

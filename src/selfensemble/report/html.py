@@ -169,8 +169,8 @@ def _notes(members: Sequence[Results]) -> list[str]:
     first = members[0].protocol
     if differing := [k for k in keys if any(each.protocol.get(k) != first.get(k) for each in members)]:
         notes.append(
-            "These runs carry the same name of a protocol but differ in its settings: "
-            f"{', '.join(differing)}. Compare them with care; the settings stand at the end."
+            "These runs have the same protocol name but different settings: "
+            f"{', '.join(differing)}. Compare them with care; the settings are at the end."
         )
     if len({results.data.digest for results in members}) > 1:
         notes.append("These runs were judged on different images.")

@@ -76,7 +76,7 @@ def certified_plot(certified: Mapping[str, Certified], runs: Mapping[str, Result
             number = digests.index(results.model.digest)
             lines.append(line(number, 1, f"{label}, under attack", points, 2, dash=_CLEAN_DASH))
     dashed = (
-        "Dashed: what attacks that go so far leave of the same network, which no certificate can exceed. "
+        "Dashed: the accuracy that attacks within that distance leave, which no certificate can exceed. "
         if len(lines) > len(certified)
         else ""
     )
@@ -158,7 +158,7 @@ def _against_eps(runs: Mapping[str, Results], norm: str) -> Plot:
 
 def _against_distortion(runs: Mapping[str, Results]) -> Plot:
     caption = (
-        "Accuracy against the distance that attacks without a fixed radius went; 0 is no attack. "
+        "Accuracy against the distance that attacks without a fixed radius needed; 0 is no attack. "
         "A line farther right is a network that needs larger changes. An attack that seeks the minimum "
         "distance is a single mark. Bars: 95 % intervals."
     )
@@ -191,7 +191,7 @@ def _against_draws(runs: Mapping[str, Results]) -> Plot:
             kind = kinds.setdefault(title, len(kinds))
             lines.append(line(number, kind, label, points, len(several)))
     caption = (
-        "Accuracy by the number of noise draws a prediction, for runs of one name and noise of a model. "
+        "Accuracy by the number of noise draws per prediction, for runs with the same model name and noise. "
         "Bars: 95 % intervals."
     )
     x_label = "draws a prediction"

@@ -24,9 +24,9 @@ _WITHOUT_EFFECT = {"description", "data.workers", "train.checkpoint_steps"}
 
 
 class Recipe(Section):
-    """Everything a training run depends on, but for the machine.
+    """Everything that a training run depends on, except the machine.
 
-    `resize_pad`: random resize-and-pad in front of the network, in training and at test time. `randomness`:
+    `resize_pad`: random resize-and-pad before the network, in training and at test time. `randomness`:
     random layers of another kind within it, see `selfensemble.noise.randomness`.
     """
 

@@ -49,11 +49,11 @@ class Trainer:
         recipe: what to train.
         out: folder for checkpoint, TensorBoard log, results and the ensemble.
         data: overrides the source of the recipe's data, e.g. a folder.
-        model: a network instead of the recipe's, of as many classes as the data; it is left as it is.
+        model: a network instead of the recipe's, with as many classes as the data; it stays unchanged.
         train_data, test_data: images instead of the recipe's: `ImageData`, or torch data sets of images and
             labels.
-        resume: go on from the checkpoint in `out`; from the start if there is none yet.
-        overwrite: start afresh although `out` holds a run.
+        resume: continue from the checkpoint in `out`; from the start if there is none yet.
+        overwrite: start over although `out` holds a run.
         progress: called after every step with (step, steps, text).
 
     Raises:

@@ -95,7 +95,7 @@ def nothing_hidden(subject: Subject) -> CheckRecord:
     figure = (
         f"std of outputs {float(spread[0].mean()):.3g} without gradients, {float(spread[1].mean()):.3g} with"
     )
-    advice = "attacks meet another model than the judge: it must not ask whether gradients are wanted"
+    advice = "attacks see a different model from the judge: it must not check whether gradients are enabled"
     if random[0] != random[1]:
         return failed(f"{figure}: random in only one of the two", advice)
     ratio = float((spread[1] / spread[0].clamp(min=1e-12)).median()) if all(random) else 1.0

@@ -2,7 +2,7 @@
 const $ = (id) => document.getElementById(id);
 let image = null; // base64 of the file
 let key = "";
-let keyed = false; // the noise is a function of the image: it has one answer, of so many draws
+let keyed = false; // the noise is a function of the image: it has one answer, of a fixed number of draws
 let turn = 0; // what an older vote still brings is thrown away
 
 function say(problem) {
@@ -40,7 +40,7 @@ async function ask(path, body) {
   if (answer.status === 401) {
     $("access").hidden = false;
     $("key").focus();
-    throw new Error(key ? "This is not the key of this server: type it again." : "This server wants a key: type it below.");
+    throw new Error(key ? "This is not the key of this server: type it again." : "This server requires a key: type it below.");
   }
   if (!answer.ok) {
     const told = await answer.json().catch(() => ({ error: `the server answers ${answer.status}` }));
@@ -91,7 +91,7 @@ function figures(model) {
     said.push(`noise ${levels[0]} on the image` +
       (inner.length ? `, ${inner.length > 1 ? `${Math.min(...inner)} to ${Math.max(...inner)}` : inner[0]} inside` : ""));
   }
-  said.push("how it holds against attacks is not measured by this page");
+  said.push("this page does not measure its accuracy under attack");
   return `${said.join("; ")}.`;
 }
 
@@ -112,7 +112,7 @@ async function take(files) {
   const [file] = files;
   if (!file) return;
   if (!KINDS.includes(file.type)) {
-    say(`${file.name} is no image that this page takes: choose a PNG, JPEG, WebP, BMP or GIF file.`);
+    say(`${file.name} is not an image that this page accepts: choose a PNG, JPEG, WebP, BMP or GIF file.`);
     return;
   }
   const url = await new Promise((resolve, reject) => {
@@ -230,7 +230,7 @@ async function attack(event) {
     $("attacking").textContent = found.found
       ? `The attack found an image that fools its target, ${target.who}.`
       : `${found.gradients} gradients found no image that fools its target, ${target.who}${within}. ` +
-        "That proves nothing of it: a longer attack, or another one, may find one.";
+        "That proves nothing about it: a longer or different attack may find one.";
     $("result").hidden = false;
   } catch (error) {
     $("attacking").textContent = "";
@@ -258,6 +258,6 @@ for (const kind of ["dragleave", "drop"]) {
 }
 document.addEventListener("drop", (event) => {
   if (event.dataTransfer.files.length) take(event.dataTransfer.files);
-  else say("What was dropped is no file: drop an image file, or choose one.");
+  else say("This is not a file: drop an image file, or choose one.");
 });
 begin();
