@@ -69,10 +69,9 @@ def without_code(text: str) -> str:
 def pages() -> list[Path]:
     """What people read: pages and notebooks, the template of the report, the page of the server."""
     written = [page for page in DOCS.rglob("*.md") if page.parent.name != "decisions"]
-    package = Path("src", "selfensemble")
     outside = [
-        "README.md", "CONTRIBUTING.md", "SECURITY.md", "zoo/README.md", package / "report" / "template.html",
-        *(package / "serving" / "static" / name for name in ("index.html", "page.js")),
+        "README.md", "CONTRIBUTING.md", "SECURITY.md", "zoo/README.md", "src/selfensemble/report/template.html",
+        "src/selfensemble/serving/static/index.html", "src/selfensemble/serving/static/page.js",
     ]  # fmt: skip
     return sorted([*(ROOT / name for name in outside), *(DOCS / "tutorials").glob("*.ipynb"), *written])
 

@@ -210,7 +210,7 @@ def _order(model: nn.Module, trace: Trace) -> Iterator[Issue]:
         yield Issue(
             "order", "warning", first, f"it has the noise of the first layer, and {called[0]} runs before "
             "it: noise was put in by the order of registration",
-            "Call remove_noise_(model), and inject with example_inputs: the first is then the layer that runs first",
+            "Call remove_noise_(model), and inject with example_inputs: they tell which layer runs first",
         )  # fmt: skip
 
 
@@ -288,7 +288,7 @@ def _folded(trace: Trace, images: list[Tensor]) -> Iterator[Issue]:
         if size > batch > 0:
             yield Issue(
                 "folded-batch", "warning", fqn, f"it gets a batch of {size} for {batch} inputs: parts of one "
-                "input (frames, patches, windows) are in the batch, and shared noise would be the same for all",
+                "input (frames, patches, windows) are in the batch, and shared noise would be equal for all",
                 'Use SelfEnsemble(..., sampling="per_image")',
             )  # fmt: skip
             return
