@@ -70,7 +70,8 @@ def pages() -> list[Path]:
     """What people read: pages and notebooks, the template of the report, the page of the server."""
     written = [page for page in DOCS.rglob("*.md") if page.parent.name != "decisions"]
     outside = [
-        "README.md", "CONTRIBUTING.md", "SECURITY.md", "zoo/README.md", "src/selfensemble/report/template.html",
+        "README.md", "CONTRIBUTING.md", "SECURITY.md", "zoo/README.md",
+        "src/selfensemble/report/template.html",
         "src/selfensemble/serving/static/index.html", "src/selfensemble/serving/static/page.js",
     ]  # fmt: skip
     return sorted([*(ROOT / name for name in outside), *(DOCS / "tutorials").glob("*.ipynb"), *written])
