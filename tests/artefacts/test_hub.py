@@ -67,8 +67,8 @@ def test_pushed_and_fetched(tmp_path: Path) -> None:
 
         refusals = (
             ("rse.load('hf-hub:me/nobody')", "FileNotFoundError: the Hub has no network me/nobody"),
-            ("rse.load('hf-hub:nobody')", "ValueError: 'nobody' is no name"),
-            ("rse.SelfEnsemble.from_pretrained('nobody')", "ValueError: 'nobody' is no name"),
+            ("rse.load('hf-hub:nobody')", "ValueError: 'nobody' is not a name"),
+            ("rse.SelfEnsemble.from_pretrained('nobody')", "ValueError: 'nobody' is not a name"),
             (
                 "rse.load('mine').push_to_hub('forbidden/x')",
                 "PermissionError: the Hub does not take forbidden/x",

@@ -110,7 +110,7 @@ def test_what_the_noise_is_worth(name: str) -> None:
 )
 def test_what_no_pixel_is_is_refused(change: Callable[[Tensor], Tensor]) -> None:
     ensemble = rse.SelfEnsemble(Before(change))
-    with pytest.raises(ValueError, match=r"no affine map of each pixel|way around"):
+    with pytest.raises(ValueError, match=r"not an affine map of each pixel|way around"):
         pixel_std(ensemble, torch.rand(4, *SHAPE))
 
 

@@ -256,9 +256,9 @@ class Before(nn.Module):
     ("model", "message"),
     [
         (Around, "way around the first noise"),
-        (partial(Before, nn.AvgPool2d(3, 1, 1)), "no affine map of each pixel"),
-        (partial(Before, nn.Upsample(scale_factor=2, mode="bilinear")), "no affine map of each pixel"),
-        (partial(Before, nn.Tanh()), "no affine map of each pixel"),
+        (partial(Before, nn.AvgPool2d(3, 1, 1)), "not an affine map of each pixel"),
+        (partial(Before, nn.Upsample(scale_factor=2, mode="bilinear")), "not an affine map of each pixel"),
+        (partial(Before, nn.Tanh()), "not an affine map of each pixel"),
     ],
 )
 def test_networks_that_cannot_be_certified(

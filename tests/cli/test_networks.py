@@ -251,7 +251,7 @@ def test_the_server_takes_named_networks_and_folders(here: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (("--network-args", "{width: 8}"), "--network-args is no JSON"),
+        (("--network-args", "{width: 8}"), "--network-args is not JSON"),
         (("--network-args", "8"), "keywords and values"),
         (("--noise", "0.2"), "levels are written 0.1:0.05"),
         (("--noise", "0.2:0.1,0:0"), "--noise is one level"),

@@ -283,10 +283,10 @@ def test_folders_that_nobody_may_look_into(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(Path, "iterdir", refuse)
     picture(tmp_path / "train" / "cat" / "closed" / "9.png")
-    with pytest.warns(UserWarning, match="cat/closed: a folder that nobody may look into"):
+    with pytest.warns(UserWarning, match="cat/closed: a folder without permission to read"):
         assert len(load_data(tmp_path, "train")) == 6
     picture(tmp_path / "test" / "closed" / "9.png")
-    with pytest.raises(ValueError, match=r"nobody may look into .*closed, which would be a class"):
+    with pytest.raises(ValueError, match=r"no permission to read .*closed, which would be a class"):
         load_data(tmp_path, "test")
 
 

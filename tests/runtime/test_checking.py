@@ -98,8 +98,8 @@ def test_texts_say_where_they_are_wrong(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"^mine is not valid YAML(: see line \d+, column \d+)?$"):
             parsed_yaml(text, "mine")
     for text in ("{", "[" * 100_000, '{"a": ' + "9" * 5000 + "}"):
-        with pytest.raises(ValueError, match=r"^mine is no JSON( \(line 1, column \d+\))?$"):
+        with pytest.raises(ValueError, match=r"^mine is not JSON( \(line 1, column \d+\))?$"):
             parsed_json(text, "mine")
     (tmp_path / "damaged.json").write_bytes(b"\xff\xfe{")
-    with pytest.raises(ValueError, match=r"damaged\.json is no JSON.* the file is damaged: restore it"):
+    with pytest.raises(ValueError, match=r"damaged\.json is not JSON.* the file is damaged: restore it"):
         read_json(tmp_path / "damaged.json", "restore it")

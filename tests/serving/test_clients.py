@@ -95,7 +95,7 @@ def test_options_may_be_fields_of_a_form(http: TestClient, digit: bytes) -> None
         ({"colour": "1"}, "colour: there is no such field"),
         ({"draws": "3", "options": '{"draws": 4}'}, "draws: given twice"),
         ({"draws": "three"}, "draws"),
-        ({"decide": "{"}, "decide: this is no JSON"),
+        ({"decide": "{"}, "decide: this is not JSON"),
         ({"options": "[]"}, "must be a JSON object"),
         ({"options": '{"colour": 1}'}, "colour"),
     ):

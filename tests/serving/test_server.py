@@ -182,7 +182,7 @@ def test_what_it_tells_of_itself(server: Server) -> None:
     [
         ({"images": []}, 422, "images"),
         ({}, 422, "images"),
-        ({"images": ["%%%"]}, 422, "image 0: this is no base64"),
+        ({"images": ["%%%"]}, 422, "image 0: this is not base64"),
         ({"images": [encoded(b"GIF89a broken")]}, 422, "image 0"),
         ({"images": [encoded(b"hello")]}, 422, "image 0: this is no image"),
         ({"images": ["x"], "draws": 0}, 422, "draws"),

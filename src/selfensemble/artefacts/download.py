@@ -35,7 +35,7 @@ def fetch(name: str, *, revision: str | None = None, token: str | None = None) -
 
     name, _, asked = name.removeprefix(PREFIX).partition("@")
     if not NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is no name of the Hub: write owner/name")
+        raise ValueError(f"{name!r} is not a name of the Hub: write owner/name")
     try:
         folder = snapshot_download(
             name,

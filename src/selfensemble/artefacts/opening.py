@@ -113,7 +113,7 @@ def _refuse_nothing(network: nn.Module, name: str, filter_name: str) -> None:
         if other
         else "it calls its layers as functions; make them modules of torch.nn"
     )
-    raise ValueError(f"{name} has no layer that --filter {filter_name} puts noise in front of: {cure}")
+    raise ValueError(f"{name} has no layer that --filter {filter_name} puts noise before: {cure}")
 
 
 def check_runs(network: nn.Module, example_inputs: Tensor) -> None:

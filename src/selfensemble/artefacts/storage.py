@@ -300,7 +300,7 @@ def _fill_(model: nn.Module, config: ArtefactConfig, tensors: dict[str, Tensor],
     """Give a network the weights and the noise that were saved."""
     if any(tensor.device.type == "meta" for tensor in model.state_dict().values()):
         raise ValueError(
-            "the network that was passed lies on the meta device, which keeps no weights: make it "
+            "the network that was passed is on the meta device, which keeps no weights: make it "
             "on the CPU, e.g. within `with torch.device('cpu'):`"
         )
     keys = {plain_name(key): key for key in model.state_dict()}  # of what is compiled in it

@@ -37,7 +37,7 @@ def push(
 
     name = name.removeprefix(PREFIX)
     if not NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is no name of the Hub: write owner/name")
+        raise ValueError(f"{name!r} is not a name of the Hub: write owner/name")
     config = read_config(folder)
     # What cannot be read is not given away.
     if config.architecture is not None or config.transformers is not None:

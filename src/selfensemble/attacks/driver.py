@@ -119,7 +119,7 @@ def _probe(model: nn.Module, forward: Forward, inputs: Tensor) -> tuple[int, boo
     with OwnNumbers() as numbers:
         first = forward(inputs)
     if not torch.isfinite(first).all():
-        raise ValueError("the model returns NaN or infinite logits: mend it before attacking it")
+        raise ValueError("the model returns NaN or infinite logits: fix it before attacking it")
     if looks_like_probabilities(first):
         raise ValueError(
             "the model returns probabilities, and attacks need logits: leave out its final softmax, or wrap "

@@ -36,8 +36,8 @@ def pixel_std(ensemble: SelfEnsemble, example_inputs: Tensor) -> float:
         example_inputs: (B, ...) images of the kind to be certified; at most two are used.
 
     Raises:
-        ValueError: there is no such noise, what lies before it is no affine map of each pixel or draws random
-            numbers, the image has a way around it, the network draws numbers that no seed holds, or the
+        ValueError: there is no such noise, what comes before it is not an affine map of each pixel or draws
+            random numbers, the image has a way around it, the network draws numbers that no seed holds, or the
             answer to an image depends on what else is in the batch.
     """
     if not example_inputs.is_floating_point():
@@ -139,12 +139,12 @@ def _in_pixels(network: SelfEnsemble, first: GaussianNoise, images: Tensor) -> f
     found = pixel_map(lambda each: arrives_at(network, first, each), images, low, high)
     if found is None or not bool((found.slope != 0).any()):
         raise ValueError(
-            "what lies before the first noise is no affine map of each pixel (resizing, a nonlinearity): "
-            + _CURE
+            "what comes before the first noise is not an affine map of each pixel (resizing, a "
+            f"nonlinearity): {_CURE}"
         )
     if first.sampling == "shared" and not keeps_images(found, images):
         raise ValueError(
-            "parts of one image (frames, windows) stand in the batch where the first noise acts, and shared "
+            "parts of one image (frames, windows) are in the batch where the first noise acts, and shared "
             'noise is the same on each of them: use SelfEnsemble(..., sampling="per_image")'
         )
     std = float(pixel_levels(found, first.std, images).min())

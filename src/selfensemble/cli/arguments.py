@@ -47,7 +47,7 @@ def image_files(paths: list[Path], bad: list[tuple[Path, str]]) -> tuple[list[Pa
         closed: list[Path] = []
         inside = sorted(files_below(path, closed=closed))
         images = [file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES]
-        bad += [(folder, "a folder that nobody may look into") for folder in closed]
+        bad += [(folder, "a folder without permission to read") for folder in closed]
         if not images and not closed:
             bad.append((path, "a folder without images"))
         kinds = Counter(file.suffix.lower() or "without suffix" for file in inside) - Counter(

@@ -74,7 +74,7 @@ class Opened:
         shape = self.shape
         if len(shape) != 3 or shape[0] not in (1, 3):
             raise InputError(
-                f"{self.name} takes inputs of shape {shape}, which are no images of 1 or 3 channels: ask it "
+                f"{self.name} takes inputs of shape {shape}, which are not images of 1 or 3 channels: ask it "
                 "in Python, ensemble.predict(inputs)"
             )
         return shape[0], shape[1], shape[2]
@@ -172,7 +172,7 @@ def saved_folder(model: str, what: str, *, zoo: bool = True) -> Path:
             f"selfensemble pack {shlex.quote(model)} FOLDER"
         )
     if not zoo and not Path(model).is_dir():
-        raise InputError(f"{model} is no folder: a network of the zoo {what} in a copy of its folder")
+        raise InputError(f"{model} is not a folder: a network of the zoo {what} in a copy of its folder")
     return locate(model)
 
 

@@ -81,7 +81,7 @@ def class_folders(folder: Path, split: Split, reading: Reading) -> Rows:
 
     Raises:
         FileNotFoundError: there are none.
-        ValueError: an image lies in no class.
+        ValueError: an image is in no class.
     """
     below = sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
     by_name = {path.name.casefold(): path for path in reversed(below)}
@@ -132,8 +132,8 @@ def _by_class(folder: Path, root: Path, found: _Found, cut: bool, beside: tuple[
     skipped, kinds = list[str](), Counter[tuple[str, str]]()
     for path in found.closed:
         if path.parent == root:
-            raise ValueError(f"nobody may look into {path}, which would be a class: mend its rights")
-        skipped.append(f"{path.relative_to(root).as_posix()}: a folder that nobody may look into")
+            raise ValueError(f"no permission to read {path}, which would be a class: change its permissions")
+        skipped.append(f"{path.relative_to(root).as_posix()}: a folder without permission to read")
     for path in found.files:
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             place = path.parent.relative_to(root).as_posix()
@@ -142,7 +142,7 @@ def _by_class(folder: Path, root: Path, found: _Found, cut: bool, beside: tuple[
             skipped.append(f"{path.relative_to(root).as_posix()}: {why}")
         elif path.parent == root:
             raise ValueError(
-                f"{path} lies in no class: put images into {'' if cut else root.name + '/'}CLASS/, of all "
+                f"{path} is in no class: put images into {'' if cut else root.name + '/'}CLASS/, of all "
                 f"classes, in {folder}"
             )
         else:

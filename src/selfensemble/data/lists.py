@@ -104,7 +104,7 @@ def _table(file: Path) -> Mapping[str, Sequence[Any]]:
     if not rows:
         raise ValueError(f"{file} has no rows: a line of names of columns, then a line an image")
     if any(None in row or None in row.values() for row in rows):
-        raise ValueError(f"{file} has rows of other lengths than its first line: mend the file")
+        raise ValueError(f"{file} has rows of other lengths than its first line: fix the file")
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 

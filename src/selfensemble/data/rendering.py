@@ -37,7 +37,7 @@ def images_of(rows: Rows, split: Split, reading: Reading) -> ImageData:
     lost = labels - {str(found.labels[place]) for place in places.tolist()}
     if lost and rows.classes is None:
         raise ValueError(
-            f"no image of class {min(lost)} of {rows.source} can be used{_among(skipped)}: mend or remove it"
+            f"no image of class {min(lost)} of {rows.source} can be used{_among(skipped)}: fix or remove it"
         )
     if skipped:
         text = f"{len(skipped)} images of {rows.source} cannot be used and are left out{_among(skipped)}"

@@ -104,7 +104,9 @@ def _of_folder(folder: Path, split: Split, reading: Reading) -> tuple[Rows, bool
     files = files_below(folder, closed=closed)
     tables = sorted(path for path in files if path.suffix.lower() == ".parquet")
     if tables and closed:
-        raise ValueError(f"nobody may look into {closed[0]}, where there may be more: mend its rights")
+        raise ValueError(
+            f"no permission to read {closed[0]}, where there may be more: change its permissions"
+        )
     if tables:
         chosen, cut = tables_of(folder, tables, split, reading)
         return open_parquet(folder, chosen, cut, reading), False

@@ -236,4 +236,4 @@ def check_finite(outputs: Tensor) -> Tensor:
     """Return `outputs`, or raise a NotFiniteError: nothing can be certain where a model returns NaN."""
     if torch.isfinite(outputs).all():
         return outputs
-    raise NotFiniteError("the model returns NaN: mend it before asking what is certain of its answers")
+    raise NotFiniteError("the model returns NaN: fix it before asking what is certain of its answers")

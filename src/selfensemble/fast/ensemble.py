@@ -78,7 +78,7 @@ class FastEnsemble(OptimizedCopy, SelfEnsemble):
         here, there = _device_of(self), _device_of(self.original)
         if here != there:
             raise ValueError(
-                f"an optimised copy lies on {here} and its original on {there}: move the copy, and its "
+                f"an optimised copy is on {here} and its original on {there}: move the copy, and its "
                 "original comes along"
             )
         network = self.model.get_submodule("network")

@@ -30,7 +30,9 @@ def attribute_named(name: str) -> Any:
     """
     place, _, attribute = name.rpartition(":")
     if not place or not attribute:
-        raise ValueError(f"{name!r} is no name: write package.module:attribute or path/to/file.py:attribute")
+        raise ValueError(
+            f"{name!r} is not a name: write package.module:attribute or path/to/file.py:attribute"
+        )
     module = _module_in_file(Path(place)) if is_file_name(place) else _module(place)
     found: Any = module
     for part in attribute.split("."):

@@ -124,7 +124,7 @@ def saved_levels(model: nn.Module) -> dict[str, Std]:
                 model.get_submodule(fqn)
             except AttributeError as error:
                 raise ValueError(
-                    f"{type(network).__name__} was saved with noise in front of {entry['module']!r}, and "
+                    f"{type(network).__name__} was saved with noise before {entry['module']!r}, and "
                     f"lacks it: load the class that was saved, or delete config.{KEY} and inject anew"
                 ) from error
             if entry["std"] is None:

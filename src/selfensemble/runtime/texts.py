@@ -16,7 +16,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text (byte {error.start}): save it as UTF-8") from None
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
 
 
 def parsed_yaml(text: str, what: str, wanted: str = "selfensemble[cli]") -> Any:
@@ -66,6 +66,6 @@ def parsed_json(text: str | bytes, what: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{what} is no JSON (line {error.lineno}, column {error.colno})") from error
+        raise ValueError(f"{what} is not JSON (line {error.lineno}, column {error.colno})") from error
     except (ValueError, RecursionError) as error:  # no UTF-8, numbers of thousands of digits
-        raise ValueError(f"{what} is no JSON") from error
+        raise ValueError(f"{what} is not JSON") from error

@@ -49,4 +49,4 @@ def _json(name: str, text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise HTTPException(422, f"{name}: this is no JSON") from None
+        raise HTTPException(422, f"{name}: this is not JSON") from None

@@ -64,7 +64,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             yield image
     except UnidentifiedImageError:
-        raise ImageError(f"this is no image of a known format ({', '.join(FORMATS)})") from None
+        raise ImageError(f"this is not an image of a known format ({', '.join(FORMATS)})") from None
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -86,12 +86,12 @@ def decode_base64(text: str) -> bytes:
     if text.lstrip()[:5].lower() == "data:":
         head, comma, text = text.partition(",")
         if not comma or not head.rstrip().lower().endswith(";base64"):
-            raise ImageError("this is no base64 text (a data: address holds it behind ';base64,')")
+            raise ImageError("this is not base64 text (a data: address holds it behind ';base64,')")
     text = "".join(text.split()).translate(_URL_SAFE).rstrip("=")
     try:
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError):
-        raise ImageError("this is no base64 text") from None
+        raise ImageError("this is not base64 text") from None
 
 
 def scaled(images: list[Tensor], bounds: tuple[float, float] | None) -> Tensor:

@@ -36,7 +36,7 @@ def reasons(errors: Sequence[Any], body: Any) -> str:
     if not errors:
         return "the request is not valid"
     if errors[0].get("type") == "json_invalid":
-        return f"the body is no JSON (at byte {errors[0]['loc'][-1]})"
+        return f"the body is not JSON (at byte {errors[0]['loc'][-1]})"
     placed = [each | {"loc": [part for part in each["loc"] if part != "body"]} for each in errors]
     if texts := [each["loc"][0] for each in placed if each["type"] == "value_error"]:  # FastAPI's own
         return f"{texts[0]} must be files, sent with their names"

@@ -101,14 +101,14 @@ class RandomSelfEnsemble(Callback):
         """See to it that checkpoints hold the noise.
 
         Raises:
-            ValueError: the network is no part of the module.
+            ValueError: the network is not part of the module.
         """
         del trainer, stage
         network = self.ensemble.model
         if network not in set(pl_module.modules()):
             raise ValueError(
-                f"the callback's network is no part of {type(pl_module).__name__}: give it the module's own, "
-                "e.g. RandomSelfEnsemble(module.network)"
+                f"the callback's network is not part of {type(pl_module).__name__}: give it the "
+                "module's own, e.g. RandomSelfEnsemble(module.network)"
             )
         if not isinstance(pl_module.on_save_checkpoint, _OnSaveCheckpoint):
             hook = _OnSaveCheckpoint(pl_module, network, pl_module.on_save_checkpoint)

@@ -206,7 +206,7 @@ def where_noise_enters(subject: Subject) -> CheckRecord:
     found = pixel_map(arrive, images.cpu(), low, high)
     if found is None or not bool((found.slope != 0).any()):
         return failed(
-            f"the first noise meets no affine map of each pixel, of shape {tuple(arrived.shape)}",
+            f"the first noise does not get an affine map of each pixel, of shape {tuple(arrived.shape)}",
             "no noise acts on the pixels: put some there, or the defense is weaker, its std is not in pixel "
             "units, and nothing can be certified",
         )

@@ -99,7 +99,7 @@ def logits(subject: Subject) -> CheckRecord:
     """Outputs are logits: finite, not probabilities, not rounded, not saturated."""
     outputs = subject.outputs[0]
     if not torch.isfinite(outputs).all():
-        return failed("NaN or infinite outputs", "mend the model: no attack can be judged on it")
+        return failed("NaN or infinite outputs", "fix the model: no attack can be judged on it")
     if subject.gives_probabilities:
         return failed("rows sum to 1", "return logits: leave out the final softmax, or take the logarithm")
     many = torch.cat([subject.once(part) for part in subject.all_inputs.split(subject.max_batch)])
