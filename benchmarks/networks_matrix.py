@@ -434,7 +434,8 @@ def page(rows: dict[str, dict[str, tuple[str, str]]]) -> str:
     states = [state for cells in rows.values() for state, _ in cells.values()]
     counts = {state: states.count(state) for state in ("yes", "refused", "wrong")}
     about = (
-        "# Networks from other libraries\n\nTiny networks with fresh weights (those of facenet with its own), noise "
+        "# Networks from other libraries\n\n"
+        "Tiny networks with fresh weights (those of facenet with its own), noise "
         'before convolutions and linear layers (`filter_fn="conv+linear"`), by '
         f"`python benchmarks/networks_matrix.py`: {len(rows)} networks, {len(CAPABILITIES)} capabilities, "
         f"{counts['yes']} cells work, {counts['refused']} are refused with the reason below, "

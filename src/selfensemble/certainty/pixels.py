@@ -37,8 +37,8 @@ def pixel_std(ensemble: SelfEnsemble, example_inputs: Tensor) -> float:
 
     Raises:
         ValueError: there is no such noise, what comes before it is not an affine map of each pixel or draws
-            random numbers, the image has a way around it, the network draws numbers that no seed holds, or the
-            answer to an image depends on what else is in the batch.
+            random numbers, the image has a way around it, the network draws numbers that no seed holds,
+            or the answer to an image depends on what else is in the batch.
     """
     if not example_inputs.is_floating_point():
         raise ValueError(f"radii are about floating-point images, got {example_inputs.dtype}")
