@@ -111,7 +111,7 @@ def test_a_saved_network_on_waveforms_in_commands(here: Path, shape: tuple[int, 
     assert f"inputs {' x '.join(map(str, shape))}" in card
     assert f"inputs (B, {', '.join(map(str, shape))}) in [-1, 1]" in card
     for command in (("predict", "waves.py", "--model", "saved"), ("serve", "saved")):
-        assert "no images of 1 or 3 channels" in error(*command, *named)
+        assert "not images of 1 or 3 channels" in error(*command, *named)
     other = "channel.npz" if len(shape) == 1 else "flat.npz"
     assert "is asked for" in error("evaluate", "saved", *named, "--data", other)
 

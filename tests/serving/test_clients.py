@@ -54,7 +54,7 @@ def test_base64_of_every_kind_is_read(text: str) -> None:
     "text", ["%%%", "A", "AAAAA", "AA=A", "data:image/png,AAAA", "data:AAAA", "AAA\u00e4"]
 )
 def test_what_is_no_base64_is_refused(text: str) -> None:
-    with pytest.raises(ImageError, match="no base64"):
+    with pytest.raises(ImageError, match="not base64"):
         decode_base64(text)
 
 
@@ -76,7 +76,7 @@ def test_json_and_forms_at_the_wrong_address(http: TestClient, digit: bytes) -> 
     sent = http.post("/v1/predict/files", json={"images": [encoded(digit)]})
     assert (sent.status_code, "/v1/predict:" in sent.json()["error"]) == (415, True)
     broken = http.post("/v1/predict", content="{")
-    assert (broken.status_code, "no JSON" in broken.json()["error"]) == (422, True)
+    assert (broken.status_code, "not JSON" in broken.json()["error"]) == (422, True)
 
 
 def test_options_may_be_fields_of_a_form(http: TestClient, digit: bytes) -> None:
@@ -175,7 +175,7 @@ def test_without_the_option_no_other_page_may_ask(digit: bytes) -> None:
     [
         ("POST", "/v1/predict", {"content": b""}, 422, "the body is missing"),
         ("POST", "/v1/predict", {"content": b"[" * 200_000}, 400, "the body cannot be read"),
-        ("POST", "/v1/predict", {"content": b'{"images": ['}, 422, "no JSON (at byte 12)"),
+        ("POST", "/v1/predict", {"content": b'{"images": ['}, 422, "not JSON (at byte 12)"),
         ("POST", "/v1/predict", {"json": []}, 422, "the body must hold keys and values, got []"),
         ("POST", "/v1/predict", {"json": {"images": [3]}}, 422, "images.0 must be text, got 3"),
         ("POST", "/v1/predict", {"json": {"images": ["x"], "draws": "x"}}, 422, "draws must be a wh"),

@@ -184,7 +184,7 @@ def test_what_it_tells_of_itself(server: Server) -> None:
         ({}, 422, "images"),
         ({"images": ["%%%"]}, 422, "image 0: this is not base64"),
         ({"images": [encoded(b"GIF89a broken")]}, 422, "image 0"),
-        ({"images": [encoded(b"hello")]}, 422, "image 0: this is no image"),
+        ({"images": [encoded(b"hello")]}, 422, "image 0: this is not an image"),
         ({"images": ["x"], "draws": 0}, 422, "draws"),
         ({"images": ["x"], "colour": 1}, 422, "colour"),
         ({"images": ["x"], "decide": {"alpha": 2}}, 422, "alpha"),

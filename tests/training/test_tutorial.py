@@ -159,5 +159,5 @@ def test_a_network_on_waveforms_by_commands_alone(tmp_path: Path, monkeypatch: p
     run("report", "runs/heard-sounds", "--out", "report.html")
     assert "no images" in (tmp_path / "report.html").read_text()
     named = ("--network", "tones.py:network")
-    assert "no images of 1 or 3 channels" in error("predict", "tones.py", "--model", "heard", *named)
-    assert "no images of 1 or 3 channels" in error("serve", "heard", *named)
+    assert "not images of 1 or 3 channels" in error("predict", "tones.py", "--model", "heard", *named)
+    assert "not images of 1 or 3 channels" in error("serve", "heard", *named)
