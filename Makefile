@@ -5,7 +5,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Two test processes of one thread each: faster on two cores than one process of two.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: demo test browser-test lint bench docs sbom clean
+.PHONY: demo test browser-test lint bench docs tutorials dist sbom clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.core
@@ -35,6 +35,18 @@ bench: .venv/.bench
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+# Executes the notebooks, and writes what they print and draw into them: a minute on one core.
+tutorials: .venv/.docs
+	$(BIN)/python docs/tutorials/execute.py
+
+# Wheel and source distribution, checked, and tried in a fresh environment: the README's first code, the demo, some tests.
+dist: .venv/.python
+	rm -rf dist
+	$(INSTALL) build twine
+	$(BIN)/python -m build --quiet
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python benchmarks/installation.py dist/*.whl --whole
+
 # What is installed, as CycloneDX, and under which licences; the tools that tell are not part of it.
 sbom: .venv/.core
 	$(PYTHON) -m venv .venv/tools
@@ -51,7 +63,7 @@ clean:
 	@touch $@
 
 .venv/.core: .venv/.python pyproject.toml constraints.txt
-	$(INSTALL) --editable .
+	$(INSTALL) --editable '.[cli,report,train]'
 	@touch $@
 
 .venv/.dev: .venv/.core
@@ -60,7 +72,7 @@ clean:
 
 # torchattacks pins an old version of requests that it does not need.
 .venv/.bench: .venv/.core
-	$(INSTALL) --editable '.[bench,serve]'
+	$(INSTALL) --editable '.[all,bench]'
 	$(INSTALL) --no-deps torchattacks
 	@touch $@
 

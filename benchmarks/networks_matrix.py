@@ -2,21 +2,25 @@
 
     python benchmarks/networks_matrix.py [--only NAME] [--rows FOLDER] [--out docs/networks-table.md]
 
-Tiny networks with fresh weights, of transformers from configurations, of timm and torchvision where these can
-be imported (`pip install timm torchvision`; beside a torch that their wheels do not match, two operators are
-registered, here and nowhere else). A cell works if its check holds, and is refused if an error says why;
-anything else is wrong, and fails this script. `--rows` keeps a file a network, by which another run goes on.
+Tiny networks with fresh weights, of transformers from configurations, of timm, torchvision, pytorchcv and
+peft where these can be imported, and those of facenet-pytorch with the weights that come in its wheel (`pip
+install timm torchvision`, `pip install --no-deps pytorchcv peft facenet-pytorch`; beside a torch that the
+wheel of torchvision does not match, two operators are registered, here and nowhere else). A cell works if
+its check holds, and is refused if an error says why; anything else is wrong, and fails this script. `--rows`
+keeps a file a network, by which another run goes on.
 """
 
 import argparse
+import contextlib
 import copy
 import importlib
 import json
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +31,12 @@ from torch.utils.checkpoint import checkpoint
 import selfensemble as rse
 from selfensemble.attacks import pgd
 from selfensemble.certainty.pixels import pixel_std
+from selfensemble.data.images import ImageData
 from selfensemble.ensemble.checks import logits_of
 from selfensemble.evaluation.doctor.examination import CHECKS
 from selfensemble.evaluation.doctor.subject import Subject
+from selfensemble.evaluation.protocol import load_protocol
+from selfensemble.evaluation.runner import Evaluation
 from selfensemble.noise.injection import remove_noise_
 from selfensemble.report.packing import write_card
 
@@ -76,6 +83,9 @@ TIMM = (
     "test_efficientnet_evos", "test_convnext", "test_convnext2", "test_mambaout", "test_vit", "test_vit2",
 )  # fmt: skip
 TORCHVISION = ("squeezenet1_1", "shufflenet_v2_x0_5", "mnasnet0_5", "mobilenet_v3_small", "resnet18")
+PYTORCHCV = ("resnet20", "preresnet20", "seresnet20", "densenet40_k12")
+_ATTACK = {"attack": "pgd", "title": "PGD", "norm": "linf", "eps": 0.1, "steps": 2}
+FACENET = {"RNet": 24, "ONet": 48}
 LEVELS = rse.NoiseConfig(0.2, 0.1)
 Make = Callable[[], nn.Module]
 
@@ -92,16 +102,53 @@ def _of_library(name: str) -> nn.Module:
     return rse.network_from(name, {"num_classes": 5, "pretrained": False}).eval()
 
 
+class FaceOrNot(nn.Module):
+    """What a part of MTCNN says of a crop, beside boxes and landmarks: face or not, as logits."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        theirs: Any = importlib.import_module("facenet_pytorch.models.mtcnn")
+        self.part = getattr(theirs, name)()
+
+    def forward(self, crops: Tensor) -> Tensor:
+        return torch.as_tensor(self.part(crops)[-1]).clamp(1e-12).log()
+
+
+def _of_pytorchcv(name: str) -> nn.Module:
+    theirs: Any = importlib.import_module("pytorchcv.model_provider")
+    network: nn.Module = theirs.get_model(f"{name}_cifar10")
+    return network.eval()
+
+
+def _with_lora() -> nn.Module:
+    theirs: Any = importlib.import_module("peft")
+    config = theirs.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
+    network: nn.Module = theirs.get_peft_model(transformers_network("ViT"), config)
+    return network.eval()
+
+
 _registered: list[Any] = []
 
 
 def _register() -> None:
     """What torchvision wants of its own wheel's operators before it can be imported at all."""
-    if not _registered:
+    try:
+        importlib.import_module("torchvision")
+    except ImportError:
+        pass
+    except RuntimeError:
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _registered.append(library)
+
+
+def _imports(library: str) -> bool:
+    try:
+        importlib.import_module(library)
+    except ImportError:
+        return False
+    return True
 
 
 def networks() -> dict[str, tuple[Make, int]]:
@@ -111,15 +158,16 @@ def networks() -> dict[str, tuple[Make, int]]:
         side = config.get("image_size", 64)
         side = side[0] if isinstance(side, list) else side
         found[f"transformers {name}"] = (partial(transformers_network, name), side)
+    _register()
     for library, names in (("timm", TIMM), ("torchvision", TORCHVISION)):
-        try:
-            importlib.import_module(library)
-        except ImportError:
-            continue
-        except RuntimeError:
-            _register()
-        for name in names:
-            found[f"{library} {name}"] = (partial(_of_library, f"{library}:{name}"), 64)
+        if _imports(library):
+            found |= {f"{library} {name}": (partial(_of_library, f"{library}:{name}"), 64) for name in names}
+    if _imports("pytorchcv"):
+        found |= {f"pytorchcv {name}": (partial(_of_pytorchcv, name), 32) for name in PYTORCHCV}
+    if _imports("facenet_pytorch"):
+        found |= {f"facenet {name}": (partial(FaceOrNot, name), side) for name, side in FACENET.items()}
+    if _imports("peft"):
+        found["peft LoRA on ViT"] = (_with_lora, 32)
     return found
 
 
@@ -173,7 +221,8 @@ def seeded(make: Make, images: Tensor) -> str:
 
 def trained(make: Make, images: Tensor) -> str:
     ensemble = _ensemble(make, images).train()
-    loss = nn.functional.cross_entropy(ensemble(images), torch.arange(len(images), device="cpu"))
+    logits = ensemble(images)
+    loss = nn.functional.cross_entropy(logits, torch.arange(len(images), device="cpu") % logits.shape[1])
     loss.backward()
     grads = [parameter.grad for parameter in ensemble.parameters() if parameter.grad is not None]
     return "" if grads and all(bool(grad.isfinite().all()) for grad in grads) else "no finite gradients"
@@ -244,7 +293,12 @@ def saved(make: Make, images: Tensor) -> str:
     ensemble = _ensemble(make, images)
     with tempfile.TemporaryDirectory() as folder:
         rse.save(ensemble, folder, input_shape=tuple(images.shape[1:]))
-        loaded = rse.load(folder)
+        try:
+            loaded = rse.load(folder)
+        except ValueError as error:  # a class that no file may name
+            if "model=" not in str(error):
+                raise
+            loaded = rse.load(folder, model=make())
         card = write_card(Path(folder), ensemble=loaded).read_text()
     wrong = "" if "std 0.2 on the image" in card else "the card does not know where the noise is"
     ours, theirs = (each.predict_proba(images, draws=3, seed=1) for each in (ensemble, loaded))
@@ -297,13 +351,24 @@ def tuned(make: Make, images: Tensor) -> str:
     return "" if len(found.levels) == 2 else "not two levels"
 
 
+def judged(make: Make, images: Tensor) -> str:
+    ensemble = _ensemble(make, images)
+    pixels = (255 * images).round().to(torch.uint8)
+    answer = ensemble.predict(pixels / 255, seed=0)
+    data = ImageData("images", pixels, answer.label, tuple("abcdefghij"[: answer.probabilities.shape[1]]))
+    protocol = load_protocol("paper", {"images": 4, "attacks": [_ATTACK]})
+    with tempfile.TemporaryDirectory() as folder:
+        found = Evaluation(ensemble, data, protocol, Path(folder)).run()
+    return "" if 0 <= found.clean.accuracy <= 1 and len(found.attacks) == 1 else "not one attack"
+
+
 CAPABILITIES: dict[str, Callable[[Make, Tensor], str]] = {
     "validate": looked_at, "noise in": put_in, "noise out": taken_out, "predict": predicted, "seeds": seeded,
     "train": trained, "checkpointing": checkpointed, "attack": attacked, "doctor": examined,
     "decide": decided,
     "certify": certified, "mean and std": standardised, "save, load, card": saved, "copy": copied,
     "optimize": faster, "optimize bf16": faster_in_half, "ONNX": exported, "bfloat16": in_bfloat16,
-    "tune": tuned,
+    "tune": tuned, "evaluate": judged,
 }  # fmt: skip
 _REFUSALS = (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError)
 
@@ -325,26 +390,33 @@ def seeded_make(make: Make) -> nn.Module:
         return make()
 
 
-def row(make: Make, side: int) -> dict[str, tuple[str, str]]:
-    """All cells of a network."""
+def row(make: Make, side: int, names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Cells of a network."""
     generator = torch.Generator("cpu").manual_seed(1)
     images = torch.rand(4, 3, side, side, generator=generator, device="cpu")
 
     same = partial(seeded_make, make)
-    return {name: cell(check, same, images) for name, check in CAPABILITIES.items()}
+    return {name: cell(CAPABILITIES[name], same, images) for name in names}
 
 
 def kept_row(folder: Path | None, name: str, make: Make, side: int) -> dict[str, tuple[str, str]]:
-    """The same, from its file where there is one."""
-    if folder is None:
-        return row(make, side)
-    file = folder / f"{name.replace(' ', '-')}.json"
-    if file.exists():
-        return {key: (state, why) for key, (state, why) in json.loads(file.read_text()).items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    cells = row(make, side)
-    file.write_text(json.dumps(cells))
-    return cells
+    """All cells of a network, those from its file that stand there."""
+    file = None if folder is None else folder / f"{name.replace(' ', '-')}.json"
+    known = json.loads(file.read_text()) if file is not None and file.exists() else {}
+    missing = [what for what in CAPABILITIES if what not in known]
+    cells = known | row(make, side, missing)
+    if file is not None and missing:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(cells))
+    return {what: tuple(cells[what]) for what in CAPABILITIES}
+
+
+def _versions() -> str:
+    found = []
+    for name in ("torch", "transformers", "timm", "torchvision", "pytorchcv", "facenet-pytorch", "peft"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found.append(f"{name} {metadata.version(name)}")
+    return ", ".join(found)
 
 
 def page(rows: dict[str, dict[str, tuple[str, str]]]) -> str:
@@ -362,11 +434,12 @@ def page(rows: dict[str, dict[str, tuple[str, str]]]) -> str:
     states = [state for cells in rows.values() for state, _ in cells.values()]
     counts = {state: states.count(state) for state in ("yes", "refused", "wrong")}
     about = (
-        "# Networks of others\n\nTiny networks with fresh weights and noise in front of convolutions and "
-        "linear layers (`filter_fn=\"conv+linear\"`), by `python benchmarks/networks_matrix.py`: "
-        f"{len(rows)} networks, {len(CAPABILITIES)} capabilities, {counts['yes']} cells work, "
-        f"{counts['refused']} are refused with the reason below, {counts['wrong']} are wrong.\n\n"
-    )  # fmt: skip
+        "# Networks of others\n\nTiny networks with fresh weights (those of facenet with its own), noise "
+        'before convolutions and linear layers (`filter_fn="conv+linear"`), by '
+        f"`python benchmarks/networks_matrix.py`: {len(rows)} networks, {len(CAPABILITIES)} capabilities, "
+        f"{counts['yes']} cells work, {counts['refused']} are refused with the reason below, "
+        f"{counts['wrong']} are wrong. {_versions()}; weights of seed 7, images of seed 1, on a CPU.\n\n"
+    )
     head = f"| network | {' | '.join(CAPABILITIES)} |\n|---|{'---|' * len(CAPABILITIES)}\n"
     notes = "".join(f"\n{number}. {why.replace('|', '/')}" for why, number in reasons.items())
     return about + head + "\n".join(lines) + "\n" + (f"\n{notes.strip()}\n" if notes else "")

@@ -35,8 +35,9 @@ from selfensemble.experiments.records import read_record
 from selfensemble.experiments.tuning import levels_named
 from selfensemble.runtime.errors import InputError
 from selfensemble.serving.images import decode_base64, open_image
+from selfensemble.training.checkpoints import CHECKPOINT
 from selfensemble.training.recipe import load_recipe
-from selfensemble.training.trainer import CHECKPOINT, Trainer
+from selfensemble.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "selfensemble"

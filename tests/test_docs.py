@@ -87,6 +87,13 @@ def test_files_that_are_shown_are_of_their_form(tmp_path: Path) -> None:
     assert schemas.Request.model_validate_json(request).top == 5
 
 
+def test_the_readme_is_short_and_its_files_are_there() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) < 700
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        assert target.startswith("https://") or (ROOT / target).is_file(), target
+
+
 def test_there_are_examples() -> None:
     assert sum(len(blocks(page)) for page in PAGES) > 5
 
@@ -97,7 +104,12 @@ def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     data = rse.load_data("digits", "test")
     model = rse.create_model("small-cnn", channels=1, width=0.25)
+    torch.manual_seed(0)
+    own = rse.create_model("small-cnn", channels=1, width=0.25)
     names: dict[str, Any] = {
+        "my_model": own,
+        "my_optimizer": torch.optim.SGD(own.parameters(), lr=0.01),
+        "my_batches": [(data.inputs(slice(8)), data.labels[:8])],
         "torch": torch,
         "model": model,
         "images": data.inputs(slice(8)),

@@ -110,6 +110,8 @@ def __getattr__(name: str) -> Any:
     # Lazy, so that `selfensemble --help` does not wait for torch.
     if name in ("attacks", "evaluation"):
         return import_module(f".{name}", __name__)
+    if name == "__version__":
+        return import_module("importlib.metadata").version(__name__)
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)

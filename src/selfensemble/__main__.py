@@ -11,18 +11,29 @@ import traceback
 import warnings
 from pathlib import Path
 
+from .runtime.errors import InputError, MissingPackage
 from .runtime.interrupts import INTERRUPTED, Interrupted, end_while_loading
+from .runtime.memory import collect_garbage_later, keep_freed_memory
+from .runtime.packages import needs
 
 if __name__ == "__main__" or Path(sys.argv[0]).stem == "selfensemble":
     end_while_loading()  # before the rest is imported
+    collect_garbage_later()
+
+try:
+    with needs("selfensemble[cli]"):
+        import rich  # noqa: F401
+        import typer
+except MissingPackage as missing:
+    sys.stderr.write(f"error: {missing}\n")
+    sys.exit(2)
+
+from pydantic import ValidationError
 
 # isort: off  (the help lists commands in this order)
-import typer
-
 from .cli import certainty, evaluation, experiments, models, serving, terminal, training  # noqa: F401
 from .cli.base import app
-from .runtime.errors import InputError
-from .runtime.memory import keep_freed_memory
+from .runtime.checking import explained
 
 # isort: on
 
@@ -70,6 +81,8 @@ def _report(error: Exception, debug: bool) -> int:
     """Print one line for `error`; the exit status that fits it."""
     show = getattr(error, "show", None)
     if show is not None:  # click's own usage errors
+        if isinstance(error.__cause__, ValidationError):
+            error.message = explained(error.__cause__.errors(), None)  # type: ignore[attr-defined]
         show()
         return 2
     if isinstance(error, Interrupted):
@@ -78,6 +91,9 @@ def _report(error: Exception, debug: bool) -> int:
     known = (InputError, ValueError, TypeError, OSError, FloatingPointError)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
         _fail(f"no room to write ({error.strerror}): free some space; earlier files are intact", debug)
+        return 2
+    if isinstance(error, OSError) and error.filename is not None:
+        _fail(f"cannot use {error.filename2 or error.filename}: {str(error.strerror).lower()}", debug)
         return 2
     if isinstance(error, known):
         _fail(" ".join(str(error).split()), debug)

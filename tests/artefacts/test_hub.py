@@ -49,7 +49,7 @@ def test_pushed_and_fetched(tmp_path: Path) -> None:
         assert pushed.stdout.startswith(f"{address}/me/pushed/commit/")
         assert set(server.files["me/pushed"]) == {"config.json", "model.safetensors"}
         assert set(server.files["me/method"]) == {"config.json", "model.safetensors", "README.md"}
-        assert b"license: mit" in server.files["me/method"]["README.md"]
+        assert b'license: "mit"' in server.files["me/method"]["README.md"]
         assert "Bearer secret" in server.tokens
         fetched = python(
             "import torch, json, selfensemble as rse\n"

@@ -213,3 +213,28 @@ def test_torchs_older_exporter_writes_no_network_without_noise(
     for network in (ensemble, ensemble.model):
         with pytest.raises(RuntimeError, match="selfensemble::add_noise"):
             torch.onnx.export(network, (images,), tmp_path / "network.onnx", dynamo=False)
+
+
+class TwoHeads(nn.Module):
+    """Logits, and boxes beside them that nobody asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.boxes, self.logits = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 5, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.conv(images).relu()
+        self.boxes(features)
+        logits: Tensor = self.logits(features).mean(dim=(2, 3))
+        return logits
+
+
+def test_noise_that_the_logits_do_not_depend_on_is_no_part_of_the_graph(
+    images: Tensor, tmp_path: Path
+) -> None:
+    ensemble = rse.SelfEnsemble(TwoHeads(), rse.NoiseConfig(0.2, 0.1), draws=2)
+    path = rse.export_onnx(ensemble, tmp_path / "one.onnx", images)
+    (written,) = [each for each in onnx.load(path).metadata_props if each.key == "selfensemble.noise"]
+    assert json.loads(written.value) == {"conv": 0.2, "logits": 0.1}
+    assert (rse.OnnxEnsemble(path).predict(images).spread > 0).all()

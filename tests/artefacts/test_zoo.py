@@ -49,7 +49,7 @@ def test_networks_load_by_name_and_answer_as_before(name: str, golden: Path) -> 
 
 
 def test_clean_accuracy_is_the_one_on_the_card() -> None:
-    """On 450 images that scikit-learn brings; fresh noise, and 4 standard errors of the difference."""
+    """On 450 images that come along; fresh noise, and 4 standard errors of the difference."""
     data, record = rse.load_data("digits", "test"), read_config("digits-rse").metrics["test"]
     answers = rse.load("digits-rse").predict(data.inputs(slice(None)), seed=11, sampling="per_image").label
     accuracy = (answers == data.labels).double().mean().item()

@@ -129,7 +129,7 @@ def test_wrong_calls_are_one_line(model: Path, pictures: Path, tmp_path: Path) -
     assert "digits, cifar10" in error("train", "digits-rse", "--data", "nowhere", "--out", tmp_path / "x")
     assert not (tmp_path / "x").exists()
     assert "--out" in error("evaluate", tmp_path)
-    assert "cannot use device" in error("evaluate", model, "--device", "abacus")
+    assert "no device 'abacus'" in error("evaluate", model, "--device", "abacus")
     assert "no such file" in error("predict", "--model", model, tmp_path / "missing.png")
     assert "a folder without images" in error("predict", "--model", model, tmp_path)
     assert "as an image" in error("predict", "--model", model, pictures / "notes.txt")
@@ -242,3 +242,9 @@ def test_modules_that_make_something_else_of_ctrl_c(tmp_path: Path, within: str)
     assert finished.returncode == 130
     assert "strange" not in finished.stderr
     assert finished.stderr.startswith("error: interrupted")
+
+
+def test_options_that_do_not_fit_are_explained_in_our_words() -> None:
+    """typer checks some by pydantic, whose text it shows."""
+    finished = run("evaluate", "digits-rse", "--n", "0", expect=2)
+    assert "Invalid value for '--n': it must be 1 or more, got '0'" in finished.stderr

@@ -14,7 +14,7 @@ import selfensemble as rse
 from selfensemble.artefacts.storage import read_config
 from selfensemble.report.card import model_card
 from selfensemble.report.markdown import code, plain
-from selfensemble.runtime.files import read_text
+from selfensemble.runtime.texts import read_text
 from selfensemble.training.recipe import load_recipe
 
 from ..command import call, error, run

@@ -379,3 +379,14 @@ def test_what_a_data_set_of_the_hub_lacks_is_said(on_the_hub: list[str | None]) 
         load_data("somebody/numbers", "test", test_split="everything", image_column="size")
     with pytest.raises(ValueError, match="found thumbnail, photo: name the label column"):
         load_data("somebody/numbers", "test", test_split="nameless")
+
+
+def test_what_data_do_not_have_is_refused(tmp_path: Path, digits: ImageData) -> None:
+    """Names of columns and splits, and revisions, are read or refused, never dropped."""
+    with pytest.raises(ValueError, match="digits have no test_split, label_column: leave that out"):
+        load_data("digits", "test", label_column="number", test_split="validation")
+    folder = write_folder(tmp_path, digits, count=4)
+    with pytest.raises(ValueError, match="have no image_column: leave"):
+        load_data(folder, "test", image_column="picture")
+    with pytest.raises(ValueError, match="is no data set of the Hub and has no revision"):
+        load_data(folder, "test", revision="main")

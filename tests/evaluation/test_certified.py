@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import selfensemble as rse
 from selfensemble.attacks import pgd
 from selfensemble.certainty.certification import certify
 from selfensemble.evaluation.certified import Certification, Settings, read_certified
+from selfensemble.report.html import write_report
 
 from ..command import error, run
 
@@ -104,10 +106,37 @@ def test_killed_and_gone_on(model: Path, tmp_path: Path) -> None:
     process.wait()
     done = {path: path.stat().st_mtime_ns for path in broken.glob("shards/0*.json")}
     assert 1 <= len(done) < 4
-    assert not (broken / "certified.json").exists()
     run(*arguments, "--out", broken)
     assert all(path.stat().st_mtime_ns == before for path, before in done.items())
     assert (broken / "certificates.csv").read_bytes() == (whole / "certificates.csv").read_bytes()
+    assert read_certified(broken) == read_certified(whole)
+    assert read_certified(whole).done is None
+
+
+def test_a_run_that_is_stopped_has_a_table_of_what_is_done(model: Path, tmp_path: Path) -> None:
+    settings = Settings(images=40, n=300, radius=(0.1,), shard=10)
+
+    def stop(text: str, done: float) -> None:
+        if text.startswith("images 20 to 29"):
+            raise KeyboardInterrupt
+
+    def certification(**more: Any) -> Certification:
+        return Certification(rse.load(model), rse.load_data("digits", "test"), settings, tmp_path, **more)
+
+    with pytest.raises(KeyboardInterrupt):
+        certification(progress=stop).run()
+    early = read_certified(tmp_path)
+    assert (early.done, early.images, early.data.images) == (20, 20, 40)
+    rows = list(csv.DictReader((tmp_path / "certificates.csv").read_text().splitlines()))
+    assert len(rows) == 20
+    right = sum(row["answer"] == row["truth"] for row in rows)
+    assert early.curve[0].accuracy == pytest.approx(right / 20)
+    page = write_report([tmp_path], tmp_path / "report.html").read_text()
+    assert "20 of 40, not ended" in page
+    assert f"within 0.1 the answer of {100 * early.wanted[0].reached:.1f}" in page
+    whole = certification().run()
+    assert (whole.done, whole.images) == (None, 40)
+    assert "not ended" not in write_report([tmp_path], tmp_path / "report.html").read_text()
 
 
 def test_no_attack_within_the_radius_changes_the_answer(model: Path) -> None:
@@ -149,7 +178,7 @@ def test_votes_and_means_of_a_run(model: Path, tmp_path: Path) -> None:
         assert 0 < results.mean_radius < 1
     assert progress == sorted(progress[: len(progress) // 2]) + progress[len(progress) // 2 :]
     assert max(progress) == pytest.approx(1)
-    with pytest.raises(FileNotFoundError, match="finished `selfensemble certify`"):
+    with pytest.raises(FileNotFoundError, match="folder of a `selfensemble certify`"):
         read_certified(tmp_path)
 
 
@@ -161,7 +190,7 @@ def test_two_processes_share_the_slices(model: Path, tmp_path: Path) -> None:
         half = Certification(rse.load(model), data, settings, tmp_path / "both", rank=rank)
         half.world = 2 if rank else 1  # the second finishes what the first left
         if rank:
-            half._finish = lambda: None  # type: ignore[method-assign]
+            half._write = lambda: None  # type: ignore[method-assign]
             with pytest.raises(FileNotFoundError):
                 half.run()
             assert [file.name for file in (tmp_path / "both" / "shards").iterdir()] == ["0000010.json"]

@@ -78,7 +78,7 @@ def test_overrides(tmp_path: Path) -> None:
         ("attacks: [{attack: cw, eps: [0.5, .nan]}]", "eps must be a number above 0"),
         ("attacks: []", "attacks is empty"),
         ("attacks: [{attack: cw, eps: []}]", "attacks.0.eps is an empty list"),
-        ("attack: pgd", "attack: Extra inputs.*known here: name, description"),
+        ("attack: pgd", "unknown key attack; known here: name, description"),
         ("attacks: [{attack: pgd}]\njudge: {seedz: 3}", "known here: seeds, queries"),
         ("attacks: [{attack: pgd}]\nimages: 0", "images"),
         ("[1, 2]", "must hold keys and values"),

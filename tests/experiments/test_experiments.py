@@ -19,7 +19,7 @@ from selfensemble.cli import experiments as commands  # noqa: F401  (adds its co
 from selfensemble.cli.base import app
 from selfensemble.experiments import EXPERIMENTS, Reproduction, networks, render_all
 from selfensemble.experiments.certainty import auroc, calibration_error
-from selfensemble.experiments.certificates import empirical, reach
+from selfensemble.experiments.certificates import between, empirical, reach
 from selfensemble.experiments.curvature import local_lipschitz, second_order_term
 from selfensemble.experiments.draws import COUNTS, right_groups
 from selfensemble.experiments.judged import accuracy, by_strength, rms
@@ -31,7 +31,7 @@ from selfensemble.experiments.targeted import targets_of
 from selfensemble.report.figures import Line, Panel, draw
 from selfensemble.report.intervals import mean, share
 from selfensemble.report.packing import pack
-from selfensemble.training.trainer import CHECKPOINT, RESULTS
+from selfensemble.training.checkpoints import CHECKPOINT, RESULTS
 
 
 class Done:
@@ -334,6 +334,13 @@ def test_attacks_beside_certificates_are_those_of_the_same_network() -> None:
         assert attacked is not None
         lines = empirical([certified], [attacked])
         assert bool(lines) == same == (certified.facts.model == attacked.facts.model)
+        tables = between(certified, [attacked])
+        assert bool(tables) == same
+        for radius, least, most, left, _ in (row for table in tables for row in table.rows):
+            reached = (reach(certified, "mean") >= float(radius)).mean()
+            assert float(least.split()[0]) == pytest.approx(100 * reached, abs=0.05)
+            assert float(left) == pytest.approx(float(most.split()[0]) - 100 * reached, abs=0.1)
+            assert float(left) > 0
 
 
 def test_certificates_by_both_methods(done: Done) -> None:

@@ -292,9 +292,7 @@ def test_libraries_are_asked_for_weights_unless_told_otherwise(monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "timm", timm)
     monkeypatch.setitem(sys.modules, "torchvision", torchvision)
     for library in ("timm", "torchvision"):
-        with pytest.raises(
-            FileNotFoundError, match=r"cannot be had: OSError: no way to the hub.*--weights FILE"
-        ):
+        with pytest.raises(FileNotFoundError, match=r"cannot be had \(OSError\).*--weights FILE"):
             network_from(f"{library}:net")
         network = network_from(f"{library}:net", {"pretrained": False, "classes": 3})
         assert name_of(network) == (f"{library}:net", {"classes": 3})

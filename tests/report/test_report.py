@@ -302,6 +302,7 @@ def test_certificates_stand_beside_attacks_and_published_curves(tmp_path: Path) 
     assert "between certificate and attack" not in alone.text
     assert "other, certified by vote" in alone.text
     assert "Cohen" not in alone.text
+    assert ("Dashed" in page.text, "Dashed" in alone.text) == (True, False)
     with pytest.raises(ValueError, match="twice"):
         report(mine, mine / CERTIFIED)
     (mine / CERTIFIED).write_text("{}")

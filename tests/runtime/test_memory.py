@@ -37,3 +37,26 @@ def test_tensors_that_come_and_go_cause_few_page_faults() -> None:
     assert not left
     if done:  # not with another C library
         assert faults < 0.2 * untouched  # measured: 0.08, of what fragments the heap
+
+
+_GARBAGE = """
+import gc, json
+from selfensemble.runtime.memory import collect_garbage_later
+usual, searches, found = gc.get_threshold(), [0], []
+gc.callbacks.append(lambda phase, info: searches.__setitem__(0, searches[0] + (phase == "start")))
+collect_garbage_later(50_000)
+for _ in range(2):
+    searches[0] = 0
+    kept = [[] for _ in range(45_000)]
+    found.append(searches[0])
+print(json.dumps([found, gc.get_threshold() == usual, len(gc.callbacks)]))
+"""
+
+
+def test_garbage_is_searched_for_late_and_then_as_usual() -> None:
+    run = subprocess.run([sys.executable, "-c", _GARBAGE], capture_output=True, text=True, check=True)
+    (first, second), as_before, callbacks = json.loads(run.stdout)
+    assert first == 0
+    assert second > 10
+    assert as_before
+    assert callbacks == 1

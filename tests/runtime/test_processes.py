@@ -18,7 +18,7 @@ import selfensemble as rse
 from selfensemble.evaluation import read_results
 from selfensemble.evaluation.certified import CERTIFICATES
 from selfensemble.runtime.processes import check_restarts, this_process
-from selfensemble.training.trainer import CHECKPOINT
+from selfensemble.training.checkpoints import CHECKPOINT
 
 PROTOCOL = """\
 description: enough for something to go wrong in the middle

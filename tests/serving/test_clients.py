@@ -168,3 +168,37 @@ def test_without_the_option_no_other_page_may_ask(digit: bytes) -> None:
             session.get("/v1/model", headers=asked),
         ):
             assert "Access-Control-Allow-Origin" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "sent", "status", "text"),
+    [
+        ("POST", "/v1/predict", {"content": b""}, 422, "the body is missing"),
+        ("POST", "/v1/predict", {"content": b"[" * 200_000}, 400, "the body cannot be read"),
+        ("POST", "/v1/predict", {"content": b'{"images": ['}, 422, "no JSON (at byte 12)"),
+        ("POST", "/v1/predict", {"json": []}, 422, "the body must hold keys and values, got []"),
+        ("POST", "/v1/predict", {"json": {"images": [3]}}, 422, "images.0 must be text, got 3"),
+        ("POST", "/v1/predict", {"json": {"images": ["x"], "draws": "x"}}, 422, "draws must be a wh"),
+        ("POST", "/v1/predict", {"json": {"images": ["x"], "certify": {"radius": 1e99}}}, 422, "1e+38 or"),
+        ("POST", "/v1/predict/files", {"files": {"images": (None, "x")}}, 422, "images must be files"),
+        ("POST", "/v1/predict/files", {"files": {"images": b"x", "draws": (None, "x")}}, 422, "draws must"),
+        ("GET", "/v1/predict", {}, 405, "takes another method"),
+        ("GET", "/nowhere", {}, 404, "no such address"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_is_said_in_our_words(
+    http: TestClient, method: str, path: str, sent: dict[str, Any], status: int, text: str
+) -> None:
+    reply = http.request(method, path, **sent)
+    assert reply.status_code == status
+    assert text in reply.json()["error"]
+    assert "Input" not in reply.text
+    assert "Upload" not in reply.text
+
+
+def test_origins_are_origins() -> None:
+    """What no browser would ever send is refused when the server starts."""
+    Settings(cors=("https://a.example:8443", "http://localhost", "*"))
+    for wrong in ("a.example", "https://a.example/page", ""):
+        with pytest.raises(ValueError, match="must be an origin"):
+            Settings(cors=(wrong,))

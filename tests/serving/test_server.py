@@ -128,6 +128,11 @@ def test_decisions_and_certificates_on_request(server: Server, digits: tuple[lis
         assert decision["draws"] <= 200
         assert (certificate["label"] is None) == (certificate["radius"] == 0)
         assert certificate["draws"] == 250
+        assert certificate["verdict"] is None
+    body["certify"] = {"n": 1000, "n0": 50, "alpha": 0.01, "radius": 0.05}
+    wanted = [each["certificate"] for each in server.client.post("/v1/predict", json=body).json()["images"]]
+    assert [each["verdict"] == "reached" for each in wanted] == [each["radius"] >= 0.05 for each in wanted]
+    assert "reached" in {each["verdict"] for each in wanted}
     body["certify"] = {"n": 200, "n0": 50, "alpha": 0.01, "grid": True}
     found = server.client.post("/v1/predict", json=body).json()["images"]
     assert max(each["certificate"]["radius"] for each in found) > 0

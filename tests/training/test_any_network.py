@@ -19,8 +19,9 @@ from torch.utils.data import Dataset, TensorDataset
 
 import selfensemble as rse
 from selfensemble.training import defenses
+from selfensemble.training.checkpoints import CHECKPOINT
 from selfensemble.training.recipe import Recipe, load_recipe
-from selfensemble.training.trainer import CHECKPOINT, Trainer
+from selfensemble.training.trainer import Trainer
 
 NETS = """
 import torch

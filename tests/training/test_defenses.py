@@ -11,9 +11,10 @@ import selfensemble as rse
 from selfensemble.artefacts import storage
 from selfensemble.attacks.norms import Norm, size
 from selfensemble.training import defenses
+from selfensemble.training.checkpoints import RESULTS, TEACHER
 from selfensemble.training.defenses.adversarial import maximise
 from selfensemble.training.recipe import load_recipe
-from selfensemble.training.trainer import RESULTS, TEACHER, Trainer
+from selfensemble.training.trainer import Trainer
 
 from ..conftest import LinearClassifier
 

@@ -62,7 +62,7 @@ def test_overrides() -> None:
         ("noise.learn=pixel", "noise.learn"),
         ("noise.hold=-1", "noise.hold"),
         ("resize_pad={smallest: 8}", "resize_pad.largest"),
-        ("defense={name: trades, bta: 1}", "unknown key defense.trades.bta; known here: norm"),
+        ("defense={name: trades, bta: 1}", "unknown key defense.bta; known here: norm"),
         ("data.validation=1", "data.validation"),
         ("train.epochs", "section.key=value"),
         ("train.epochs=[", "YAML"),

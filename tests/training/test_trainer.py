@@ -20,10 +20,11 @@ from PIL import Image
 import selfensemble as rse
 from selfensemble.training import trainer as trainer_module
 from selfensemble.training.accuracy import count_correct
+from selfensemble.training.checkpoints import CHECKPOINT, RESULTS
 from selfensemble.training.optimizers import make_scheduler
 from selfensemble.training.recipe import load_recipe, public_recipe
 from selfensemble.training.sections import TrainSection
-from selfensemble.training.trainer import CHECKPOINT, RESULTS, Trainer
+from selfensemble.training.trainer import Trainer
 
 from ..command import error, run
 

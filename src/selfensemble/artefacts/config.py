@@ -18,6 +18,7 @@ from ..noise.injection import noise_layers
 from ..noise.layer import RandomLayer
 from ..noise.randomness import AnyRandomness, randomise_, randomness_of
 from ..noise.resize_pad import ResizePadConfig
+from ..runtime.packages import needs
 from .foreign import trusted
 from .named import NamedNetwork
 from .outline import ArchitectureRecord, NormalizationRecord, Outline, TransformersRecord
@@ -89,10 +90,8 @@ class TransformersNetwork(TransformersRecord):
 
     def build(self) -> nn.Module:
         """The network with fresh weights; nothing is fetched, and only code of the installed package runs."""
-        try:
+        with needs("transformers"):
             import transformers
-        except ImportError as error:
-            raise ImportError("this network needs transformers: pip install transformers") from error
         kind = getattr(transformers, self.name, None)
         if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
             raise ValueError(f"the installed transformers has no network {self.name}: upgrade it")

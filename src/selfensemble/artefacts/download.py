@@ -2,6 +2,12 @@
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
+
+from ..runtime.packages import needs
 
 PREFIX = "hf-hub:"
 FILES = ("config.json", "model.safetensors", "README.md", "results.json")
@@ -23,8 +29,9 @@ def fetch(name: str, *, revision: str | None = None, token: str | None = None) -
         FileNotFoundError: there is no such network, or the Hub cannot be reached; the message says which.
         ValueError: not a name of the Hub.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    with needs("selfensemble[hub]"):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     name, _, asked = name.removeprefix(PREFIX).partition("@")
     if not NAME.fullmatch(name):
@@ -46,10 +53,10 @@ def fetch(name: str, *, revision: str | None = None, token: str | None = None) -
             f"the Hub has no network {name} that you may read: check the name, or log in with `hf auth login`"
         ) from error
     except HfHubHTTPError as error:
-        raise FileNotFoundError(f"the Hub does not give {name}: {brief(error)}") from error
+        raise FileNotFoundError(f"the Hub does not give {name}: {said(error)}") from error
     return Path(folder)
 
 
-def brief(error: Exception) -> str:
-    """What the Hub said, in one line."""
-    return " ".join(str(error).split())[:200]
+def said(error: "HfHubHTTPError") -> str:
+    """What the Hub answered, by its number."""
+    return f"HTTP status {error.response.status_code}; check the name, the revision and `hf auth login`"

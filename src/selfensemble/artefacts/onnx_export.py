@@ -25,8 +25,9 @@ from ..ensemble.checks import check_count, explain_shape
 from ..ensemble.ensemble import SelfEnsemble
 from ..fast.ensemble import checked_original
 from ..noise.injection import eval_mode, noise_layers, random_layers
-from ..noise.layer import GaussianNoise
+from ..noise.layer import GaussianNoise, Std
 from ..runtime.files import atomic_file
+from ..runtime.packages import needs
 from .onnx_noise import NOISE, seed_noise
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def export_onnx(
     Raises:
         ValueError: there are random layers that ONNX cannot express, the network draws random numbers of its
             own, computes in float64 or bfloat16, or cannot be exported.
-        ImportError: onnx or onnxscript is missing: `pip install 'selfensemble[onnx]'`.
+        MissingPackage: onnx or onnxscript is missing: `pip install 'selfensemble[onnx]'`.
     """
     onnx = _onnx()
     original = checked_original(ensemble)
@@ -97,7 +98,7 @@ def export_onnx(
         exported = _Exported(original, draws)
         exported.training = False
         model = _translated(exported, example_inputs, draws)
-    active = {name: layer.std for name, layer in noise_layers(original.model).items() if layer.is_active}
+    active = _noise_of_the_logits(original, example_inputs[:2])
     _check_graph(model, len(active))
     model = seed_noise(model)
     facts: dict[str, Any] = {"version": version("selfensemble"), "draws": draws, "noise": active}
@@ -108,6 +109,26 @@ def export_onnx(
     with atomic_file(path) as file:
         file.write(model.SerializeToString())
     return path
+
+
+def _noise_of_the_logits(ensemble: SelfEnsemble, images: Tensor) -> dict[str, Std]:
+    """Levels of the active noise layers, but for those in branches that the logits do not depend on."""
+    layers = {name: layer for name, layer in noise_layers(ensemble.model).items() if layer.is_active}
+    probes = [torch.zeros((), device=images.device, requires_grad=True) for _ in layers]
+    handles = [
+        layer.register_forward_hook(lambda layer, given, out, probe=probe: out + probe)
+        for layer, probe in zip(layers.values(), probes, strict=True)
+    ]
+    try:
+        with eval_mode(ensemble), torch.enable_grad():
+            total = ensemble.draw_logits(images).sum()
+            reached = torch.autograd.grad(total, probes, allow_unused=True) if probes else ()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        name: layer.std for (name, layer), one in zip(layers.items(), reached, strict=True) if one is not None
+    }
 
 
 def _check_graph(model: Any, layers: int) -> None:
@@ -121,13 +142,9 @@ def _check_graph(model: Any, layers: int) -> None:
 
 def _onnx() -> ModuleType:
     """The package onnx, with what torch's exporter needs."""
-    try:
+    with needs("selfensemble[onnx]"):
         import onnx
         import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"ONNX files need more packages ({error.name} is missing): pip install 'selfensemble[onnx]'"
-        ) from error
     return onnx
 
 

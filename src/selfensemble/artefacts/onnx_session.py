@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..ensemble.checks import check_count, check_images
 from ..ensemble.ensemble import Prediction
+from ..runtime.packages import needs
 from .onnx_export import PREFIX
 from .onnx_noise import SEED
 
@@ -49,7 +50,7 @@ class OnnxEnsemble:
 
     Raises:
         FileNotFoundError, ValueError: no such file, or none that `export_onnx` of this version wrote.
-        ImportError: onnxruntime is missing: `pip install 'selfensemble[onnx]'`.
+        MissingPackage: onnxruntime is missing: `pip install 'selfensemble[onnx]'`.
     """
 
     def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
@@ -117,12 +118,8 @@ class OnnxEnsemble:
         return self._sessions[process]
 
     def _opened(self) -> Any:
-        try:
+        with needs("selfensemble[onnx]"):
             import onnxruntime
-        except ImportError as error:
-            raise ImportError(
-                "ONNX files are run by onnxruntime, which is missing: pip install 'selfensemble[onnx]'"
-            ) from error
         if not self.path.is_file():
             raise FileNotFoundError(f"no file {self.path}: pass what export_onnx wrote")
         content = self.path.read_bytes()

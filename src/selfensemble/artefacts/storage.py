@@ -5,6 +5,7 @@ Nothing is pickled, so loading a file from a stranger runs none of its code.
 
 import hashlib
 import os
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -217,7 +218,7 @@ def read_weights(folder: str | Path, config: ArtefactConfig) -> dict[str, Tensor
         try:
             tensors = safetensors.torch.load_file(path)
         except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or not a safetensors file ({error})") from error
+            raise ValueError(f"{path} is damaged or not a safetensors file: restore it") from error
         found = None
         if config.weights is not None:
             found = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
@@ -305,7 +306,10 @@ def _fill_(model: nn.Module, config: ArtefactConfig, tensors: dict[str, Tensor],
     names = {plain_name(fqn): fqn for fqn, _ in model.named_modules()}  # what is wrapped comes last
     plain = {plain_name(key): tensor for key, tensor in tensors.items()}
     try:
-        model.load_state_dict({keys.get(key, key): tensor for key, tensor in plain.items()})
+        weights = OrderedDict((keys.get(key, key), tensor) for key, tensor in plain.items())
+        # Versions of modules, which files of weights do not hold, and some networks ask for.
+        weights._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+        model.load_state_dict(weights)
         attach_noise_(model, {names.get(fqn, fqn): std for fqn, std in config.noise.items()})
     except (RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())

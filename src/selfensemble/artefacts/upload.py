@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from .download import FILES, NAME, PREFIX, brief
+from ..runtime.packages import needs
+from .download import FILES, NAME, PREFIX, said
 from .storage import load, read_config, read_weights
 
 
@@ -30,8 +31,9 @@ def push(
         FileNotFoundError, ValueError: nothing that `load` could read.
         PermissionError: the Hub refuses.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    with needs("selfensemble[hub]"):
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError
 
     name = name.removeprefix(PREFIX)
     if not NAME.fullmatch(name):
@@ -49,5 +51,5 @@ def push(
             repo_id=name, folder_path=folder, allow_patterns=list(FILES), commit_message=message
         )
     except HfHubHTTPError as error:
-        raise PermissionError(f"the Hub does not take {name}: {brief(error)}") from error
+        raise PermissionError(f"the Hub does not take {name}: {said(error)}") from error
     return str(commit.commit_url)

@@ -34,6 +34,8 @@ from .statistics import APART, Means, Rivals, Votes
 
 Method = Literal["vote", "mean"]
 METHODS: tuple[Method, ...] = get_args(Method)
+Verdict = Literal["reached", "out-of-reach", "open"]
+VERDICTS: dict[int, Verdict] = {1: "reached", -1: "out-of-reach", 0: "open"}  # of `Certificate.verdict`
 Progress = Callable[[int, int], None]
 _ROOM = 2**25  # probabilities that are remembered at a time
 _FIRST, _EVERY = 16, 8  # draws before the first look, and the share of them after which the next one is

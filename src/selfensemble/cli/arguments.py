@@ -3,14 +3,18 @@
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..runtime.errors import InputError
+from ..runtime.packages import needs
 
 if TYPE_CHECKING:
     import torch
+    from pydantic import BaseModel
 
     from ..ensemble.ensemble import SelfEnsemble
+
+Options = TypeVar("Options", bound="BaseModel")
 
 
 def in_precision(ensemble: "SelfEnsemble", example: "torch.Tensor", precision: str) -> "SelfEnsemble":
@@ -84,7 +88,8 @@ def inputs_of(
 
 def read_image(path: Path, shape: tuple[int, int, int], centre: float = 1.0) -> "torch.Tensor":
     """An image of that shape (channels, height, width), uint8."""
-    from PIL import Image
+    with needs("selfensemble[cli]"):
+        from PIL import Image
 
     from ..data.decoding import prepare_image, reason
     from ..data.folders import why_no_file
@@ -100,3 +105,23 @@ def read_image(path: Path, shape: tuple[int, int, int], centre: float = 1.0) -> 
 
 def _unreadable(path: Path) -> str:
     return f"cannot read {path} as an image"
+
+
+def checked_options(schema: "type[Options]", values: dict[str, Any]) -> "Options":
+    """Settings that options of their names give; an error names the option, never what it holds.
+
+    What an option holds may be a secret, and stands in the command anyway.
+    """
+    from pydantic import ValidationError
+
+    from ..runtime.checking import explained
+
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        named = {f"--{name.replace('_', '-')}": value for name, value in values.items()}
+        found = [
+            each | {"loc": (f"--{str(each['loc'][0]).replace('_', '-')}", *each["loc"][1:])}
+            for each in error.errors(include_url=False)
+        ]  # fmt: skip
+        raise InputError(explained(found, named, show=False)) from None

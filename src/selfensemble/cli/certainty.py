@@ -11,7 +11,7 @@ from ..runtime.devices import device_named
 from ..runtime.errors import InputError
 from ..runtime.processes import this_process
 from . import terminal
-from .arguments import in_precision
+from .arguments import checked_options, in_precision
 from .base import Device, Json, Model, app, resumable
 from .data_options import NO_DATA, DataOptions, takes_data
 from .opening import open_network, saved_folder
@@ -65,9 +65,10 @@ def certify(
     from ..evaluation.certified import Certification, Settings
 
     images, most = _images_and_draws(n, n_images, max_draws)
-    settings = Settings.model_validate(
+    settings = checked_options(
+        Settings,
         {"images": images, "alpha": alpha, "n0": n0, "n": most, "method": method, "rivals": rivals,
-         "radius": radius, "grid": grid, "seed": seed, "shard": shard}
+         "radius": radius, "grid": grid, "seed": seed, "shard": shard},
     )  # fmt: skip
     rank, world, target = this_process(device)
     opened = open_network(model, network, data, with_data=True)

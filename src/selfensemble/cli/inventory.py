@@ -5,11 +5,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..artefacts.zoo import zoo
 from ..networks.names import MODEL_NAMES
+from ..runtime.packages import needs
 from ..runtime.provenance import surroundings
+
+with needs("selfensemble[cli]"):
+    import yaml
 
 _RECIPES, _PROTOCOLS = "training/recipes", "evaluation/protocols"
 

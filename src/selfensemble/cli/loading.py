@@ -51,10 +51,11 @@ def test_data_of(config: "ArtefactConfig", data: DataOptions) -> "ImageData":
 
 def _reading(recorded: dict[str, Any], data: DataOptions) -> dict[str, Any]:
     """How the images are to be read: as in training, for the rest as options say."""
+    from ..runtime.checking import checked
     from ..training.sections import DataSection
 
     known = {key: value for key, value in recorded.items() if key in DataSection.model_fields}
-    reading = DataSection.model_validate(known).reading()
+    reading = checked(DataSection, known, "data of the recipe in config.json").reading()
     if data.data not in (None, recorded.get("source")):  # columns and splits of another source are others
         reading = {name: reading[name] for name in ("size", "centre")}
     return reading | data.given()

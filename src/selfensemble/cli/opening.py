@@ -105,6 +105,7 @@ def described_as(model: str, options: NetworkOptions) -> "Outline":
 
     if is_network_name(model):
         return _named(model, options, NO_DATA, False).config
+    _check_is_saved(model, options)
     return read_as(Outline, model)
 
 
@@ -175,14 +176,19 @@ def saved_folder(model: str, what: str, *, zoo: bool = True) -> Path:
     return locate(model)
 
 
+def _check_is_saved(model: str, options: NetworkOptions) -> None:
+    """Raise where an option says what a saved ensemble says itself."""
+    for name, flag in _OF_NAMED.items():
+        if getattr(options, name) is not None:
+            raise InputError(f"{model} is a saved ensemble, which says that itself: leave {flag} out")
+
+
 def _saved(model: str, options: NetworkOptions, data: DataOptions, with_data: bool) -> Opened:
     from ..artefacts import storage
     from ..artefacts.named import UntrustedNetwork
     from ..artefacts.zoo import locate
 
-    for name, flag in _OF_NAMED.items():
-        if getattr(options, name) is not None:
-            raise InputError(f"{model} is a saved ensemble, which says that itself: leave {flag} out")
+    _check_is_saved(model, options)
     if options.network_args is not None and options.network is None:
         raise InputError("--network-args go with --network: add it")
     config = storage.read_config(model)

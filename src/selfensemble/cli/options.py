@@ -1,6 +1,5 @@
 """Options of every command that takes a network, as they are written, and what they say."""
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..runtime.errors import InputError
+from ..runtime.texts import parsed_json
 from .option_groups import takes
 
 if TYPE_CHECKING:
@@ -70,9 +70,9 @@ def arguments_of(options: NetworkOptions) -> dict[str, Any] | None:
     if options.network_args is None:
         return None
     try:
-        found = json.loads(options.network_args)
+        found = parsed_json(options.network_args, "--network-args")
     except ValueError as error:
-        raise InputError(f"--network-args is no JSON ({error}): write '{{\"depth\": 20}}'") from error
+        raise InputError(f"{error}: write '{{\"depth\": 20}}'") from error
     if not isinstance(found, dict):
         raise InputError(f"--network-args are keywords and values, '{{\"depth\": 20}}', got {found!r}")
     return found

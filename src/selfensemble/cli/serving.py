@@ -1,21 +1,19 @@
 """The command that puts a saved ensemble behind HTTP."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..runtime.devices import device_named
 from ..runtime.errors import InputError
-from .arguments import in_precision
+from .arguments import checked_options, in_precision
 from .base import Device, Model, app
 from .opening import Opened, open_network
 from .options import OPTIONS, NetworkOptions, takes_network
 
 if TYPE_CHECKING:
     from ..ensemble.ensemble import SelfEnsemble
-    from ..serving.settings import Settings
-
 
 _Host = Annotated[str, typer.Option(help="Address to listen at; only this machine by default.")]
 _Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one and prints it.")]
@@ -75,20 +73,16 @@ def serve(
     network: NetworkOptions = OPTIONS,
 ) -> None:
     """Answer images over HTTP: POST /v1/predict; see /openapi.json."""
-    try:
-        from ..serving.run import run
-        from ..serving.settings import Settings
-    except ImportError as error:
-        raise InputError(
-            f"serving needs more packages ({error.name} is missing): pip install 'selfensemble[serve]'"
-        ) from error
+    from ..serving.run import run
+    from ..serving.settings import Settings
+
     is_local = host in ("127.0.0.1", "localhost", "::1")
     if not is_local and api_key is None:
         raise InputError(
             f"{host} may be reached from other machines: pass --api-key (or SELFENSEMBLE_API_KEY), or keep "
             "the default --host"
         )
-    settings = _checked(
+    settings = checked_options(
         Settings,
         {"draws": draws, "stop": stop, "api_key": api_key, "secret": secret, "max_body": max_body,
          "max_waiting": max_waiting, "max_pixels": max_pixels, "max_certify": max_certify, "timeout": timeout,
@@ -98,18 +92,6 @@ def serve(
     opened = open_network(model, network)
     ensemble, classes, shape = _loaded(opened, device, precision)
     run(ensemble, classes, shape, settings, host, port, name=opened.name, metrics=opened.config.metrics)
-
-
-def _checked(settings: "type[Settings]", values: dict[str, Any]) -> "Settings":
-    """The settings, or an error that names the option; never what it holds, which may be a secret."""
-    from pydantic import ValidationError
-
-    try:
-        return settings.model_validate(values)
-    except ValidationError as error:
-        problem = error.errors(include_input=False, include_url=False)[0]
-        option = str(problem["loc"][0]).replace("_", "-") if problem["loc"] else "options"
-        raise InputError(f"--{option}: {problem['msg'].lower()}") from None
 
 
 def _loaded(

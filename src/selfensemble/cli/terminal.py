@@ -211,7 +211,7 @@ def print_certified(results: "Certified") -> None:
 
     settings = results.settings
     table = Table(
-        title=f"{results.name}: {results.data.which}, {settings['method']}, alpha "
+        title=f"{results.name}: {results.which}, {settings['method']}, alpha "
         f"{settings['alpha']:g}, {settings['n']} draws",
         caption=f"nothing certified: {results.abstained:.1%}; mean radius {results.mean_radius:.3f}; "
         f"mean draws {results.draws:.0f}",

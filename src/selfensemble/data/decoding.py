@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..runtime.packages import needs
+
 # By which files are told to be images, those among them that Pillow cannot read on every machine.
 IMAGE_SUFFIXES = {
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".bmp", ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".gif",
@@ -28,7 +30,8 @@ def prepare_image(image: Any, channels: int, size: tuple[int, int], centre: floa
     Raises:
         ValueError: numbers whose range is not known.
     """
-    from PIL import ImageOps
+    with needs("selfensemble[data]"):
+        from PIL import ImageOps
 
     image = plain(image, channels)
     if image.size != (size[1], size[0]) or centre < 1:
@@ -38,7 +41,8 @@ def prepare_image(image: Any, channels: int, size: tuple[int, int], centre: floa
 
 def plain(image: Any, channels: int) -> Any:
     """An image of any mode, upright and on white, as one of 8 bits in grey (1) or colour (3)."""
-    from PIL import Image
+    with needs("selfensemble[data]"):
+        from PIL import Image
 
     turn = how_to_turn(image)
     image = in_8_bits(image)
@@ -60,7 +64,8 @@ def how_to_turn(image: Any) -> int | None:
 
     Pillow's `exif_transpose` rewrites the metadata, which fails for some around good pixels.
     """
-    from PIL.Image import Transpose
+    with needs("selfensemble[data]"):
+        from PIL.Image import Transpose
 
     turns = (
         Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE,
@@ -85,7 +90,8 @@ def in_8_bits(image: Any) -> Any:
     Raises:
         ValueError: the range of its numbers is not known.
     """
-    from PIL import Image
+    with needs("selfensemble[data]"):
+        from PIL import Image
 
     if not image.mode.startswith(("I", "F")):
         return image
@@ -132,13 +138,15 @@ def open_image(value: dict[str, Any] | None, source: str, name: str) -> Any:
 
 def undecoded(value: dict[str, Any]) -> Any:
     """The PIL image in a cell, of which only the head has been read."""
-    from PIL import Image
+    with needs("selfensemble[data]"):
+        from PIL import Image
 
     if value["bytes"] is not None:
         return Image.open(io.BytesIO(value["bytes"]))
     if Path(value["path"]).is_file():
         return Image.open(io.BytesIO(Path(value["path"]).read_bytes()))  # no file is left open
-    import datasets
+    with needs("selfensemble[data]"):
+        import datasets
 
     return datasets.Image().decode_example(value)  # the path may be a place on the Hub
 

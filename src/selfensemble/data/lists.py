@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..runtime.packages import needs
 from .folders import states
 from .images import Split
 from .reading import Reading
@@ -84,7 +85,8 @@ def _rows(file: Path, names: list[str], labels: list[Any], cut: bool) -> Rows:
 def _table(file: Path) -> Mapping[str, Sequence[Any]]:
     """The columns of a table."""
     if file.suffix.lower() == ".parquet":
-        import pyarrow.parquet
+        with needs("selfensemble[data]"):
+            import pyarrow.parquet
 
         table = pyarrow.parquet.read_table(file)
         names = [field.name for field in table.schema if str(field.type) in ("string", "large_string")]

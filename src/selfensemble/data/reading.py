@@ -70,6 +70,11 @@ class Reading:
         if not 0 < self.centre <= 1:
             raise ValueError(f"centre must be above 0 and at most 1, got {self.centre}")
 
+    def check_read(self, kind: str, unread: tuple[str, ...]) -> None:
+        """Raise unless what was asked for can be read from data of a kind, rather than drop it."""
+        if asked := [name for name in unread if getattr(self, name) is not None]:
+            raise ValueError(f"{kind} no {', '.join(asked)}: leave that out")
+
     @property
     def sides(self) -> tuple[int, int] | None:
         """(H, W) that images are to have, if one was asked for."""

@@ -1,6 +1,6 @@
 """Where images come from, by name.
 
-Sources: `digits` (inside scikit-learn, no download), `cifar10`, `cifar100`, `stl10` or any other id of
+Sources: `digits` (comes along, no download), `cifar10`, `cifar100`, `stl10` or any other id of
 a Hugging Face data set, a local folder of parquet files or of images, what `save_to_disk` wrote, a table of
 paths of images (csv, parquet), arrays (npz), and `package.module:attribute` of a torch `Dataset`.
 """
@@ -19,6 +19,8 @@ from .rendering import images_of
 from .rows import Rows
 from .tables import HUB_IDS, open_hub, open_parquet, open_saved
 from .torch_datasets import dataset_named
+
+_SPLITS, _COLUMNS = ("train_split", "test_split"), ("image_column", "label_column")
 
 
 def load_data(
@@ -52,6 +54,8 @@ def load_data(
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     reading = Reading(size=size, **options)
     source = str(source)
+    if source == "digits":
+        reading.check_read("digits have", (*_SPLITS, *_COLUMNS, "revision"))
     data = digits(split, size) if source == "digits" else _loaded(source, split, reading)
     if reading.shape not in (None, data.shape):
         raise ValueError(
@@ -65,6 +69,8 @@ def _loaded(source: str, split: Split, reading: Reading) -> ImageData:
     """What is no data set of the package."""
     path = Path(source).expanduser()
     found: ImageData | Rows
+    if path.exists() or is_code(source):
+        reading.check_read(f"{source} is no data set of the Hub and has", ("revision",))
     if path.is_dir():
         found, in_order = _of_folder(path, split, reading)
     elif path.suffix.lower() == ".npz" and path.is_file():
@@ -102,6 +108,7 @@ def _of_folder(folder: Path, split: Split, reading: Reading) -> tuple[Rows, bool
     if tables:
         chosen, cut = tables_of(folder, tables, split, reading)
         return open_parquet(folder, chosen, cut, reading), False
+    reading.check_read(f"folders of classes like {folder} have", _COLUMNS)
     return class_folders(folder, split, reading), True
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..runtime.packages import needs
 from .decoding import open_image, prepare_image
 from .rows import Cell
 
@@ -90,7 +91,8 @@ class StoredReader:
         return self.images[place]
 
     def photo(self, place: int) -> Any:
-        from PIL import Image
+        with needs("selfensemble[data]"):
+            from PIL import Image
 
         image = self.images[place]
         if image.dtype != torch.uint8 or len(image) not in (1, 3):

@@ -1,11 +1,13 @@
 """Tables of images and labels: data sets of the Hugging Face Hub, saved ones, and parquet files."""
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..runtime.files import cache_dir
+from ..runtime.packages import needs
 from .folders import states
 from .images import Split
 from .reading import Reading
@@ -21,7 +23,8 @@ _LABELS = (
 
 def open_parquet(folder: Path, files: Sequence[Path], cut: bool, reading: Reading) -> Rows:
     """The rows of parquet files in `folder`."""
-    from datasets import load_dataset
+    with needs("selfensemble[data]"):
+        from datasets import load_dataset
 
     def open_table(streaming: bool) -> Any:
         return load_dataset(
@@ -39,7 +42,8 @@ def open_saved(folder: Path, split: Split, reading: Reading) -> Rows:
     Raises:
         FileNotFoundError: it has no such split.
     """
-    from datasets import DatasetDict, load_from_disk
+    with needs("selfensemble[data]"):
+        from datasets import DatasetDict, load_from_disk
 
     found: Any = load_from_disk(str(folder))
     cut = not isinstance(found, DatasetDict)
@@ -62,7 +66,8 @@ def open_hub(hub_id: str, split: Split, reading: Reading) -> Rows:
     Raises:
         ConnectionError: it cannot be read.
     """
-    from datasets import load_dataset
+    with needs("selfensemble[data]"):
+        from datasets import load_dataset
 
     revision = _commit(hub_id, reading.revision) or reading.revision
 
@@ -73,18 +78,17 @@ def open_hub(hub_id: str, split: Split, reading: Reading) -> Rows:
                 return load_dataset(hub_id, split=name, streaming=streaming, revision=revision)
             except OSError as error:
                 raise ConnectionError(
-                    f"cannot read data set {hub_id!r} from the hub ({type(error).__name__}: {error}); check "
-                    "the "
-                    "id and the network, or download it and pass the folder of its parquet files"
+                    f"cannot read data set {hub_id!r} from the hub ({type(error).__name__}): check "
+                    "the id and the connection, or download it and pass the folder of its parquet files"
                 ) from error
             except ValueError as error:  # of a split that it does not have
                 if "split" not in str(error):
                     raise
-                problems.append(" ".join(str(error).split()))
+                known = re.search(r"\[(.+)\]", str(error))
+                problems.append(known.group(1).replace("'", "") if known else "others")
         raise FileNotFoundError(
-            f"no {split} split in {hub_id}: {problems[0]} data.{split}_split, --{split}-split name another, "
-            "and "
-            "one name for both cuts them out of it"
+            f"no {split} split in {hub_id}, which has {problems[0]}: data.{split}_split, --{split}-split "
+            "name another, and one name for both cuts them out of it"
         )
 
     names = [hub_id, *reading.names(split), revision]
@@ -125,7 +129,8 @@ def _rows(
     reading: Reading,
 ) -> Rows:
     """The image and the label column of a data set, opened to be read in order or at random."""
-    from datasets import ClassLabel, Image
+    with needs("selfensemble[data]"):
+        from datasets import ClassLabel, Image
 
     first = in_order()
     features = first.features

@@ -1,12 +1,12 @@
 """Certification runs: certificates of many images, sharded, resumable, results in one folder.
 
 The folder holds `run.json` (what is certified), `shards/` (a file a slice of images; what is there is never
-computed again), and at the end `certificates.csv` with a row an image and `certified.json` with the curve.
+computed again), `certificates.csv` with a row an image and `certified.json` with the curve: after each
+slice, of the images until there.
 """
 
 import csv
 import io
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import BeforeValidator, Field
 
 from ..certainty.bounds import MeanBound
-from ..certainty.certification import Certificate, Method, certify, wanted_radii
+from ..certainty.certification import VERDICTS, Certificate, Method, certify, wanted_radii
 from ..certainty.pixels import pixel_std
 from ..certainty.statistics import Rivals
 from ..data.images import ImageData, Inputs
@@ -29,15 +29,16 @@ from ..runtime.files import atomic_write, read_versioned, write_json
 from ..runtime.ownership import owned
 from ..runtime.processes import wait_for_all
 from ..runtime.provenance import accuracy_record, provenance
-from ..runtime.schema import Count, Positive, Section
+from ..runtime.schema import Count, Positive, Section, Seed
+from ..runtime.texts import read_json
 from .identity import claim, data_record, duration, model_record
 from .results import DataRecord, ModelRecord, Record
 
 RUN, CERTIFIED, CERTIFICATES, SHARDS = "run.json", "certified.json", "certificates.csv", "shards"
 Progress = Callable[[str, float], None]
 FORMAT, FORMAT_VERSION = "selfensemble-certification", 1
+_AGAIN = "delete it and run the same again"
 _STEP = 0.05  # between the radii of the curve
-_VERDICTS = {1: "reached", -1: "out-of-reach", 0: "open"}
 
 
 def _one_or_several(radius: object) -> object:
@@ -59,7 +60,7 @@ class Settings(Section):
     bound: MeanBound | None = None
     radius: Annotated[Positive | tuple[Positive, ...] | None, BeforeValidator(_one_or_several)] = None
     grid: bool = False
-    seed: int = 0
+    seed: Seed = 0
     shard: Count = 50
 
 
@@ -95,6 +96,7 @@ class Certified(Record):
         mean_radius: over all images, 0 where the answer is wrong or missing (the average certified radius).
         draws: mean number an image, selection included.
         wanted: what became of the wanted radii.
+        done: how many of the first images the figures are of, where the run has not ended; None for all.
     """
 
     format: Literal["selfensemble-certification"] = "selfensemble-certification"
@@ -110,7 +112,18 @@ class Certified(Record):
     mean_radius: float
     draws: float
     wanted: tuple[WantedRadius, ...] = ()
+    done: int | None = None
     provenance: dict[str, Any]
+
+    @property
+    def images(self) -> int:
+        """How many images the figures are of."""
+        return self.data.images if self.done is None else self.done
+
+    @property
+    def which(self) -> str:
+        """Which images they are, for people."""
+        return self.data.which if self.done is None else f"first {self.done} of the {self.data.which}"
 
 
 @dataclass
@@ -188,9 +201,11 @@ class Certification:
 
             self._compute(number, start, inner)
             computed += 1
+            if self.rank == 0:
+                self._write()
         wait_for_all(self.world)
         if self.rank == 0:
-            self._finish()
+            self._write()
         wait_for_all(self.world)
         return read_certified(self.out)
 
@@ -219,16 +234,15 @@ class Certification:
             columns[name] = [None if math.isnan(bound) else bound for bound in columns[name]]
         write_json(self._path(start), columns | {"seconds": round(time.monotonic() - began, 3)})
 
-    def _finish(self) -> None:
-        """Put the shards together."""
+    def _write(self) -> None:
+        """Put the first slices together, up to one that is missing."""
         shards = []
         for start in range(0, self.images, self.settings.shard):
-            try:
-                shards.append(json.loads(self._path(start).read_text(encoding="utf-8")))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(
-                    f"{self._path(start)} is damaged ({error}): delete it and run the same again"
-                ) from error
+            if not self._path(start).is_file():
+                break
+            shards.append(read_json(self._path(start), _AGAIN))
+        if not shards:
+            return
         names = list(Certificate.__dataclass_fields__)
         for shard in shards:  # of versions before there were verdicts
             shard.setdefault("verdict", [[] for _ in shard["label"]])
@@ -237,14 +251,15 @@ class Certification:
             name: np.concatenate([np.asarray(shard[name], dtype=bounds.get(name)) for shard in shards])
             for name in names
         }
-        truth = self.labels.numpy()
+        done = len(columns["label"])
+        truth = self.labels[:done].numpy()
         right = columns["label"] == truth
         radius = np.where(right, columns["radius"], 0.0)
         steps = int(columns["radius"].max(initial=0.0) / _STEP) + 2
         curve = []
         for at in (round(step * _STEP, 10) for step in range(steps)):
             count = int((right & (columns["radius"] >= at)).sum())
-            curve.append(Point(radius=at, **_share(count, self.images)))
+            curve.append(Point(radius=at, **_share(count, done)))
         about = provenance()
         about.pop("time")
         results = Certified(
@@ -259,6 +274,7 @@ class Certification:
             mean_radius=float(radius.mean()),
             draws=float(columns["draws"].mean()),
             wanted=_wanted(self.settings.radius, columns["verdict"]),
+            done=None if done == self.images else done,
             provenance=about,
         )
         atomic_write(self.out / CERTIFICATES, _table(truth, columns).encode())
@@ -266,7 +282,7 @@ class Certification:
 
 
 def _wanted(radius: float | Sequence[float] | None, verdicts: np.ndarray) -> tuple[WantedRadius, ...]:
-    shares = [{word: float((verdicts == number).mean(axis=0)[column]) for number, word in _VERDICTS.items()}
+    shares = [{word: float((verdicts == number).mean(axis=0)[column]) for number, word in VERDICTS.items()}
               for column in range(verdicts.shape[1])]  # fmt: skip
     return tuple(
         WantedRadius(radius=each, **{word.replace("-", "_"): share for word, share in found.items()})
@@ -287,7 +303,7 @@ def _table(truth: np.ndarray, columns: dict[str, np.ndarray]) -> str:
     for index, row in enumerate(zip(truth, *columns.values(), strict=True)):
         right, answer, radius, lower, upper, draws, verdict = row
         bounds = ["" if np.isnan(bound) else f"{bound:.6f}" for bound in (lower, upper)]
-        words = " ".join(_VERDICTS[int(each)] for each in verdict)
+        words = " ".join(VERDICTS[int(each)] for each in verdict)
         writer.writerow([index, right, answer, f"{radius:.6f}", *bounds, draws, words])
     return text.getvalue()
 
@@ -301,7 +317,5 @@ def read_certified(path: str | Path) -> Certified:
     """
     file = Path(path) / CERTIFIED if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise FileNotFoundError(
-            f"no {CERTIFIED} in {path}: pass the folder of a finished `selfensemble certify`"
-        )
+        raise FileNotFoundError(f"no {CERTIFIED} in {path}: pass the folder of a `selfensemble certify`")
     return read_versioned(file, Certified, FORMAT, FORMAT_VERSION, "certify again")

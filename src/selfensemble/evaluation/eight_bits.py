@@ -4,12 +4,12 @@ import io
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..attacks.norms import per_image, size
 from ..data.images import in_bounds
 from ..runtime.files import atomic_write
+from ..runtime.packages import needs
 from .balls import UNIT, Bounds, in_units
 from .shards import CLEAN, Shards
 
@@ -64,6 +64,9 @@ def write_images(shards: Shards, folder: Path, bounds: Bounds = UNIT) -> None:
     Raises:
         ValueError: images that PNG does not hold.
     """
+    with needs("selfensemble[report]"):
+        from PIL import Image
+
     channels = shards.inputs.shape[1]
     if len(shards.inputs.shape) != 4 or channels not in _CHANNELS:
         shape = tuple(shards.inputs.shape[1:])

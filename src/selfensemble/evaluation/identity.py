@@ -13,6 +13,7 @@ from ..ensemble.ensemble import SelfEnsemble
 from ..fast.ensemble import original_of, precision_of
 from ..noise.injection import noise_layers, random_layers
 from ..runtime.files import write_json
+from ..runtime.texts import read_json
 from .results import DataRecord, ModelRecord
 
 
@@ -31,10 +32,7 @@ def claim(path: Path, identity: dict[str, Any]) -> None:
             raise ValueError(f"{folder} holds other files ({others[0].name}): pass a new folder")
         write_json(path, identity)
         return
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): restore it, or use another folder") from error
+    before = read_json(path, "restore it, or use another folder")
     from ..training.recipe import differing_keys
 
     if before != identity:

@@ -10,15 +10,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ..attacks import ATTACKS
 from ..attacks.expectation import NoiseOptions
 from ..fast.optimize import Precision
-from ..runtime.files import read_text
-from ..runtime.schema import Section
+from ..runtime.checking import checked
+from ..runtime.schema import Section, Seed
+from ..runtime.texts import parsed_yaml, read_text
 
 _FOLDER = "protocols"
 _OURS = {"model", "inputs", "labels", "targeted", "max_batch", "noise", "seed", "frozen"}
@@ -69,7 +69,7 @@ class Protocol(Section):
     description: str = ""
     version: Annotated[int, Field(ge=1)] = 1
     images: Annotated[int, Field(ge=1)] = 1000
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     shard: Annotated[int, Field(ge=1)] = 100
     precision: Precision = "float32"
     bits: Literal[8] | None = None
@@ -142,27 +142,16 @@ def load_protocol(source: str, overrides: dict[str, Any] | None = None) -> Proto
         raise FileNotFoundError(
             f"no protocol {source!r}: pass a .yaml file or one of {', '.join(shipped_protocols())}"
         )
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"protocol {source} is not valid YAML: {' '.join(str(error).split())}") from error
+    what = f"protocol {source}"
+    values = parsed_yaml(text, what)
     if not isinstance(values, dict):
-        raise ValueError(f"protocol {source} must hold keys and values, e.g. `attacks: [...]`")
+        raise ValueError(f"{what} must hold keys and values, e.g. `attacks: [...]`")
     values.setdefault("name", Path(source).stem)
+    protocol = checked(Protocol, values | (overrides or {}), what)
     try:
-        protocol = Protocol.model_validate(values | (overrides or {}))
         expand(protocol)
-    except ValidationError as error:
-        # A key that is not known explains one that is missing.
-        problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-        where = ".".join(str(part) for part in problem["loc"])
-        known = ""
-        if problem["type"] == "extra_forbidden":
-            section = JudgeSection if problem["loc"][0] == "judge" else Protocol
-            known = f"; known here: {', '.join(section.model_fields)}"
-        raise ValueError(f"protocol {source}: {where}: {problem['msg']}{known}") from error
     except ValueError as error:
-        raise ValueError(f"protocol {source}: {error}") from error
+        raise ValueError(f"{what}: {error}") from error
     return protocol
 
 
@@ -201,10 +190,7 @@ def _runs(place: int, spec: AttackSpec) -> Iterator[Run]:
     for choice, values in enumerate(itertools.product(*lists)):
         settings = {}
         for name, value in zip(given, values, strict=True):
-            try:
-                settings[name] = TypeAdapter(known[name]).validate_python(number(value))
-            except ValidationError as error:
-                raise ValueError(f"attacks.{place}.{name}: {error.errors()[0]['msg']}") from error
+            settings[name] = checked(known[name], number(value), f"attacks.{place}.{name}")
         default = inspect.signature(ATTACKS[spec.attack]).parameters
         norm = settings.get("norm", default["norm"].default if "norm" in default else None)
         bound = radii

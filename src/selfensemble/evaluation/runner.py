@@ -6,7 +6,6 @@ there is never computed again), and at the end `results.json`, `images.csv`, `ga
 What the attacks found is written before the honesty checks run, which add theirs to `results.json`.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -34,6 +33,7 @@ from ..runtime.interrupts import Interrupted
 from ..runtime.ownership import owned
 from ..runtime.processes import wait_for_all
 from ..runtime.provenance import provenance
+from ..runtime.texts import read_json
 from . import collect
 from .balls import within
 from .eight_bits import in_8_bits
@@ -53,6 +53,7 @@ RUN, SHARDS, TIMINGS, TABLE, GALLERY, CHECKS = (
     "checks.json",
 )
 Progress = Callable[[str, float], None]
+_AGAIN = "delete it and run the same again"
 _BATCH = 200
 _EXAMINED = 200  # images at most that the checks look at
 
@@ -276,7 +277,7 @@ class Evaluation:
 
     def _write_timings(self) -> None:
         seconds = {
-            path.stem: json.loads(path.read_text(encoding="utf-8"))["seconds"]
+            path.stem: read_json(path, _AGAIN)["seconds"]
             for path in sorted((self.out / SHARDS).glob("*.json"))
         }
         write_json(self.out / TIMINGS, {"finished": provenance()["time"], "seconds": seconds})
@@ -286,11 +287,11 @@ class Evaluation:
         path = self.out / SHARDS / CHECKS
         if not (self.protocol.checks and path.is_file()):
             return None
+        found = read_json(path, _AGAIN)
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))["checks"]
-            return tuple(CheckRecord.model_validate(check) for check in found)
+            return tuple(CheckRecord.model_validate(check) for check in found["checks"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}): delete it and run the same again") from error
+            raise ValueError(f"{path} is damaged: {_AGAIN}") from error
 
     def _checks(self) -> tuple[CheckRecord, ...]:
         """The honesty checks; where they cannot be made, one that says why and counts as failed."""

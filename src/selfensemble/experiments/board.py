@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from importlib import resources
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from scipy.special import gammaln
 
@@ -16,12 +15,16 @@ from ..evaluation.protocol import AttackSpec, Protocol, number
 from ..report.figures import Line, Panel, draw
 from ..report.intervals import Share, mean
 from ..report.page import Page, Picture, Table
+from ..runtime.packages import needs
 from ..runtime.schema import Section
 from .base import Experiment, Measured, Setting
 from .honest import edition_text, honest_protocol, own_rule, worst_keys
 from .judged import accuracy, evaluate
 from .records import Record
 from .scales import Scale
+
+with needs("selfensemble[report]"):
+    import yaml
 
 LINF, L2 = 8 / 255, 0.5
 _ONE_DRAW = "PGD, one draw a step"

@@ -17,7 +17,8 @@ from ..report.intervals import mean, share
 from ..report.page import Page, Picture, Table
 from ..report.published import COHEN, is_theirs
 from .base import Beside, Experiment, Measured, Setting, inputs_of
-from .honest import worst_lines
+from .honest import worst_keys, worst_lines
+from .judged import accuracy
 from .networks import Network, network
 from .noise_levels import cell, is_cell, levels_of
 from .records import Record, column
@@ -31,6 +32,11 @@ _CURVES = (
     "Certified accuracy against the radius, published curves (by votes), and accuracy in the worst case of "
     "the honest protocol, which no certificate can exceed."
 )
+_BETWEEN = """\
+Accuracy in %. What the strongest attack of that size would leave of the mean lies between its certificates
+and the worst case of the honest protocol, up to the chance in the choice of images and the risk of the
+certificates; *open* is what nobody knows, in points. Votes certify the answer by votes, which is another
+predictor, mostly of the same answers."""
 _ABOUT = """\
 Certified accuracy at a radius: the share of the first {images} test images that are answered rightly, with a
 certificate that no change within that L2 radius changes the infinite ensemble's answer. {n0} draws select the
@@ -122,7 +128,9 @@ class Certificates(Experiment):
             ]
             for method in METHODS
         }
-        under_attack = empirical(records, others.get("honest", ()))
+        honest = others.get("honest", ())
+        parts += [table for record in records for table in between(record, honest)]
+        under_attack = empirical(records, honest)
         theirs = COHEN if is_theirs(records[0].facts.source) else {}
         lines["vote"] += [
             Line(
@@ -228,6 +236,21 @@ def empirical(records: Sequence[Record], honest: Sequence[Record]) -> list[Line]
         if each.facts.model in looks
         for line in worst_lines([each], "l2")
     ]
+
+
+def between(record: Record, honest: Sequence[Record]) -> list[Table]:
+    """What is known of a network at each radius that was attacked: at least, and at most."""
+    rows = []
+    for attacked_one in (each for each in honest if each.facts.model == record.facts.model):
+        for radius, key in {0.0: "clean", **worst_keys(attacked_one, "l2")}.items():
+            most = accuracy(attacked_one, key)
+            mean_least, vote_least = (share(reach(record, method) >= radius) for method in ("mean", "vote"))
+            left = f"{100 * (most.value - mean_least.value):.1f}"
+            rows.append([f"{radius:g}", mean_least.text, most.text, left, vote_least.text])
+    if not rows:
+        return []
+    head = ["L2 radius", "at least: certified, mean", "at most: under attack", "open", "certified, vote"]
+    return [Table(f"Between certificate and attack: {record.facts.title}", _BETWEEN, head, rows)]
 
 
 def _draws(record: Record) -> list[str]:

@@ -6,17 +6,20 @@ Experiments `headline`, `resnext` and `stl10`. Source: Liu et al., ECCV 2018, se
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from ..evaluation.protocol import AttackSpec, JudgeSection, Protocol
 from ..report.figures import Line, Panel, draw
 from ..report.page import Page, Picture, Table
+from ..runtime.packages import needs
 from .base import Experiment, Measured, Setting
 from .distances import RADII, distance_table, gain_table
 from .judged import accuracy, by_strength, evaluate, rms
 from .published import Curve, citation, published_curve
 from .records import Record
 from .scales import Scale
+
+with needs("selfensemble[report]"):
+    from matplotlib.figure import Figure
 
 _ABOUT = """\
 The *paper's protocol*: untargeted C&W L2, fixed c, kappa 0, last iterate, one noise draw a step. It is weak

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -17,10 +16,15 @@ from ..data.tables import HUB_IDS
 from ..ensemble.ensemble import SelfEnsemble
 from ..noise.injection import set_levels_
 from ..noise.layer import NoiseConfig
+from ..runtime.packages import needs
 from ..runtime.schema import Section
+from ..training.checkpoints import CHECKPOINT, RESULTS
 from ..training.recipe import Recipe, load_recipe, public_recipe, shipped_recipes
-from ..training.trainer import CHECKPOINT, RESULTS, Progress, Trainer
+from ..training.trainer import Progress, Trainer
 from .scales import Scale
+
+with needs("selfensemble[train]"):
+    import yaml
 
 
 class Family(Section):

@@ -3,11 +3,14 @@
 from importlib import resources
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field
 
 from ..fast.optimize import Precision
+from ..runtime.packages import needs
 from ..runtime.schema import Count, NonNegative, Positive, Section
+
+with needs("selfensemble[train]"):
+    import yaml
 
 
 class PaperAttack(Section):

@@ -10,6 +10,7 @@ import safetensors.torch
 from torch import Tensor
 
 from ..runtime.files import atomic_write, write_json
+from ..runtime.texts import read_json
 from ..training.recipe import differing_keys
 
 _IDENTITY = "run.json"
@@ -28,12 +29,7 @@ class Units:
         if not path.is_file():
             write_json(path, identity)
             return
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"{path} is damaged ({error}): remove {folder}, or pass another --runs"
-            ) from error
+        before = read_json(path, f"remove {folder}, or pass another --runs")
         if before != json.loads(json.dumps(identity)):
             names = ", ".join(differing_keys(before, identity)[:6]) if isinstance(before, dict) else "all"
             raise ValueError(

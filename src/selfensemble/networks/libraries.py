@@ -34,7 +34,9 @@ def _built(name: str, build: Callable[[], Any]) -> nn.Module:
     try:
         network = build()
     except OSError as error:
-        raise FileNotFoundError(f"{name} cannot be had: {described(error)}; {_FRESH}") from error
+        raise FileNotFoundError(
+            f"{name} cannot be had ({type(error).__name__}): check the name, {_FRESH}"
+        ) from error
     except Exception as error:  # of their own kinds, about whatever was asked of them
         raise ValueError(f"{name} cannot be made: {described(error)}") from error
     if not isinstance(network, nn.Module):
@@ -92,7 +94,8 @@ def transformers_network(name: str, arguments: dict[str, Any], pretrained: bool)
         )
     except OSError as error:
         raise FileNotFoundError(
-            f"{full} cannot be had: {described(error)}; pass a folder that save_pretrained wrote, or connect"
+            f"{full} cannot be had ({type(error).__name__}): check the name, "
+            "pass a folder that save_pretrained wrote, or connect"
         ) from error
     except Exception as error:  # of their own kinds
         raise ValueError(f"{full} has no configuration that can be read: {described(error)}") from error
@@ -122,7 +125,9 @@ def _with_weights(kind: Any, name: str, config: Any, full: str) -> tuple[nn.Modu
             trust_remote_code=False,
         )
     except OSError as error:
-        raise FileNotFoundError(f"{full} cannot be had: {described(error)}; {_FRESH}") from error
+        raise FileNotFoundError(
+            f"{full} cannot be had ({type(error).__name__}): check the name, {_FRESH}"
+        ) from error
     except Exception as error:  # of their own kinds
         raise ValueError(f"{full} cannot be made: {described(error)}") from error
     return network, report

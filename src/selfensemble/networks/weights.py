@@ -72,13 +72,12 @@ def _read(path: Path) -> dict[str, Tensor]:
         try:
             return safetensors.torch.load_file(path)
         except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or not a safetensors file ({error})") from error
+            raise ValueError(f"{path} is damaged or not a safetensors file: restore it") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"{path} is damaged, or holds more than tensors, which could run code ({reason}): save "
+            f"{path} is damaged, or holds more than tensors, which could run code: save "
             "network.state_dict() alone, by torch.save or safetensors.torch.save_file"
         ) from error
     return _state_dict(path, content)

@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, cast
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 from torch import nn
 
+from ..runtime.checking import checked
 from .aligned import AlignedNoiseConfig
 from .bayesian import BayesianConfig
 from .dropping import DropoutConfig, PruningConfig
@@ -77,5 +78,6 @@ def read_randomness(settings: dict[str, Any]) -> AnyRandomness:
     Raises:
         ValueError: an unknown kind or key, or a value out of range.
     """
-    found: AnyRandomness = TypeAdapter(AnyRandomness).validate_python(settings)
+    kinds: Any = AnyRandomness
+    found: AnyRandomness = checked(kinds, settings, "randomness")
     return found

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..artefacts.config import ArtefactConfig
 from ..evaluation.certified import Certified
 from ..evaluation.results import Entry, Results
+from ..runtime.packages import needs
 from ..training.recipe import public_recipe
 from .facts import facts, usage
 from .markdown import code, plain, word
@@ -60,7 +59,7 @@ def model_card(
         "tags": ["random-self-ensemble", "adversarial-robustness"],
     }
     parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n# {plain(name)}",
+        f"---\n{_front_matter(front)}\n---\n\n# {plain(name)}",
         plain(str(recipe.get("description", ""))),
         usage(quoted, config),
         facts(config, pixels),
@@ -74,9 +73,17 @@ def model_card(
         ),
     ]
     if recipe:
+        with needs("selfensemble[cli]"):
+            import yaml
+
         shown = yaml.safe_dump(public_recipe(recipe), sort_keys=False, allow_unicode=True)
         parts.append(f"## Recipe\n\n```yaml\n{shown}```")
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(values: dict[str, Any]) -> str:
+    """As YAML, of which JSON is a part."""
+    return "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in values.items())
 
 
 def _measured(config: ArtefactConfig, results: Sequence[Results]) -> str:
@@ -106,7 +113,7 @@ def _certificate(found: Certified) -> str:
     return "\n".join(
         [
             f"{code(command)}, {_machine(found.provenance)}; share of the "
-            f"{found.data.which} that are answered rightly with a certificate of at least that "
+            f"{found.which} that are answered rightly with a certificate of at least that "
             f"L2 radius, each wrong with probability {asked['alpha']:g} at most; nothing is certified of "
             f"{100 * found.abstained:.1f} %:\n",
             "| radius | certified accuracy |\n|---|---|",

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure
-
+from ..runtime.packages import needs
 from .intervals import Share
+
+with needs("selfensemble[report]"):
+    import matplotlib
+    from matplotlib.figure import Figure
 
 # Okabe & Ito's palette, distinguishable with any colour vision; markers and dashes tell lines apart in grey.
 _COLORS = ("#000000", "#E69F00", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#56B4E9")

@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from ..evaluation.results import Entry, Results
+from ..runtime.packages import needs
 from .shown import row_title, threat_model
+
+with needs("selfensemble[report]"):
+    from PIL import Image
 
 GALLERY = "gallery.safetensors"
 _ATTACKS_SHOWN = 6

@@ -8,17 +8,19 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import yaml
-
 from ..evaluation.certified import CERTIFIED, Certified, read_certified
 from ..evaluation.results import CheckRecord, Entry, ModelRecord, Results, read_results
 from ..noise.layer import describe_std
 from ..runtime.files import atomic_write
+from ..runtime.packages import needs
 from .gallery import gallery
 from .shown import between, certified_plot, protocol_plots, row_title, threat_model
 from .svg import VIEW_BOX, Plot
 from .verdict import is_weak, verdicts
+
+with needs("selfensemble[report]"):
+    import jinja2
+    import yaml
 
 
 @dataclass(frozen=True)

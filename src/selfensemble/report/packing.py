@@ -1,7 +1,6 @@
 """A trained network made ready to be given away: small weights, a card, no trace of where it was trained."""
 
 import copy
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -22,9 +21,10 @@ from ..noise.injection import remove_noise_
 from ..noise.resize_pad import ResizePadNetwork
 from ..runtime.files import atomic_write, write_json
 from ..runtime.provenance import accuracy_record
+from ..runtime.texts import read_json
 from ..training.accuracy import count_correct
+from ..training.checkpoints import RESULTS
 from ..training.recipe import public_recipe
-from ..training.trainer import RESULTS
 from .card import model_card
 from .facts import noise_on_pixels
 
@@ -75,7 +75,7 @@ def pack(
     metrics = {"test": accuracy_record(correct, len(test))}
     write(stored, metrics=metrics)
     if run is not None and (trained := Path(run) / RESULTS).is_file():
-        made = json.loads(trained.read_text(encoding="utf-8"))
+        made = read_json(trained, "restore it, or take it away")
         kept = {key: made[key] for key in ("history", "training_seconds", "provenance") if key in made}
         write_json(out / RESULTS, {"recipe": recipe, "metrics": metrics} | kept)
     write_card(out, ensemble=stored)

@@ -4,10 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from ..runtime.files import atomic_write
+from ..runtime.packages import needs
 from .figures import svg
+
+with needs("selfensemble[report]"):
+    from matplotlib.figure import Figure
 
 INDEX = "index.md"
 

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..evaluation.results import Entry
 from ..runtime.files import atomic_write
+from ..runtime.packages import needs
+
+with needs("selfensemble[report]"):
+    from matplotlib.figure import Figure
 
 # Okabe & Ito's palette, distinguishable with any colour vision; markers tell the lines apart in grey.
 _STYLES = (("#D55E00", "o"), ("#0072B2", "s"), ("#009E73", "^"), ("#CC79A7", "D"))

@@ -75,14 +75,18 @@ def certified_plot(certified: Mapping[str, Certified], runs: Mapping[str, Result
             points = (_point(0, results.clean), *(_point(eps, entry) for eps, entry in lowest.items()))
             number = digests.index(results.model.digest)
             lines.append(line(number, 1, f"{label}, under attack", points, 2, dash=_CLEAN_DASH))
+    dashed = (
+        "Dashed: what attacks that go so far leave of the same network, which no certificate can exceed. "
+        if len(lines) > len(certified)
+        else ""
+    )
     if any(is_theirs(each.data.source) for each in certified.values()):
         for number, (std, known) in enumerate(COHEN.items(), len(certified)):
             points = tuple(Point(radius, share / 100) for radius, share in known.items())
             lines.append(line(number, 2, f"Cohen et al., std {std:g} (published, ResNet-110)", points, 2))
     caption = (
-        "Share of images that are answered rightly with a certificate of at least that radius. Dashed: what "
-        "attacks within the distance leave of the same network, which no certificate can exceed. "
-        "Bars: 95 % intervals."
+        "Share of images that are answered rightly with a certificate of at least that radius. "
+        f"{dashed}Bars: 95 % intervals."
     )
     return Plot("Certified accuracy", caption, "L2 radius (images in [0, 1])", "accuracy", tuple(lines))
 

@@ -8,9 +8,13 @@ import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
+
+from ..runtime.packages import needs
+
+with needs("selfensemble[report]"):
+    import matplotlib
+    from matplotlib.figure import Figure
 
 # Okabe & Ito's palette, distinguishable with any colour vision, without its black and its yellow: one
 # vanishes on a dark page, the other on a light one. Markers tell the lines apart in grey.

@@ -23,5 +23,9 @@ def device_named(name: str) -> "torch.device":
         device = torch.device(name)
         (torch.ones(1, dtype=torch.float32, device=device) + 1).item()
     except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
-        raise InputError(f"cannot use device {name!r}: {str(error)[:200]}") from error
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        here = "cpu" if accelerator is None else f"cpu, {accelerator.type}"
+        raise InputError(
+            f"there is no device {name!r} here that torch can use: pass one of {here}"
+        ) from error
     return device

@@ -12,6 +12,9 @@ from typing import Any, BinaryIO, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from .checking import explained
+from .texts import read_json
+
 try:
     import fcntl
 except ImportError:  # on Windows
@@ -98,18 +101,6 @@ def sync(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def read_text(path: Path) -> str:
-    """The text of a file that a user wrote, whatever the locale: YAML and JSON are UTF-8.
-
-    Raises:
-        ValueError: it is not; the message says what to do.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text (byte {error.start}): save it as UTF-8") from None
-
-
 def to_json(value: Any) -> bytes:
     """Indented JSON; NaN is an error."""
     return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
@@ -132,10 +123,7 @@ def read_versioned(path: Path, schema: type[Schema], name: str, version: int, me
     Raises:
         ValueError: the file is damaged, foreign, or written by a newer version.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): {mend}") from error
+    values = read_json(path, mend)
     if not isinstance(values, dict) or values.get("format") != name:
         raise ValueError(f"{path} was not written by selfensemble as {name}: pass a folder of its own")
     if values.get("format_version") != version:
@@ -146,13 +134,10 @@ def read_versioned(path: Path, schema: type[Schema], name: str, version: int, me
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            raise ValueError(
-                f"{path} says {where}, which this version does not know: upgrade selfensemble, or {mend}"
-            ) from error
-        raise ValueError(f"{path} is damaged: {where}: {problem['msg']}") from error
+        found = error.errors(include_url=False)
+        reasons, newer = explained(found, values, schema), any(e["type"] == "extra_forbidden" for e in found)
+        mend = f"upgrade selfensemble, or {mend}" if newer else mend
+        raise ValueError(f"{path} does not fit: {reasons}: {mend}") from error
 
 
 def cache_dir() -> Path:

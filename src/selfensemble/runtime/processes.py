@@ -5,6 +5,7 @@ import os
 from typing import TYPE_CHECKING
 
 from .devices import device_named
+from .packages import needs
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +20,8 @@ def this_process(name: str) -> tuple[int, int, "torch.device"]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1, device_named(name)
     check_restarts()
-    from accelerate import PartialState
+    with needs("selfensemble[train]"):
+        from accelerate import PartialState
 
     device = device_named(name)
     # Shards take as long as they take: nobody gives up waiting for the others.
@@ -30,7 +32,8 @@ def this_process(name: str) -> tuple[int, int, "torch.device"]:
 def wait_for_all(world: int) -> None:
     """Wait for all `world` processes of a run."""
     if world > 1:
-        from accelerate import PartialState
+        with needs("selfensemble[train]"):
+            from accelerate import PartialState
 
         PartialState().wait_for_everyone()
 

@@ -19,7 +19,7 @@ from . import schemas
 from .forms import options_of
 from .gate import Gate
 from .page import add_page, samples
-from .problems import REFUSALS, first, problem
+from .problems import REFUSALS, in_words, problem, reasons
 from .service import Service
 from .settings import Settings
 
@@ -74,11 +74,11 @@ def _add_problems(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return problem(422, first(error.errors()))
+        return problem(422, reasons(error.errors(), error.body))
 
     @app.exception_handler(AnyHTTPException)
     async def refused(request: Request, error: AnyHTTPException) -> JSONResponse:
-        return problem(error.status_code, str(error.detail), error.headers)
+        return problem(error.status_code, in_words(error.status_code, error.detail), error.headers)
 
 
 def _add_answers(app: FastAPI, service: Service) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import HTTPException
 from pydantic import ValidationError
 
-from .problems import first
+from ..runtime.checking import explained
 from .schemas import Options
 
 _PARTS = {"decide", "certify"}  # options that are JSON
@@ -42,7 +42,7 @@ def options_of(fields: Iterable[tuple[str, Any]]) -> Options:
     try:
         return Options.model_validate(found)
     except ValidationError as error:
-        raise HTTPException(422, "options: " + first(error.errors())) from None
+        raise HTTPException(422, f"options: {explained(error.errors(), found, Options)}") from None
 
 
 def _json(name: str, text: str) -> Any:

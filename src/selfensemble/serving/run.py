@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..ensemble.ensemble import SelfEnsemble
+from ..runtime.errors import InputError
 from .app import create_app
 from .connections import Server, configured
 from .logs import begin
@@ -34,8 +35,11 @@ def run(
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
+            listener.listen()  # those who read the line below wait for the server, and are not refused
         except OSError as error:
-            raise OSError(error.errno, f"cannot listen at {host}:{port} ({error.strerror})") from error
+            raise InputError(
+                f"cannot listen at {host}:{port} ({error.strerror}): pass another --host or --port"
+            ) from error
         where = f"[{host}]" if ":" in host else host
         writer = begin(settings.access_log)
         print(f"listening at http://{where}:{listener.getsockname()[1]}", flush=True)  # noqa: T201

@@ -4,8 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..certainty.certification import Method
+from ..certainty.certification import Method, Verdict
 from ..ensemble.stopping import Stop
+from ..runtime.schema import Positive
 
 _Risk = Annotated[float, Field(gt=0, lt=1)]
 
@@ -26,7 +27,7 @@ class Certify(BaseModel):
     n0: Annotated[int, Field(ge=1)] = 100
     n: Annotated[int, Field(ge=2)] = 1000
     method: Method = "mean"
-    radius: Annotated[float, Field(gt=0)] | None = None
+    radius: Positive | None = None
     grid: Annotated[bool, Field(description="noise on the grid of 8-bit images, exact in floating point")] = (
         False
     )
@@ -72,12 +73,16 @@ class DecisionAnswer(BaseModel):
 
 
 class CertificateAnswer(BaseModel):
-    """Label that no change within the L2 radius changes, or null; images in [0, 1]."""
+    """Label that no change within the L2 radius changes, or null; images in [0, 1].
+
+    `verdict` on a wanted radius: certified, proven to be out of reach of any number of draws, or neither.
+    """
 
     label: str | None
     radius: float
     draws: int
     alpha: float
+    verdict: Verdict | None = None
 
 
 class SetAnswer(BaseModel):
@@ -156,7 +161,7 @@ class Attack(BaseModel):
     image: Annotated[str, Field(description="an image file in base64")]
     target: Literal["ensemble", "plain"] = "ensemble"
     attack: Literal["pgd", "cw"] = "pgd"
-    eps: Annotated[float, Field(gt=0, allow_inf_nan=False, description="L2 distance that PGD may go")] = 0.5
+    eps: Annotated[Positive, Field(description="L2 distance that PGD may go")] = 0.5
 
 
 class Compared(BaseModel):

@@ -13,7 +13,7 @@ from fastapi import HTTPException
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from torch import Tensor
 
-from ..certainty.certification import certify
+from ..certainty.certification import VERDICTS, certify
 from ..certainty.conformal import ConformalSets
 from ..certainty.decision import decide
 from ..ensemble.draws import NotFiniteError
@@ -298,7 +298,7 @@ class Service:
         radius = float(found.radius) / (high - low)
         return schemas.CertificateAnswer(
             label=self._name(int(found.label)), radius=radius, draws=int(found.draws),
-            alpha=asked.alpha,
+            alpha=asked.alpha, verdict=None if wanted is None else VERDICTS[int(found.verdict)],
         )  # fmt: skip
 
     def _possible(self, inputs: Tensor, seed: int | None) -> schemas.SetAnswer:

@@ -1,12 +1,21 @@
 """What a server does, and what it refuses."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from ..ensemble.stopping import Stop
 from ..runtime.schema import Count, Positive, Section
+
+_ORIGIN = re.compile(r"https?://[^/?#\s]+")
+
+
+def _origin(text: str) -> str:
+    if text != "*" and not _ORIGIN.fullmatch(text):
+        raise ValueError("must be an origin, https://example.org without a path, or *")
+    return text
 
 
 class Settings(Section):
@@ -51,6 +60,6 @@ class Settings(Section):
     timeout: Positive = 30.0
     header_timeout: Positive = 10.0
     attack_timeout: Positive = 300.0
-    cors: tuple[str, ...] = ()
+    cors: tuple[Annotated[str, AfterValidator(_origin)], ...] = ()
     access_log: bool = True
     retry_after: Count = 1

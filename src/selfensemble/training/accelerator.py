@@ -1,10 +1,13 @@
 """The accelerator of a training run, by Hugging Face Accelerate."""
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
+from ..runtime.packages import needs
 from ..runtime.processes import check_restarts
+
+with needs("selfensemble[train]"):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
 
 def accelerator_of(precision: str) -> Accelerator:

@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from ..data.images import ImageData, as_inputs, split_validation
@@ -13,10 +12,14 @@ from ..data.sources import load_data
 from ..data.streaming import Look, StoredReader, Streamed, prepared
 from ..data.torch_datasets import from_dataset
 from ..noise.streams import stream_seed
+from ..runtime.packages import needs
 from .augmentation import augmentation, mixing
 from .photos import PhotoChanges, rand_augment
 from .recipe import Recipe
 from .sections import DataSection
+
+with needs("selfensemble[train]"):
+    from accelerate import Accelerator
 
 _ON_DEVICE = 2**31  # bytes of images that an accelerator keeps
 # Of a step: numbers of images that lie where `Batches.device` says, or decoded images and their labels.
@@ -190,6 +193,10 @@ def _check_range(images: Tensor, name: str, bounds: tuple[float, float]) -> None
 def _shared(wanted: int, images: int, parts: int) -> int:
     """The batch size of all processes together, a multiple of their number and that of their passes."""
     batch = min(wanted, images)
+    if images < 2 * parts:
+        raise ValueError(
+            f"{images} training images are too few: pass more (data.images, data.validation say how many)"
+        )
     if batch < 2 * parts:
         raise ValueError(
             f"a batch of {batch} cannot be shared by {parts} process(es) and passes: batch norm needs two "

@@ -9,6 +9,8 @@ import torch
 from ..runtime.files import atomic_write
 from .recipe import Recipe
 
+# In the folder of a run; RESULTS comes last.
+CHECKPOINT, RESULTS, TEACHER = "checkpoint.pt", "results.json", "teacher"
 _VERSION = 2
 
 

@@ -5,11 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-try:
-    from lightning.pytorch import Callback, LightningModule
-except ImportError as error:
-    raise ImportError("this module needs Lightning: pip install lightning") from error
-
 from ..data.labels import class_numbers
 from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.validators import validate
@@ -17,6 +12,10 @@ from ..noise.injection import random_layers
 from ..noise.layer import GaussianNoise
 from ..noise.learned import LearnedNoise
 from ..noise.levels import NoiseConfig
+from ..runtime.packages import needs
+
+with needs("lightning"):
+    from lightning.pytorch import Callback, LightningModule
 
 
 class _OnSaveCheckpoint:

@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from ..data.decoding import as_tensor, plain
 from ..data.streaming import Reader
 from ..noise.streams import stream_seed
-from ..runtime.errors import MissingPackage
+from ..runtime.packages import needs
 from ..runtime.random_state import seeded_generators
 from .sections import PhotoSection
+
+with needs("selfensemble[train]"):
+    from PIL import Image, ImageEnhance
 
 _TRIES = 10
 
@@ -91,12 +93,8 @@ def rand_augment(config: PhotoSection, channels: int) -> Callable[[Image.Image],
     """
     if channels != 3:
         raise ValueError("rand_augment changes colours, these images are grey: leave it out")
-    try:
+    with needs("selfensemble[photos]"):
         from timm.data.auto_augment import rand_augment_transform
-    except ImportError as error:
-        raise MissingPackage(
-            "data.photos.rand_augment needs timm: pip install selfensemble[photos]"
-        ) from error
     name = f"rand-m{config.magnitude}-n{config.rand_augment}-mstd0.5-inc1"
     changes: Callable[[Image.Image], Image.Image] = rand_augment_transform(
         name, {"img_mean": (128, 128, 128)}

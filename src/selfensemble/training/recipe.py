@@ -3,20 +3,19 @@
 A recipe is a file, or the name of one shipped in `training/recipes/`.
 """
 
-from collections.abc import Iterator
 from contextlib import suppress
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Self, get_args
+from typing import Any, Self
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
 from ..networks.models import MODELS
 from ..noise.randomness import AnyRandomness
 from ..noise.resize_pad import ResizePadConfig
-from ..runtime.files import read_text
-from ..runtime.schema import Section
+from ..runtime.checking import checked
+from ..runtime.schema import Section, Seed
+from ..runtime.texts import parsed_yaml, read_text
 from .defenses import AnyDefense, CrossEntropy
 from .sections import DataSection, ModelSection, NoiseSection, TrainSection
 
@@ -33,7 +32,7 @@ class Recipe(Section):
 
     name: str
     description: str = ""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     data: DataSection = DataSection()
     model: ModelSection = ModelSection()
     resize_pad: ResizePadConfig | None = None
@@ -93,19 +92,13 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
         ValueError: YAML or a key or a value is wrong; the message says which.
     """
     text = _read(source)
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"recipe {source} is not valid YAML: {' '.join(str(error).split())}") from error
+    values = parsed_yaml(text, f"recipe {source}", "selfensemble[train]")
     if not isinstance(values, dict):
         raise ValueError(f"recipe {source} must hold keys and values, e.g. `train: {{epochs: 5}}`")
     values.setdefault("name", Path(source).stem)
     for override in overrides or []:
         _override(values, override)
-    try:
-        recipe = Recipe.model_validate(values)
-    except ValidationError as error:
-        raise ValueError(f"recipe {source}: {_explain(error)}") from error
+    recipe = checked(Recipe, values, f"recipe {source}")
     if recipe.model.name not in MODELS:
         raise ValueError(
             f"recipe {source}: unknown model.name {recipe.model.name!r}; choose one of {', '.join(MODELS)}"
@@ -147,50 +140,14 @@ def _read(source: str) -> str:
 
 
 def _override(values: dict[str, Any], override: str) -> None:
+
     path, found, text = override.partition("=")
     *sections, key = path.strip().split(".")
     if not found or not key:
         raise ValueError(f"cannot read override {override!r}: write section.key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"cannot read the value in {override!r}: write it as YAML") from error
+    value = parsed_yaml(text, f"the value in {override!r}")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise ValueError(f"cannot set {path!r}: {section!r} is not a section")
     values[key] = value
-
-
-def _explain(error: ValidationError) -> str:
-    parts = []
-    for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            parts.append(f"unknown key {where}; known here: {', '.join(_known_keys(problem['loc'][:-1]))}")
-        else:
-            parts.append(f"{where}: {problem['msg']}, got {problem['input']!r}")
-    return "; ".join(parts)
-
-
-def _known_keys(place: tuple[int | str, ...]) -> list[str]:
-    """Keys of the section at a place; where a section has several kinds, its name follows."""
-    section: Any = Recipe
-    kinds: list[Any] = []
-    for part in place:
-        if kinds and part not in section.model_fields:
-            section = next(kind for kind in kinds if kind.model_fields["name"].default == part)
-            continue
-        annotation = section.model_fields[part].annotation
-        kinds = list(_sections(annotation))
-        section = kinds[0]
-    return list(section.model_fields)
-
-
-def _sections(annotation: Any) -> Iterator[Any]:
-    """The sections that a type allows: one, or several in a union, which may be annotated."""
-    if hasattr(annotation, "model_fields"):
-        yield annotation
-        return
-    for part in get_args(annotation):
-        yield from _sections(part)

@@ -8,10 +8,9 @@ from ..networks.names import Activation
 from ..noise.filters import Filter
 from ..noise.layer import NoiseConfig
 from ..noise.learned import Granularity
-from ..runtime.schema import Count, NonNegative, Positive, Section
+from ..runtime.schema import Bounds, Count, NonNegative, Positive, Section
 
 Share = Annotated[float, Field(gt=0, le=1)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class PhotoSection(Section):
@@ -66,7 +65,7 @@ class DataSection(Section):
     photos: PhotoSection | None = None
     mixup: NonNegative = 0.0
     shape: Annotated[tuple[Count, ...], Field(min_length=1, max_length=4)] | None = None
-    bounds: tuple[Finite, Finite] = (0.0, 1.0)
+    bounds: Bounds = (0.0, 1.0)
 
     def reading(self) -> dict[str, Any]:
         """Arguments of `load_data` beside source and split."""
@@ -78,12 +77,6 @@ class DataSection(Section):
         if self.photos is not None and self.size is not None and self.stream is None:
             found["stream"] = True  # the whole photo is wanted, not what is left of it at that size
         return found
-
-    @model_validator(mode="after")
-    def _has_a_range(self) -> Self:
-        if not self.bounds[0] < self.bounds[1]:
-            raise ValueError("data.bounds are the lowest and the highest value: write them in that order")
-        return self
 
     @model_validator(mode="after")
     def _has_whole_photos(self) -> Self:

@@ -6,7 +6,6 @@ Everything random in step s of rank r is a function of (seed, s, r): augmentatio
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -16,11 +15,15 @@ from ..fast.small_maps import speed_up_small_maps_
 from ..noise.learned import distance_from_start
 from ..noise.own_numbers import OwnNumbers
 from ..noise.streams import stream_seed
+from ..runtime.packages import needs
 from .batches import Batch, Batches
 from .building import build_ensemble
 from .defenses import Networks
 from .optimizers import make_optimizer, make_scheduler
 from .recipe import Recipe
+
+with needs("selfensemble[train]"):
+    from accelerate import Accelerator
 
 
 class TrainingStep:

@@ -27,18 +27,18 @@ from ..noise.streams import stream_seed
 from ..runtime.files import write_json
 from ..runtime.interrupts import Interrupted, stop_requests
 from ..runtime.ownership import owned
+from ..runtime.packages import needs
 from ..runtime.provenance import accuracy_record, provenance
 from ..runtime.random_state import kept_random_state
 from .accelerator import accelerator_of
 from .accuracy import count_correct
 from .batches import Batch, Batches, given_data
 from .building import architecture, fresh_network, is_built_in
-from .checkpoints import read_checkpoint, write_checkpoint
+from .checkpoints import CHECKPOINT, RESULTS, TEACHER, read_checkpoint, write_checkpoint
 from .recipe import Recipe
 from .records import Clock, data_record, fingerprint
 from .step import TrainingStep
 
-CHECKPOINT, RESULTS, TEACHER = "checkpoint.pt", "results.json", "teacher"
 Progress = Callable[[int, int, str], None]
 
 
@@ -147,7 +147,8 @@ class Trainer:
             return self._run()
 
     def _run(self) -> dict[str, Any]:
-        from torch.utils.tensorboard import SummaryWriter
+        with needs("selfensemble[train]"):
+            from torch.utils.tensorboard import SummaryWriter
 
         self._train_teacher()
         writer = None

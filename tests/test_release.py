@@ -1,0 +1,58 @@
+"""One version everywhere, and types that others' checkers accept."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import selfensemble as rse
+
+ROOT = Path(__file__).parents[1]
+# What a user writes; wrong in the last line, which a checker has to say.
+USER = """\
+import torch
+
+import selfensemble as rse
+
+ensemble: rse.SelfEnsemble = rse.load("digits-rse")
+images: torch.Tensor = rse.load_data("digits", "test").inputs(slice(3))
+answer: rse.Prediction = ensemble.predict(images, stop="exact")
+labels: torch.Tensor = answer.label
+certificate: rse.Certificate = rse.certify(ensemble, images, n=100)
+noise = rse.NoiseConfig(init_std=0.2, inner_std=0.1)
+adversarial: torch.Tensor = rse.attacks.pgd(ensemble, images, labels, norm="l2", eps=0.5)
+wrong: int = answer.label
+"""
+
+
+def test_the_version_is_that_of_the_project() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1] == version  # type: ignore[index]
+    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[0] in ("Unreleased", version)
+    assert version in headings
+    assert rse.__version__ == metadata.version("selfensemble")
+
+
+@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+def test_a_file_of_a_user_is_checked(checker: str, tmp_path: Path) -> None:
+    if find_spec(checker) is None:
+        pytest.skip(f"needs {checker}")
+    (tmp_path / "user.py").write_text(USER)
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps({"extraPaths": [str(ROOT / "src")]}))
+    options = {"mypy": ["--strict"], "pyright": ["--pythonpath", sys.executable]}[checker]
+    done = subprocess.run(
+        [sys.executable, "-m", checker, *options, "user.py"],
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300,
+        env=os.environ | {"MYPYPATH": str(ROOT / "src")},
+    )  # fmt: skip
+    errors = [line for line in done.stdout.splitlines() if " error: " in line]
+    assert len(errors) == 1, done.stdout + done.stderr
+    assert re.search(rf"user\.py:{USER.count(chr(10))}:", errors[0]), errors
