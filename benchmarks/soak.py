@@ -4,10 +4,11 @@
 
 A supervisor restarts the server when it dies, as systemd would; it runs with a file size limit of 4 kB, as
 on a disk that is full. Clients repeat what the connection lost. Images are those whose label 200 draws
-agree on, so that each answer is known. With `--disturbed` others beside them hold connections whose headers
-or bodies never end, leave in the middle of certificates, and send images that are as large as may be. It
-ends with an error if an answer is wrong or missing, a malformed request is not refused with a reason, memory
-grows, or the server takes ten seconds to stop.
+agree on, so that each answer is known. Milliseconds are those of plain predictions, an image as JSON. With
+`--disturbed` others beside them hold connections whose headers or bodies never end, leave in the middle of
+certificates, and send images that are as large as may be. It ends with an error if an answer is wrong or
+missing, a malformed request is not refused with a reason, memory grows, or the server takes ten seconds to
+stop.
 """
 
 import asyncio
@@ -148,7 +149,7 @@ async def disturb(number: int, port: int, stop: asyncio.Event) -> None:
 
 async def client(
     number: int, base: str, work: asyncio.Queue[int], images: list[tuple[bytes, str]],
-    counts: Counter[str], latencies: list[float],
+    counts: Counter[str], latencies: dict[str, list[float]],
 ) -> None:  # fmt: skip
     chance = random.Random(number)
     async with httpx.AsyncClient(base_url=base, timeout=60) as session:
@@ -180,7 +181,8 @@ async def client(
                     await asyncio.sleep(float(reply.headers.get("Retry-After", 1)))
                     continue
                 break
-            latencies.append(time.perf_counter() - began)
+            kind = "malformed" if wrong else "form" if form else "plain"
+            latencies[kind].append(time.perf_counter() - began)
             if wrong:
                 refused = reply.status_code in (413, 422) and bool(reply.json().get("error"))
                 counts["refused" if refused else "malformed, not refused"] += 1
@@ -196,7 +198,7 @@ async def soak(options: Any) -> dict[str, Any]:
     supervisor = Supervisor([])
     base = f"http://127.0.0.1:{supervisor.port}"
     counts: Counter[str] = Counter()
-    latencies: list[float] = []
+    latencies: dict[str, list[float]] = {"plain": [], "form": [], "malformed": []}
     memory: list[tuple[int, float]] = []
     watching = asyncio.create_task(supervisor.watch())
     work: asyncio.Queue[int] = asyncio.Queue()
@@ -214,7 +216,7 @@ async def soak(options: Any) -> dict[str, Any]:
     kills = [options.requests // 8, options.requests // 4]
     while not all(task.done() for task in clients):
         await asyncio.sleep(0.5)
-        done = len(latencies)
+        done = sum(map(len, latencies.values()))
         if kills and done >= kills[0]:
             kills.pop(0)
             supervisor.process.kill()
@@ -237,12 +239,11 @@ async def soak(options: Any) -> dict[str, Any]:
     warm = [megabytes for done, megabytes in memory if done > options.requests * 0.4] or [0.0]
     quarter = max(1, len(warm) // 4)
     first, last = (sum(part) / len(part) for part in (warm[:quarter], warm[-quarter:]))
-    latencies.sort()
+    plain = sorted(latencies["plain"])
     return {
         "counts": dict(counts), "starts": supervisor.starts, "exit status": status, "stderr": errors[-2000:],
         "seconds to stop": stopped, "seconds": seconds, "requests a second": options.requests / seconds,
-        "p50 ms": 1000 * latencies[len(latencies) // 2],
-        "p99 ms": 1000 * latencies[int(len(latencies) * 0.99)],
+        "p50 ms": 1000 * plain[len(plain) // 2], "p99 ms": 1000 * plain[int(len(plain) * 0.99)],
         "memory MB": {
             "first quarter": first, "last quarter": last, "growth": last / max(first, 1.0) - 1,
             "after requests": dict(memory[:: max(1, len(memory) // 60)]),

@@ -65,7 +65,9 @@ class Planted:
 
 def _save(mode: str | None, suffix: str, **options: Any) -> Callable[[Path, Image.Image], None]:
     def write(path: Path, image: Image.Image) -> None:
-        (image if mode is None else image.convert(mode)).save(path, suffix, **options)
+        # Its own palette: one of 216 colours for everybody is as far away as another image may be.
+        own = Image.Palette.ADAPTIVE
+        (image if mode is None else image.convert(mode, palette=own)).save(path, suffix, **options)
 
     return write
 

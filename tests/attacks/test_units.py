@@ -56,6 +56,21 @@ def test_radii_and_images_have_the_units_of_the_inputs(tiny: nn.Module, images: 
     torch.testing.assert_close(other.l2, span * one.l2, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize(("norm", "dual"), [("linf", 1), ("l2", 2)])
+def test_a_linear_network_of_another_range_moves_by_the_closed_form(norm: str, dual: int) -> None:
+    """The lead of a label falls by eps times the dual norm of its slope, and no further; see `ensembles`."""
+    conv = nn.Conv2d(3, 2, 8)
+    network = nn.Sequential(conv, nn.Flatten())
+    wide = rse.SelfEnsemble(network, rse.NoiseConfig(0.0, 0.0), draws=1, bounds=(-1.0, 1.0)).eval()
+    inputs, eps = torch.rand(6, 3, 8, 8) - 0.5, 0.3
+    labels = wide(inputs).argmax(dim=1)
+    slope = (conv.weight[0] - conv.weight[1]).flatten()
+    found = ATTACKS["pgd"](wide, inputs, labels, norm=norm, eps=eps, steps=30, seed=0)
+    before, after = (wide(each).diff(dim=1).squeeze(1).abs() for each in (inputs, found))
+    lead = torch.where(wide(found).argmax(dim=1) == labels, after, -after)
+    torch.testing.assert_close(before - lead, (eps * slope.norm(dual)).expand(6), rtol=1e-3, atol=1e-4)
+
+
 def test_what_needs_no_attack_comes_back_as_it_was(tiny: nn.Module, images: Tensor) -> None:
     """To the bit: no round trip through [0, 1] rounds it."""
     _, wide = ensembles(tiny)

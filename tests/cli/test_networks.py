@@ -282,6 +282,56 @@ def test_options_that_go_elsewhere(here: Path) -> None:
     assert "answers with 7 classes, digits has 10" in error("evaluate", "wide.py:make", *DATA)
 
 
+BROKEN = """
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 4, 3), nn.Linear(4, 1)
+
+    def forward(self, inputs):
+        return self.head(self.conv(inputs).mean(dim=(2, 3)))
+
+
+class Keywords(Net):
+    def forward(self, *, pixel_values):
+        return super().forward(pixel_values)
+
+
+class Batch(Net):
+    def forward(self, batch):
+        return super().forward(batch["pixel_values"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("Net", "torch.stack([torch.zeros_like(z), z], dim=1)"),
+        ("Keywords", "an ensemble calls model(inputs), and this model's forward(*, pixel_values) cannot"),
+        ("Batch", "the forward pass fails: IndexError: too many indices"),
+    ],
+)
+def test_forwards_of_other_forms_are_refused_in_the_words_of_validate(
+    here: Path, name: str, says: str
+) -> None:
+    (here / "broken.py").write_text(BROKEN)
+    assert says in error("info", f"broken.py:{name}", *SHAPE)
+    issues = json.loads(run("validate", f"broken.py:{name}", *SHAPE, "--json", expect=3).stdout)["issues"]
+    assert any(says in each["message"] + each["cure"] for each in issues)
+    shown = run("validate", f"broken.py:{name}", *SHAPE, expect=3).stdout
+    assert "\\[" not in shown  # brackets as they are
+
+
+def test_images_that_a_network_cannot_take_are_read_otherwise(here: Path) -> None:
+    (here / "colour.py").write_text(FILE.replace("Conv2d(1,", "Conv2d(3,"))
+    told = error("evaluate", "colour.py:make", *DATA)
+    assert "cannot take inputs of shape (2, 1, 8, 8)" in told
+    assert "--channels" in told
+
+
 def test_levels_are_tuned_with_training_by_a_recipe(here: Path) -> None:
     """Which a network that was not trained here does not know; other weights are trained again."""
     asked = ("tune", NAME, *NAMED, *DATA, "--n", 20, "--levels", "0.1:0.05", "--epochs", 1)

@@ -4,8 +4,10 @@ import io
 import multiprocessing
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -13,8 +15,9 @@ from PIL import Image
 
 from selfensemble.data import caching, rendering, survey
 from selfensemble.data.decoding import prepare_image
-from selfensemble.data.images import ImageData, split_validation
+from selfensemble.data.images import ImageData, Inputs, split_validation
 from selfensemble.data.sources import load_data
+from selfensemble.evaluation.identity import data_record
 
 datasets = pytest.importorskip("datasets")
 
@@ -311,6 +314,71 @@ def test_a_sample_is_of_all_classes_and_of_its_seed(digits: ImageData) -> None:
     for image, label in zip(few.images, few.labels, strict=True):
         assert known[image.numpy().tobytes()] == label
     assert digits.sample(len(digits), 0) is digits
+
+
+@pytest.fixture
+def on_the_hub(digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """`somebody/numbers` is there, with two commits, names of its own and no test split; revisions asked for.
+
+    What is replaced is what the libraries do on the network; the tables are those of the library.
+    """
+    asked: list[str | None] = []
+    pictures = [Image.fromarray(image[0].numpy()) for image in digits.images[:40]]
+    numbers = digits.labels[:40].tolist()
+    columns = {"thumbnail": pictures, "photo": pictures[::-1], "kind": numbers, "size": [8] * 40}
+    features = datasets.Features({
+        "thumbnail": datasets.Image(), "photo": datasets.Image(),
+        "kind": datasets.ClassLabel(names=list(digits.classes)), "size": datasets.Value("int64"),
+    })  # fmt: skip
+    tables = {"everything": datasets.Dataset.from_dict(columns, features=features)}
+    tables["nameless"] = tables["everything"].remove_columns(["kind", "size"])
+
+    def load_dataset(hub_id: str, *, split: str, streaming: bool, revision: str | None) -> Any:
+        assert hub_id == "somebody/numbers"
+        asked.append(revision)
+        if split not in tables:
+            raise ValueError(f"Unknown split {split!r}. Should be one of {list(tables)}.")
+        return tables[split].to_iterable_dataset() if streaming else tables[split]
+
+    def dataset_info(self: object, hub_id: str, *, revision: str | None, timeout: float) -> Any:
+        if revision == "unreachable":
+            raise ConnectionError("no network")
+        return SimpleNamespace(sha={None: "c" * 40, "v1": "a" * 40}[revision])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    return asked
+
+
+def test_a_data_set_of_the_hub_with_names_of_its_own(
+    digits: ImageData, on_the_hub: list[str | None], tmp_path: Path
+) -> None:
+    """Its commit is what is read, known again and recorded."""
+    both: dict[str, Any] = {"train_split": "everything", "test_split": "everything", "label_column": "kind"}
+    train, test = (load_data("somebody/numbers", split, **both) for split in ("train", "test"))
+    assert (len(train) + len(test), test.cut, test.revision) == (40, (0.2, 0), "c" * 40)
+    assert set(on_the_hub) == {"c" * 40}
+    whole = load_data("somebody/numbers", "test", test_split="everything", label_column="kind", revision="v1")
+    assert whole.revision == "a" * 40
+    assert torch.equal(whole.images, digits.images[:40])
+    assert whole.classes == digits.classes
+    other = load_data("somebody/numbers", "test", **both | {"image_column": "photo", "train_split": None})
+    assert torch.equal(other.images, digits.images[:40].flip(0))
+    far = load_data("somebody/numbers", "test", **both, revision="unreachable")
+    assert (far.revision, on_the_hub[-1]) == ("unreachable", "unreachable")
+    answer = data_record(Inputs(whole, 5), whole.labels[:5])
+    assert answer.revision == "a" * 40
+
+
+def test_what_a_data_set_of_the_hub_lacks_is_said(on_the_hub: list[str | None]) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no test split .*everything.*one name for both cuts"):
+        load_data("somebody/numbers", "test", label_column="kind")
+    with pytest.raises(ValueError, match=r"has no column 'class'; it has thumbnail"):
+        load_data("somebody/numbers", "test", test_split="everything", label_column="class")
+    with pytest.raises(ValueError, match="column 'size' of somebody/numbers holds no images"):
+        load_data("somebody/numbers", "test", test_split="everything", image_column="size")
+    with pytest.raises(ValueError, match="found thumbnail, photo: name the label column"):
+        load_data("somebody/numbers", "test", test_split="nameless")
 
 
 def test_what_data_do_not_have_is_refused(tmp_path: Path, digits: ImageData) -> None:

@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,16 @@ judge: {seeds: 1, queries: 1}
 checks: false
 attacks: [{attack: pgd, norm: linf, eps: [0.02], steps: 3}]
 """
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays_imported() -> Iterator[None]:
+    """Modules of the pages' files would be those of other tests' files of that name."""
+    path = list(sys.path)
+    yield
+    sys.path[:] = path
+    for name in ("mynets", "tones"):
+        sys.modules.pop(name, None)
 
 
 def blocks(page: str, kind: str) -> list[str]:

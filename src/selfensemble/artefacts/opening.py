@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ensemble.checks import explain_shape, logits_of
+from ..ensemble.checks import check_call, explain_shape, logits_of
 from ..ensemble.ensemble import SelfEnsemble
 from ..networks.expected import expected_images
+from ..networks.importing import described
 from ..networks.naming import network_from
 from ..networks.normalized import Normalized
 from ..noise.calls import to_eval_mode_
@@ -118,8 +119,14 @@ def _refuse_nothing(network: nn.Module, name: str, filter_name: str) -> None:
 
 def check_runs(network: nn.Module, example_inputs: Tensor) -> None:
     """Raise a ValueError unless a pass over the example gives logits."""
-    with torch.no_grad(), OwnNumbers(), eval_mode(network), explain_shape(network, example_inputs):
-        logits_of(network(example_inputs), len(example_inputs))
+    check_call(network)
+    try:
+        with torch.no_grad(), OwnNumbers(), eval_mode(network), explain_shape(network, example_inputs):
+            logits_of(network(example_inputs), len(example_inputs))
+    except (ValueError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of whatever kind: the code is somebody's own
+        raise ValueError(f"the forward pass fails: {described(error)}") from error
 
 
 def in_pixels(network: Normalized, chosen: FilterFn, example_inputs: Tensor | None) -> FilterFn:

@@ -112,9 +112,7 @@ def calibrate(
     data: DataOptions = NO_DATA,
     n_images: Annotated[
         int,
-        typer.Option(
-            "--n", "--n-images", min=1, help="Number of test images, from the end: the first stay unseen."
-        ),
+        typer.Option("--n", "--n-images", min=1, help="Test images, from the end: the first stay unseen."),
     ] = 4000,
     epsilon: Annotated[
         float | None,
@@ -142,6 +140,8 @@ def calibrate(
     network: NetworkOptions = OPTIONS,
 ) -> None:
     """Set the margins at which `predict --stop calibrated` stops drawing, or the sets of `predict --sets`."""
+    from ..data.images import batch_size
+
     of_stops = {"epsilon": epsilon, "delta": delta, "most": most}
     of_sets = {"alpha": alpha, "radius": radius, "draws": draws}
     for name, value in (of_stops if sets else of_sets).items():
@@ -154,7 +154,10 @@ def calibrate(
     config, test = opened.config, opened.test
     if len(test) < n_images:
         raise InputError(f"there are {len(test)} test images: --n asks for {n_images}")
-    ensemble = in_precision(opened.ensemble.to(device_named(device)), test.inputs(slice(2)), precision)
+    target = device_named(device)
+    if max_batch is None and target.type != "cpu":  # where a pass holds half of all images by default
+        max_batch = batch_size(2000, test.shape)
+    ensemble = in_precision(opened.ensemble.to(target), test.inputs(slice(2)), precision)
     work = _sets if sets else _stopping
     chosen = (of_sets if sets else of_stops) | {"seed": seed, "max_batch": max_batch}
     options = {name: value for name, value in chosen.items() if value is not None}

@@ -206,6 +206,7 @@ def _saved(model: str, options: NetworkOptions, data: DataOptions, with_data: bo
 def _named(model: str, options: NetworkOptions, data: DataOptions, with_data: bool) -> Opened:
     from ..artefacts import storage
     from ..artefacts.opening import ensemble_of, seeded_network
+    from ..ensemble.checks import ShapeError
     from ..networks.expected import expected_images
 
     network = seeded_network(model, arguments_of(options), options.weights)
@@ -216,11 +217,16 @@ def _named(model: str, options: NetworkOptions, data: DataOptions, with_data: bo
         terminal.err.print(
             f"{model} wants standardised images: --mean {mean} --std {std} are put in", soft_wrap=True
         )
-    ensemble = ensemble_of(
-        network, model, noise=noise_of(options), draws=options.draws,
-        filter_name=options.filter_name or "conv", mean=channels_of(options.mean, "--mean"),
-        std=channels_of(options.std, "--std"), example_inputs=example, bounds=bounds_of(options),
-    )  # fmt: skip
+    try:
+        ensemble = ensemble_of(
+            network, model, noise=noise_of(options), draws=options.draws,
+            filter_name=options.filter_name or "conv", mean=channels_of(options.mean, "--mean"),
+            std=channels_of(options.std, "--std"), example_inputs=example, bounds=bounds_of(options),
+        )  # fmt: skip
+    except ShapeError as error:
+        if images is None:
+            raise
+        raise InputError(f"{error}: read {data.data} as it wants them, --size and --channels") from error
     images = None if images is None else images.within(ensemble.bounds)
     classes, images = _classes(network, ensemble, images, example, model)
     shape = tuple(example.shape[1:])

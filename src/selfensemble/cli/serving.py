@@ -82,9 +82,11 @@ def serve(
     network: NetworkOptions = OPTIONS,
 ) -> None:
     """Answer images over HTTP: POST /v1/predict; see /openapi.json."""
+    from ..runtime.memory import keep_freed_memory
     from ..serving.run import run
     from ..serving.settings import Settings
 
+    keep_freed_memory(_KEPT)
     is_local = host in ("127.0.0.1", "localhost", "::1")
     if not is_local and api_key is None:
         raise InputError(
@@ -101,6 +103,9 @@ def serve(
     opened = open_network(model, network)
     ensemble, classes, shape = _loaded(opened, device, precision)
     run(ensemble, classes, shape, settings, host, port, name=opened.name, metrics=opened.config.metrics)
+
+
+_KEPT = 8 * 2**20  # bytes of the largest block of memory that is kept for the next request
 
 
 def _loaded(

@@ -102,7 +102,6 @@ def print_checks(checks: "Sequence[CheckRecord]") -> None:
 
 def print_issues(issues: "Sequence[Issue]") -> None:
     """What `validate` found, as a table."""
-    from rich.markup import escape
     from rich.table import Table
 
     if not issues:
@@ -114,7 +113,7 @@ def print_issues(issues: "Sequence[Issue]") -> None:
     for issue in issues:
         style = "red" if issue.severity == "error" else None
         parts = (issue.rule, issue.severity, issue.where or "the network", issue.message, issue.cure)
-        table.add_row(*map(escape, parts), style=style)
+        table.add_row(*parts, style=style)
     out.print(table)
 
 

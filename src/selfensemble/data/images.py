@@ -32,6 +32,7 @@ class ImageData:
         cut: where train and test split were cut out of the same images: the share of the test split, and
             the seed.
         skipped: files that are not among the images, and why.
+        revision: of a data set of the Hub: the commit, or what was asked for where the Hub was not reached.
         bounds: that black and white of uint8 images become, see `within`.
 
     Raises:
@@ -46,6 +47,7 @@ class ImageData:
     drawn: int | None = None
     cut: tuple[float, int] | None = None
     skipped: tuple[str, ...] = ()
+    revision: str | None = None
     bounds: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:

@@ -59,7 +59,13 @@ def images_of(rows: Rows, split: Split, reading: Reading) -> ImageData:
         identity = [rows.identity, split, cut, channels, size, reading.centre]
         images = memory_mapped(identity, lambda: _decoded(rows, places, channels, size, reading.centre))
     return ImageData(
-        rows.source, images, numbers[places], tuple(classes), cut=cut, skipped=(*skipped, *rows.others)
+        rows.source,
+        images,
+        numbers[places],
+        tuple(classes),
+        cut=cut,
+        skipped=(*skipped, *rows.others),
+        revision=rows.revision,
     )
 
 

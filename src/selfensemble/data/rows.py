@@ -22,6 +22,7 @@ class Rows:
         cut: whether they are of both splits together.
         skipped: images that were left out so far, and why.
         others: what lies beside them and is none.
+        revision: of a data set of the Hub.
     """
 
     source: str
@@ -33,6 +34,7 @@ class Rows:
     cut: bool = False
     skipped: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
+    revision: str | None = None
 
     def name(self, place: int) -> str:
         """For people."""

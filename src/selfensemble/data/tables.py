@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from .reading import Reading
 from .rows import Cell, Rows, pick_column
 
 HUB_IDS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100", "stl10": "tanganke/stl10"}
+_PATIENCE = 10.0  # seconds for the Hub to answer
 _LABELS = (
     "label", "labels", "fine_label", "target", "targets", "class", "category", "label_id", "class_id",
     "digit",
@@ -68,11 +69,13 @@ def open_hub(hub_id: str, split: Split, reading: Reading) -> Rows:
     with needs("selfensemble[data]"):
         from datasets import load_dataset
 
+    revision = _commit(hub_id, reading.revision) or reading.revision
+
     def open_table(streaming: bool) -> Any:
         problems = []
         for name in reading.names(split):
             try:
-                return load_dataset(hub_id, split=name, streaming=streaming, revision=reading.revision)
+                return load_dataset(hub_id, split=name, streaming=streaming, revision=revision)
             except OSError as error:
                 raise ConnectionError(
                     f"cannot read data set {hub_id!r} from the hub ({type(error).__name__}): check "
@@ -88,8 +91,19 @@ def open_hub(hub_id: str, split: Split, reading: Reading) -> Rows:
             "name another, and one name for both cuts them out of it"
         )
 
-    names = [hub_id, *reading.names(split), reading.revision]
-    return _rows(hub_id, names, lambda: open_table(True), lambda: open_table(False), reading.cuts, reading)
+    names = [hub_id, *reading.names(split), revision]
+    rows = _rows(hub_id, names, lambda: open_table(True), lambda: open_table(False), reading.cuts, reading)
+    return replace(rows, revision=revision)
+
+
+def _commit(hub_id: str, revision: str | None) -> str | None:
+    """That of a revision now; None where the Hub is not reached, and what was downloaded before is read."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(hub_id, revision=revision, timeout=_PATIENCE).sha
+    except (OSError, ValueError):  # whatever is wrong, opening it will say
+        return None
 
 
 @dataclass(frozen=True)
@@ -132,7 +146,7 @@ def _rows(
             f"column {image!r} of {source} holds no images; these do: {', '.join(images) or 'none'}"
         )
     known = [*_LABELS, *(name for name, kind in features.items() if isinstance(kind, ClassLabel))]
-    others = [name for name in columns if name != image]
+    others = [name for name in columns if name not in images]
     label = pick_column(reading.label_column, [*known, *others[: len(others) == 1]], columns, "label", source)
     kind = features[label]
 

@@ -32,6 +32,10 @@ class OutputError(ValueError):
     """The model returns something that is not a batch of logits."""
 
 
+class ShapeError(ValueError):
+    """The model cannot take inputs of a shape."""
+
+
 def logits_of(output: Any, batch: int | None = None) -> Tensor:
     """The logits (B, K) in a model's output.
 
@@ -123,7 +127,7 @@ def check_images(inputs: Tensor, bounds: tuple[float, float] | None = (0.0, 1.0)
 
 @contextmanager
 def explain_shape(model: nn.Module, inputs: Tensor) -> Iterator[None]:
-    """Turn an error about inputs of a wrong shape into one that names what was expected; others pass."""
+    """Turn an error about inputs of a wrong shape into a ShapeError, which says more; others pass."""
     try:
         yield
     except (torch.OutOfMemoryError, OutputError):
@@ -136,7 +140,7 @@ def explain_shape(model: nn.Module, inputs: Tensor) -> Iterator[None]:
         if (fqn := next(iter(noise_layers(model)), None)) is not None:
             layer = model.get_submodule(fqn)
             expected = f"; its first layer is {type(layer).__name__}({layer.extra_repr()})"
-        raise ValueError(
+        raise ShapeError(
             f"the model cannot take inputs of shape {tuple(inputs.shape)} ({reason}){expected}"
         ) from error
 

@@ -57,6 +57,7 @@ def data_record(inputs: Inputs, labels: Tensor) -> DataRecord:
         drawn=data.drawn,
         cut=data.cut,
         skipped=data.skipped,
+        revision=data.revision,
     )
 
 

@@ -84,6 +84,7 @@ class DataRecord(Record):
         drawn: the seed of the order that the set was put into, for it is stored in no random one.
         cut: share and seed of a test set that was cut off the images.
         skipped: files that could not be used, and why.
+        revision: of a data set of the Hub.
     """
 
     source: str
@@ -93,6 +94,7 @@ class DataRecord(Record):
     drawn: int | None = None
     cut: tuple[float, int] | None = None
     skipped: tuple[str, ...] = ()
+    revision: str | None = None
 
     @property
     def which(self) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..certainty.certification import VERDICTS, certify
 from ..certainty.conformal import ConformalSets
 from ..certainty.decision import decide
-from ..ensemble.draws import NotFiniteError
+from ..ensemble.draws import Draws, NotFiniteError
 from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.promises import rule_for
 from ..ensemble.stopping import Fixed, Rule, Stop
@@ -29,6 +29,8 @@ from .logs import LOG
 from .opening import Opener
 from .settings import Settings
 from .turns import BusyError, ClosedError, ModelError
+
+_LONG_PASS = 256  # images at most in a pass of a certificate, which others wait for
 
 
 class Service:
@@ -68,6 +70,7 @@ class Service:
     def start(self) -> None:
         """Begin to take requests."""
         self.opener = Opener(self.shape, self.settings.max_pixels)
+        self._images_a_pass = min(_LONG_PASS, Draws(self.ensemble, self._example).capacity)
         self.batcher = Batcher(self.ensemble, self._example, self.settings.max_waiting)
 
     def stop(self) -> None:
@@ -294,7 +297,7 @@ class Service:
         low, high = self.ensemble.bounds or (0.0, 1.0)
         wanted = None if asked.radius is None else asked.radius * (high - low)
         settings = asked.model_dump() | {"radius": wanted}
-        found = certify(self.ensemble, inputs, **settings, seed=seed)
+        found = certify(self.ensemble, inputs, **settings, max_batch=self._images_a_pass, seed=seed)
         radius = float(found.radius) / (high - low)
         return schemas.CertificateAnswer(
             label=self._name(int(found.label)), radius=radius, draws=int(found.draws),

@@ -50,6 +50,8 @@ def data_record(batches: Batches) -> dict[str, Any]:
     """The images of a run, for `results.json`."""
     train, test = batches.train, batches.test
     record: dict[str, Any] = {"source": train.name, "train": len(batches.train_indices)}
+    if train.revision is not None:
+        record["revision"] = train.revision
     if train.cut is not None:
         record["cut"] = {"test_share": train.cut[0], "seed": train.cut[1], "test": len(test)}
     if skipped := [*train.skipped, *(each for each in test.skipped if each not in train.skipped)]:
