@@ -140,8 +140,12 @@ def certificates(
     max_batch: int | None = None,
     seed: int | None = None,
     progress: Progress | None = None,
+    std: float | None = None,
 ) -> dict[Method, Certificate]:
-    """Certificates by several methods from the same draws, see `certify`; `alpha` is the risk of each."""
+    """Certificates by several methods from the same draws, see `certify`; `alpha` is the risk of each.
+
+    `std` is what `pixel_std` says of this ensemble, where that has been asked before.
+    """
     check_images(inputs, ensemble.bounds)
     _check_names(methods, rivals, bound)
     _check_numbers(alpha, n0, n, seed, give_up)
@@ -149,7 +153,8 @@ def certificates(
     size = None if max_batch is None else check_count("max_batch", max_batch)
     if len(inputs) == 0:
         return dict.fromkeys(methods, _of_no_images(len(wanted)))
-    aims = partial(Aims, pixel_std(ensemble, inputs), alpha, n, wanted, give_up=give_up)
+    known = pixel_std(ensemble, inputs) if std is None else std
+    aims = partial(Aims, known, alpha, n, wanted, give_up=give_up)
     means = partial(Means, bound=bound, seed=seed)
     measures: dict[Method, Callable[..., Votes | Means]] = {"vote": Votes, "mean": means}
     done, total = 0, len(inputs) * (n0 + n)

@@ -13,9 +13,10 @@ from fastapi import HTTPException
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from torch import Tensor
 
-from ..certainty.certification import VERDICTS, certify
+from ..certainty.certification import VERDICTS, certificates
 from ..certainty.conformal import ConformalSets
 from ..certainty.decision import decide
+from ..certainty.pixels import pixel_std
 from ..ensemble.draws import Draws, NotFiniteError
 from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.promises import rule_for
@@ -70,6 +71,7 @@ class Service:
     def start(self) -> None:
         """Begin to take requests."""
         self.opener = Opener(self.shape, self.settings.max_pixels)
+        self._std: float | None = None
         self._images_a_pass = min(_LONG_PASS, Draws(self.ensemble, self._example).capacity)
         self.batcher = Batcher(self.ensemble, self._example, self.settings.max_waiting)
 
@@ -297,7 +299,18 @@ class Service:
         low, high = self.ensemble.bounds or (0.0, 1.0)
         wanted = None if asked.radius is None else asked.radius * (high - low)
         settings = asked.model_dump() | {"radius": wanted}
-        found = certify(self.ensemble, inputs, **settings, max_batch=self._images_a_pass, seed=seed)
+        # What the network is, not the image: found out at the first certificate.
+        self._std = self._std or pixel_std(self.ensemble, inputs)
+        method = settings.pop("method")
+        found = certificates(
+            self.ensemble,
+            inputs,
+            (method,),
+            **settings,
+            max_batch=self._images_a_pass,
+            seed=seed,
+            std=self._std,
+        )[method]
         radius = float(found.radius) / (high - low)
         return schemas.CertificateAnswer(
             label=self._name(int(found.label)), radius=radius, draws=int(found.draws),
