@@ -13,25 +13,22 @@ from fastapi import HTTPException
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from torch import Tensor
 
-from ..certainty.certification import VERDICTS, certificates
 from ..certainty.conformal import ConformalSets
 from ..certainty.decision import decide
-from ..certainty.pixels import pixel_std
-from ..ensemble.draws import Draws, NotFiniteError
+from ..ensemble.draws import NotFiniteError
 from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.promises import rule_for
 from ..ensemble.stopping import Fixed, Rule, Stop
 from ..noise.injection import noise_layers
 from . import schemas
 from .batching import Answer, Batcher
+from .certifying import Certifier
 from .images import ImageError, TooLargeError, scaled
 from .keyed import check_one_answer, keyed_seed
 from .logs import LOG
 from .opening import Opener
 from .settings import Settings
 from .turns import BusyError, ClosedError, ModelError
-
-_LONG_PASS = 256  # images at most in a pass of a certificate, which others wait for
 
 
 class Service:
@@ -50,6 +47,7 @@ class Service:
         self.ensemble, self.classes, self.shape, self.settings = ensemble, classes, shape, settings
         rule_for(settings.stop, settings.draws or ensemble.draws, False, ensemble)  # says what is wrong
         self.batcher: Batcher | None = None
+        self._certifier = Certifier(ensemble, self._name)
         self.opener = Opener(shape, settings.max_pixels)
         self.samples: list[dict[str, str]] = []  # that the page offers
         self.registry = CollectorRegistry()
@@ -71,8 +69,6 @@ class Service:
     def start(self) -> None:
         """Begin to take requests."""
         self.opener = Opener(self.shape, self.settings.max_pixels)
-        self._std: float | None = None
-        self._images_a_pass = min(_LONG_PASS, Draws(self.ensemble, self._example).capacity)
         self.batcher = Batcher(self.ensemble, self._example, self.settings.max_waiting)
 
     def stop(self) -> None:
@@ -148,7 +144,7 @@ class Service:
                 ConformalSets.of(self.ensemble)  # says what is wrong before anything is computed
             answers = await self._predict(inputs, seeds, options)
             decided = await self._one_by_one(self._decide, inputs, seeds, options.decide)
-            certified = await self._one_by_one(self._certify, inputs, seeds, options.certify)
+            certified = await self._one_by_one(self._certifier, inputs, seeds, options.certify)
             possible = await self._one_by_one(
                 lambda image, seed, asked: self._possible(image, seed), inputs, seeds, options.sets or None
             )
@@ -292,29 +288,6 @@ class Service:
         return schemas.DecisionAnswer(
             label=self._name(int(found.label)), leader=self.classes[int(found.leader)], low=float(found.low),
             high=float(found.high), draws=int(found.draws), alpha=asked.alpha,
-        )  # fmt: skip
-
-    def _certify(self, inputs: Tensor, seed: int | None, asked: schemas.Certify) -> schemas.CertificateAnswer:
-        # Radii are those of images in [0, 1], whatever the bounds of the ensemble.
-        low, high = self.ensemble.bounds or (0.0, 1.0)
-        wanted = None if asked.radius is None else asked.radius * (high - low)
-        settings = asked.model_dump() | {"radius": wanted}
-        # What the network is, not the image: found out at the first certificate.
-        self._std = self._std or pixel_std(self.ensemble, inputs)
-        method = settings.pop("method")
-        found = certificates(
-            self.ensemble,
-            inputs,
-            (method,),
-            **settings,
-            max_batch=self._images_a_pass,
-            seed=seed,
-            std=self._std,
-        )[method]
-        radius = float(found.radius) / (high - low)
-        return schemas.CertificateAnswer(
-            label=self._name(int(found.label)), radius=radius, draws=int(found.draws),
-            alpha=asked.alpha, verdict=None if wanted is None else VERDICTS[int(found.verdict)],
         )  # fmt: skip
 
     def _possible(self, inputs: Tensor, seed: int | None) -> schemas.SetAnswer:
