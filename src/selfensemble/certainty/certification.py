@@ -144,7 +144,7 @@ def certificates(
 ) -> dict[Method, Certificate]:
     """Certificates by several methods from the same draws, see `certify`; `alpha` is the risk of each.
 
-    `std` is what `pixel_std` says of this ensemble, where that has been asked before.
+    `std`: what `pixel_std` says of this ensemble, where that was asked before.
     """
     check_images(inputs, ensemble.bounds)
     _check_names(methods, rivals, bound)
@@ -153,11 +153,11 @@ def certificates(
     size = None if max_batch is None else check_count("max_batch", max_batch)
     if len(inputs) == 0:
         return dict.fromkeys(methods, _of_no_images(len(wanted)))
-    known = pixel_std(ensemble, inputs) if std is None else std
-    aims = partial(Aims, known, alpha, n, wanted, give_up=give_up)
-    means = partial(Means, bound=bound, seed=seed)
-    measures: dict[Method, Callable[..., Votes | Means]] = {"vote": Votes, "mean": means}
-    done, total = 0, len(inputs) * (n0 + n)
+    std = pixel_std(ensemble, inputs) if std is None else std
+    aims = partial(Aims, std, alpha, n, wanted, give_up=give_up)
+    measures: dict[Method, Callable[..., Votes | Means]]
+    measures = {"vote": Votes, "mean": partial(Means, bound=bound, seed=seed)}
+    done, total, report = 0, len(inputs) * (n0 + n), progress or (lambda done, total: None)
     found: list[list[tuple[Tensor, ...]]] = []
     noise = grid_noise(ensemble, inputs) if grid else nullcontext(0.0)
     with eval_mode(ensemble), noise as slack:
@@ -173,15 +173,13 @@ def certificates(
                     outputs = check_finite(draws.take(images, start, min(some, end - start), number))
                     yield outputs
                     done += len(images) * len(outputs)
-                    if progress is not None:
-                        progress(done, total)
+                    report(done, total)
 
             selection = torch.cat(list(passes(group, 0, n0)))
             seen = [measures[method](selection, rivals, alpha, n) for method in methods]
             found.append(_certify(group, passes, seen, n0, aims(slack=slack)))
             done = sum(len(each[0][0]) for each in found) * (n0 + n)  # with what early stops have saved
-            if progress is not None:
-                progress(done, total)
+            report(done, total)
     by_method = zip(*found, strict=True)  # of the parts of the batch
     return {
         method: Certificate(*(torch.cat(column) for column in zip(*parts, strict=True)))
