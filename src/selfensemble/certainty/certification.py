@@ -142,10 +142,7 @@ def certificates(
     progress: Progress | None = None,
     std: float | None = None,
 ) -> dict[Method, Certificate]:
-    """Certificates by several methods from the same draws, see `certify`; `alpha` is the risk of each.
-
-    `std`: what `pixel_std` says of this ensemble, where that was asked before.
-    """
+    """By several methods from the same draws, see `certify`; risk `alpha` each, `std` if `pixel_std` is known."""
     check_images(inputs, ensemble.bounds)
     _check_names(methods, rivals, bound)
     _check_numbers(alpha, n0, n, seed, give_up)
