@@ -142,7 +142,7 @@ def certificates(
     progress: Progress | None = None,
     std: float | None = None,
 ) -> dict[Method, Certificate]:
-    """By several methods from the same draws, see `certify`; risk `alpha` each, `std` if `pixel_std` is known."""
+    """By several methods from the same draws, see `certify`: risk `alpha` each; `std` if it is known."""
     check_images(inputs, ensemble.bounds)
     _check_names(methods, rivals, bound)
     _check_numbers(alpha, n0, n, seed, give_up)
