@@ -237,3 +237,23 @@ def test_faults_of_the_shape_are(error: Exception, images: Tensor) -> None:
         ValueError, match=r"cannot take inputs of shape \(\d, 3, 8, 8\).*its first layer is Conv2d"
     ):
         ensemble.predict(images)
+
+
+class OfABatch(nn.Module):
+    """Takes the dictionary that a data loader gives, labels and all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        logits: Tensor = self.conv(batch["pixel_values"]).mean(dim=(2, 3))
+        return logits
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
+def test_a_forward_that_fails_is_refused_in_the_words_of_validate(images: Tensor) -> None:
+    with pytest.raises(ValueError, match="the forward pass fails: IndexError") as caught:
+        rse.SelfEnsemble(OfABatch(), rse.NoiseConfig(0.1, 0.1), example_inputs=images)
+    (issue,) = [each for each in rse.validate(OfABatch(), images) if each.rule == "forward"]
+    assert issue.cure in str(caught.value)

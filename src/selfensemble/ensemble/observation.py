@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
+from ..networks.importing import described
 from ..noise.calls import OwnHooks
 from ..noise.graphs import as_recorded
 from ..noise.injection import CHILD, call, eval_mode
@@ -122,10 +123,18 @@ def images_of(inputs: Any) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor.dim() >= 3] or tensors[:1]
 
 
+EXAMPLES = "Pass example inputs that the model accepts; dicts become keywords, tuples arguments"
+
+
 def check_answer(model: nn.Module, example_inputs: Any) -> None:
     """Raise an `OutputError` unless the answer to an example is logits, as `validate` says it."""
-    with torch.no_grad(), OwnNumbers(), _in_eval_mode(model):
-        output = call(model, example_inputs)
+    try:
+        with torch.no_grad(), OwnNumbers(), _in_eval_mode(model):
+            output = call(model, example_inputs)
+    except (ValueError, TypeError, RuntimeError):
+        raise
+    except Exception as error:  # of whatever kind: the code is somebody's own
+        raise ValueError(f"the forward pass fails: {described(error)}. {EXAMPLES}") from error
     logits_of(output, batch_of(example_inputs))
 
 

@@ -20,7 +20,7 @@ from ..noise.injection import CHILD, FilterFn, is_convolution, noise_layers, ran
 from ..noise.layer import GaussianNoise
 from ..noise.records import lost_noise
 from .checks import check_call, check_images, logits_of
-from .observation import Trace, batch_of, images_of, observe
+from .observation import EXAMPLES, Trace, batch_of, images_of, observe
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def validate(
         issues.append(
             Issue(
                 "forward", "error", "", f"the forward pass fails: {type(trace.failure).__name__}: {text}",
-                "Pass example inputs that the model accepts; dicts become keywords, tuples arguments",
+                EXAMPLES,
             )
         )  # fmt: skip
     else:
