@@ -111,7 +111,8 @@ class FaceOrNot(nn.Module):
         self.part = getattr(theirs, name)()
 
     def forward(self, crops: Tensor) -> Tensor:
-        return torch.as_tensor(self.part(crops)[-1]).clamp(1e-12).log()
+        probabilities: Tensor = self.part(crops)[-1]
+        return probabilities.clamp(1e-12).log()
 
 
 def _of_pytorchcv(name: str) -> nn.Module:

@@ -140,7 +140,7 @@ def bring(folder: Path) -> None:
     sgd = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
     network.train()
     for _ in range(10):
-        for batch in torch.randperm(len(data)).split(64):
+        for batch in torch.randperm(len(data), device="cpu").split(64):
             sgd.zero_grad()
             functional.cross_entropy(network(data.inputs(batch)), data.labels[batch]).backward()
             sgd.step()

@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 
 from .runtime.errors import InputError, MissingPackage
-from .runtime.interrupts import INTERRUPTED, Interrupted, end_while_loading
+from .runtime.interrupts import INTERRUPTED, NOTHING_LOST, Interrupted, end_while_loading
 from .runtime.memory import collect_garbage_later, keep_freed_memory
 from .runtime.packages import needs
 
@@ -73,7 +73,7 @@ def _run(arguments: list[str], debug: bool) -> int:
     except Exception as error:
         return _report(error, debug)
     if status == INTERRUPTED:  # newer releases of typer turn KeyboardInterrupt into this
-        _fail("interrupted; files that were complete before are intact", debug)
+        _fail(NOTHING_LOST, debug)
     return int(status or 0)
 
 

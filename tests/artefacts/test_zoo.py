@@ -146,6 +146,6 @@ def test_cards_take_evaluations_of_the_same_network_only(tmp_path: Path) -> None
     assert not (tmp_path / "other" / "README.md").exists()
     bare = read_config(tmp_path / "other")
     assert "Not evaluated under attack" in model_card("bare", bare)
-    assert "noise has to stay on" in model_card("bare", bare)
+    assert "noise must stay on" in model_card("bare", bare)
     quiet = bare.model_copy(update={"noise": dict.fromkeys(bare.noise, 0.0)})
-    assert "noise has to stay on" not in model_card("quiet", quiet)
+    assert "noise must stay on" not in model_card("quiet", quiet)

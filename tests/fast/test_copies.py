@@ -273,7 +273,7 @@ def test_moving_a_copy_moves_its_original(digits: tuple[Tensor, Tensor]) -> None
         assert {tensor.device.type for tensor in each.parameters()} == {"meta"}
     fast = copied(digits[0])
     fast.original.to("meta")
-    with pytest.raises(ValueError, match="lies on cpu and its original on meta"):
+    with pytest.raises(ValueError, match="is on cpu and its original on meta"):
         pgd(fast, *digits, steps=1)
 
 

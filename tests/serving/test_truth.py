@@ -73,7 +73,8 @@ def test_ready_is_asked_of_the_network() -> None:
         assert (unready.status_code, "the network fails" in unready.json()["error"]) == (503, True)
         assert http.get("/health").status_code == 200  # starting again would not mend it
         network.error = None
-        assert http.get("/ready").status_code == 200  # without a request in between
+        again = http.get("/ready")
+        assert again.status_code == 200, again.text
 
 
 def test_a_network_that_returns_no_numbers() -> None:

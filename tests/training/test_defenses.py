@@ -247,7 +247,7 @@ def test_an_attack_on_noise_meets_the_ensemble() -> None:
     [
         ("defense={name: wizardry}", "cross-entropy"),
         ("defense={name: adversarial, epsilon: 1}", "epsilon"),
-        ("defense={name: trades, beta: 0}", "greater than 0"),
+        ("defense={name: trades, beta: 0}", "must be above 0"),
         ("defense={name: cross-entropy, consistency: 1.0}", "draws to 2"),
         ("defense={name: distillation, temperature: .inf}", "finite"),
     ],

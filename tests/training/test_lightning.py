@@ -212,5 +212,5 @@ def test_learned_levels_are_not_set_by_constants(loader: Any, tmp_path: Path) ->
 
 def test_a_network_of_another_module_is_refused(loader: Any) -> None:
     run = trainer(lightning_api.RandomSelfEnsemble(Classifier().network))
-    with pytest.raises(ValueError, match=r"no part of Classifier.*module\.network"):
+    with pytest.raises(ValueError, match=r"not part of Classifier.*module\.network"):
         run.fit(Classifier(), loader)

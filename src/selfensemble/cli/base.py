@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from ..runtime.interrupts import Interrupted
+from ..runtime.interrupts import Interrupted, telling
 
 app = typer.Typer(
     help="Random Self-Ensemble: defend a classifier by noise, and measure honestly how well.",
@@ -50,9 +50,9 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, mps, ...; auto takes an ac
 @contextmanager
 def resumable(folder: Path) -> Iterator[None]:
     """Turn Ctrl-C into a line that says that the same command goes on with what is in `folder`."""
+    text = f"stopped; {folder} holds what is finished: continue with the same command"
     try:
-        yield
+        with telling(text):
+            yield
     except KeyboardInterrupt:
-        raise Interrupted(
-            f"stopped; {folder} holds what is finished: continue with the same command"
-        ) from None
+        raise Interrupted(text) from None

@@ -44,7 +44,12 @@ def _wait(device: torch.device) -> None:
 
 @functools.cache
 def faster_precision(device: torch.device) -> Precision:
-    """The precision in which a convolution of 64 channels takes less time on this device; measured once."""
+    """The precision in which a convolution of 64 channels takes less time on this device; measured once.
+
+    Float32 on devices that have no autocast, by which the other would be computed.
+    """
+    if not torch.amp.is_autocast_available(device.type):
+        return "float32"
     generator = torch.Generator("cpu").manual_seed(0)
     images = torch.rand(16, 64, 32, 32, generator=generator, dtype=torch.float32, device="cpu").to(device)
     seconds: dict[Precision, float] = {}

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 INTERRUPTED = 130  # the exit status
-_TOLD = b"error: interrupted; files that were complete before are intact\n"
+NOTHING_LOST = "interrupted; files that were complete before are intact"
+_told = NOTHING_LOST  # when Ctrl-C ends the process at once
 
 
 class Interrupted(RuntimeError):
@@ -38,10 +39,21 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
             with contextlib.suppress(Exception):
                 sys.stdout.flush()
             with contextlib.suppress(OSError):
-                os.write(2, _TOLD)
+                os.write(2, f"error: {_told}\n".encode())
             os._exit(INTERRUPTED)
         within = within.f_back
     signal.default_int_handler(number, frame)
+
+
+@contextmanager
+def telling(text: str) -> Iterator[None]:
+    """Within this context Ctrl-C while a module is being imported says `text`."""
+    global _told
+    before, _told = _told, text
+    try:
+        yield
+    finally:
+        _told = before
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
@@ -100,10 +100,13 @@ class Service:
             return "the queue is full"
         if batcher.stuck(limits.timeout):
             return f"a pass of the network has taken longer than {limits.timeout:g} s"
-        if batcher.failing:
-            with suppress(HTTPException):
-                await self.predicted(self._example, Fixed(1))
-        return "the network fails: see the log" if batcher.failing else None
+        if not batcher.failing:
+            return None
+        try:
+            await self.predicted(self._example, Fixed(1))
+        except HTTPException:
+            return "the network fails: see the log"
+        return None
 
     def about(self) -> dict[str, Any]:
         """Of `/v1/model`."""
