@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -113,6 +114,7 @@ def test_a_pass_without_end_is_not_ready() -> None:
     with session as http:
         gate.clear()
         assert http.post("/v1/predict", json=ONE).status_code == 504
+        time.sleep(0.1)  # the pass began a moment after the request
         answer = http.get("/ready")
         assert (answer.status_code, "longer than 0.2 s" in answer.json()["error"]) == (503, True)
         gate.set()
