@@ -96,6 +96,7 @@ def test_a_thread_that_has_ended_is_told(caplog: pytest.LogCaptureFixture) -> No
         assert http.post("/v1/predict", json=ONE).status_code == 503
         network.error = None
         assert "the thread that computes has ended" in caplog.text
+        time.sleep(0.1)  # the answer comes from a thread that is about to end
         for path in ("/health", "/ready"):
             answer = http.get(path)
             assert (answer.status_code, "start" in answer.json()["error"]) == (503, True)
