@@ -439,8 +439,8 @@ def page(rows: dict[str, dict[str, tuple[str, str]]]) -> str:
         "Tiny networks with fresh weights (those of facenet with its own), noise "
         'before convolutions and linear layers (`filter_fn="conv+linear"`), by '
         f"`python benchmarks/networks_matrix.py`: {len(rows)} networks, {len(CAPABILITIES)} capabilities, "
-        f"{counts['yes']} cells work, {counts['refused']} are refused with the reason below, "
-        f"{counts['wrong']} are wrong. {_versions()}; weights of seed 7, images of seed 1, on a CPU.\n\n"
+        f"{counts['yes']} cells work, {counts['refused']} refused with the reason below, "
+        f"{counts['wrong']} wrong. {_versions()}; weights of seed 7, images of seed 1, on a CPU.\n\n"
     )
     head = f"| network | {' | '.join(CAPABILITIES)} |\n|---|{'---|' * len(CAPABILITIES)}\n"
     notes = "".join(f"\n{number}. {why.replace('|', '/')}" for why, number in reasons.items())

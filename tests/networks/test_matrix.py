@@ -50,6 +50,6 @@ def test_wrong_cells_are_found(matrix: ModuleType) -> None:
     }
     assert found == {"fine": ("yes", ""), "wrong": ("wrong", "differs"), "refused": ("refused", "no way")}
     text = matrix.page({"net": dict(zip(matrix.CAPABILITIES, found.values(), strict=False))})
-    assert "1 cells work, 1 are refused with the reason below, 1 are wrong" in text
+    assert "1 cells work, 1 refused with the reason below, 1 wrong" in text
     assert "| net | yes | wrong (1) | refused (2) |" in text
     assert "1. differs\n2. no way" in text
