@@ -5,6 +5,7 @@ import os
 import re
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -43,6 +44,13 @@ def served(**settings: Any) -> tuple[TestClient, Fickle]:
     ensemble = rse.SelfEnsemble(network, rse.NoiseConfig(0.01, 0.0)).eval()
     app = create_app(ensemble, tuple("abcd"), (1, 8, 8), Settings(page=False, **settings))
     return TestClient(app, raise_server_exceptions=False), network
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for it, for ten seconds at most; what it was waited for is asserted afterwards."""
+    end = time.monotonic() + 10
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("secret", [None, "sixteen characters"])
@@ -96,7 +104,7 @@ def test_a_thread_that_has_ended_is_told(caplog: pytest.LogCaptureFixture) -> No
         assert http.post("/v1/predict", json=ONE).status_code == 503
         network.error = None
         assert "the thread that computes has ended" in caplog.text
-        time.sleep(0.1)  # the answer comes from a thread that is about to end
+        until(lambda: http.get("/health").status_code == 503)  # the thread that answered is about to end
         for path in ("/health", "/ready"):
             answer = http.get(path)
             assert (answer.status_code, "start" in answer.json()["error"]) == (503, True)
@@ -115,7 +123,7 @@ def test_a_pass_without_end_is_not_ready() -> None:
     with session as http:
         gate.clear()
         assert http.post("/v1/predict", json=ONE).status_code == 504
-        time.sleep(0.1)  # the pass began a moment after the request
+        until(lambda: http.get("/ready").status_code == 503)  # the pass began a moment after the request
         answer = http.get("/ready")
         assert (answer.status_code, "longer than 0.2 s" in answer.json()["error"]) == (503, True)
         gate.set()
