@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import random
 import shutil
 import signal
 import sys
@@ -13,15 +14,27 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from selfensemble.noise import entropy, own_numbers
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # A shell's background job ignores Ctrl-C, and so would every process that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
-def _isolated(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fixed global seed, and no file outside the test's own folders."""
+def _isolated(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fixed numbers, noise without a seed included, and no file outside the test's own folders."""
     torch.manual_seed(0)
+    own, numbers = os.getpid(), random.Random(request.node.nodeid)
+
+    def urandom(count: int) -> bytes:  # a forked child has the system's
+        return numbers.randbytes(count) if os.getpid() == own else os.urandom(count)
+
+    for module in (entropy, own_numbers):
+        monkeypatch.setattr(module, "urandom", urandom)
+    entropy.entropy.forget()
     monkeypatch.setenv("SELFENSEMBLE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 

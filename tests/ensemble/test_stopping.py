@@ -251,11 +251,13 @@ def test_images_that_leave_leave_the_others_their_own_opposite_noise(max_batch: 
     ensemble.stopping = halving(6).model_copy(update={"antithetic": True})
     numbers = torch.arange(40.0)
     inputs = torch.stack([numbers, torch.linspace(-1, 1, 40)], dim=1)
-    answer = ensemble.predict(inputs, stop="calibrated", max_batch=max_batch)
-    assert (answer.draws == 1).sum() > 5 < (answer.draws > 1).sum()  # some leave within the first pair
+    answer = ensemble.predict(inputs, seed=0, stop="calibrated", max_batch=max_batch)
+    assert 20 < (answer.draws == 1).sum() < 39  # some leave within the first pair
     noise: list[dict[float, float]] = []
     clean = dict(inputs.tolist())
     for each in network.passes:
+        if not each.keys() <= clean.keys():
+            continue  # it looks whether the network answers images by themselves
         own = {number: noisy - clean[number] for number, noisy in each.items()}
         if not noise or own.keys() & noise[-1].keys() or max_batch is None:
             noise.append(own)

@@ -3,6 +3,7 @@
 import functools
 import os
 import threading
+from os import urandom
 
 import numpy as np
 import torch
@@ -69,17 +70,17 @@ class Entropy(threading.local):
         """Of this thread, for a device."""
         if device not in self.generators:
             if device.type == "cpu":
-                words = np.frombuffer(os.urandom(4 * _WORDS), dtype=np.uint32)
+                words = np.frombuffer(urandom(4 * _WORDS), dtype=np.uint32)
                 self.generators[device] = cpu_generator(words)
             else:
-                seed = int.from_bytes(os.urandom(8), "big") >> 1
+                seed = int.from_bytes(urandom(8), "big") >> 1
                 self.generators[device] = torch.Generator(device).manual_seed(seed)
         return self.generators[device]
 
     def fresh_bits(self) -> Bits:
         """Of this thread, on the CPU."""
         if self.bits is None:
-            words = np.random.SeedSequence(int.from_bytes(os.urandom(32), "big"), pool_size=8)
+            words = np.random.SeedSequence(int.from_bytes(urandom(32), "big"), pool_size=8)
             self.bits = Bits(np.random.SFC64(words), kept=KEPT)
         return self.bits
 

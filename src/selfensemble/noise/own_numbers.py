@@ -1,9 +1,9 @@
 """Random numbers that torch's operators take from generators of one call, instead of those of the process."""
 
 import functools
-import os
 import threading
 from contextlib import ExitStack
+from os import urandom
 from typing import Any, Self
 
 import torch
@@ -34,7 +34,7 @@ class OwnNumbers(DispatchMode):
 
     def __init__(self, seed: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.seed = int.from_bytes(os.urandom(8), "big") >> 1 if seed is None else seed
+        self.seed = int.from_bytes(urandom(8), "big") >> 1 if seed is None else seed
         self.names: set[str] = set()
         self._generators: dict[torch.device, tuple[torch.Generator, Tensor]] = {}
 
