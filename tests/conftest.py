@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from selfensemble.evaluation.doctor import examination
 from selfensemble.noise import entropy, own_numbers
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -67,6 +68,14 @@ def torchvision() -> None:
         _of_torchvision.append(torch.library.Library("torchvision", "DEF"))
         for name in ("nms", "qnms"):
             _of_torchvision[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+@pytest.fixture
+def fewer_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The doctor without checks that only attack for longer, or by attacks that have tests of their own."""
+    left = ("twice the steps", "twice the restarts", "twice the draws", "black box is weaker")
+    fewer = {name: check for name, check in examination.CHECKS.items() if name not in left}
+    monkeypatch.setattr(examination, "CHECKS", fewer)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ For tests of what has to hold of all of them.
 import copy
 import dataclasses
 import functools
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,18 +21,18 @@ from selfensemble.ensemble.stopping import Exact, Fixed
 from selfensemble.evaluation import judge
 from selfensemble.evaluation.adapters import LibraryAttack
 from selfensemble.evaluation.certified import Certification, Settings
-from selfensemble.evaluation.doctor.examination import doctor
+from selfensemble.evaluation.doctor import examination
 from selfensemble.evaluation.protocol import Protocol
 from selfensemble.evaluation.runner import Evaluation
 from selfensemble.noise.learned import distance_from_start, learn_noise_
 from selfensemble.serving.batching import Batcher
 
 PROTOCOL = {
-    "name": "short", "images": 12, "shard": 7, "judge": {"seeds": 2, "queries": 10},
+    "name": "short", "images": 12, "shard": 7, "judge": {"seeds": 2, "queries": 3},
     "attacks": [
         {"attack": "cw-paper", "c": 1, "steps": 3},
         {"attack": "pgd", "eps": [0.1, 0.2], "steps": 2, "eot": 2},
-        {"attack": "fab", "norm": "linf", "eps": 0.1, "steps": 2},
+        {"attack": "apgd", "norm": "linf", "eps": 0.1, "steps": 2},
     ],
 }  # fmt: skip
 # Noise of each image's own follows the layout, which devices choose differently.
@@ -123,7 +124,7 @@ def _certified(c: Case) -> Any:
 
 
 def _doctor(c: Case) -> Any:
-    return doctor(c.ensemble, c.inputs, c.labels, steps=2, eot=2, images=6)
+    return examination.doctor(c.ensemble, c.inputs, c.labels, steps=2, eot=2, images=6)
 
 
 def _attack(name: str, **settings: Any) -> Callable[[Case], Any]:
@@ -249,6 +250,21 @@ def trained(name: str, folder: Path) -> Trained:
     results = trainer.run()
     losses = [each["train/loss"] for each in results["history"]]
     return Trained(dict(trainer.ensemble.state_dict()), losses, results["metrics"])
+
+
+def usual(name: str) -> Any:
+    """What a call gives a program with torch's defaults, on the CPU; see `plain`. Computed once a process."""
+    return _usual(name, tuple(examination.CHECKS))
+
+
+@functools.cache
+def _usual(name: str, checks: tuple[str, ...]) -> Any:
+    """`checks`: those that the test left to the doctor."""
+    del checks
+    with tempfile.TemporaryDirectory() as folder:
+        if name in TRAINING:
+            return plain(trained(name, Path(folder) / "run"))
+        return plain(CALLS[name](case(Path(folder))))
 
 
 def plain(value: Any) -> Any:

@@ -26,7 +26,7 @@ from selfensemble.serving.batching import Batcher
 from selfensemble.training import trainer
 
 from .emulated_device import DEVICE, OnDevice, emulated_device, there_too
-from .public_calls import CALLS, PROTOCOL, TRAINING, Case, case, plain, trained
+from .public_calls import CALLS, PROTOCOL, TRAINING, Case, case, plain, trained, usual
 
 ROOT = Path(__file__).parents[1]
 # Examinations of whether the network computes in bfloat16 need a device that torch knows.
@@ -55,10 +55,11 @@ def _elsewhere() -> Iterator[None]:
     torch.set_default_device(None)
 
 
+@pytest.mark.usefixtures("fewer_checks")
 @pytest.mark.parametrize("name", DEFAULT)
 def test_the_default_device_is_nobody_s_business(name: str, tmp_path: Path) -> None:
-    here, there = (case(tmp_path / place) for place in ("here", "there"))
-    expected = plain(DEFAULT[name](here))
+    there = case(tmp_path / "there")
+    expected = usual(name) if name in CALLS else plain(DEFAULT[name](case(tmp_path / "here")))
     torch.set_default_device("meta")
     try:
         found = DEFAULT[name](there)
@@ -78,10 +79,11 @@ def _double() -> Iterator[None]:
 OF_THE_PROGRAM = {"save", "of a library"}
 
 
+@pytest.mark.usefixtures("fewer_checks")
 @pytest.mark.parametrize("name", [name for name in DEFAULT if name not in OF_THE_PROGRAM])
 def test_nor_is_the_default_dtype(name: str, tmp_path: Path) -> None:
-    here, there = (case(tmp_path / place) for place in ("here", "there"))
-    expected = plain(DEFAULT[name](here))
+    there = case(tmp_path / "there")
+    expected = usual(name) if name in CALLS else plain(DEFAULT[name](case(tmp_path / "here")))
     torch.set_default_dtype(torch.float64)
     try:
         found = DEFAULT[name](there)
@@ -106,7 +108,7 @@ def test_saved_networks_have_the_dtype_they_were_made_in(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_training_whatever_the_default_device(name: str, tmp_path: Path) -> None:
-    expected = plain(trained(name, tmp_path / "here"))
+    expected = usual(name)
     torch.set_default_device("meta")
     try:
         found = trained(name, tmp_path / "there")
@@ -175,21 +177,11 @@ def test_the_emulated_device_is_strict(there: torch.device) -> None:
     assert tensor.cpu().double().dtype == torch.float64
 
 
-@pytest.fixture
-def _fewer_checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without those that only attack for longer, or by attacks that are tried here anyway."""
-    tried = ("twice the steps", "twice the restarts", "twice the draws", "black box is weaker")
-    fewer = {name: check for name, check in examination.CHECKS.items() if name not in tried}
-    monkeypatch.setattr(examination, "CHECKS", fewer)
-
-
-@pytest.mark.usefixtures("_fewer_checks")
+@pytest.mark.usefixtures("fewer_checks")
 @pytest.mark.parametrize("images", ["on the CPU", "with the network"])
 @pytest.mark.parametrize("name", CALLS)
 def test_a_device_without_float64(name: str, images: str, there: torch.device, tmp_path: Path) -> None:
-    here = case(tmp_path / "here")
-    expected = plain(CALLS[name](here))
-    moved = case(tmp_path / "there")
+    expected, moved = usual(name), case(tmp_path)
     moved.ensemble.to(there)
     if images == "with the network":
         moved.inputs, moved.many = moved.inputs.to(there), moved.many.to(there)
@@ -208,11 +200,11 @@ class There(Accelerator):  # type: ignore[misc]
 def test_training_without_float64(
     name: str, there: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = trained(name, tmp_path / "here")
+    expected = usual(name)
     monkeypatch.setattr(trainer, "accelerator_of", lambda precision: There(cpu=True))
     found = trained(name, tmp_path / "there")
     assert {tensor.device for tensor in found.weights.values()} >= {there}
-    assert plain(found) == plain(expected)
+    assert plain(found) == expected
 
 
 def test_an_evaluation_with_checks_without_float64(

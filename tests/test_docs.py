@@ -99,6 +99,7 @@ def test_there_are_examples() -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
+@pytest.mark.usefixtures("fewer_checks")
 def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a page leaves to its reader is given here: a network, images, labels, a folder."""
     monkeypatch.chdir(tmp_path)

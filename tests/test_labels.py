@@ -26,7 +26,7 @@ from selfensemble.training.defenses import (
 )  # fmt: skip
 
 from .emulated_device import DEVICE, emulated_device
-from .public_calls import ATTACKING, JUDGING, RECIPE, Case, case, plain
+from .public_calls import ATTACKING, JUDGING, RECIPE, Case, case, plain, usual
 
 LABELLED = ATTACKING | {name: call for name, call in JUDGING.items() if name != "certification"}
 CPU = torch.device("cpu")
@@ -75,9 +75,9 @@ def _device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", LABELLED)
 def test_any_integers_are_labels(name: str, kind: str, tmp_path: Path) -> None:
-    usual, other = (case(tmp_path / place) for place in ("usual", "other"))
+    expected, other = usual(name), case(tmp_path)
     other.labels = KINDS[kind](other.labels)
-    assert plain(LABELLED[name](other)) == plain(LABELLED[name](usual))
+    assert plain(LABELLED[name](other)) == expected
 
 
 @pytest.mark.parametrize("name", LABELLED)

@@ -74,20 +74,27 @@ def test_distances_on_a_noisy_linear_network(name: str, std: float) -> None:
     assert (ratio < 1.05).all()
 
 
-@pytest.mark.parametrize("name", ATTACKS)
-def test_what_pgd_breaks_they_break(
-    name: str, ensemble: rse.SelfEnsemble, digits: tuple[Tensor, Tensor]
-) -> None:
-    """PGD breaks every digit within 1.6; the question is whether the nearest image is found at all."""
+@pytest.fixture(scope="module")
+def broken(ensemble: rse.SelfEnsemble, digits: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Digits that PGD breaks within 1.6, and their labels."""
     inputs, labels = digits[0][:40], digits[1][:40]
     right = ensemble.predict(inputs, draws=100, seed=1).label == labels
     attacked = pgd(ensemble, inputs, labels, norm="l2", eps=1.6, steps=20, eot=4, seed=0)
-    broken = right & (ensemble.predict(attacked, draws=100, seed=2).label != labels)
-    assert int(broken.sum()) > 35
-    found = ATTACKS[name](ensemble, inputs[broken], labels[broken], eot=2, seed=0)
-    assert (length(found - inputs[broken]) > 1e-3).all()
-    carried = within(found, inputs[broken], "l2", 1.6, farther=True)
-    held = ensemble.predict(carried, draws=100, seed=3).label == labels[broken]
+    found = right & (ensemble.predict(attacked, draws=100, seed=2).label != labels)
+    assert int(found.sum()) > 35
+    return inputs[found], labels[found]
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_what_pgd_breaks_they_break(
+    name: str, ensemble: rse.SelfEnsemble, broken: tuple[Tensor, Tensor]
+) -> None:
+    """PGD breaks every digit within 1.6; the question is whether the nearest image is found at all."""
+    inputs, labels = broken
+    found = ATTACKS[name](ensemble, inputs, labels, eot=2, seed=0)
+    assert (length(found - inputs) > 1e-3).all()
+    carried = within(found, inputs, "l2", 1.6, farther=True)
+    held = ensemble.predict(carried, draws=100, seed=3).label == labels
     assert not held.any()
 
 

@@ -18,7 +18,7 @@ import selfensemble as rse
 from selfensemble import attacks
 from selfensemble.evaluation import doctor
 
-THREADS, CALLS = 8, 200
+THREADS, CALLS = 8, 120
 
 
 class Peeking(nn.Module):

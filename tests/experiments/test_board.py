@@ -17,6 +17,7 @@ from selfensemble.experiments.networks import family, network, recipe_of
 from selfensemble.experiments.records import read_record
 from selfensemble.experiments.scales import load_scale
 from selfensemble.noise.injection import is_convolution
+from selfensemble.report.intervals import bounded
 from selfensemble.training.defenses.adversarial import Attacking
 from selfensemble.training.recipe import Recipe
 from selfensemble.training.trainer import Trainer
@@ -116,6 +117,19 @@ def test_kept_images_are_counted_without_bias() -> None:
             assert found == pytest.approx(expected)
     with pytest.raises(ValueError, match="count must be 1 to 5"):
         all_right(np.array([1.0]), 5, 6)
+
+
+def test_intervals_of_kept_images_hold() -> None:
+    """Of shares that differ from image to image, at the ends as well; 95 %, less three standard errors."""
+    law = np.random.default_rng(0)
+    laws = {0.3: lambda n: law.beta(0.3, 0.7, n), 0.01: lambda n: (law.random(n) < 0.01).astype(float)}
+    for truth, share in laws.items():
+        found = [bounded(share(100)) for _ in range(1000)]
+        held = np.mean([each.low <= truth <= each.high for each in found])
+        assert held > 0.95 - 3 * np.sqrt(0.05 * 0.95 / 1000)
+    nothing, all_ = bounded(np.zeros(400)), bounded(np.ones(400))
+    assert nothing.low == 0 < nothing.high < 0.01
+    assert all_.high == 1 > all_.low > 0.99
 
 
 def test_every_name_of_the_board_is_a_network_of_the_file() -> None:

@@ -17,12 +17,15 @@ import torch
 import selfensemble as rse
 from selfensemble.evaluation import read_results
 from selfensemble.evaluation.certified import CERTIFICATES
+from selfensemble.evaluation.results import Results
 from selfensemble.runtime.processes import check_restarts, this_process
 from selfensemble.training.checkpoints import CHECKPOINT
 
+from ..command import run
+
 PROTOCOL = """\
 description: enough for something to go wrong in the middle
-images: 40
+images: 24
 shard: 4
 judge: {seeds: 1, queries: 1}
 attacks: [{attack: pgd, norm: l2, eps: [0.5], steps: 60, eot: 4}]
@@ -35,11 +38,20 @@ ENVIRONMENT = os.environ | {
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
-@pytest.fixture
-def task(tmp_path: Path) -> list[str]:
-    (tmp_path / "p.yaml").write_text(PROTOCOL)
-    arguments = ["-m", "selfensemble", "evaluate", "digits-rse", "--protocol", str(tmp_path / "p.yaml")]
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    file = tmp_path_factory.mktemp("protocol") / "p.yaml"
+    file.write_text(PROTOCOL)
+    arguments = ["-m", "selfensemble", "evaluate", "digits-rse", "--protocol", str(file)]
     return [*arguments, "--device", "cpu", "--out"]
+
+
+@pytest.fixture(scope="module")
+def one(task: list[str], tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What one process finds that nobody disturbs."""
+    out = tmp_path_factory.mktemp("one") / "run"
+    run(*task[2:], out)
+    return read_results(out)
 
 
 def shards(out: Path) -> dict[Path, int]:
@@ -69,11 +81,8 @@ def kill_second_rank(process: "subprocess.Popen[bytes]") -> None:
     ranks[0].kill()
 
 
-def test_a_killed_rank_comes_back_and_repeats_no_shard(tmp_path: Path, task: list[str]) -> None:
+def test_a_killed_rank_comes_back_and_repeats_no_shard(tmp_path: Path, task: list[str], one: Results) -> None:
     """torchrun starts all ranks again; results are those of one process."""
-    subprocess.run(
-        [sys.executable, *task, str(tmp_path / "one")], check=True, capture_output=True, env=ENVIRONMENT
-    )
     out = tmp_path / "two"
     with elastic(*task, str(out)) as process:
         before = wait_for_shards(out, 2)
@@ -81,13 +90,15 @@ def test_a_killed_rank_comes_back_and_repeats_no_shard(tmp_path: Path, task: lis
         assert process.wait(300) == 0
     after = shards(out)
     assert {path: after[path] for path in before} == before
-    one, two = (read_results(tmp_path / name) for name in ("one", "two"))
+    two = read_results(tmp_path / "two")
     assert (two.clean, two.attacks) == (one.clean, one.attacks)
 
 
 def test_training_goes_on_when_a_rank_is_killed(tmp_path: Path) -> None:
     """Both go on from the last checkpoint, to the weights of a run that nobody disturbed."""
-    task = ["-m", "selfensemble", "train", "digits-rse", "--set", "train.epochs=3", "--resume", "--out"]
+    sets = ("train.epochs=2", "train.checkpoint_steps=5", "model.width=0.5", "noise.draws=2")
+    task = ["-m", "selfensemble", "train", "digits-rse", *(part for each in sets for part in ("--set", each))]
+    task += ["--resume", "--out"]
     with elastic(*task, str(tmp_path / "whole")) as process:
         assert process.wait(300) == 0
     out = tmp_path / "killed"
@@ -135,16 +146,12 @@ def test_ranks_draw_their_own_noise_and_end_in_the_same_weights(tmp_path: Path) 
 
 def test_certificates_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
     task = ["selfensemble", "certify", "digits-rse", "--n-images", "30", "--n", "200", "--shard", "10"]
-    launchers = {
-        "one": [sys.executable, "-m"],
-        "two": [*TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "--"],  # or --n would be torchrun's
-    }
-    found = []
-    for name, launcher in launchers.items():
-        command = [*launcher, *task, "--device", "cpu", "--out", str(tmp_path / name)]
-        subprocess.run(command, check=True, capture_output=True, env=ENVIRONMENT)
-        found.append((tmp_path / name / CERTIFICATES).read_text())
-    assert found[0] == found[1]
+    run(*task[1:], "--device", "cpu", "--out", tmp_path / "one")
+    launcher = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "--"]  # or --n would be torchrun's
+    command = [*launcher, *task, "--device", "cpu", "--out", str(tmp_path / "two")]
+    subprocess.run(command, check=True, capture_output=True, env=ENVIRONMENT)
+    one, two = ((tmp_path / name / CERTIFICATES).read_text() for name in ("one", "two"))
+    assert one == two
 
 
 def test_restarts_that_could_hang_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,12 +194,9 @@ def hosts() -> Iterator[tuple[str, str]]:
 
 
 def test_two_hosts_whose_line_is_cut_for_a_while(
-    tmp_path: Path, task: list[str], hosts: tuple[str, str]
+    tmp_path: Path, task: list[str], one: Results, hosts: tuple[str, str]
 ) -> None:
     """Each its own network, a folder in common; five seconds without the line in the middle of the work."""
-    subprocess.run(
-        [sys.executable, *task, str(tmp_path / "one")], check=True, capture_output=True, env=ENVIRONMENT
-    )
     out = tmp_path / "two"
     running = []
     for number, name in enumerate(hosts):
@@ -218,5 +222,5 @@ def test_two_hosts_whose_line_is_cut_for_a_while(
             process.wait()
     after = shards(out)
     assert {path: after[path] for path in before} == before
-    one, two = (read_results(tmp_path / name) for name in ("one", "two"))
+    two = read_results(tmp_path / "two")
     assert (two.clean, two.attacks) == (one.clean, one.attacks)

@@ -29,7 +29,7 @@ from selfensemble.training.trainer import Trainer
 from ..command import error, run
 
 SMALL = [
-    "data.flip=true", "data.crop_padding=1", "model.width=0.25", "train.epochs=15", "train.batch_size=128",
+    "data.flip=true", "data.crop_padding=1", "model.width=0.25", "train.epochs=8", "train.batch_size=128",
     "train.checkpoint_steps=3", "noise.draws=2",
 ]  # fmt: skip
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}

@@ -13,7 +13,7 @@ from scipy.special import gammaln
 
 from ..evaluation.protocol import AttackSpec, Protocol, number
 from ..report.figures import Line, Panel, draw
-from ..report.intervals import Share, mean
+from ..report.intervals import Share, bounded
 from ..report.page import Page, Picture, Table
 from ..runtime.packages import needs
 from ..runtime.schema import Section
@@ -31,7 +31,7 @@ _ONE_DRAW = "PGD, one draw a step"
 _QUERIES = (1, 10, 100)
 _NONE = "\N{EN DASH}"
 _ABOUT = """\
-Half-width VGG16 unless the scale says otherwise, all trained for the same epochs; those that train under
+VGG16 of the width that the last table but one says, all trained for the same epochs; those that train under
 attack have one gradient of it a step (N-FGSM in L-inf, for SmoothAdv one step in L2), where their papers have
 2 to 10. So expect figures below those of the papers. Compare the rows with each other, and the
 columns of a row. Accuracies are in % with 95 % Clopper-Pearson intervals over the images,
@@ -178,7 +178,7 @@ def _least_queries(records: Sequence[Record]) -> int:
 
 
 def kept(record: Record, key: str, count: int) -> Share:
-    """Images whose next `count` answers are all right, with the normal interval over them, within [0, 1].
+    """Images whose next `count` answers are all right, with the interval of shares over them.
 
     Of an image with w wrong answers among Q, `count` of them drawn without replacement are all right with
     probability C(Q - w, count) / C(Q, count), which is unbiased; see `Verdict.persistent`.
@@ -188,8 +188,7 @@ def kept(record: Record, key: str, count: int) -> Share:
         right = asked - record.numbers(f"{key}.wrong")
     else:
         right = record.bits(f"{key}.right").sum(axis=1).astype(float)
-    found = mean(all_right(right, asked, count))
-    return Share(found.value, max(0.0, found.low), min(1.0, found.high))
+    return bounded(all_right(right, asked, count))
 
 
 def all_right(right: NDArray[np.float64], asked: int, count: int) -> NDArray[np.float64]:

@@ -30,6 +30,16 @@ def share(which: NDArray[np.bool_]) -> Share:
     return Share(count / len(which), *binomial_interval(count, len(which)))
 
 
+def bounded(values: NDArray[np.float64]) -> Share:
+    """Mean of values in [0, 1] with the Clopper-Pearson interval that images right or wrong as a whole have.
+
+    Those spread most of all values of this mean, so it is the wider one; and it is not empty where all agree.
+    """
+    total, count = float(values.sum()), len(values)
+    low = binomial_interval(math.floor(total + 1e-9), count)[0]
+    return Share(total / count, low, binomial_interval(math.ceil(total - 1e-9), count)[1])
+
+
 def mean(values: NDArray[np.float64]) -> Share:
     """Mean of a quantity of each image, with its normal interval over the images, `+- 1.96 std / sqrt(N)`.
 
