@@ -1,6 +1,7 @@
 """The board: every defense of its list has a recipe that trains, and its tables say what was measured."""
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,10 @@ def test_kept_images_are_counted_without_bias() -> None:
 def test_intervals_of_kept_images_hold() -> None:
     """Of shares that differ from image to image, at the ends as well; 95 %, less three standard errors."""
     law = np.random.default_rng(0)
-    laws = {0.3: lambda n: law.beta(0.3, 0.7, n), 0.01: lambda n: (law.random(n) < 0.01).astype(float)}
+    laws: dict[float, Callable[[int], Any]] = {
+        0.3: lambda n: law.beta(0.3, 0.7, n),
+        0.01: lambda n: (law.random(n) < 0.01).astype(float),
+    }
     for truth, share in laws.items():
         found = [bounded(share(100)) for _ in range(1000)]
         held = np.mean([each.low <= truth <= each.high for each in found])
