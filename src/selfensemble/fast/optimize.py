@@ -16,6 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..ensemble.checks import floating_dtype, logits_of
 from ..ensemble.ensemble import SelfEnsemble
+from ..noise import kernel
 from ..noise.calls import copied, to_eval_mode_
 from ..noise.copies import OptimizedCopy
 from ..noise.graphs import original_modules
@@ -108,6 +109,8 @@ def optimize(
     order = execution_order(network, convolutions, example_inputs[:1]) if convolutions else []
     first = network.get_submodule(order[0]) if order else None
     if precision == "bf16":
+        if device.type == "cpu":
+            kernel.prepare()
         # Of enough images for each way of computing a layer.
         enough = example_inputs.repeat(FEW, *[1] * (example_inputs.dim() - 1))[:FEW]
         prepack_ = partial(_prepack_, first=order[0] if order else "")

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .kernel import kernel, reaches, state_of
+
 _LEVELS = 2**16
 # Numbers at a time: index and output then stay in the cache.
 _PART = 2**18
@@ -28,7 +30,7 @@ def _quantiles() -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def _table(std: float, dtype: torch.dtype) -> Tensor:
+def table_of(std: float, dtype: torch.dtype) -> Tensor:
     """The quantiles of one level."""
     return (_quantiles() * std).to(dtype)
 
@@ -38,7 +40,7 @@ def _table_of_twos(std: float, dtype: torch.dtype) -> Tensor:
     """(65536,) int32, each two quantiles: the points of a Hammersley set, which fill the plane evenly."""
     first = torch.arange(_LEVELS, device="cpu")
     second = sum((((first >> bit) & 1) << (15 - bit) for bit in range(16)), torch.zeros_like(first))
-    table = _table(std, dtype)
+    table = table_of(std, dtype)
     return torch.stack([table[first], table[second]], dim=1).view(torch.int32).flatten()
 
 
@@ -55,6 +57,11 @@ class Bits:
         self._generator, self._kept = generator, kept
         self._block = torch.empty(0, dtype=torch.int32, device="cpu")
         self._used = 0
+
+    @property
+    def state(self) -> int:
+        """Where its generator keeps its state, for `kernel`; what is kept of earlier bits stays unused."""
+        return state_of(self._generator)
 
     def take(self, count: int) -> Tensor:
         """(count,) int32, valid until the next call."""
@@ -78,8 +85,11 @@ def fill_half_(tensor: Tensor, std: float, bits: Bits) -> None:
         std: standard deviation.
         bits: where random bits come from.
     """
-    table = _table(std, tensor.dtype)
+    table = table_of(std, tensor.dtype)
     flat = tensor.as_strided((tensor.numel(),), (1,))
+    if (compiled := kernel()) is not None and reaches(flat):
+        compiled.fill16(bits.state, table.data_ptr(), flat.data_ptr(), len(flat), torch.get_num_threads())
+        return
     for part in flat.split(_PART) if len(flat) > _PART else (flat,):
         torch.index_select(table, 0, bits.take(len(part)), out=part)
 
@@ -98,5 +108,8 @@ def fill_half_in_twos_(tensor: Tensor, std: float, bits: Bits) -> None:
     if even < len(flat):
         fill_half_(flat[even:], std, bits)
     table, twos = _table_of_twos(std, tensor.dtype), flat[:even].view(torch.int32)
+    if (compiled := kernel()) is not None and reaches(twos):
+        compiled.fill32(bits.state, table.data_ptr(), twos.data_ptr(), len(twos), torch.get_num_threads())
+        return
     for part in twos.split(_PART) if len(twos) > _PART else (twos,):
         torch.index_select(table, 0, bits.take(len(part)), out=part)

@@ -24,6 +24,7 @@ from .operators import (
     noise_like,
     scalable_noise,
     unit_noise,
+    with_noise,
 )
 from .streams import Sampling, check_sampling, is_within_a_draw, random_source
 
@@ -200,7 +201,7 @@ class GaussianNoise(RandomLayer):
             noisy = AddOwn.apply(inputs, noise)  # type: ignore[no-untyped-call]
             return noisy
         overwrite = self.overwrites and not inputs.requires_grad
-        return added(inputs, noise_like(inputs.detach(), self._number, source), overwrite)
+        return with_noise(inputs, self._number, source, overwrite)
 
     def _scaled(self, inputs: Tensor, levels: Tensor, shared: bool) -> Tensor:
         """Noise times levels that are a tensor, along the channels and differentiable in the levels."""

@@ -2,12 +2,16 @@
 
 import itertools
 import secrets
+from ctypes import CDLL
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .calls import is_off
+from .half_precision import table_of
+from .kernel import kernel, reaches
 from .streams import Source, random_source
 
 
@@ -34,6 +38,46 @@ def noise_like(inputs: Tensor, std: float, source: Source) -> Tensor:
     if ordered:
         noise = noise.contiguous(memory_format=torch.channels_last)
     return noise.to(inputs.dtype)
+
+
+def with_noise(inputs: Tensor, std: float, source: Source, overwrite: bool) -> Tensor:
+    """`inputs` and their noise, which needs no gradient; in their memory if `overwrite`."""
+    compiled = kernel()
+    if compiled is not None and source.shared and source.draws_half(inputs.dtype) and _fits(inputs):
+        source.check_batch(len(inputs))
+        output = inputs if overwrite else torch.empty_like(inputs)
+        _add_shared(output, inputs, std, source, compiled)
+        return output
+    return added(inputs, noise_like(inputs.detach(), std, source), overwrite)
+
+
+def _fits(inputs: Tensor) -> bool:
+    """Whether `kernel` can add to them: no derivatives, and images one after another in one layout."""
+    if inputs.dtype != torch.bfloat16 or inputs.requires_grad or not reaches(inputs):
+        return False
+    if forward_ad._current_level >= 0 or not len(inputs):
+        return False
+    last = inputs.dim() == 4 and inputs.is_contiguous(memory_format=torch.channels_last)
+    return last or inputs.is_contiguous()
+
+
+def _add_shared(output: Tensor, inputs: Tensor, std: float, source: Source, compiled: CDLL) -> None:
+    """`inputs` and the noise of `Source.fill_shared_`, which never lies in memory."""
+    draw, table, threads = source.draw, table_of(std, inputs.dtype).data_ptr(), torch.get_num_threads()
+    images, size = len(inputs) // draw.count, inputs[0].numel()
+    start, to, step = inputs.data_ptr(), output.data_ptr(), images * size * inputs.element_size()
+    if draw.seed is None and not draw.antithetic and images == 1:  # one long draw
+        compiled.add_noise(source.bits().state, table, start, to, draw.count * size, 1, 1, threads)
+        return
+    later = 0
+    while later < draw.count:
+        number = draw.index + later * draw.step
+        opposite = source.is_opposite(number)
+        pair = draw.antithetic and not opposite and draw.step == 1 and later + 1 < draw.count
+        state, signs = source.bits(number - opposite).state, 0 if pair else -1 if opposite else 1
+        at = later * step
+        compiled.add_noise(state, table, start + at, to + at, size, images, signs, threads)
+        later += 2 if pair else 1
 
 
 def added(inputs: Tensor, noise: Tensor, overwrite: bool = False) -> Tensor:

@@ -192,7 +192,7 @@ class Source:
             return
         for later in range(draw.count):
             number, one = draw.index + later * draw.step, noise[later : later + 1]
-            if not self._is_opposite(number):
+            if not self.is_opposite(number):
                 self._fill_(one, std, number)
             elif later and draw.step == 1:
                 torch.neg(noise[later - 1 : later], out=one)
@@ -217,7 +217,7 @@ class Source:
         if draw.seed is None and noise.device.type == "cpu" and noise.dtype in _HALVES:
             fill_half_in_twos_(noise, std, self.bits())
             return
-        opposite = self._is_opposite(draw.index)
+        opposite = self.is_opposite(draw.index)
         self._fill_(noise, std, draw.index - opposite)
         if opposite:
             noise.neg_()
@@ -230,7 +230,7 @@ class Source:
         if draw.seed is None:
             noise.normal_(generator=self.generator())
             return
-        opposite = self._is_opposite(draw.index)
+        opposite = self.is_opposite(draw.index)
         generator = self.generator(draw.index - opposite)
         for one in noise:
             one.normal_(generator=generator)
@@ -246,7 +246,8 @@ class Source:
         flat = noise.as_strided((noise.numel(),), (1,))
         flat.normal_(0.0, std, generator=self.generator(number))
 
-    def _is_opposite(self, number: int) -> bool:
+    def is_opposite(self, number: int) -> bool:
+        """Whether a draw has the opposite noise of the one before it."""
         return self.draw.antithetic and number % 2 == 1
 
     def check_batch(self, size: int) -> None:
