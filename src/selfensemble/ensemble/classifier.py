@@ -5,13 +5,14 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from ..noise.calls import restore_copy_, state_of_copy, switch_mode
+from ..noise.calls import modules_of, restore_copy_, state_of_copy, switch_mode
 from ..noise.injection import noise_disabled, random_layers
 from ..noise.streams import Sampling, check_sampling, noise_draw
 from .checks import floating_dtype, logits_of
 from .randomness import PASSES, answers_differ, draws_numbers
 
 Precision = Literal["float32", "bf16"]
+_PLAIN = frozenset({type(None), bool, int, float, str, type})
 
 
 class Digests(NamedTuple):
@@ -111,12 +112,11 @@ class RandomClassifier(nn.Module):
 
     def settings(self) -> int:
         """A number that changes with the modules, their modes, and what is set on them as plain values."""
-        values = [
-            (name, value)
-            for module in self.model.modules()
-            for name, value in [("", type(module)), *vars(module).items()]
-            if value is None or isinstance(value, bool | int | float | str | type)
-        ]
+        values = list[Any]()
+        for module in modules_of(self.model):
+            values.append(type(module))
+            # Types are compared, for isinstance takes several times as long, and every prediction asks.
+            values += [item for item in vars(module).items() if type(item[1]) in _PLAIN]
         return hash(tuple(values))
 
     def varies(self, inputs: Tensor) -> bool:

@@ -13,7 +13,7 @@ from ..noise.streams import Sampling, derived_seed, fresh_seed, noise_draw
 from .checks import explain_shape
 from .classifier import RandomClassifier
 from .randomness import global_noise, other_seed
-from .stopping import Rule, worth_taking
+from .stopping import Fixed, Rule, worth_taking
 
 _ON_ACCELERATORS = 64  # times the elements of a pass on a CPU
 _PASSES = 64  # of which the images are on the device at a time
@@ -217,10 +217,18 @@ def moments(draws: Draws, group: Tensor, rule: Rule, number: int = 0) -> tuple[T
         for later in range(count):
             index += 1
             # Welford's recurrence.
-            step = outputs[later] - mean[active]
-            mean[active] += step / index
-            squares[active] += step * (outputs[later] - mean[active])
-            used[active] = index
+            if len(active) == len(group):  # without the cost of choosing
+                step = outputs[later] - mean
+                mean += step / index
+                squares += step * (outputs[later] - mean)
+                used.fill_(index)
+            else:
+                step = outputs[later] - mean[active]
+                mean[active] += step / index
+                squares[active] += step * (outputs[later] - mean[active])
+                used[active] = index
+            if isinstance(rule, Fixed):
+                continue
             if index < rule.most and (settled := rule.settled(mean[active], index)).any():
                 active, outputs = active[~settled], outputs[:, ~settled]
         if len(active) == 0:

@@ -24,6 +24,17 @@ _off: ContextVar[frozenset[int]] = ContextVar("selfensemble_off", default=frozen
 _evaluated: ContextVar[frozenset[int]] = ContextVar("selfensemble_evaluated", default=frozenset())
 
 
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """Those of `model.modules()` in their order, in a quarter of the time: every prediction wants them."""
+    found, waiting = dict[int, nn.Module](), [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            waiting += [each for each in reversed(module._modules.values()) if each is not None]
+    return list(found.values())
+
+
 def new_identity() -> int:
     """A number that no other random layer of this process has."""
     return next(_numbers)
@@ -112,7 +123,7 @@ _modes, _gradients = _HeldModes("training"), _Held("requires_grad")
 
 def _with_modes(model: nn.Module) -> list[nn.Module]:
     """Frozen TorchScript modules have none."""
-    return [module for module in model.modules() if hasattr(module, "training")]
+    return [module for module in modules_of(model) if hasattr(module, "training")]
 
 
 def _switched_on(model: nn.Module) -> set[nn.Module]:

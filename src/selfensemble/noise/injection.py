@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from .calls import OwnHooks, in_eval_mode, switched_off
+from .calls import OwnHooks, in_eval_mode, modules_of, switched_off
 from .copies import with_originals
 from .filters import Filter, filter_named, matching
 from .filters import FilterFn as FilterFn
@@ -38,7 +38,7 @@ def noise_layers(model: nn.Module) -> dict[str, GaussianNoise]:
 
 def random_layers(model: nn.Module) -> list[RandomLayer]:
     """All random layers, injected or placed by hand."""
-    return [module for module in model.modules() if isinstance(module, RandomLayer)]
+    return [module for module in modules_of(model) if isinstance(module, RandomLayer)]
 
 
 @contextmanager
