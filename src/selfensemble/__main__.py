@@ -14,11 +14,13 @@ from pathlib import Path
 from .runtime.errors import InputError, MissingPackage
 from .runtime.interrupts import INTERRUPTED, NOTHING_LOST, Interrupted, end_while_loading
 from .runtime.memory import collect_garbage_later, keep_freed_memory
+from .runtime.openmp import sleep_sooner
 from .runtime.packages import needs
 
 if __name__ == "__main__" or Path(sys.argv[0]).stem == "selfensemble":
     end_while_loading()  # before the rest is imported
     collect_garbage_later()
+    sleep_sooner()
 
 try:
     with needs("selfensemble[cli]"):
