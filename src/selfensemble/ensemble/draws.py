@@ -16,6 +16,7 @@ from .randomness import global_noise, other_seed
 from .stopping import Fixed, Rule, worth_taking
 
 _ON_ACCELERATORS = 64  # times the elements of a pass on a CPU
+_PHOTOS, _LARGE = 8, 2**21  # images a pass, if they hold so many numbers at most
 _PASSES = 64  # of which the images are on the device at a time
 _around: ContextVar[Callable[[], AbstractContextManager[object]]] = ContextVar("around", default=nullcontext)
 
@@ -74,7 +75,10 @@ class Draws:
         self.device = next((tensor.device for tensor in ensemble.parameters()), example.device)
         wanted = ensemble.input_dtype if example.is_floating_point() else None
         self._dtype = wanted or example.dtype
-        in_chunk = max(1, ensemble.chunk // max(1, example[:1].numel()))
+        numbers = max(1, example[:1].numel())
+        in_chunk = max(1, ensemble.chunk // numbers)
+        if ensemble.has_half_activations:  # photos are more than a chunk, and faster some at a time
+            in_chunk = max(in_chunk, min(_PHOTOS, _LARGE // numbers))
         if max_batch is not None:
             self.size = self.capacity = max_batch
         elif self.device.type != "cpu":

@@ -34,8 +34,8 @@ _ABOUT = """\
 VGG16 of the width that the last table but one says, all trained for the same epochs; those that train under
 attack have one gradient of it a step (N-FGSM in L-inf, for SmoothAdv one step in L2), where their papers have
 2 to 10. So expect figures below those of the papers. Compare the rows with each other, and the
-columns of a row. Accuracies are in % with 95 % Clopper-Pearson intervals over the images,
-of the first of {seeds} seeds of the defender's noise; each defense was trained once. Attacks: {attacks}."""
+columns of a row. Accuracies are in % with 95 % Clopper-Pearson intervals over the images; each defense was
+trained once. Attacks: {attacks}."""
 _CAPTION = """\
 *Claimed* is what the paper says, see below. *One draw* is PGD with {steps} steps of one draw each, the last
 iterate, L-inf 8/255: how most of these were evaluated. *AutoAttack's own rule* calls robust what a single
@@ -77,7 +77,8 @@ def board_protocol(setting: Setting) -> Protocol:
             "steps": scale.board.steps, "step_size": 2 / 255, "eot": 1, "everywhere": True,
         }
     )  # fmt: skip
-    judge = honest.judge.model_copy(update={"queries": scale.board.queries})
+    # Many queries of one seed rather than few of several: the page is about what asking again gains.
+    judge = honest.judge.model_copy(update={"queries": scale.board.queries, "seeds": 1})
     return honest.model_copy(update={"attacks": (*kept, single), "judge": judge, "name": "board"})
 
 
@@ -109,7 +110,7 @@ class Board(Experiment):
     def page(self, records: Sequence[Record]) -> Page:
         protocol = records[0].facts.settings["protocol"]
         titles = dict.fromkeys(f"{each['title']} ({each.get('norm', 'l2')})" for each in protocol["attacks"])
-        about = _ABOUT.format(seeds=protocol["judge"]["seeds"], attacks=", ".join(titles))
+        about = _ABOUT.format(attacks=", ".join(titles))
         about += edition_text(protocol)
         parts: list[Table | Picture] = [_board(records, protocol["attacks"][-1]["steps"])]
         counts = sorted({1, *np.unique(np.geomspace(1, _least_queries(records), 20).astype(int)).tolist()})
