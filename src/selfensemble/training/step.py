@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..ensemble.ensemble import SelfEnsemble
 from ..fast.replay import StepGradients
 from ..fast.small_maps import speed_up_small_maps_
+from ..noise import kernel
 from ..noise.learned import distance_from_start
 from ..noise.own_numbers import OwnNumbers
 from ..noise.streams import stream_seed
@@ -62,6 +63,8 @@ class TrainingStep:
             with torch.device("cpu"):  # of the count of its updates, which names none
                 self._averaged = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
         speed_up_small_maps_(self.network)
+        if accelerator.device.type == "cpu" and recipe.train.precision == "bf16":
+            kernel.prepare()
         replays = (
             batches.device.type == accelerator.device.type == "cuda"
             and accelerator.num_processes == 1
