@@ -38,8 +38,9 @@ attacks:
 """
 
 
-# For commands that are killed or share their work: as many files, each of less work.
+# For commands that are killed or share their work: less of it, in 27 files.
 OF_PROCESSES = PROTOCOL.replace("images: 30", "images: 18").replace("queries: 10", "queries: 2")
+OF_PROCESSES = OF_PROCESSES[: OF_PROCESSES.index("  - {attack: fmn")]
 
 
 @pytest.fixture
@@ -173,7 +174,7 @@ def test_killed_and_started_again_it_repeats_nothing(whole: tuple[Path, Path], t
         process.send_signal(signal.SIGKILL)
         process.wait()
         found = {path: path.stat().st_mtime_ns for path in out.glob("shards/*.safetensors")}
-        assert shards <= len(found) < 33
+        assert shards <= len(found) < 27
         assert all(found[path] == when for path, when in kept.items())
         assert not (out / "results.json").exists()
         kept = found

@@ -16,7 +16,7 @@ from selfensemble.training.recipe import load_recipe
 
 
 def test_demo_writes_figures_pictures_and_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sets = ["train.epochs=8", "model.width=0.5"]
+    sets = ["train.epochs=12", "model.width=0.5"]
     monkeypatch.setattr(demo, "load_recipe", lambda name, given: load_recipe(name, [*given, *sets]))
     seen: list[float] = []
     out = tmp_path / "demo"

@@ -310,8 +310,8 @@ def test_images_that_a_network_cannot_take(tmp_path: Path) -> None:
 def test_overwriting_removes_what_no_longer_belongs(undisturbed: Path, tmp_path: Path) -> None:
     shutil.copytree(undisturbed, tmp_path / "run")
     process = subprocess.Popen(
-        command(tmp_path / "run", "--overwrite"), env=ENVIRONMENT, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        command(tmp_path / "run", "--overwrite", sets=[*SMALL, "train.epochs=200"]), env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     before = (undisturbed / CHECKPOINT).stat().st_size, time.time_ns()
     while process.poll() is None and (tmp_path / "run" / CHECKPOINT).stat().st_mtime_ns < before[1]:
