@@ -227,6 +227,16 @@ def test_without_it_the_same_numbers_are_drawn(case: str, monkeypatch: pytest.Mo
     assert torch.equal(found, expected)
 
 
+def test_somebody_without_a_home_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(kernel, "cache_dir", homeless)
+    reason = kernel.prepare()
+    assert "home directory" in reason or "no C compiler" in reason
+    assert kernel.kernel() is None
+
+
 def test_where_nothing_can_be_kept_it_is_made_for_the_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,7 +62,12 @@ def prepare() -> str:
         if not _found:
             try:
                 _found.append((_load(), ""))
-            except (NoKernelError, OSError, subprocess.SubprocessError) as error:
+            except (
+                NoKernelError,
+                OSError,
+                RuntimeError,
+                subprocess.SubprocessError,
+            ) as error:  # no home, too
                 _found.append((None, " ".join(str(error).split()) or type(error).__name__))
     return _found[0][1]
 
