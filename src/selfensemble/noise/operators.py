@@ -63,7 +63,8 @@ def _fits(inputs: Tensor) -> bool:
 
 def _add_shared(output: Tensor, inputs: Tensor, std: float, source: Source, compiled: CDLL) -> None:
     """`inputs` and the noise of `Source.fill_shared_`, which never lies in memory."""
-    draw, table, threads = source.draw, table_of(std, inputs.dtype).data_ptr(), torch.get_num_threads()
+    draw, quantiles, threads = source.draw, table_of(std, inputs.dtype), torch.get_num_threads()
+    table = quantiles.data_ptr()
     images, size = len(inputs) // draw.count, inputs[0].numel()
     start, to, step = inputs.data_ptr(), output.data_ptr(), images * size * inputs.element_size()
     if draw.seed is None and not draw.antithetic and images == 1:  # one long draw
