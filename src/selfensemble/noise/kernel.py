@@ -38,6 +38,9 @@ class NoKernelError(Exception):
     """Why there is none."""
 
 
+_FAULTS = (NoKernelError, OSError, RuntimeError, subprocess.SubprocessError)  # no home is a RuntimeError
+
+
 def kernel() -> ctypes.CDLL | None:
     """The compiled functions, where `prepare` found a way to have them."""
     return _found[0][0] if _found else None
@@ -62,12 +65,7 @@ def prepare() -> str:
         if not _found:
             try:
                 _found.append((_load(), ""))
-            except (
-                NoKernelError,
-                OSError,
-                RuntimeError,
-                subprocess.SubprocessError,
-            ) as error:  # no home, too
+            except _FAULTS as error:
                 _found.append((None, " ".join(str(error).split()) or type(error).__name__))
     return _found[0][1]
 
