@@ -216,7 +216,7 @@ def _persistent(records: Sequence[Record]) -> Table:
     ]
     head = ["defense", *(f"{where}, {count}" for where in ("clean", "L-inf 8/255") for count in _QUERIES)]
     caption = (
-        "Share of images, in %, that get only right answers in that many queries, each with fresh noise:  "
+        "Share of images, in %, that get only right answers in that many queries, each with fresh noise: "
         "clean ones, and those of the worst case. What is not random always gives the same answer."
     )
     return Table("A persistent attacker", caption, head, rows)
