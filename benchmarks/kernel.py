@@ -10,7 +10,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from large_images import Logits, network, one_draw, without_noise
+from inference import one_draw, without_noise
+from large_images import Logits, network
 from timing import Case, arguments, in_turn, medians, parsed, ratio, report, settings
 from torch import Tensor
 

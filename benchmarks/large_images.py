@@ -14,6 +14,7 @@ from typing import Any
 
 import authors
 import torch
+from inference import one_draw, plain, without_noise
 from timing import Case, arguments, in_turn, medians, parsed, ratio, report, settings
 from torch import Tensor, nn
 from transformers import (
@@ -62,25 +63,9 @@ def half(model: nn.Module, inputs: Tensor) -> Tensor:
     return logits
 
 
-@torch.no_grad()
-def single(model: nn.Module, inputs: Tensor) -> Tensor:
-    logits: Tensor = model(inputs)
-    return logits
-
-
-@torch.no_grad()
-def one_draw(model: rse.SelfEnsemble, inputs: Tensor) -> Tensor:
-    return model.draw_logits(inputs)
-
-
-def without_noise(model: rse.SelfEnsemble, inputs: Tensor) -> Tensor:
-    with rse.noise_disabled(model):
-        return one_draw(model, inputs)
-
-
 def cases_of(name: str, inputs: Tensor, draws: int) -> tuple[dict[str, Case], float]:
     """What takes turns, and the seconds that `optimize` takes."""
-    plain, theirs = Logits(network(name)), authors.with_noise(Logits(network(name)))
+    float32, theirs = Logits(network(name)), authors.with_noise(Logits(network(name)))
     laid_out = Logits(network(name)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ensemble = rse.SelfEnsemble(network(name), draws=draws, example_inputs=inputs[:2]).eval()
     began = time.perf_counter()
@@ -92,7 +77,7 @@ def cases_of(name: str, inputs: Tensor, draws: int) -> tuple[dict[str, Case], fl
         images=1, reference_draws=200, precision=fast.precision,
     )  # fmt: skip
     return {
-        "plain, float32": partial(single, plain, inputs),
+        "plain, float32": partial(plain, float32, inputs),
         "plain, bfloat16 autocast, channels last": partial(half, laid_out, inputs),
         "fast path without noise": partial(without_noise, fast, inputs),
         "fast path, one draw": partial(one_draw, fast, inputs),

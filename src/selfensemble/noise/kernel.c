@@ -68,24 +68,17 @@ void add_noise(uint64_t *state, const uint16_t *table, const uint16_t *x, uint16
   }
 }
 
-/* The noise itself, of any type of 16 bits. */
-void fill16(uint64_t *state, const uint16_t *table, uint16_t *y, int64_t size, int threads) {
-  for (int64_t start = 0; start < size; start += BLOCK) {
-    const int64_t block = size - start < BLOCK ? size - start : BLOCK;
-    const uint16_t *bits = draw(state, block);
-#pragma omp parallel for num_threads(threads) if (threads > 1 && block > ENOUGH)
-    for (int64_t part = 0; part < block; part += PART)
-      for (int64_t i = part; i < part + PART && i < block; i++) y[start + i] = table[bits[i]];
+/* The noise itself: entries of a table, of any type of 16 bits, or two numbers of 16 bits at a time. */
+#define FILL(name, type)                                                                              \
+  void name(uint64_t *state, const type *table, type *y, int64_t size, int threads) {                 \
+    for (int64_t start = 0; start < size; start += BLOCK) {                                           \
+      const int64_t block = size - start < BLOCK ? size - start : BLOCK;                              \
+      const uint16_t *bits = draw(state, block);                                                      \
+      _Pragma("omp parallel for num_threads(threads) if (threads > 1 && block > ENOUGH)")             \
+      for (int64_t part = 0; part < block; part += PART)                                              \
+        for (int64_t i = part; i < part + PART && i < block; i++) y[start + i] = table[bits[i]];      \
+    }                                                                                                 \
   }
-}
 
-/* Two numbers of 16 bits at a time. */
-void fill32(uint64_t *state, const uint32_t *table, uint32_t *y, int64_t size, int threads) {
-  for (int64_t start = 0; start < size; start += BLOCK) {
-    const int64_t block = size - start < BLOCK ? size - start : BLOCK;
-    const uint16_t *bits = draw(state, block);
-#pragma omp parallel for num_threads(threads) if (threads > 1 && block > ENOUGH)
-    for (int64_t part = 0; part < block; part += PART)
-      for (int64_t i = part; i < part + PART && i < block; i++) y[start + i] = table[bits[i]];
-  }
-}
+FILL(fill16, uint16_t)
+FILL(fill32, uint32_t)
