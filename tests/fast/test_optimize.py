@@ -1,9 +1,12 @@
 """The fast path: the same answers as the slow one, and attacks that decide on the slow one."""
 
 import copy
+import random
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +15,7 @@ import selfensemble as rse
 from selfensemble.attacks import cw_l2, ddn, pgd, transfer
 from selfensemble.evaluation import judge
 from selfensemble.fast import optimize as fast
-from selfensemble.fast.optimize import faster_precision, optimize, original_of
+from selfensemble.fast.optimize import Precision, faster_precision, optimize, original_of
 
 
 def trained_statistics(name: str, channels: int = 3) -> rse.SelfEnsemble:
@@ -225,3 +228,56 @@ def test_dropout_stays_off_in_copies(precision: Any, images: Tensor) -> None:
     fast = rse.optimize(ensemble, images, precision)
     with torch.no_grad():
         assert not torch.equal(fast.draw_logits(images), fast.draw_logits(images))
+
+
+class Coin(nn.Module):
+    """A network that decides in Python which of two answers it gives: by numbers, or by counting."""
+
+    counted: Tensor
+
+    def __init__(self, toss: Callable[["Coin"], bool]) -> None:
+        super().__init__()
+        self.conv, self.toss, self.passes = nn.Conv2d(1, 2, 1), toss, 0
+        self.heads, self.tails = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.register_buffer("counted", torch.zeros(()))
+        self.numbers = np.random.default_rng(0)
+        with torch.no_grad():
+            self.heads.bias.copy_(torch.tensor([90.0, -90.0]))
+            self.tails.bias.copy_(torch.tensor([-90.0, 90.0]))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits: Tensor = (self.heads if self.toss(self) else self.tails)(self.conv(inputs).mean((2, 3)))
+        return logits
+
+
+def _count(coin: Coin) -> bool:
+    coin.passes += 1
+    return coin.passes % 2 == 0
+
+
+def _count_in_a_buffer(coin: Coin) -> bool:
+    coin.counted += 1
+    return float(coin.counted) % 2 == 0
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize(
+    "toss",
+    [
+        lambda coin: random.random() < 0.5,
+        lambda coin: np.random.rand() < 0.5,  # noqa: NPY002
+        lambda coin: float(torch.rand(())) < 0.5,
+        lambda coin: coin.numbers.random() < 0.5,
+        _count,
+        _count_in_a_buffer,
+    ],
+    ids=["python", "numpy", "torch", "generator", "counter", "buffer"],
+)
+def test_what_python_decides_in_each_pass_is_not_frozen(
+    toss: Callable[[Coin], bool], precision: Precision
+) -> None:
+    images = torch.rand(2, 1, 8, 8)
+    for _ in range(8):  # a frozen copy may look right once
+        fast = optimize(rse.SelfEnsemble(Coin(toss), draws=40), images, precision)
+        # Of a fair coin outside of this range twice in ten million times.
+        assert 0.1 < float(fast.predict_proba(images)[0, 0]) < 0.9

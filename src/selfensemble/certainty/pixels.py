@@ -1,11 +1,8 @@
 """What the first noise is worth in pixels, or why no radius can be certified."""
 
 import math
-import pickle
-import random
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +14,7 @@ from ..noise.injection import eval_mode, random_layers
 from ..noise.layer import GaussianNoise, RandomLayer
 from ..noise.own_numbers import OwnNumbers
 from ..noise.streams import noise_draw
+from ..runtime.random_state import states_of_others
 from .arrival import keeps_images, pixel_levels, pixel_map
 
 _PASSES = 32  # that show randomness before the first noise, of generators that cannot be watched
@@ -112,20 +110,15 @@ class _Arrival(NamedTuple):
 
 def _arrival(network: SelfEnsemble, first: GaussianNoise, images: Tensor) -> _Arrival:
     seen: list[_Arrival] = []
-    before = _states_of_others()
+    before = states_of_others()
 
     def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(_Arrival(args[0].clone(), numbers.drew, _states_of_others() != before))
+        seen.append(_Arrival(args[0].clone(), numbers.drew, states_of_others() != before))
 
     with OwnNumbers() as numbers, OwnHooks() as hooks:
         hooks.add(first.register_forward_pre_hook, note)
         network.draw_logits(images)
     return seen[0]
-
-
-def _states_of_others() -> tuple[object, ...]:
-    """Where the generators of Python and of numpy stand, to be compared."""
-    return random.getstate(), pickle.dumps(np.random.get_state(legacy=False))  # noqa: NPY002
 
 
 def _in_pixels(network: SelfEnsemble, first: GaussianNoise, images: Tensor) -> float:

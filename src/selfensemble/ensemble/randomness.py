@@ -7,8 +7,10 @@ from torch import Tensor
 
 from ..noise.own_numbers import USUAL, OwnNumbers
 from ..noise.streams import stream_seed
+from ..runtime.random_state import states_of_others
 
 OTHER_NOISE = 4094  # number of a layer that no network has: noise from torch's global generator
+_TRIES = 3
 PASSES = 8  # that show randomness which seldom shows, or none is to be expected
 
 
@@ -45,6 +47,21 @@ def draws_numbers(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> set[st
     with OwnNumbers() as seen:
         forward(inputs[:2])
     return seen.names - USUAL
+
+
+@torch.no_grad()
+def draws_for_python(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> bool:
+    """Whether passes draw from the global generators of Python or numpy, whatever becomes of the numbers.
+
+    Other threads may draw as well, so all of a few passes have to.
+    """
+
+    def drew() -> bool:
+        before = states_of_others()
+        forward(inputs[:2])
+        return states_of_others() != before
+
+    return all(drew() for _ in range(_TRIES))
 
 
 @torch.no_grad()

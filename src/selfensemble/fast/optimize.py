@@ -1,11 +1,10 @@
 """The fast path: the same network with batch norm folded, laid out and computed as the device likes it."""
 
-import copy
 import functools
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, cast
 
@@ -14,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..ensemble.checks import floating_dtype, logits_of
+from ..ensemble.checks import floating_dtype
 from ..ensemble.ensemble import SelfEnsemble
 from ..noise import kernel
 from ..noise.calls import copied, to_eval_mode_
@@ -22,11 +21,10 @@ from ..noise.copies import OptimizedCopy
 from ..noise.graphs import original_modules
 from ..noise.injection import execution_order, is_convolution
 from ..noise.layer import GaussianNoise, RandomLayer
-from ..noise.own_numbers import OwnNumbers
-from ..noise.streams import noise_draw
 from .ensemble import FastEnsemble, Precision, original_of, precision_of
 from .exact import exact_float32 as exact_float32  # for those who import it from here
 from .prepacked import FEW, PrepackedConvolution, can_prepack
+from .tracing import repeats_itself, rewritten
 
 __all__ = [  # with what other files look for here
     "FastEnsemble", "Precision", "exact_float32", "faster_precision", "optimize", "original_of",
@@ -104,7 +102,9 @@ def optimize(
     floating = example_inputs.is_floating_point()  # tokens stay what they are
     dtype = (original.input_dtype if floating else None) or example_inputs.dtype
     example_inputs = example_inputs[:2].to(dtype).to(device)
-    network = _rewritten(network, _fold_, example_inputs, 1e-3)
+    steady = repeats_itself(network, example_inputs)
+    if steady:
+        network = rewritten(network, _fold_, example_inputs, 1e-3)
     convolutions = [fqn for fqn, module in network.named_modules() if is_convolution(module)]
     order = execution_order(network, convolutions, example_inputs[:1]) if convolutions else []
     first = network.get_submodule(order[0]) if order else None
@@ -114,7 +114,8 @@ def optimize(
         # Of enough images for each way of computing a layer.
         enough = example_inputs.repeat(FEW, *[1] * (example_inputs.dim() - 1))[:FEW]
         prepack_ = partial(_prepack_, first=order[0] if order else "")
-        network = _rewritten(network, prepack_, enough, 0.05, half=True)
+        if steady:
+            network = rewritten(network, prepack_, enough, 0.05, half=True)
         first = network.get_submodule(order[0]) if order else None
         if isinstance(first, PrepackedConvolution):
             first = None  # which sees to it itself
@@ -126,68 +127,6 @@ def optimize(
         fast.sets = ensemble.sets
     to_eval_mode_(fast)
     return fast
-
-
-# torch.fx puts its own functions into nn.Module while it traces, for all threads.
-_tracing = threading.Lock()
-
-
-class _Tracer(fx.Tracer):
-    """Keeps random layers as they are: what they draw must not become a constant of the graph.
-
-    Passes of other threads go on as if nothing was traced.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._thread = threading.get_ident()
-
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        if threading.get_ident() != self._thread:
-            return forward(*args, **kwargs)
-        return super().call_module(m, forward, args, kwargs)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if threading.get_ident() != self._thread:
-            return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
-
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return isinstance(module, RandomLayer) or super().is_leaf_module(module, qualified_name)
-
-
-def _rewritten(
-    network: nn.Module,
-    rewrite_: Callable[[fx.GraphModule], None],
-    example_inputs: Tensor,
-    tolerance: float,
-    half: bool = False,
-) -> nn.Module:
-    """The network after `rewrite_`; as it is where tracing fails or answers change by more than rounding.
-
-    Args:
-        network: in eval mode.
-        rewrite_: changes a graph in place.
-        example_inputs: to compare the answers on.
-        tolerance: of outputs, against the largest of them.
-        half: whether the answers are to be compared under autocast.
-    """
-    try:
-        with _tracing:
-            graph = fx.GraphModule(apart := copy.deepcopy(network), _Tracer().trace(apart))
-        modes = {fqn: module.training for fqn, module in apart.named_modules()}
-        for fqn, module in graph.named_modules():  # torch makes modules in between anew, in train mode
-            module.training = modes.get(fqn, False)
-        rewrite_(graph)
-        graph.recompile()
-        graph.delete_all_unused_submodules()
-        with torch.autocast(example_inputs.device.type, torch.bfloat16, enabled=half):
-            kept = _same(network, graph, example_inputs, tolerance)
-    except Exception:  # of a stranger's code, which may do what no tracer can follow
-        kept = False
-    return graph if kept else network
 
 
 def _calls(graph: fx.GraphModule) -> Iterator[tuple[fx.Node, nn.Module]]:
@@ -258,17 +197,6 @@ def _is_plain_relu(module: nn.Module | None) -> bool:
 def _is_relu(node: fx.Node) -> bool:
     names = {"call_function": _RELUS, "call_method": ("relu", "relu_")}
     return node.target in names.get(node.op, ())
-
-
-@torch.no_grad()
-def _same(network: nn.Module, other: nn.Module, inputs: Tensor, tolerance: float) -> bool:
-    """Whether both give the same logits with the same noise."""
-    outputs = []
-    for each in (network, other):
-        with noise_draw(0, sampling="shared"), OwnNumbers(0):
-            outputs.append(logits_of(each(inputs), len(inputs)).float())
-    ours, theirs = outputs
-    return torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * float(ours.abs().max()))
 
 
 def _halve_weights(network: nn.Module, first: nn.Module | None) -> None:

@@ -1,5 +1,6 @@
 """The global random states of a program, which are not ours to change."""
 
+import pickle
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,3 +51,8 @@ def seeded_generators(seed: int) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(arrays)  # noqa: NPY002
+
+
+def states_of_others() -> tuple[object, ...]:
+    """Where the generators of Python and of numpy stand, to be compared."""
+    return random.getstate(), pickle.dumps(np.random.get_state(legacy=False))  # noqa: NPY002

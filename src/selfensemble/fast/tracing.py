@@ -1,0 +1,126 @@
+"""Networks as graphs that can be rewritten, where the graph does what the network does."""
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..ensemble.checks import logits_of
+from ..ensemble.randomness import PASSES, answers_differ
+from ..ensemble.settings import as_text, settings_of
+from ..noise.layer import RandomLayer
+from ..noise.own_numbers import OwnNumbers
+from ..noise.streams import noise_draw
+from ..runtime.random_state import states_of_others
+
+_TRIES = 3  # other threads may draw from Python's generators meanwhile
+
+# torch.fx puts its own functions into nn.Module while it traces, for all threads.
+_tracing = threading.Lock()
+
+
+class _Tracer(fx.Tracer):
+    """Keeps random layers as they are: what they draw must not become a constant of the graph.
+
+    Passes of other threads go on as if nothing was traced.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        return isinstance(module, RandomLayer) or super().is_leaf_module(module, qualified_name)
+
+
+def rewritten(
+    network: nn.Module,
+    rewrite_: Callable[[fx.GraphModule], None],
+    example_inputs: Tensor,
+    tolerance: float,
+    half: bool = False,
+) -> nn.Module:
+    """The network after `rewrite_`; as it is where tracing fails or answers change by more than rounding.
+
+    A graph holds what Python computed while it was traced: a network whose Python draws numbers, or counts
+    its passes, is left as it is.
+
+    Args:
+        network: in eval mode.
+        rewrite_: changes a graph in place.
+        example_inputs: to compare the answers on.
+        tolerance: of outputs, against the largest of them.
+        half: whether the answers are to be compared under autocast.
+    """
+    try:
+        graph = _graph_of(network)
+        rewrite_(graph)
+        graph.recompile()
+        graph.delete_all_unused_submodules()
+        with torch.autocast(example_inputs.device.type, torch.bfloat16, enabled=half):
+            kept = _same(network, graph, example_inputs, tolerance)
+    except Exception:  # of a stranger's code, which may do what no tracer can follow
+        kept = False
+    return graph if kept else network
+
+
+def _graph_of(network: nn.Module) -> fx.GraphModule:
+    """A graph of a copy of the network, or a ValueError where passes would differ from it."""
+    for _ in range(_TRIES):
+        apart, others = copy.deepcopy(network), states_of_others()
+        state = _state_of(apart)
+        with _tracing, OwnNumbers() as numbers:
+            graph = fx.GraphModule(apart, _Tracer().trace(apart))
+        if numbers.names or _state_of(apart) != state:
+            break
+        if states_of_others() == others:
+            modes = {fqn: module.training for fqn, module in apart.named_modules()}
+            for fqn, module in graph.named_modules():  # torch makes modules in between anew, in train mode
+                module.training = modes.get(fqn, False)
+            return graph
+    raise ValueError("its Python draws numbers or counts its passes")
+
+
+def _state_of(network: nn.Module) -> list[object]:
+    """What a pass might leave behind: attributes, and how often tensors were written to."""
+    tensors = [*network.parameters(), *network.buffers()]
+    return [
+        *(as_text(settings_of(module)) for module in network.modules()),
+        *((id(each), each._version) for each in tensors if not each.is_inference()),
+    ]
+
+
+def repeats_itself(network: nn.Module, inputs: Tensor) -> bool:
+    """Whether passes with the same numbers of torch, and the same noise, give the same answers."""
+
+    def forward(images: Tensor) -> Tensor:
+        with noise_draw(0, sampling="shared"), OwnNumbers(0):
+            return logits_of(network(images), len(images))
+
+    return not answers_differ(forward, inputs, PASSES, most=1)
+
+
+@torch.no_grad()
+def _same(network: nn.Module, other: nn.Module, inputs: Tensor, tolerance: float) -> bool:
+    """Whether both give the same logits with the same noise."""
+    outputs = []
+    for each in (network, other):
+        with noise_draw(0, sampling="shared"), OwnNumbers(0):
+            outputs.append(logits_of(each(inputs), len(inputs)).float())
+    ours, theirs = outputs
+    return torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * float(ours.abs().max()))
