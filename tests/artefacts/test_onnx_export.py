@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,20 @@ def test_what_onnx_cannot_say_is_refused(tiny: nn.Module, images: Tensor, tmp_pa
         def forward(self, input: Tensor) -> Tensor:  # noqa: A002
             return super().forward(input * torch.rand_like(input)).mean(dim=(2, 3))
 
+    class Tossing(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+            return super().forward(input).mean(dim=(2, 3)) * random.random()
+
+    class Counting(nn.Conv2d):
+        passes = 0
+
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+            self.passes += 1
+            return super().forward(input).mean(dim=(2, 3)) * (1 + self.passes % 2)
+
     for network, problem in (
+        (Tossing(3, 5, 1), "change from pass to pass"),
+        (Counting(3, 5, 1), "change from pass to pass"),
         (Branching(3, 5, 1), "^torch cannot export"),
         (OneSize(3, 5, 1), "^this network computes with its batch size"),
         (Dropping(3, 5, 1), "draws random numbers of its own .Dropout"),

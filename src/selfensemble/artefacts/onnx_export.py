@@ -101,6 +101,7 @@ def export_onnx(
     active = _noise_of_the_logits(original, example_inputs[:2])
     _check_graph(model, len(active))
     model = seed_noise(model)
+    _check_repeats(original, example_inputs)
     facts: dict[str, Any] = {"version": version("selfensemble"), "draws": draws, "noise": active}
     facts |= {"bounds": ensemble.bounds, "classes": classes}
     onnx.helper.set_model_props(model, {f"{PREFIX}.{key}": json.dumps(each) for key, each in facts.items()})
@@ -138,6 +139,16 @@ def _check_graph(model: Any, layers: int) -> None:
             f"the exported graph has {found} of {layers} noise layers: it would be no defense, and is not "
             "written"
         )
+
+
+def _check_repeats(ensemble: SelfEnsemble, images: Tensor) -> None:
+    with eval_mode(ensemble), torch.no_grad():
+        if ensemble.has_other_noise(images):
+            raise ValueError(
+                "the answers of this network change from pass to pass by more than its random layers (random "
+                "numbers of Python or NumPy, a counter): an ONNX file would give one of them for ever. Take "
+                "that out, or draw with GaussianNoise"
+            )
 
 
 def _onnx() -> ModuleType:
