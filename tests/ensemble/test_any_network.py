@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import selfensemble as rse
 from selfensemble.evaluation.doctor.examination import doctor
+from selfensemble.runtime.remarks import Remark
 
 from ..conftest import OutOfOrder
 
@@ -257,3 +258,25 @@ def test_a_forward_that_fails_is_refused_in_the_words_of_validate(images: Tensor
         rse.SelfEnsemble(OfABatch(), rse.NoiseConfig(0.1, 0.1), example_inputs=images)
     (issue,) = [each for each in rse.validate(OfABatch(), images) if each.rule == "forward"]
     assert issue.cure in str(caught.value)
+
+
+class Frames(nn.Module):
+    """Puts the frames of videos into the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, videos: Tensor) -> Tensor:
+        frames: Tensor = self.conv(videos.flatten(0, 1)).mean(dim=(2, 3))
+        return frames.unflatten(0, videos.shape[:2]).mean(dim=1)
+
+
+def test_parts_of_an_input_that_would_share_noise_are_said_with_an_example(images: Tensor) -> None:
+    videos = images.unflatten(0, (2, 3))
+    with pytest.warns(Remark, match=r'conv: it gets a batch of 6 for 2 inputs.* sampling="per_image"'):
+        rse.SelfEnsemble(Frames(), example_inputs=videos)
+    own = rse.SelfEnsemble(Frames(), example_inputs=videos, sampling="per_image")
+    assert rse.validate(own.model, videos) == []
+    assert [each.rule for each in rse.validate(own.model, videos, sampling="shared")] == ["folded-batch"]
+    rse.SelfEnsemble(Frames(), rse.NoiseConfig(0, 0), example_inputs=videos)  # nothing to share

@@ -128,6 +128,12 @@ def _save_rule(folder: str | Path, name: str, rule: Calibrated | SetRule, of: Ar
         raise ValueError(
             f"{folder} was written anew while it was being calibrated: calibrate what is there now"
         )
+    if rule.fingerprint is not None and rule.fingerprint.sampling != config.sampling:
+        raise ValueError(
+            f"the rule is of predictions with sampling={rule.fingerprint.sampling!r}, and {folder} says "
+            f"{config.sampling!r}: leave --sampling out, or write a folder that says so, selfensemble pack "
+            f"{folder} FOLDER --sampling {rule.fingerprint.sampling}"
+        )
     read_weights(folder, config)
     if config.transformers is not None or config.architecture is not None:  # others are asked when it is used
         different = rule.differences(load(folder))

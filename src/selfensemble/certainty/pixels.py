@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..ensemble.draws import check_finite
 from ..ensemble.ensemble import SelfEnsemble
+from ..ensemble.observation import PER_IMAGE
 from ..ensemble.randomness import PASSES
 from ..noise.calls import OwnHooks
 from ..noise.injection import eval_mode, random_layers
@@ -145,7 +146,7 @@ def _in_pixels(network: SelfEnsemble, first: GaussianNoise, images: Tensor) -> f
     if first.sampling == "shared" and not keeps_images(found, images):
         raise ValueError(
             "parts of one image (frames, windows) are in the batch where the first noise acts, and shared "
-            'noise is the same on each of them: use SelfEnsemble(..., sampling="per_image")'
+            f"noise is the same on each of them: {PER_IMAGE}"
         )
     std = float(pixel_levels(found, first.std, images).min())
     if std > 0 and math.isfinite(std):

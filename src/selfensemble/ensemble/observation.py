@@ -3,7 +3,7 @@
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,19 +123,59 @@ def images_of(inputs: Any) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor.dim() >= 3] or tensors[:1]
 
 
+PER_IMAGE = 'pass sampling="per_image" (--sampling per_image of commands, noise.sampling of recipes)'
 EXAMPLES = "Pass example inputs that the model accepts; dicts become keywords, tuples arguments"
 
 
-def check_answer(model: nn.Module, example_inputs: Any) -> None:
-    """Raise an `OutputError` unless the answer to an example is logits, as `validate` says it."""
+def parts_in_batch(batches: Mapping[str, int], inputs: int | None) -> tuple[str, str] | None:
+    """The first module whose batch is larger than that of the inputs, and what follows; None without one.
+
+    Args:
+        batches: size of the batch by the name of a module.
+        inputs: how many there are, where it is known.
+    """
+    for fqn, size in batches.items():
+        if inputs and size > inputs:
+            return fqn, (
+                f"it gets a batch of {size} for {inputs} inputs: parts of one input (frames, patches, windows) "
+                "are in the batch, and shared noise is equal for all of them"
+            )
+    return None
+
+
+def check_answer(model: nn.Module, example_inputs: Any, noisy: Sequence[str] = ()) -> str | None:
+    """Raise an `OutputError` unless the answer to an example is logits, as `validate` says it.
+
+    Args:
+        model, example_inputs: see `validate`.
+        noisy: names of modules with noise that a batch is to share.
+
+    Returns:
+        What to say if the parts of an input would share it.
+    """
+    batches = dict[str, int]()
+
+    def note(fqn: str, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor) and args[0].dim() > 1:
+            batches.setdefault(fqn, len(args[0]))
+
     try:
-        with torch.no_grad(), OwnNumbers(), _in_eval_mode(model):
+        with ExitStack() as stack:
+            hooks = stack.enter_context(OwnHooks()) if noisy else None
+            for fqn in noisy if hooks is not None else ():
+                if not isinstance(module := model.get_submodule(fqn), torch.jit.ScriptModule):
+                    hooks.add(module.register_forward_pre_hook, lambda _, args, fqn=fqn: note(fqn, args))
+            for context in (torch.no_grad(), OwnNumbers(), _in_eval_mode(model)):
+                stack.enter_context(context)
             output = call(model, example_inputs)
     except (ValueError, TypeError, RuntimeError):
         raise
     except Exception as error:  # of whatever kind: the code is somebody's own
         raise ValueError(f"the forward pass fails: {described(error)}. {EXAMPLES}") from error
-    logits_of(output, batch_of(example_inputs))
+    count = batch_of(example_inputs)
+    logits_of(output, count)
+    found = parts_in_batch(batches, count)
+    return None if found is None else f"{found[0] or 'the model'}: {found[1]}; {PER_IMAGE}"
 
 
 def batch_of(inputs: Any) -> int | None:

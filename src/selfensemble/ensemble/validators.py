@@ -19,8 +19,9 @@ from ..noise.graphs import closed_parts
 from ..noise.injection import CHILD, FilterFn, is_convolution, noise_layers, random_layers
 from ..noise.layer import GaussianNoise
 from ..noise.records import lost_noise
+from ..noise.streams import Sampling
 from .checks import check_call, check_images, logits_of
-from .observation import EXAMPLES, Trace, batch_of, images_of, observe
+from .observation import EXAMPLES, PER_IMAGE, Trace, batch_of, images_of, observe, parts_in_batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,11 @@ class Issue:
 
 
 def validate(
-    model: nn.Module, example_inputs: Any, *, filter_fn: FilterFn | Filter = is_convolution
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    filter_fn: FilterFn | Filter = is_convolution,
+    sampling: Sampling | None = None,
 ) -> list[Issue]:
     """Everything about `model` that would make its self-ensemble wrong, weak or impossible.
 
@@ -58,6 +63,7 @@ def validate(
         model: before or after `inject_noise_`; it stays unchanged. For an optimised copy, pass the original.
         example_inputs: a batch of at least 2 (a tensor, a tuple of arguments or a dict of keywords).
         filter_fn: the one that noise is injected by.
+        sampling: the one that predictions will have; by default that of the noise there is, else "shared".
 
     Returns:
         The issues, errors first; an empty list when all is well.
@@ -83,7 +89,8 @@ def validate(
         issues += [issue for rule in _TRACE_RULES for issue in rule(trace, matched)]
         issues += [issue for rule in _NOISE_RULES for issue in rule(model, trace)]
         images = images_of(example_inputs)
-        issues += [*_output(trace, batch_of(example_inputs)), *_folded(trace, images), *_range(images)]
+        issues += [*_output(trace, batch_of(example_inputs)), *_range(images)]
+        issues += _folded(model, trace, batch_of(example_inputs), sampling)
     return sorted(issues, key=lambda issue: issue.severity)
 
 
@@ -282,16 +289,15 @@ def _output(trace: Trace, batch: int | None) -> Iterator[Issue]:
         )  # fmt: skip
 
 
-def _folded(trace: Trace, images: list[Tensor]) -> Iterator[Issue]:
-    batch = len(images[0]) if images else 0
-    for fqn, size in trace.batches.items():
-        if size > batch > 0:
-            yield Issue(
-                "folded-batch", "warning", fqn, f"it gets a batch of {size} for {batch} inputs: parts of one "
-                "input (frames, patches, windows) are in the batch, and shared noise would be equal for all",
-                'Use SelfEnsemble(..., sampling="per_image")',
-            )  # fmt: skip
-            return
+def _folded(model: nn.Module, trace: Trace, batch: int | None, sampling: Sampling | None) -> Iterator[Issue]:
+    noisy = noise_layers(model)
+    shared = {
+        fqn: size
+        for fqn, size in trace.batches.items()
+        if (sampling or (noisy[fqn].sampling if fqn in noisy else "shared")) == "shared"
+    }
+    if found := parts_in_batch(shared, batch):
+        yield Issue("folded-batch", "warning", *found, PER_IMAGE.capitalize())
 
 
 def _range(images: list[Tensor]) -> Iterator[Issue]:

@@ -40,7 +40,7 @@ def build_ensemble(recipe: Recipe, data: ImageData, given: nn.Module | None = No
     chosen = _places(recipe, model, example)
     ensemble = SelfEnsemble(
         model, recipe.noise.config(), draws=recipe.noise.draws, filter_fn=chosen, example_inputs=example,
-        bounds=recipe.data.bounds,
+        bounds=recipe.data.bounds, sampling=recipe.noise.sampling,
     )  # fmt: skip
     if not is_built_in(recipe, given):
         _check_answers(ensemble, example, data)
