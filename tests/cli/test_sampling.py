@@ -1,4 +1,4 @@
-"""Networks that put the frames of a video into the batch: every command and recipe can draw for each of them."""
+"""Networks that put frames of a video into the batch: commands and recipes can draw for each of them."""
 
 import json
 import sys

@@ -1,5 +1,8 @@
 """What networks of others take and return: answered, or refused by `validate` and the constructor alike."""
 
+import copy
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import pytest
@@ -269,7 +272,8 @@ class Frames(nn.Module):
 
     def forward(self, videos: Tensor) -> Tensor:
         frames: Tensor = self.conv(videos.flatten(0, 1)).mean(dim=(2, 3))
-        return frames.unflatten(0, videos.shape[:2]).mean(dim=1)
+        answers: Tensor = frames.unflatten(0, videos.shape[:2]).mean(dim=1)
+        return answers
 
 
 def test_parts_of_an_input_that_would_share_noise_are_said_with_an_example(images: Tensor) -> None:
@@ -280,3 +284,62 @@ def test_parts_of_an_input_that_would_share_noise_are_said_with_an_example(image
     assert rse.validate(own.model, videos) == []
     assert [each.rule for each in rse.validate(own.model, videos, sampling="shared")] == ["folded-batch"]
     rse.SelfEnsemble(Frames(), rse.NoiseConfig(0, 0), example_inputs=videos)  # nothing to share
+
+
+LEVELS = [rse.NoiseConfig(0.2, 0.1), rse.NoiseConfig(0.2, 0.0), rse.NoiseConfig(0.0, 0.2)]
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("call", ["forward", "predict"])
+def test_another_order_than_that_of_registration_is_said_once_at_the_first_pass(
+    images: Tensor, levels: rse.NoiseConfig, call: str
+) -> None:
+    ensemble = rse.SelfEnsemble(OutOfOrder(), levels)
+    stds = {fqn: layer.std for fqn, layer in rse.noise_layers(ensemble.model).items()}
+    with pytest.warns(Remark, match="inner: it has the noise of the first layer, and stem runs before it"):
+        getattr(ensemble, call)(images)
+    ensemble.predict(images)  # warnings are errors
+    copy.deepcopy(ensemble)(images)
+    ensemble.train()(images)
+    assert {fqn: layer.std for fqn, layer in rse.noise_layers(ensemble.model).items()} == stds
+    assert not any(module._forward_hooks for module in ensemble.modules())
+
+
+def test_the_order_is_not_asked_for_where_it_cannot_matter(images: Tensor) -> None:
+    rse.SelfEnsemble(OutOfOrder(), example_inputs=images)(images)
+    rse.SelfEnsemble(OutOfOrder(), rse.NoiseConfig(0.1, 0.1))(images)
+    fine = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    rse.SelfEnsemble(fine)(images)
+
+
+def test_a_failed_pass_is_not_the_first(images: Tensor) -> None:
+    ensemble = rse.SelfEnsemble(OutOfOrder())
+    with pytest.raises(RuntimeError, match="channels"):
+        ensemble(images[:, :1])
+    with pytest.warns(Remark, match="registration"):
+        ensemble(images)
+
+
+def test_many_threads_say_the_order_once(images: Tensor) -> None:
+    ensemble = rse.SelfEnsemble(OutOfOrder()).eval()
+    with warnings.catch_warnings(record=True) as said, ThreadPoolExecutor(4) as pool:
+        warnings.simplefilter("always")
+        list(pool.map(lambda _: ensemble.predict(images), range(8)))
+    assert [str(each.message) for each in said if "registration" in str(each.message)] == [
+        str(each.message) for each in said
+    ]
+    assert len(said) == 1
+
+
+def test_graphs_are_recorded_as_before_and_compiled_networks_say_it(images: Tensor) -> None:
+    ensemble = rse.SelfEnsemble(OutOfOrder()).eval()
+    torch.export.export(ensemble, (images,))
+    compiled = torch.compile(ensemble, backend="eager", fullgraph=True)
+    compiled(images)
+    network: Any = torch.compile(rse.inject_noise_(OutOfOrder()), backend="eager")
+    inside = rse.SelfEnsemble(network).eval()
+    with pytest.warns(Remark, match="stem runs before it"):
+        inside(images)
+    with pytest.warns(Remark, match="stem runs before it"):
+        ensemble(images)
+    compiled(images)

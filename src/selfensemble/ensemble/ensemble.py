@@ -20,6 +20,7 @@ from ..runtime.remarks import Remark
 from .checks import check_call, check_count, check_images
 from .draws import Draws, moments
 from .observation import check_answer
+from .order import is_by_registration
 from .promises import Promising, rule_for
 from .stopping import Calibrated, Fixed, Stop
 
@@ -56,7 +57,8 @@ class SelfEnsemble(Promising):
         draws: noise draws per prediction, >= 1.
         sampling: how draws are sampled in eval mode, see `GaussianNoise`.
         filter_fn, example_inputs: see `inject_noise_`; the output for an example is checked, and whether
-            parts of an input would share noise is said in a `Remark`.
+            parts of an input would share noise is said in a `Remark`. Without an example, the first pass
+            says in one if another layer runs first than the one that got `init_std`.
         bounds: the valid range of inputs, checked by `predict_proba`; None for no range, or for tokens.
 
     Attributes:
@@ -93,6 +95,7 @@ class SelfEnsemble(Promising):
         elif config is not None or not random_layers(model):
             inject_noise_(model, config, filter_fn=filter_fn, example_inputs=example_inputs)
         super().__init__(model, sampling)
+        self.watches_order = is_by_registration(model)
         self.draws = check_count("draws", draws)
         self.bounds = bounds
         self.training = model.training

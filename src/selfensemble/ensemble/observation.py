@@ -4,7 +4,7 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,8 +137,8 @@ def parts_in_batch(batches: Mapping[str, int], inputs: int | None) -> tuple[str,
     for fqn, size in batches.items():
         if inputs and size > inputs:
             return fqn, (
-                f"it gets a batch of {size} for {inputs} inputs: parts of one input (frames, patches, windows) "
-                "are in the batch, and shared noise is equal for all of them"
+                f"it gets a batch of {size} for {inputs} inputs: parts of one input (frames, patches, "
+                "windows) are in the batch, and shared noise is equal for all of them"
             )
     return None
 
@@ -161,8 +161,8 @@ def check_answer(model: nn.Module, example_inputs: Any, noisy: Sequence[str] = (
 
     try:
         with ExitStack() as stack:
-            hooks = stack.enter_context(OwnHooks()) if noisy else None
-            for fqn in noisy if hooks is not None else ():
+            hooks = stack.enter_context(OwnHooks() if noisy else nullcontext())
+            for fqn in noisy:
                 if not isinstance(module := model.get_submodule(fqn), torch.jit.ScriptModule):
                     hooks.add(module.register_forward_pre_hook, lambda _, args, fqn=fqn: note(fqn, args))
             for context in (torch.no_grad(), OwnNumbers(), _in_eval_mode(model)):

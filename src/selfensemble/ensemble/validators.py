@@ -22,6 +22,7 @@ from ..noise.records import lost_noise
 from ..noise.streams import Sampling
 from .checks import check_call, check_images, logits_of
 from .observation import EXAMPLES, PER_IMAGE, Trace, batch_of, images_of, observe, parts_in_batch
+from .order import CURE, wrong_first
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,12 +214,8 @@ def _order(model: nn.Module, trace: Trace) -> Iterator[Issue]:
     """The layer that has the noise of the first one is not the one that runs first."""
     noisy = noise_layers(model)
     first, called = next(iter(noisy), None), [fqn for fqn in trace.called if fqn in noisy]
-    if first in called and called[0] != first and noisy[first].std != noisy[called[0]].std:
-        yield Issue(
-            "order", "warning", first, f"it has the noise of the first layer, and {called[0]} runs before "
-            "it: noise was put in by the order of registration",
-            "Call remove_noise_(model), and inject with example_inputs: they tell which layer runs first",
-        )  # fmt: skip
+    if first in called and (said := wrong_first(noisy, called)):
+        yield Issue("order", "warning", first, said, CURE[0].upper() + CURE[1:])
 
 
 def _one_layer(model: nn.Module, trace: Trace) -> Iterator[Issue]:
@@ -297,7 +294,7 @@ def _folded(model: nn.Module, trace: Trace, batch: int | None, sampling: Samplin
         if (sampling or (noisy[fqn].sampling if fqn in noisy else "shared")) == "shared"
     }
     if found := parts_in_batch(shared, batch):
-        yield Issue("folded-batch", "warning", *found, PER_IMAGE.capitalize())
+        yield Issue("folded-batch", "warning", *found, PER_IMAGE[0].upper() + PER_IMAGE[1:])
 
 
 def _range(images: list[Tensor]) -> Iterator[Issue]:

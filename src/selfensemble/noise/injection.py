@@ -134,7 +134,8 @@ def inject_noise_(
             mostly linear layers.
         example_inputs: a batch (a tensor, a tuple of arguments or a dict of keywords). With it, the
             *first* layer, which gets `init_std`, is the first that a forward pass calls; without
-            it, the first in order of registration.
+            it, the first in order of registration. If another one runs first, `validate` says so, and a
+            `SelfEnsemble` at its first pass.
 
     Returns:
         The same model.
@@ -168,7 +169,9 @@ def inject_noise_(
         fqns = called + [fqn for fqn in fqns if fqn not in called]
     stds = dict.fromkeys(fqns, config.inner_std)
     stds[fqns[0]] = config.init_std
-    return attach_noise_(model, stds)
+    attach_noise_(model, stds)
+    noise_layers(model)[fqns[0]].by_registration = example_inputs is None
+    return model
 
 
 def _check_open(model: nn.Module, filter_fn: FilterFn) -> None:
