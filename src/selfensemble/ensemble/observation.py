@@ -4,7 +4,7 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,7 +161,9 @@ def check_answer(model: nn.Module, example_inputs: Any, noisy: Sequence[str] = (
 
     try:
         with ExitStack() as stack:
-            hooks = stack.enter_context(OwnHooks() if noisy else nullcontext())
+            hooks = OwnHooks()
+            if noisy:
+                stack.enter_context(hooks)
             for fqn in noisy:
                 if not isinstance(module := model.get_submodule(fqn), torch.jit.ScriptModule):
                     hooks.add(module.register_forward_pre_hook, lambda _, args, fqn=fqn: note(fqn, args))
