@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import selfensemble as rse
+from selfensemble.artefacts.opening import ensemble_of
 from selfensemble.evaluation.doctor.examination import doctor
 from selfensemble.runtime.remarks import Remark
 
@@ -343,3 +344,56 @@ def test_graphs_are_recorded_as_before_and_compiled_networks_say_it(images: Tens
     with pytest.warns(Remark, match="stem runs before it"):
         ensemble(images)
     compiled(images)
+
+
+class Adaptive(Base):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.logits(inputs)
+
+
+class OfBatches(Base):
+    """As training loops with batches of keys have it."""
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.logits(batch["image"])
+
+
+class OfAttributes(Base):
+    def forward(self, batch: Any) -> Tensor:
+        return self.logits(batch.image)
+
+
+class Unready(Base):
+    def forward(self, inputs: Tensor) -> Tensor:  # noqa: ARG002
+        raise RuntimeError("missing variable DATA_ROOT")
+
+
+def of_batches(images: Tensor) -> dict[str, Any]:
+    return {"image": images, "label": torch.zeros(6, dtype=torch.int64)}
+
+
+@pytest.mark.parametrize(
+    ("network", "example", "cure"),
+    [
+        (OfBatches, lambda images: images, "labels apart"),
+        (OfBatches, of_batches, "labels apart"),
+        (OfAttributes, lambda images: images, "labels apart"),
+        (Unready, lambda images: images, "Its own code fails"),
+        (Base, lambda images: images, "Its own code fails"),  # has no forward
+        (Adaptive, lambda images: images[:, :1], "Pass example inputs that the model accepts"),
+        (Adaptive, lambda images: images.double(), "Pass example inputs that the model accepts"),
+    ],
+)
+def test_a_failed_pass_is_said_in_the_same_words_and_blames_what_failed(
+    network: type[nn.Module], example: Any, cure: str, images: Tensor
+) -> None:
+    (issue,) = rse.validate(network(), example(images))
+    assert (issue.rule, issue.severity) == ("forward", "error")
+    assert cure in issue.cure
+    with pytest.raises((ValueError, TypeError, RuntimeError)) as raised:
+        rse.SelfEnsemble(network(), example_inputs=example(images))
+    assert str(raised.value) == f"{issue.message}. {issue.cure}"
+    if example(images) is images:  # what commands say of a named network
+        with pytest.raises(ValueError, match="forward pass fails") as named:
+            ensemble_of(network(), "nets.py:make", example_inputs=images)
+        assert str(named.value) == str(raised.value)

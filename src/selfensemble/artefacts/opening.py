@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..ensemble.checks import check_call, explain_shape, logits_of
 from ..ensemble.ensemble import SelfEnsemble
+from ..ensemble.observation import failed
 from ..networks.expected import expected_images
-from ..networks.importing import described
 from ..networks.naming import network_from
 from ..networks.normalized import Normalized
 from ..noise.calls import to_eval_mode_
@@ -98,7 +98,7 @@ def with_mean_and_std(
 def _as_it_is(ensemble: SelfEnsemble, name: str, draws: int | None, is_asked_nothing: bool) -> SelfEnsemble:
     if not is_asked_nothing:
         raise ValueError(
-            f"{name} is a SelfEnsemble, which has its noise: leave noise, mean, std and bounds out"
+            f"{name} is a SelfEnsemble, which has its noise: leave --noise, --mean, --std and --bounds out"
         )
     ensemble.draws = draws or ensemble.draws
     to_eval_mode_(ensemble)
@@ -130,7 +130,7 @@ def check_runs(network: nn.Module, example_inputs: Tensor) -> None:
     except (ValueError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of whatever kind: the code is somebody's own
-        raise ValueError(f"the forward pass fails: {described(error)}") from error
+        raise ValueError("{}. {}".format(*failed(network, example_inputs, error))) from error
 
 
 def in_pixels(network: Normalized, chosen: FilterFn, example_inputs: Tensor | None) -> FilterFn:

@@ -62,7 +62,10 @@ class Opened:
             InputError: it is not known.
         """
         if self.config.input_shape is None:
-            raise InputError(f"{self.name} does not say the shape of its inputs: use the Python interface")
+            raise InputError(
+                f"{self.name} does not say the shape of its inputs: save it with it, rse.save(ensemble, "
+                "folder, input_shape=(3, 32, 32)), or pack it with --data"
+            )
         return self.config.input_shape
 
     @property
@@ -133,6 +136,7 @@ def open_bare(
         )
         chosen = lambda module, fqn: fqn in noisy or is_convolution(module)  # noqa: E731
         return opened.ensemble.model, example, chosen, opened.ensemble.sampling
+    noise_of(options)  # which has to be one, though nothing depends on it here
     network = seeded_network(model, arguments_of(options), options.weights)
     _, example = _examples(network, model, options, data, data.data is not None)
     mean, std = channels_of(options.mean, "--mean"), channels_of(options.std, "--std")
@@ -187,7 +191,7 @@ def _check_is_saved(model: str, options: NetworkOptions) -> None:
 
 def _saved(model: str, options: NetworkOptions, data: DataOptions, with_data: bool) -> Opened:
     from ..artefacts import storage
-    from ..artefacts.named import UntrustedNetwork
+    from ..artefacts.named import OtherArguments, UntrustedNetwork
     from ..artefacts.zoo import locate
 
     _check_is_saved(model, options)
@@ -200,6 +204,8 @@ def _saved(model: str, options: NetworkOptions, data: DataOptions, with_data: bo
         )
     except UntrustedNetwork as error:
         raise InputError(_how_to_go_on(error)) from error
+    except OtherArguments as error:
+        raise InputError(f"{error.said}: {_with_its_arguments()}") from error
     ensemble.draws = options.draws or ensemble.draws
     ensemble.sampling = sampling_of(options) or ensemble.sampling
     images = test_data_of(config, data).within(ensemble.bounds) if with_data else None
@@ -285,6 +291,17 @@ def _classes(
             "that it was trained on, or its number of classes in --network-args"
         )
     return images.classes, images
+
+
+def _with_its_arguments() -> str:
+    """The command as it was given, without arguments of the network: it then gets those that were saved."""
+    words, kept = iter(sys.argv[1:]), ["selfensemble"]
+    for word in words:
+        if word == "--network-args":
+            next(words, None)
+        elif not word.startswith("--network-args="):
+            kept.append(word)
+    return shlex.join(kept)
 
 
 def _how_to_go_on(error: "UntrustedNetwork") -> str:

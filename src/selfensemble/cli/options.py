@@ -41,7 +41,11 @@ class NetworkOptions:
         Path | None, typer.Option(help=f"{_NAMED}: safetensors, or a state dict saved by torch.")
     ] = None
     noise: Annotated[
-        str | None, typer.Option(help=f"{_NAMED}: INIT:INNER, std of the noise; 0.2:0.1 by default.")
+        str | None,
+        typer.Option(
+            help=f"{_NAMED}: INIT:INNER, std of the noise on its input and before its other layers; 0.2:0.1 "
+            "by default."
+        ),
     ] = None
     draws: Annotated[int | None, typer.Option(min=1, help="Noise draws per prediction.")] = None
     sampling: Annotated[
@@ -97,10 +101,15 @@ def noise_of(options: NetworkOptions) -> "NoiseConfig | None":
 
     if options.noise is None:
         return None
-    levels = levels_named(options.noise)
-    if len(levels) != 1:
-        raise InputError(f"--noise is one level, INIT:INNER, e.g. 0.2:0.1, got {options.noise}")
-    return levels[0]
+    try:
+        (level,) = levels_named(options.noise)
+    except ValueError as error:
+        reason = f" ({error})" if ":" in options.noise else ""
+        raise InputError(
+            "--noise is INIT:INNER, std of the noise on the input and before the other layers, e.g. 0.2:0.1; "
+            f"got {options.noise!r}{reason}"
+        ) from error
+    return level
 
 
 def sampling_of(options: NetworkOptions) -> "Sampling | None":

@@ -5,10 +5,14 @@ a Hugging Face data set, a local folder of parquet files or of images, what `sav
 paths of images (csv, parquet), arrays (npz), and `package.module:attribute` of a torch `Dataset`.
 """
 
+import warnings
 from pathlib import Path
 from typing import Unpack, get_args
 
+import torch
+
 from ..networks.importing import attribute_named, is_file_name
+from ..runtime.remarks import Remark
 from .arrays import arrays
 from .digits import digits
 from .folders import class_folders, files_below, tables_of
@@ -45,6 +49,7 @@ def load_data(
 
     Warns:
         UserWarning: some files cannot be used; `ImageData.skipped` lists them.
+        Remark: there are class numbers that no image has.
 
     Raises:
         FileNotFoundError, ValueError: what is missing or wrong, and what to do.
@@ -62,7 +67,24 @@ def load_data(
             f"{source} has inputs of shape {data.shape}, {reading.shape} is asked for: change the shape, "
             "or the data"
         )
+    if said := _without_images(data, split):
+        warnings.warn(said, Remark, stacklevel=2)
     return data
+
+
+def _without_images(data: ImageData, split: Split) -> str | None:
+    """What to say of class numbers that no image has, where the largest label said how many there are."""
+    count = len(data.classes)
+    if len(data) == 0 or data.classes != tuple(map(str, range(count))):
+        return None
+    empty = (torch.bincount(data.labels.cpu(), minlength=count) == 0).nonzero().flatten().tolist()
+    if not empty or (empty[0] > 0 and split == "test"):  # few images have not every class
+        return None
+    shown = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
+    return (
+        f"{data.name} has labels from {int(data.labels.min())} to {int(data.labels.max())}, which makes "
+        f"{count} classes, and no image of {shown}: number the classes from 0 if that is not meant"
+    )
 
 
 def _loaded(source: str, split: Split, reading: Reading) -> ImageData:

@@ -13,7 +13,10 @@ from ..noise.layer import GaussianNoise
 from ..noise.streams import drawn_layers
 from ..runtime.remarks import Remark
 
-CURE = "call remove_noise_(model), and pass example_inputs when noise is put in: they tell what runs first"
+CURE = (
+    "call remove_noise_(model), and pass example_inputs when noise is put in: they tell what runs first "
+    "(commands have them for a named network)"
+)
 
 
 def is_by_registration(model: nn.Module) -> bool:

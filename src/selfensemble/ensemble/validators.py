@@ -21,8 +21,20 @@ from ..noise.layer import GaussianNoise
 from ..noise.records import lost_noise
 from ..noise.streams import Sampling
 from .checks import check_call, check_images, logits_of
-from .observation import EXAMPLES, PER_IMAGE, Trace, batch_of, images_of, observe, parts_in_batch
+from .observation import (
+    IN_FRONT,
+    OF_FORWARD,
+    PER_IMAGE,
+    Trace,
+    batch_of,
+    failed,
+    images_of,
+    observe,
+    parts_in_batch,
+)
 from .order import CURE, wrong_first
+
+_IN_FRONT = IN_FRONT[0].upper() + IN_FRONT[1:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +91,7 @@ def validate(
     issues += _closed(model, filter_fn)
     trace = observe(model, example_inputs, matched)
     if trace.failure is not None:
-        text = " ".join(str(trace.failure).split())
-        issues.append(
-            Issue(
-                "forward", "error", "", f"the forward pass fails: {type(trace.failure).__name__}: {text}",
-                EXAMPLES,
-            )
-        )  # fmt: skip
+        issues.append(Issue("forward", "error", "", *failed(model, example_inputs, trace.failure)))
     else:
         issues += [issue for rule in _TRACE_RULES for issue in rule(trace, matched)]
         issues += [issue for rule in _NOISE_RULES for issue in rule(model, trace)]
@@ -114,7 +120,7 @@ def _inputs(model: nn.Module, matched: list[str]) -> Iterator[Issue]:
     try:
         check_call(model)
     except ValueError as error:
-        yield Issue("inputs", "error", "", str(error), "See SelfEnsemble")
+        yield Issue("inputs", "error", "", str(error), OF_FORWARD)
 
 
 def _closed(model: nn.Module, filter_fn: FilterFn) -> Iterator[Issue]:
@@ -130,7 +136,13 @@ def _without_noise(model: nn.Module, matched: list[str]) -> Iterator[Issue]:
     try:
         lost = list(lost_noise(model))
     except ValueError as error:
-        yield Issue("lost-noise", "error", "", str(error), "See inject_noise_")
+        yield Issue(
+            "lost-noise",
+            "error",
+            "",
+            str(error),
+            "See inject_noise_",
+        )
         return
     for fqn in lost:
         yield Issue(
@@ -176,20 +188,20 @@ def _first_noise(trace: Trace, matched: list[str]) -> Iterator[Issue]:
         yield Issue(
             "around-first-noise", "warning", fqn, f"it reads the image, as {first} does, but gets "
             "inner_std: the image has a way around the first noise, so no radius can be certified",
-            "Put one GaussianNoise(init_std) before the whole network instead",
+            _IN_FRONT,
         )  # fmt: skip
     for where, name in trace.image_ops.items():
         if first is None:
             yield Issue(
                 "transformed-input", "warning", where, f"{name} changes the image before the first noise: "
                 "init_std is then in the units of the result, not of pixels in [0, 1]",
-                "Scale init_std by the same factor, or put GaussianNoise(init_std) before the network",
+                f"Scale init_std by the same factor, or {IN_FRONT}",
             )  # fmt: skip
         else:
             yield Issue(
                 "around-first-noise", "warning", where, f"{name} reads the image beside {first}: the image "
                 "has a way around the first noise, so no radius can be certified",
-                "Put one GaussianNoise(init_std) before the whole network instead",
+                _IN_FRONT,
             )  # fmt: skip
 
 
@@ -206,7 +218,7 @@ def _partly_noisy(model: nn.Module, trace: Trace) -> Iterator[Issue]:
         if fqn not in noisy and fqn not in lost and fqn not in excused:
             yield Issue(
                 "partly-noisy", "warning", fqn, "other modules have noise before them, but this one does not",
-                "Call remove_noise_(model) and inject again with the filter_fn you mean",
+                "Call remove_noise_(model) and inject again with the filter_fn (--filter) you mean",
             )  # fmt: skip
 
 
@@ -275,7 +287,7 @@ def _output(trace: Trace, batch: int | None) -> Iterator[Issue]:
     try:
         logits = logits_of(trace.output, batch)
     except ValueError as error:
-        yield Issue("output", "error", "", str(error), "See SelfEnsemble")
+        yield Issue("output", "error", "", str(error), OF_FORWARD)
         return
     sums = logits.float().sum(dim=-1)
     if len(logits) and logits.min() >= 0 and torch.allclose(sums, torch.ones_like(sums), atol=1e-3):

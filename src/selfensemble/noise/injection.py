@@ -145,7 +145,10 @@ def inject_noise_(
             exported parts), or the model already has injected noise.
     """
     if noise_layers(model):
-        raise ValueError("the model has noise layers already: call remove_noise_(model) first")
+        raise ValueError(
+            "the model has noise layers already: call remove_noise_(model) first, or name no levels "
+            "(--noise) to keep them"
+        )
     if config is None and (saved := saved_levels(model)):
         return attach_noise_(model, saved)
     config = NoiseConfig() if config is None else config
@@ -156,7 +159,7 @@ def inject_noise_(
     if not fqns:
         raise ValueError(
             "no module matches filter_fn (by default convolutions): nothing to put noise in front "
-            'of. Pass filter_fn, "linear" or "conv+linear" say, and see '
+            'of. Pass filter_fn, "linear" or "conv+linear" say (--filter, noise.filter of recipes), and see '
             "validate(model, example_inputs) for convolutions that are called as functions"
         )
     if example_inputs is not None:
@@ -164,7 +167,7 @@ def inject_noise_(
         if not called:
             raise ValueError(
                 f"none of the {len(fqns)} matching modules ran on example_inputs: pass inputs that "
-                "reach them, or leave example_inputs out"
+                "reach them, choose other modules by filter_fn (--filter), or leave example_inputs out"
             )
         fqns = called + [fqn for fqn in fqns if fqn not in called]
     stds = dict.fromkeys(fqns, config.inner_std)
