@@ -100,10 +100,10 @@ def test_other_arguments_than_a_folder_was_saved_with(here: Path) -> None:
 
 
 def test_labels_that_do_not_begin_at_0(here: Path) -> None:
-    with pytest.warns(Remark, match="labels from 1 to 3, which makes 4 classes, and no image of 0"):
+    with pytest.warns(Remark, match="labels from 1 to 3, which makes 4 classes, and no image of class 0"):
         assert len(rse.load_data("from1.npz", "train").classes) == 4
     command = ("validate", "nets.py:Net", "--network-args", '{"classes": 4}', "--json", "--data")
-    assert run(*command, "from1.npz").stderr.count("no image of 0") == 1
+    assert run(*command, "from1.npz").stderr.count("no image of class 0") == 1
     assert "no image of" not in run(*command, "good.npz").stderr
 
 

@@ -49,7 +49,7 @@ def load_data(
 
     Warns:
         UserWarning: some files cannot be used; `ImageData.skipped` lists them.
-        Remark: there are class numbers that no image has.
+        Remark: labels begin at 1, so that no image is of class 0.
 
     Raises:
         FileNotFoundError, ValueError: what is missing or wrong, and what to do.
@@ -67,23 +67,22 @@ def load_data(
             f"{source} has inputs of shape {data.shape}, {reading.shape} is asked for: change the shape, "
             "or the data"
         )
-    if said := _without_images(data, split):
+    if said := _counts_from_one(data):
         warnings.warn(said, Remark, stacklevel=2)
     return data
 
 
-def _without_images(data: ImageData, split: Split) -> str | None:
-    """What to say of class numbers that no image has, where the largest label said how many there are."""
+def _counts_from_one(data: ImageData) -> str | None:
+    """What to say of labels 1 to K, which make a class 0 that no image has."""
     count = len(data.classes)
     if len(data) == 0 or data.classes != tuple(map(str, range(count))):
         return None
     empty = (torch.bincount(data.labels.cpu(), minlength=count) == 0).nonzero().flatten().tolist()
-    if not empty or (empty[0] > 0 and split == "test"):  # few images have not every class
+    if empty != [0]:  # few images have not every class
         return None
-    shown = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
     return (
-        f"{data.name} has labels from {int(data.labels.min())} to {int(data.labels.max())}, which makes "
-        f"{count} classes, and no image of {shown}: number the classes from 0 if that is not meant"
+        f"{data.name} has labels from 1 to {count - 1}, which makes {count} classes, and no image of class 0:"
+        " number them from 0 if that is not meant"
     )
 
 
