@@ -8,7 +8,6 @@ import errno
 import io
 import sys
 import traceback
-import warnings
 from pathlib import Path
 
 from .runtime.errors import InputError, MissingPackage
@@ -36,6 +35,7 @@ from pydantic import ValidationError
 from .cli import certainty, evaluation, experiments, models, serving, terminal, training  # noqa: F401
 from .cli.base import app
 from .runtime.checking import explained
+from .runtime.remarks import show_remarks
 
 # isort: on
 
@@ -48,7 +48,7 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     if not debug:
-        warnings.simplefilter("ignore")
+        show_remarks(terminal.note)
     try:
         status = _run(arguments, debug)
     except KeyboardInterrupt:  # while an error or an interrupt was being reported

@@ -220,13 +220,20 @@ def test_networks_that_torch_cannot_export_are_refused_with_the_reason(
 
 
 @pytest.mark.filterwarnings("ignore")  # the tracer's own
-def test_torchs_older_exporter_writes_no_network_without_noise(
-    tmp_path: Path, tiny: nn.Sequential, images: Tensor
+@pytest.mark.parametrize("dynamo", [False, True])
+@pytest.mark.parametrize("std", [0.1, (0.1, 0.2, 0.3)])
+def test_torchs_exporters_name_ours_and_write_no_network_without_noise(
+    tmp_path: Path, tiny: nn.Sequential, images: Tensor, dynamo: bool, std: Any
 ) -> None:
     ensemble = rse.SelfEnsemble(tiny).eval()
+    next(iter(rse.noise_layers(tiny).values())).std = std
     for network in (ensemble, ensemble.model):
-        with pytest.raises(RuntimeError, match="selfensemble::add_noise"):
-            torch.onnx.export(network, (images,), tmp_path / "network.onnx", dynamo=False)
+        with pytest.raises(RuntimeError, match=r"use rse\.export_onnx") as raised:
+            torch.onnx.export(network, (images,), tmp_path / "network.onnx", dynamo=dynamo, verbose=False)
+        assert "\x1b" not in str(raised.value.__cause__ or raised.value)
+    assert not (tmp_path / "network.onnx").exists()
+    rse.export_onnx(ensemble, tmp_path / "network.onnx", images)
+    torch.onnx.export(rse.remove_noise_(tiny), (images,), tmp_path / "static.onnx", dynamo=False)
 
 
 class TwoHeads(nn.Module):

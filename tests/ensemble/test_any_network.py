@@ -1,5 +1,8 @@
 """What networks of others take and return: answered, or refused by `validate` and the constructor alike."""
 
+import copy
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import pytest
@@ -7,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import selfensemble as rse
+from selfensemble.artefacts.opening import ensemble_of
 from selfensemble.evaluation.doctor.examination import doctor
+from selfensemble.runtime.remarks import Remark
 
 from ..conftest import OutOfOrder
 
@@ -257,3 +262,138 @@ def test_a_forward_that_fails_is_refused_in_the_words_of_validate(images: Tensor
         rse.SelfEnsemble(OfABatch(), rse.NoiseConfig(0.1, 0.1), example_inputs=images)
     (issue,) = [each for each in rse.validate(OfABatch(), images) if each.rule == "forward"]
     assert issue.cure in str(caught.value)
+
+
+class Frames(nn.Module):
+    """Puts the frames of videos into the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, videos: Tensor) -> Tensor:
+        frames: Tensor = self.conv(videos.flatten(0, 1)).mean(dim=(2, 3))
+        answers: Tensor = frames.unflatten(0, videos.shape[:2]).mean(dim=1)
+        return answers
+
+
+def test_parts_of_an_input_that_would_share_noise_are_said_with_an_example(images: Tensor) -> None:
+    videos = images.unflatten(0, (2, 3))
+    with pytest.warns(Remark, match=r'conv: it gets a batch of 6 for 2 inputs.* sampling="per_image"'):
+        rse.SelfEnsemble(Frames(), example_inputs=videos)
+    own = rse.SelfEnsemble(Frames(), example_inputs=videos, sampling="per_image")
+    assert rse.validate(own.model, videos) == []
+    assert [each.rule for each in rse.validate(own.model, videos, sampling="shared")] == ["folded-batch"]
+    rse.SelfEnsemble(Frames(), rse.NoiseConfig(0, 0), example_inputs=videos)  # nothing to share
+
+
+LEVELS = [rse.NoiseConfig(0.2, 0.1), rse.NoiseConfig(0.2, 0.0), rse.NoiseConfig(0.0, 0.2)]
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("call", ["forward", "predict"])
+def test_another_order_than_that_of_registration_is_said_once_at_the_first_pass(
+    images: Tensor, levels: rse.NoiseConfig, call: str
+) -> None:
+    ensemble = rse.SelfEnsemble(OutOfOrder(), levels)
+    stds = {fqn: layer.std for fqn, layer in rse.noise_layers(ensemble.model).items()}
+    with pytest.warns(Remark, match="inner: it has the noise of the first layer, and stem runs before it"):
+        getattr(ensemble, call)(images)
+    ensemble.predict(images)  # warnings are errors
+    copy.deepcopy(ensemble)(images)
+    ensemble.train()(images)
+    assert {fqn: layer.std for fqn, layer in rse.noise_layers(ensemble.model).items()} == stds
+    assert not any(module._forward_hooks for module in ensemble.modules())
+
+
+def test_the_order_is_not_asked_for_where_it_cannot_matter(images: Tensor) -> None:
+    rse.SelfEnsemble(OutOfOrder(), example_inputs=images)(images)
+    rse.SelfEnsemble(OutOfOrder(), rse.NoiseConfig(0.1, 0.1))(images)
+    fine = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    rse.SelfEnsemble(fine)(images)
+
+
+def test_a_failed_pass_is_not_the_first(images: Tensor) -> None:
+    ensemble = rse.SelfEnsemble(OutOfOrder())
+    with pytest.raises(RuntimeError, match="channels"):
+        ensemble(images[:, :1])
+    with pytest.warns(Remark, match="registration"):
+        ensemble(images)
+
+
+def test_many_threads_say_the_order_once(images: Tensor) -> None:
+    ensemble = rse.SelfEnsemble(OutOfOrder()).eval()
+    with warnings.catch_warnings(record=True) as said, ThreadPoolExecutor(4) as pool:
+        warnings.simplefilter("always")
+        list(pool.map(lambda _: ensemble.predict(images), range(8)))
+    assert [str(each.message) for each in said if "registration" in str(each.message)] == [
+        str(each.message) for each in said
+    ]
+    assert len(said) == 1
+
+
+def test_graphs_are_recorded_as_before_and_compiled_networks_say_it(images: Tensor) -> None:
+    ensemble = rse.SelfEnsemble(OutOfOrder()).eval()
+    torch.export.export(ensemble, (images,))
+    compiled = torch.compile(ensemble, backend="eager", fullgraph=True)
+    compiled(images)
+    network: Any = torch.compile(rse.inject_noise_(OutOfOrder()), backend="eager")
+    inside = rse.SelfEnsemble(network).eval()
+    with pytest.warns(Remark, match="stem runs before it"):
+        inside(images)
+    with pytest.warns(Remark, match="stem runs before it"):
+        ensemble(images)
+    compiled(images)
+
+
+class Adaptive(Base):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.logits(inputs)
+
+
+class OfBatches(Base):
+    """As training loops with batches of keys have it."""
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.logits(batch["image"])
+
+
+class OfAttributes(Base):
+    def forward(self, batch: Any) -> Tensor:
+        return self.logits(batch.image)
+
+
+class Unready(Base):
+    def forward(self, inputs: Tensor) -> Tensor:  # noqa: ARG002
+        raise RuntimeError("missing variable DATA_ROOT")
+
+
+def of_batches(images: Tensor) -> dict[str, Any]:
+    return {"image": images, "label": torch.zeros(6, dtype=torch.int64)}
+
+
+@pytest.mark.parametrize(
+    ("network", "example", "cure"),
+    [
+        (OfBatches, lambda images: images, "labels apart"),
+        (OfBatches, of_batches, "labels apart"),
+        (OfAttributes, lambda images: images, "labels apart"),
+        (Unready, lambda images: images, "Its own code fails"),
+        (Base, lambda images: images, "Its own code fails"),  # has no forward
+        (Adaptive, lambda images: images[:, :1], "Pass example inputs that the model accepts"),
+        (Adaptive, lambda images: images.double(), "Pass example inputs that the model accepts"),
+    ],
+)
+def test_a_failed_pass_is_said_in_the_same_words_and_blames_what_failed(
+    network: type[nn.Module], example: Any, cure: str, images: Tensor
+) -> None:
+    (issue,) = rse.validate(network(), example(images))
+    assert (issue.rule, issue.severity) == ("forward", "error")
+    assert cure in issue.cure
+    with pytest.raises((ValueError, TypeError, RuntimeError)) as raised:
+        rse.SelfEnsemble(network(), example_inputs=example(images))
+    assert str(raised.value) == f"{issue.message}. {issue.cure}"
+    if example(images) is images:  # what commands say of a named network
+        with pytest.raises(ValueError, match="forward pass fails") as named:
+            ensemble_of(network(), "nets.py:make", example_inputs=images)
+        assert str(named.value) == str(raised.value)

@@ -39,6 +39,24 @@ class UntrustedNetwork(ValueError):
         )
 
 
+class OtherArguments(ValueError):
+    """A saved ensemble whose network was asked for with other arguments than it was saved with.
+
+    Attributes:
+        folder: of the ensemble.
+        named: what its `config.json` says of the network.
+    """
+
+    def __init__(self, folder: str | Path, named: "NamedNetwork", given: Mapping[str, Any]) -> None:
+        self.folder, self.named = folder, named
+        self.said = (
+            f"{folder} holds a network that {named.name} made with the arguments "
+            f"{json.dumps(named.arguments)}, and does not fit the network of "
+            f"{json.dumps(dict(given), default=str)}"
+        )
+        super().__init__(f"{self.said}: leave arguments= out, which takes those that were saved")
+
+
 class NamedNetwork(NamedRecord):
     """A network that is neither one of `MODELS` nor of transformers, see `NamedRecord`."""
 

@@ -26,6 +26,7 @@ from ..ensemble.ensemble import SelfEnsemble
 from ..fast.ensemble import checked_original
 from ..noise.injection import eval_mode, noise_layers, random_layers
 from ..noise.layer import GaussianNoise, Std
+from ..noise.operators import onnx_translated
 from ..runtime.files import atomic_file
 from ..runtime.packages import needs
 from .onnx_noise import NOISE, seed_noise
@@ -231,7 +232,7 @@ def _translated(module: nn.Module, example_inputs: Tensor, draws: int) -> "onnx.
     # An example of one image would make the batch size a constant.
     example = example_inputs[:2] if len(example_inputs) > 1 else example_inputs.repeat_interleave(2, dim=0)
     try:
-        with _quiet():
+        with _quiet(), onnx_translated():
             program = torch.onnx.export(
                 module, (example,), dynamo=True, verbose=False, input_names=["images"], output_names=names,
                 dynamic_shapes={"images": {0: torch.export.Dim("batch")}}, custom_translation_table=table,

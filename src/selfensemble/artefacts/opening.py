@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..ensemble.checks import check_call, explain_shape, logits_of
 from ..ensemble.ensemble import SelfEnsemble
+from ..ensemble.observation import failed
 from ..networks.expected import expected_images
-from ..networks.importing import described
 from ..networks.naming import network_from
 from ..networks.normalized import Normalized
 from ..noise.calls import to_eval_mode_
@@ -18,6 +18,7 @@ from ..noise.filters import filter_named, matching
 from ..noise.injection import FilterFn, eval_mode, execution_order, random_layers
 from ..noise.layer import NoiseConfig
 from ..noise.own_numbers import OwnNumbers
+from ..noise.streams import Sampling
 from ..runtime.random_state import kept_random_state
 
 Channels = float | Sequence[float]
@@ -43,6 +44,7 @@ def ensemble_of(
     std: Channels | None = None,
     example_inputs: Tensor | None = None,
     bounds: tuple[float, float] | None = None,
+    sampling: Sampling | None = None,
 ) -> SelfEnsemble:
     """The ensemble of a named network, in eval mode.
 
@@ -57,11 +59,13 @@ def ensemble_of(
             default those of a network that has the weights of its library; 0 and 1 for none.
         example_inputs: (B, ...) images; by them the first layer is the first that runs.
         bounds: the range of inputs; [0, 1] by default, or that of an ensemble that the name stands for.
+        sampling: how draws are sampled; "shared" by default, or as an ensemble that the name stands for does.
 
     Raises:
         ValueError, TypeError: what is wrong with the network or the options.
     """
     if isinstance(network, SelfEnsemble):
+        network.sampling = sampling or network.sampling
         return _as_it_is(network, name, draws, not (noise or bounds) and mean is std is None)
     chosen = filter_named(filter_name)
     is_wanted = noise is None or noise.init_std > 0 or noise.inner_std > 0
@@ -74,7 +78,7 @@ def ensemble_of(
         chosen = in_pixels(network, chosen, example_inputs)
     ensemble = SelfEnsemble(
         network, noise, draws=draws or 10, filter_fn=chosen, example_inputs=example_inputs,
-        bounds=bounds or (0.0, 1.0),
+        bounds=bounds or (0.0, 1.0), sampling=sampling or "shared",
     )  # fmt: skip
     to_eval_mode_(ensemble)
     return ensemble
@@ -94,7 +98,7 @@ def with_mean_and_std(
 def _as_it_is(ensemble: SelfEnsemble, name: str, draws: int | None, is_asked_nothing: bool) -> SelfEnsemble:
     if not is_asked_nothing:
         raise ValueError(
-            f"{name} is a SelfEnsemble, which has its noise: leave noise, mean, std and bounds out"
+            f"{name} is a SelfEnsemble, which has its noise: leave --noise, --mean, --std and --bounds out"
         )
     ensemble.draws = draws or ensemble.draws
     to_eval_mode_(ensemble)
@@ -126,7 +130,7 @@ def check_runs(network: nn.Module, example_inputs: Tensor) -> None:
     except (ValueError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of whatever kind: the code is somebody's own
-        raise ValueError(f"the forward pass fails: {described(error)}") from error
+        raise ValueError("{}. {}".format(*failed(network, example_inputs, error))) from error
 
 
 def in_pixels(network: Normalized, chosen: FilterFn, example_inputs: Tensor | None) -> FilterFn:

@@ -1,6 +1,7 @@
 """The network of a saved ensemble, built again without its weights; of somebody's own only when told so."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from ..networks.naming import network_from
 from ..networks.normalized import Normalized
 from ..noise.randomness import randomise_, randomness_of
 from .config import ArtefactConfig
-from .named import UntrustedNetwork
+from .named import OtherArguments, UntrustedNetwork
 
 
 def rebuilt(config: ArtefactConfig, folder: str | Path, *, trust_network: bool = False) -> nn.Module:
@@ -49,6 +50,39 @@ def network_named(config: ArtefactConfig, name: str, arguments: Mapping[str, Any
     """The network of that name, called with the arguments that it was saved with, or with others."""
     known = None if config.network is None else config.network.arguments
     return network_from(name, known if arguments is None else arguments, pretrained=False)
+
+
+@contextmanager
+def with_its_arguments(
+    folder: str | Path, config: ArtefactConfig, given: Mapping[str, Any] | None
+) -> Iterator[None]:
+    """Within this context errors say that the network was saved with other arguments, where it was."""
+    named = config.network
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if given is None or named is None or named.arguments in (None, given):
+            raise
+        raise OtherArguments(folder, named, given) from error
+
+
+def misfit(mine: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> str:
+    """How weights in a file differ from a network's in names and shapes; "" where they do not."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in mine.items()}
+    found = {
+        "it lacks": [key for key in mine if key not in theirs],
+        "it also has": [key for key in theirs if key not in mine],
+        "it has other shapes of": [
+            f"{key} {tuple(theirs[key].shape)}, not {shape}"
+            for key, shape in shapes.items()
+            if key in theirs and tuple(theirs[key].shape) != shape
+        ],
+    }
+    return "; ".join(
+        f"{what} {', '.join(keys[:4])}" + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+        for what, keys in found.items()
+        if keys
+    )
 
 
 def wrapped(model: nn.Module, config: ArtefactConfig) -> nn.Module:

@@ -32,7 +32,7 @@ from .config import Architecture, ArtefactConfig, config_of
 from .opening import ensemble_of, seeded_network
 from .outline import CONFIG as CONFIG
 from .outline import read_as
-from .rebuilding import in_float32_, is_meta_safe, network_named, rebuilt, wrapped
+from .rebuilding import in_float32_, is_meta_safe, misfit, network_named, rebuilt, with_its_arguments, wrapped
 from .zoo import locate
 
 WEIGHTS = "model.safetensors"
@@ -128,13 +128,19 @@ def _save_rule(folder: str | Path, name: str, rule: Calibrated | SetRule, of: Ar
         raise ValueError(
             f"{folder} was written anew while it was being calibrated: calibrate what is there now"
         )
+    if rule.fingerprint is not None and rule.fingerprint.sampling != config.sampling:
+        raise ValueError(
+            f"the rule is of predictions with sampling={rule.fingerprint.sampling!r}, and {folder} says "
+            f"{config.sampling!r}: leave --sampling out, or write a folder that says so, selfensemble pack "
+            f"{folder} FOLDER --sampling {rule.fingerprint.sampling}"
+        )
     read_weights(folder, config)
     if config.transformers is not None or config.architecture is not None:  # others are asked when it is used
         different = rule.differences(load(folder))
         if different:
             raise ValueError(
                 f"the rule was calibrated on other {', other '.join(different)} than {folder} holds: "
-                "calibrate what rse.load returns"
+                "calibrate what rse.load returns (`selfensemble calibrate` does)"
             )
     place, named = locate(folder), config.model_copy(update={name: rule})
     with only_writer(place):
@@ -282,10 +288,12 @@ def load(
     path = folder / WEIGHTS
     if model is None:
         model = _planned(config, folder, tensors, trust_network)
+        _fill_(model, config, tensors, path)
     else:
-        model = network_named(config, model, arguments) if isinstance(model, str) else model
-        model = wrapped(model, config)
-    _fill_(model, config, tensors, path)
+        with with_its_arguments(folder, config, arguments if isinstance(model, str) else None):
+            model = network_named(config, model, arguments) if isinstance(model, str) else model
+            model = wrapped(model, config)
+            _fill_(model, config, tensors, path)
     if config.resize_pad is not None:
         model = ResizePadNetwork(model, config.resize_pad)
     # A network that was saved without noise stays without.
@@ -313,7 +321,7 @@ def _fill_(model: nn.Module, config: ArtefactConfig, tensors: dict[str, Tensor],
         model.load_state_dict(weights)
         attach_noise_(model, {names.get(fqn, fqn): std for fqn, std in config.noise.items()})
     except (RuntimeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
+        reason = misfit(_weights(model), plain) or " ".join(str(error).split())
         raise ValueError(f"{path} does not fit the network: {reason}") from error
 
 

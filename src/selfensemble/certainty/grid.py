@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ensemble.ensemble import SelfEnsemble
+from ..ensemble.observation import IN_FRONT
 from ..noise.calls import OwnHooks
 from ..noise.grid import LEVELS, GridNoise, distance_from_normal
 from ..noise.injection import eval_mode
@@ -60,8 +61,8 @@ def _on_pixels(ensemble: SelfEnsemble, inputs: Tensor) -> GaussianNoise:
         arrived = arrives_at(ensemble, first, images)
     if not (arrived.shape == images.shape and torch.equal(arrived, images)):
         raise ValueError(
-            "the network does something to its images before the first noise (a normalisation, say): put "
-            "GaussianNoise(init_std) in front of it, or leave grid out"
+            "the network does something to its images before the first noise (a normalisation, say): leave "
+            f"grid out, or {IN_FRONT}"
         )
     if type(first) not in (GaussianNoise, LearnedNoise, GridNoise):
         raise ValueError(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..ensemble.draws import check_finite
 from ..ensemble.ensemble import SelfEnsemble
+from ..ensemble.observation import IN_FRONT, PER_IMAGE
 from ..ensemble.randomness import PASSES
 from ..noise.calls import OwnHooks
 from ..noise.injection import eval_mode, random_layers
@@ -18,7 +19,6 @@ from ..runtime.random_state import states_of_others
 from .arrival import keeps_images, pixel_levels, pixel_map
 
 _PASSES = 32  # that show randomness before the first noise, of generators that cannot be watched
-_CURE = "put one GaussianNoise(init_std) in front of the whole network"
 
 
 def pixel_std(ensemble: SelfEnsemble, example_inputs: Tensor) -> float:
@@ -69,12 +69,12 @@ def first_noise(network: SelfEnsemble, images: Tensor) -> GaussianNoise:
     if not isinstance(first, GaussianNoise):
         raise ValueError(
             f"{type(first).__name__} changes the image at random before the first noise, which is then not "
-            "noise on its pixels: " + _CURE
+            "noise on its pixels: " + IN_FRONT
         )
     if active.count(first) > 1:
         raise ValueError(
             "the first noise acts several times in a pass, so that the image has a way around each of them: "
-            + _CURE
+            + IN_FRONT
         )
     return first
 
@@ -96,7 +96,7 @@ def _check_fixed(network: SelfEnsemble, first: GaussianNoise, images: Tensor) ->
     if differ or any(each.of_torch for each in arrivals) or all(each.of_others for each in arrivals):
         raise ValueError(
             "random numbers are drawn before the first noise, which is then not the only noise on the image: "
-            + _CURE
+            + IN_FRONT
         )
 
 
@@ -133,12 +133,12 @@ def _in_pixels(network: SelfEnsemble, first: GaussianNoise, images: Tensor) -> f
     if found is None or not bool((found.slope != 0).any()):
         raise ValueError(
             "what comes before the first noise is not an affine map of each pixel (resizing, a "
-            f"nonlinearity): {_CURE}"
+            f"nonlinearity): {IN_FRONT}"
         )
     if first.sampling == "shared" and not keeps_images(found, images):
         raise ValueError(
             "parts of one image (frames, windows) are in the batch where the first noise acts, and shared "
-            'noise is the same on each of them: use SelfEnsemble(..., sampling="per_image")'
+            f"noise is the same on each of them: {PER_IMAGE}"
         )
     std = float(pixel_levels(found, first.std, images).min())
     if std > 0 and math.isfinite(std):
@@ -168,7 +168,7 @@ def _check_no_way_around(network: SelfEnsemble, first: GaussianNoise, images: Te
         if not all(torch.equal(answers[0], other) for other in answers[1:]):
             raise ValueError(
                 "the image has a way around the first noise (a second branch that reads it, such as a "
-                "shortcut): " + _CURE
+                "shortcut): " + IN_FRONT
             )
 
 

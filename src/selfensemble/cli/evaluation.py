@@ -171,8 +171,8 @@ def validate(
     """Report what noise would miss or get wrong in a network; exit status 3 if it finds an error."""
     from ..ensemble.validators import validate as look
 
-    examined, example, chosen = open_bare(model, network, data)
-    issues = look(examined, example, filter_fn=chosen)
+    examined, example, chosen, sampling = open_bare(model, network, data)
+    issues = look(examined, example, filter_fn=chosen, sampling=sampling)
     if as_json:
         terminal.print_json({"issues": [asdict(issue) for issue in issues]})
     else:

@@ -13,7 +13,7 @@ from ..runtime.errors import InputError
 from . import terminal
 from .data_options import NO_DATA, DataOptions
 from .loading import test_data_of, with_size
-from .options import NetworkOptions, arguments_of, bounds_of, channels_of, noise_of, shape_of
+from .options import NetworkOptions, arguments_of, bounds_of, channels_of, noise_of, sampling_of, shape_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..data.images import ImageData
     from ..ensemble.ensemble import SelfEnsemble
     from ..noise.injection import FilterFn
+    from ..noise.streams import Sampling
 
 _OF_NAMED = {"weights": "--weights", "noise": "--noise", "filter_name": "--filter", "mean": "--mean",
              "std": "--std", "shape": "--shape", "bounds": "--bounds"}  # fmt: skip
@@ -61,7 +62,10 @@ class Opened:
             InputError: it is not known.
         """
         if self.config.input_shape is None:
-            raise InputError(f"{self.name} does not say the shape of its inputs: use the Python interface")
+            raise InputError(
+                f"{self.name} does not say the shape of its inputs: save it with it, rse.save(ensemble, "
+                "folder, input_shape=(3, 32, 32)), or pack it with --data"
+            )
         return self.config.input_shape
 
     @property
@@ -111,8 +115,8 @@ def described_as(model: str, options: NetworkOptions) -> "Outline":
 
 def open_bare(
     model: str, options: NetworkOptions, data: DataOptions
-) -> tuple["nn.Module", "Tensor", "FilterFn"]:
-    """A network to be looked at, an example, and in front of what its noise is or would go.
+) -> tuple["nn.Module", "Tensor", "FilterFn", "Sampling | None"]:
+    """A network to be looked at, an example, in front of what its noise is or would go, and its sampling.
 
     A named one has got no noise yet, and may be one that cannot get any.
     """
@@ -130,7 +134,9 @@ def open_bare(
             if data.data is None
             else opened.test.inputs(slice(2))
         )
-        return opened.ensemble.model, example, lambda module, fqn: fqn in noisy or is_convolution(module)
+        chosen = lambda module, fqn: fqn in noisy or is_convolution(module)  # noqa: E731
+        return opened.ensemble.model, example, chosen, opened.ensemble.sampling
+    noise_of(options)  # which has to be one, though nothing depends on it here
     network = seeded_network(model, arguments_of(options), options.weights)
     _, example = _examples(network, model, options, data, data.data is not None)
     mean, std = channels_of(options.mean, "--mean"), channels_of(options.std, "--std")
@@ -141,7 +147,7 @@ def open_bare(
     if isinstance(network, Normalized):
         with suppress(Exception):  # it may fail in any way, which is then what is found
             chosen = in_pixels(network, chosen, example)
-    return network, example, chosen
+    return network, example, chosen, sampling_of(options)
 
 
 def _any_images(shape: tuple[int, ...], bounds: tuple[float, float] | None) -> "Tensor":
@@ -185,7 +191,7 @@ def _check_is_saved(model: str, options: NetworkOptions) -> None:
 
 def _saved(model: str, options: NetworkOptions, data: DataOptions, with_data: bool) -> Opened:
     from ..artefacts import storage
-    from ..artefacts.named import UntrustedNetwork
+    from ..artefacts.named import OtherArguments, UntrustedNetwork
     from ..artefacts.zoo import locate
 
     _check_is_saved(model, options)
@@ -198,7 +204,10 @@ def _saved(model: str, options: NetworkOptions, data: DataOptions, with_data: bo
         )
     except UntrustedNetwork as error:
         raise InputError(_how_to_go_on(error)) from error
+    except OtherArguments as error:
+        raise InputError(f"{error.said}: {_with_its_arguments()}") from error
     ensemble.draws = options.draws or ensemble.draws
+    ensemble.sampling = sampling_of(options) or ensemble.sampling
     images = test_data_of(config, data).within(ensemble.bounds) if with_data else None
     return Opened(ensemble, config, Path(model).resolve().name, images, locate(model))
 
@@ -222,6 +231,7 @@ def _named(model: str, options: NetworkOptions, data: DataOptions, with_data: bo
             network, model, noise=noise_of(options), draws=options.draws,
             filter_name=options.filter_name or "conv", mean=channels_of(options.mean, "--mean"),
             std=channels_of(options.std, "--std"), example_inputs=example, bounds=bounds_of(options),
+            sampling=sampling_of(options),
         )  # fmt: skip
     except ShapeError as error:
         if images is None:
@@ -281,6 +291,17 @@ def _classes(
             "that it was trained on, or its number of classes in --network-args"
         )
     return images.classes, images
+
+
+def _with_its_arguments() -> str:
+    """The command as it was given, without arguments of the network: it then gets those that were saved."""
+    words, kept = iter(sys.argv[1:]), ["selfensemble"]
+    for word in words:
+        if word == "--network-args":
+            next(words, None)
+        elif not word.startswith("--network-args="):
+            kept.append(word)
+    return shlex.join(kept)
 
 
 def _how_to_go_on(error: "UntrustedNetwork") -> str:

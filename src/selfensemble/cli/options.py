@@ -14,6 +14,7 @@ from .option_groups import takes
 
 if TYPE_CHECKING:
     from ..noise.levels import NoiseConfig
+    from ..noise.streams import Sampling
 
 _NAMED = "Of a named network"
 
@@ -40,9 +41,20 @@ class NetworkOptions:
         Path | None, typer.Option(help=f"{_NAMED}: safetensors, or a state dict saved by torch.")
     ] = None
     noise: Annotated[
-        str | None, typer.Option(help=f"{_NAMED}: INIT:INNER, std of the noise; 0.2:0.1 by default.")
+        str | None,
+        typer.Option(
+            help=f"{_NAMED}: INIT:INNER, std of the noise on its input and before its other layers; 0.2:0.1 "
+            "by default."
+        ),
     ] = None
     draws: Annotated[int | None, typer.Option(min=1, help="Noise draws per prediction.")] = None
+    sampling: Annotated[
+        str | None,
+        typer.Option(
+            help="Noise of predictions: shared by the inputs of a batch, or per_image, for networks that put "
+            "parts of an input (frames, windows) into the batch."
+        ),
+    ] = None
     filter_name: Annotated[
         str | None,
         typer.Option(
@@ -89,10 +101,27 @@ def noise_of(options: NetworkOptions) -> "NoiseConfig | None":
 
     if options.noise is None:
         return None
-    levels = levels_named(options.noise)
-    if len(levels) != 1:
-        raise InputError(f"--noise is one level, INIT:INNER, e.g. 0.2:0.1, got {options.noise}")
-    return levels[0]
+    try:
+        (level,) = levels_named(options.noise)
+    except ValueError as error:
+        reason = f" ({error})" if ":" in options.noise else ""
+        raise InputError(
+            "--noise is INIT:INNER, std of the noise on the input and before the other layers, e.g. 0.2:0.1; "
+            f"got {options.noise!r}{reason}"
+        ) from error
+    return level
+
+
+def sampling_of(options: NetworkOptions) -> "Sampling | None":
+    """How draws are sampled, as it was written."""
+    from ..noise.streams import check_sampling
+
+    if options.sampling is None:
+        return None
+    try:
+        return check_sampling(options.sampling)
+    except ValueError as error:
+        raise InputError(f"--{error}") from error
 
 
 def channels_of(text: str | None, flag: str) -> list[float] | None:

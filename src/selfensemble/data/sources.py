@@ -5,10 +5,14 @@ a Hugging Face data set, a local folder of parquet files or of images, what `sav
 paths of images (csv, parquet), arrays (npz), and `package.module:attribute` of a torch `Dataset`.
 """
 
+import warnings
 from pathlib import Path
 from typing import Unpack, get_args
 
+import torch
+
 from ..networks.importing import attribute_named, is_file_name
+from ..runtime.remarks import Remark
 from .arrays import arrays
 from .digits import digits
 from .folders import class_folders, files_below, tables_of
@@ -45,6 +49,7 @@ def load_data(
 
     Warns:
         UserWarning: some files cannot be used; `ImageData.skipped` lists them.
+        Remark: labels begin at 1, so that no image is of class 0.
 
     Raises:
         FileNotFoundError, ValueError: what is missing or wrong, and what to do.
@@ -62,7 +67,23 @@ def load_data(
             f"{source} has inputs of shape {data.shape}, {reading.shape} is asked for: change the shape, "
             "or the data"
         )
+    if said := _counts_from_one(data):
+        warnings.warn(said, Remark, stacklevel=2)
     return data
+
+
+def _counts_from_one(data: ImageData) -> str | None:
+    """What to say of labels 1 to K, which make a class 0 that no image has."""
+    count = len(data.classes)
+    if len(data) == 0 or data.classes != tuple(map(str, range(count))):
+        return None
+    empty = (torch.bincount(data.labels.cpu(), minlength=count) == 0).nonzero().flatten().tolist()
+    if empty != [0]:  # few images have not every class
+        return None
+    return (
+        f"{data.name} has labels from 1 to {count - 1}, which makes {count} classes, and no image of class 0:"
+        " number them from 0 if that is not meant"
+    )
 
 
 def _loaded(source: str, split: Split, reading: Reading) -> ImageData:

@@ -25,6 +25,10 @@ _OF_SHAPES = re.compile(
     r"\b(shapes?|sizes?|channels?|dim|dimensions?|[1-5]-?D|height|width|elements|length|broadcast)\b",
     re.IGNORECASE,
 )
+_OF_TYPES = re.compile(
+    r"dtype|scalar type|data type|\btype \(|invalid combination|(positional|keyword) argument|must be Tensor",
+    re.IGNORECASE,
+)
 _OF_OTHERS = re.compile(r"dtype|scalar type|\btype \(|device|inplace|gradient", re.IGNORECASE)
 
 
@@ -121,7 +125,8 @@ def check_images(inputs: Tensor, bounds: tuple[float, float] | None = (0.0, 1.0)
     if bounds is not None and (low < bounds[0] - 1e-6 or high > bounds[1] + 1e-6):
         raise ValueError(
             f"inputs must lie in [{bounds[0]:g}, {bounds[1]:g}], got [{low:g}, {high:g}]; scale images "
-            "by 1/255 and put mean and std into the model, or set SelfEnsemble(..., bounds=None)"
+            "by 1/255 and put mean and std into the model, or say their range: --bounds LOW:HIGH of a named "
+            "network, data.bounds of a recipe, SelfEnsemble(..., bounds=(low, high)), or None for no range"
         )
 
 
@@ -143,6 +148,12 @@ def explain_shape(model: nn.Module, inputs: Tensor) -> Iterator[None]:
         raise ShapeError(
             f"the model cannot take inputs of shape {tuple(inputs.shape)} ({reason}){expected}"
         ) from error
+
+
+def is_of_inputs(error: Exception) -> bool:
+    """Whether an error in a forward pass is about the shape or the type of what it was given."""
+    text = str(error)
+    return bool(_OF_SHAPES.search(text.partition("\n")[0]) or _OF_TYPES.search(text))
 
 
 def check_count(name: str, value: object) -> int:

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from ..noise.calls import modules_of, restore_copy_, state_of_copy, switch_mode
+from ..noise.graphs import is_recording
 from ..noise.injection import noise_disabled, random_layers
 from ..noise.streams import Sampling, check_sampling, noise_draw
+from ..runtime.remarks import Remark
 from .checks import floating_dtype, logits_of
+from .order import order_watched
 from .randomness import PASSES, answers_differ, draws_for_python, draws_numbers
 
 Precision = Literal["float32", "bf16"]
@@ -49,6 +52,7 @@ class RandomClassifier(nn.Module):
     has_half_activations = False
     precision: Precision = "float32"
     copied: Copied | None = None
+    watches_order = False  # whether its next pass tells if the first layer is the one that noise took for it
     asks_calls = True  # its own mode stays what it is, whatever calls of other threads want
 
     def __init__(self, model: nn.Module, sampling: Sampling) -> None:
@@ -92,6 +96,19 @@ class RandomClassifier(nn.Module):
         Raises:
             OutputError: the model returns something else, see `logits_of`.
         """
+        # Compilers see neither the attribute nor the pass that changes it.
+        if not torch.compiler.is_compiling() and self.watches_order and not is_recording():
+            return self._watched_logits(inputs)
+        return logits_of(self.model(inputs), inputs.shape[0])
+
+    def _watched_logits(self, inputs: Tensor) -> Tensor:
+        if vars(self).pop("watches_order", False):  # by one thread
+            try:
+                with order_watched(self.model):
+                    return logits_of(self.model(inputs), inputs.shape[0])
+            except Exception as error:
+                self.watches_order = not isinstance(error, Remark)  # where warnings are errors
+                raise
         return logits_of(self.model(inputs), inputs.shape[0])
 
     def train(self, mode: bool = True) -> Self:

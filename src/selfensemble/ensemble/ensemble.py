@@ -2,6 +2,7 @@
 
 import math
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ..noise.calls import in_eval_mode_now
-from ..noise.filters import Filter, filter_named
+from ..noise.filters import Filter, filter_named, matching
 from ..noise.graphs import is_recording
-from ..noise.injection import FilterFn, eval_mode, inject_noise_, is_convolution, random_layers
+from ..noise.injection import FilterFn, eval_mode, inject_noise_, is_convolution, noise_layers, random_layers
 from ..noise.layer import NoiseConfig
 from ..noise.streams import Sampling
+from ..runtime.remarks import Remark
 from .checks import check_call, check_count, check_images
 from .draws import Draws, moments
 from .observation import check_answer
+from .order import is_by_registration
 from .promises import Promising, rule_for
 from .stopping import Calibrated, Fixed, Stop
 
@@ -53,7 +56,9 @@ class SelfEnsemble(Promising):
             none.
         draws: noise draws per prediction, >= 1.
         sampling: how draws are sampled in eval mode, see `GaussianNoise`.
-        filter_fn, example_inputs: see `inject_noise_`; the output for an example is checked.
+        filter_fn, example_inputs: see `inject_noise_`; the output for an example is checked, and whether
+            parts of an input would share noise is said in a `Remark`. Without an example, the first pass
+            says in one if another layer runs first than the one that got `init_std`.
         bounds: the valid range of inputs, checked by `predict_proba`; None for no range, or for tokens.
 
     Attributes:
@@ -78,15 +83,19 @@ class SelfEnsemble(Promising):
         bounds: tuple[float, float] | None = (0.0, 1.0),
     ) -> None:
         check_call(model)
-        if example_inputs is not None:
-            check_answer(model, example_inputs)
         filter_fn = filter_named(filter_fn)
         quiet = config is not None and config.init_std == config.inner_std == 0
+        if example_inputs is not None:
+            sharing = sampling == "shared" and not quiet
+            noisy = [*noise_layers(model)] or matching(model, filter_fn) if sharing else ()
+            if said := check_answer(model, example_inputs, noisy):
+                warnings.warn(said, Remark, stacklevel=2)
         if quiet and not any(filter_fn(module, fqn) for fqn, module in model.named_modules()):
             pass  # no place for noise that is not wanted
         elif config is not None or not random_layers(model):
             inject_noise_(model, config, filter_fn=filter_fn, example_inputs=example_inputs)
         super().__init__(model, sampling)
+        self.watches_order = is_by_registration(model)
         self.draws = check_count("draws", draws)
         self.bounds = bounds
         self.training = model.training

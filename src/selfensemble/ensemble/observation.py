@@ -1,9 +1,12 @@
 """What a network does in a forward pass, for `validate`: what runs, reads the image, draws noise."""
 
+import inspect
+import re
 import sys
 import traceback
+import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
-from ..networks.importing import described
 from ..noise.calls import OwnHooks
 from ..noise.graphs import as_recorded
 from ..noise.injection import CHILD, call, eval_mode
@@ -23,7 +25,7 @@ from ..noise.own_numbers import OwnNumbers
 from ..noise.streams import drawn_layers, noise_draw
 from ..runtime.dispatch import DispatchMode
 from ..runtime.random_state import kept_random_state
-from .checks import logits_of
+from .checks import is_of_inputs, logits_of
 
 _COPIES = {torch.ops.aten.clone, torch.ops.aten._to_copy, torch.ops.aten.contiguous}
 # A pixel stays what it is with constants beside it, and where it is written into another tensor.
@@ -123,19 +125,104 @@ def images_of(inputs: Any) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor.dim() >= 3] or tensors[:1]
 
 
-EXAMPLES = "Pass example inputs that the model accepts; dicts become keywords, tuples arguments"
+PER_IMAGE = 'pass sampling="per_image" (--sampling per_image of commands, noise.sampling of recipes)'
+IN_FRONT = (
+    "put one GaussianNoise(init_std) in front of the whole network (--mean 0 --std 1 of a named network in "
+    "commands, model.normalize {mean: 0, std: 1} of recipes)"
+)
+OF_FORWARD = "Change its forward, or write a module around it, for commands in path/to/file.py:attribute"
+_EXAMPLES = "Pass example inputs that the model accepts; dicts become keywords, tuples arguments"
+_OWN_CODE = "Its own code fails, whatever the inputs: mend that, and try model(inputs) by itself"
+_WHOLE_BATCH = (
+    "An ensemble calls model(inputs) with a tensor, and this forward takes a whole batch by its keys: write "
+    "a module around it whose forward(inputs) passes the tensor on, model({'x': inputs}), labels apart"
+)
+_OF_KEYS = re.compile(r"invalid data type 'str'|'Tensor' object has no attribute|unexpected keyword argument")
+
+_BY_KEY = re.compile(r"\w\[\s*['\"]")
+_NOT_OURS = (torch.__path__[0], str(Path(__file__).parents[1]))  # no code of the user's
 
 
-def check_answer(model: nn.Module, example_inputs: Any) -> None:
-    """Raise an `OutputError` unless the answer to an example is logits, as `validate` says it."""
+def failed(model: nn.Module, example_inputs: Any, error: Exception) -> tuple[str, str]:
+    """What to say of a forward pass that fails, and what to do about it."""
+    text, frames = " ".join(str(error).split())[:300], traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(_NOT_OURS)]
+    line = (frames[-1].line or "") if frames and isinstance(error, IndexError) else ""
+    by_key = _OF_KEYS.search(text) or _BY_KEY.search(line)
+    if by_key and _takes_a_batch(model, example_inputs):
+        cure = _WHOLE_BATCH
+    else:
+        cure = _EXAMPLES if is_of_inputs(error) else _OWN_CODE
+    place = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
+    return f"the forward pass fails: {type(error).__name__}: {text}{place}", cure
+
+
+def _takes_a_batch(model: nn.Module, example_inputs: Any) -> bool:
+    """Whether its forward may want the keys of its one argument: called with a tensor, or a dict spread."""
+    if not isinstance(example_inputs, dict):
+        return isinstance(example_inputs, Tensor)
     try:
-        with torch.no_grad(), OwnNumbers(), _in_eval_mode(model):
+        signature = inspect.signature(model.forward)
+        signature.bind(None)
+    except (TypeError, ValueError):
+        return False
+    return len(signature.parameters) == 1
+
+
+def parts_in_batch(batches: Mapping[str, int], inputs: int | None) -> tuple[str, str] | None:
+    """The first module whose batch is larger than that of the inputs, and what follows; None without one.
+
+    Args:
+        batches: size of the batch by the name of a module.
+        inputs: how many there are, where it is known.
+    """
+    for fqn, size in batches.items():
+        if inputs and size > inputs:
+            return fqn, (
+                f"it gets a batch of {size} for {inputs} inputs: parts of one input (frames, patches, "
+                "windows) are in the batch, and shared noise is equal for all of them"
+            )
+    return None
+
+
+def check_answer(model: nn.Module, example_inputs: Any, noisy: Sequence[str] = ()) -> str | None:
+    """Raise an `OutputError` unless the answer to an example is logits, as `validate` says it.
+
+    Args:
+        model, example_inputs: see `validate`.
+        noisy: names of modules with noise that a batch is to share.
+
+    Returns:
+        What to say if the parts of an input would share it.
+    """
+    batches = dict[str, int]()
+
+    def note(fqn: str, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor) and args[0].dim() > 1:
+            batches.setdefault(fqn, len(args[0]))
+
+    try:
+        with ExitStack() as stack:
+            hooks = OwnHooks()
+            if noisy:
+                stack.enter_context(hooks)
+            for fqn in noisy:
+                if not isinstance(module := model.get_submodule(fqn), torch.jit.ScriptModule):
+                    hooks.add(module.register_forward_pre_hook, lambda _, args, fqn=fqn: note(fqn, args))
+            for context in (torch.no_grad(), OwnNumbers(), _in_eval_mode(model), warnings.catch_warnings()):
+                stack.enter_context(context)
+            warnings.filterwarnings("ignore", "Using a non-tuple sequence")  # of a tensor["key"], which fails
             output = call(model, example_inputs)
-    except (ValueError, TypeError, RuntimeError):
-        raise
     except Exception as error:  # of whatever kind: the code is somebody's own
-        raise ValueError(f"the forward pass fails: {described(error)}. {EXAMPLES}") from error
-    logits_of(output, batch_of(example_inputs))
+        kinds = (ValueError, TypeError, RuntimeError)
+        kind = next((each for each in kinds if isinstance(error, each)), ValueError)
+        if isinstance(error, kinds) and type(error).__module__ != "builtins":  # says of itself what it is
+            raise
+        raise kind("{}. {}".format(*failed(model, example_inputs, error))) from error
+    count = batch_of(example_inputs)
+    logits_of(output, count)
+    found = parts_in_batch(batches, count)
+    return None if found is None else f"{found[0] or 'the model'}: {found[1]}; {PER_IMAGE}"
 
 
 def batch_of(inputs: Any) -> int | None:
@@ -146,9 +233,8 @@ def batch_of(inputs: Any) -> int | None:
 
 def _caller() -> str:
     """file:line of the innermost frame outside torch and this package."""
-    inside = (torch.__path__[0], str(Path(__file__).parents[1]))
     for frame in reversed(traceback.extract_stack()):
-        if not frame.filename.startswith(inside):
+        if not frame.filename.startswith(_NOT_OURS):
             return f"{frame.filename}:{frame.lineno}"
     return "unknown place"
 

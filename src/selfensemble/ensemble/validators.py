@@ -19,8 +19,22 @@ from ..noise.graphs import closed_parts
 from ..noise.injection import CHILD, FilterFn, is_convolution, noise_layers, random_layers
 from ..noise.layer import GaussianNoise
 from ..noise.records import lost_noise
+from ..noise.streams import Sampling
 from .checks import check_call, check_images, logits_of
-from .observation import EXAMPLES, Trace, batch_of, images_of, observe
+from .observation import (
+    IN_FRONT,
+    OF_FORWARD,
+    PER_IMAGE,
+    Trace,
+    batch_of,
+    failed,
+    images_of,
+    observe,
+    parts_in_batch,
+)
+from .order import CURE, wrong_first
+
+_IN_FRONT = IN_FRONT[0].upper() + IN_FRONT[1:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +62,11 @@ class Issue:
 
 
 def validate(
-    model: nn.Module, example_inputs: Any, *, filter_fn: FilterFn | Filter = is_convolution
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    filter_fn: FilterFn | Filter = is_convolution,
+    sampling: Sampling | None = None,
 ) -> list[Issue]:
     """Everything about `model` that would make its self-ensemble wrong, weak or impossible.
 
@@ -58,6 +76,7 @@ def validate(
         model: before or after `inject_noise_`; it stays unchanged. For an optimised copy, pass the original.
         example_inputs: a batch of at least 2 (a tensor, a tuple of arguments or a dict of keywords).
         filter_fn: the one that noise is injected by.
+        sampling: the one that predictions will have; by default that of the noise there is, else "shared".
 
     Returns:
         The issues, errors first; an empty list when all is well.
@@ -72,18 +91,13 @@ def validate(
     issues += _closed(model, filter_fn)
     trace = observe(model, example_inputs, matched)
     if trace.failure is not None:
-        text = " ".join(str(trace.failure).split())
-        issues.append(
-            Issue(
-                "forward", "error", "", f"the forward pass fails: {type(trace.failure).__name__}: {text}",
-                EXAMPLES,
-            )
-        )  # fmt: skip
+        issues.append(Issue("forward", "error", "", *failed(model, example_inputs, trace.failure)))
     else:
         issues += [issue for rule in _TRACE_RULES for issue in rule(trace, matched)]
         issues += [issue for rule in _NOISE_RULES for issue in rule(model, trace)]
         images = images_of(example_inputs)
-        issues += [*_output(trace, batch_of(example_inputs)), *_folded(trace, images), *_range(images)]
+        issues += [*_output(trace, batch_of(example_inputs)), *_range(images)]
+        issues += _folded(model, trace, batch_of(example_inputs), sampling)
     return sorted(issues, key=lambda issue: issue.severity)
 
 
@@ -106,7 +120,7 @@ def _inputs(model: nn.Module, matched: list[str]) -> Iterator[Issue]:
     try:
         check_call(model)
     except ValueError as error:
-        yield Issue("inputs", "error", "", str(error), "See SelfEnsemble")
+        yield Issue("inputs", "error", "", str(error), OF_FORWARD)
 
 
 def _closed(model: nn.Module, filter_fn: FilterFn) -> Iterator[Issue]:
@@ -122,7 +136,13 @@ def _without_noise(model: nn.Module, matched: list[str]) -> Iterator[Issue]:
     try:
         lost = list(lost_noise(model))
     except ValueError as error:
-        yield Issue("lost-noise", "error", "", str(error), "See inject_noise_")
+        yield Issue(
+            "lost-noise",
+            "error",
+            "",
+            str(error),
+            "See inject_noise_",
+        )
         return
     for fqn in lost:
         yield Issue(
@@ -168,20 +188,20 @@ def _first_noise(trace: Trace, matched: list[str]) -> Iterator[Issue]:
         yield Issue(
             "around-first-noise", "warning", fqn, f"it reads the image, as {first} does, but gets "
             "inner_std: the image has a way around the first noise, so no radius can be certified",
-            "Put one GaussianNoise(init_std) before the whole network instead",
+            _IN_FRONT,
         )  # fmt: skip
     for where, name in trace.image_ops.items():
         if first is None:
             yield Issue(
                 "transformed-input", "warning", where, f"{name} changes the image before the first noise: "
                 "init_std is then in the units of the result, not of pixels in [0, 1]",
-                "Scale init_std by the same factor, or put GaussianNoise(init_std) before the network",
+                f"Scale init_std by the same factor, or {IN_FRONT}",
             )  # fmt: skip
         else:
             yield Issue(
                 "around-first-noise", "warning", where, f"{name} reads the image beside {first}: the image "
                 "has a way around the first noise, so no radius can be certified",
-                "Put one GaussianNoise(init_std) before the whole network instead",
+                _IN_FRONT,
             )  # fmt: skip
 
 
@@ -198,7 +218,7 @@ def _partly_noisy(model: nn.Module, trace: Trace) -> Iterator[Issue]:
         if fqn not in noisy and fqn not in lost and fqn not in excused:
             yield Issue(
                 "partly-noisy", "warning", fqn, "other modules have noise before them, but this one does not",
-                "Call remove_noise_(model) and inject again with the filter_fn you mean",
+                "Call remove_noise_(model) and inject again with the filter_fn (--filter) you mean",
             )  # fmt: skip
 
 
@@ -206,12 +226,8 @@ def _order(model: nn.Module, trace: Trace) -> Iterator[Issue]:
     """The layer that has the noise of the first one is not the one that runs first."""
     noisy = noise_layers(model)
     first, called = next(iter(noisy), None), [fqn for fqn in trace.called if fqn in noisy]
-    if first in called and called[0] != first and noisy[first].std != noisy[called[0]].std:
-        yield Issue(
-            "order", "warning", first, f"it has the noise of the first layer, and {called[0]} runs before "
-            "it: noise was put in by the order of registration",
-            "Call remove_noise_(model), and inject with example_inputs: they tell which layer runs first",
-        )  # fmt: skip
+    if first in called and (said := wrong_first(noisy, called)):
+        yield Issue("order", "warning", first, said, CURE[0].upper() + CURE[1:])
 
 
 def _one_layer(model: nn.Module, trace: Trace) -> Iterator[Issue]:
@@ -271,7 +287,7 @@ def _output(trace: Trace, batch: int | None) -> Iterator[Issue]:
     try:
         logits = logits_of(trace.output, batch)
     except ValueError as error:
-        yield Issue("output", "error", "", str(error), "See SelfEnsemble")
+        yield Issue("output", "error", "", str(error), OF_FORWARD)
         return
     sums = logits.float().sum(dim=-1)
     if len(logits) and logits.min() >= 0 and torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
@@ -282,16 +298,15 @@ def _output(trace: Trace, batch: int | None) -> Iterator[Issue]:
         )  # fmt: skip
 
 
-def _folded(trace: Trace, images: list[Tensor]) -> Iterator[Issue]:
-    batch = len(images[0]) if images else 0
-    for fqn, size in trace.batches.items():
-        if size > batch > 0:
-            yield Issue(
-                "folded-batch", "warning", fqn, f"it gets a batch of {size} for {batch} inputs: parts of one "
-                "input (frames, patches, windows) are in the batch, and shared noise would be equal for all",
-                'Use SelfEnsemble(..., sampling="per_image")',
-            )  # fmt: skip
-            return
+def _folded(model: nn.Module, trace: Trace, batch: int | None, sampling: Sampling | None) -> Iterator[Issue]:
+    noisy = noise_layers(model)
+    shared = {
+        fqn: size
+        for fqn, size in trace.batches.items()
+        if (sampling or (noisy[fqn].sampling if fqn in noisy else "shared")) == "shared"
+    }
+    if found := parts_in_batch(shared, batch):
+        yield Issue("folded-batch", "warning", *found, PER_IMAGE[0].upper() + PER_IMAGE[1:])
 
 
 def _range(images: list[Tensor]) -> Iterator[Issue]:

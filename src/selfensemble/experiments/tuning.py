@@ -232,6 +232,7 @@ def training(
         stds = [float(np.max(layer.std)) for layer in noise_layers(candidate.model).values()]
         place = f"{stds[0]:g}-{stds[-1]:g}"
         levels: dict[str, Any] = {"init_std": stds[0], "inner_std": stds[-1], "learn": None}
+        levels["sampling"] = candidate.sampling
         own = base.replaced("noise", **levels).replaced("train", epochs=epochs)
         if weights is not None and is_built_in(base):
             network = None

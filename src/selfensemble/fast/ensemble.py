@@ -35,6 +35,7 @@ class FastEnsemble(OptimizedCopy, SelfEnsemble):
         super().__init__(
             model, config, draws=original.draws, sampling=original.sampling, bounds=original.bounds
         )
+        self.watches_order = original.watches_order  # or said it
         self.precision = precision
         theirs = fingerprint(original)
         self.copied = Copied(Digests(theirs.weights, theirs.noise), own_digests(self))

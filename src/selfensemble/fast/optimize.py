@@ -97,7 +97,10 @@ def optimize(
     device = next((parameter.device for parameter in network.parameters()), example_inputs.device)
     wide = floating_dtype(network) == torch.float64
     if wide and precision == "bf16":
-        raise ValueError("the network is float64, which bfloat16 cannot stand for: optimize ensemble.float()")
+        raise ValueError(
+            "the network is float64, which bfloat16 cannot stand for: optimize ensemble.float(), or leave "
+            "bf16 (--precision) out"
+        )
     precision = precision or ("float32" if wide else faster_precision(device))
     floating = example_inputs.is_floating_point()  # tokens stay what they are
     dtype = (original.input_dtype if floating else None) or example_inputs.dtype

@@ -12,7 +12,7 @@ from .importing import described
 _NAME = re.compile(r"[\w.-]+")
 _FRESH = (
     "connect, pass --weights FILE, or ask for fresh weights by --network-args '{\"pretrained\": false}' "
-    "(weights= and arguments= in Python)"
+    "(model.weights and model.arguments of recipes, weights= and arguments= in Python)"
 )
 
 

@@ -132,5 +132,5 @@ def _check_arguments(name: str, factory: Callable[..., Any], arguments: dict[str
     except TypeError as error:
         raise ValueError(
             f"{name} takes {signature}, and got {arguments or 'no arguments'}: {error}; pass its arguments "
-            "as --network-args '{\"name\": value}' (arguments= in Python)"
+            "as --network-args '{\"name\": value}' (model.arguments of recipes, arguments= in Python)"
         ) from error

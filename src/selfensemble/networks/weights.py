@@ -51,7 +51,7 @@ def load_weights_(network: nn.Module, file: str | Path) -> None:
         parts = [f"{what} {_some(keys)}" for what, keys in faults.items() if keys]
         raise ValueError(
             f"{path} does not fit the network: {'; '.join(parts)}. Build the network as it was when they "
-            "were saved (--network-args in a command, arguments in Python)"
+            "were saved (--network-args, model.arguments of recipes, arguments= in Python)"
         )
 
 

@@ -134,7 +134,8 @@ def inject_noise_(
             mostly linear layers.
         example_inputs: a batch (a tensor, a tuple of arguments or a dict of keywords). With it, the
             *first* layer, which gets `init_std`, is the first that a forward pass calls; without
-            it, the first in order of registration.
+            it, the first in order of registration. If another one runs first, `validate` says so, and a
+            `SelfEnsemble` at its first pass.
 
     Returns:
         The same model.
@@ -144,7 +145,10 @@ def inject_noise_(
             exported parts), or the model already has injected noise.
     """
     if noise_layers(model):
-        raise ValueError("the model has noise layers already: call remove_noise_(model) first")
+        raise ValueError(
+            "the model has noise layers already: call remove_noise_(model) first, or name no levels "
+            "(--noise) to keep them"
+        )
     if config is None and (saved := saved_levels(model)):
         return attach_noise_(model, saved)
     config = NoiseConfig() if config is None else config
@@ -155,7 +159,7 @@ def inject_noise_(
     if not fqns:
         raise ValueError(
             "no module matches filter_fn (by default convolutions): nothing to put noise in front "
-            'of. Pass filter_fn, "linear" or "conv+linear" say, and see '
+            'of. Pass filter_fn, "linear" or "conv+linear" say (--filter, noise.filter of recipes), and see '
             "validate(model, example_inputs) for convolutions that are called as functions"
         )
     if example_inputs is not None:
@@ -163,12 +167,14 @@ def inject_noise_(
         if not called:
             raise ValueError(
                 f"none of the {len(fqns)} matching modules ran on example_inputs: pass inputs that "
-                "reach them, or leave example_inputs out"
+                "reach them, choose other modules by filter_fn (--filter), or leave example_inputs out"
             )
         fqns = called + [fqn for fqn in fqns if fqn not in called]
     stds = dict.fromkeys(fqns, config.inner_std)
     stds[fqns[0]] = config.init_std
-    return attach_noise_(model, stds)
+    attach_noise_(model, stds)
+    noise_layers(model)[fqns[0]].by_registration = example_inputs is None
+    return model
 
 
 def _check_open(model: nn.Module, filter_fn: FilterFn) -> None:

@@ -116,6 +116,7 @@ class GaussianNoise(RandomLayer):
         overwrites: whether the input can be overwritten when no gradient is needed; for networks in which
             nothing else uses it.
         record: see `records`; kept up to date.
+        by_registration: whether it has the level of the first layer because its module was made first.
 
     Shape: (B, ...) of any floating dtype, to the same; (B, C, ...) if `std` holds C levels.
 
@@ -126,6 +127,7 @@ class GaussianNoise(RandomLayer):
     _levels: Tensor | None
     _varies: bool
     record: Record | None = None
+    by_registration = False
 
     def __init__(
         self, std: float | Sequence[float] = 0.1, *, layer: int = 0, sampling: Sampling = "per_image"

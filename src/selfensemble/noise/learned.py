@@ -107,6 +107,7 @@ def learn_noise_(model: nn.Module, granularity: Granularity) -> nn.Module:
                 raise ValueError(f"{fqn} does not say how many channels it takes: learn levels by layer")
             std = (std,) * channels
         learned = LearnedNoise(std, layer=noise.layer, sampling=noise.sampling)
+        learned.by_registration = noise.by_registration
         setattr(module, CHILD, learned.to(device_of_parameters(module, model)).train(noise.training))
         if noise.record is not None:
             learned.record = noise.record

@@ -2,6 +2,9 @@
 
 import itertools
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from ctypes import CDLL
 from typing import Any
 
@@ -205,11 +208,36 @@ def call_number(identity: int) -> int:
 
     Args:
         identity: of the layer that is called, which the operator asks for when it runs.
+
+    Raises:
+        RuntimeError: torch's ONNX exporter records it, which has no operator for noise.
     """
+    _check_exporter()
     stays = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
     number = next(_calls) if stays else secrets.randbits(62)
     _layer_of_call[number] = identity
     return number
+
+
+_translates: ContextVar[bool] = ContextVar("selfensemble_translates", default=False)
+
+
+@contextmanager
+def onnx_translated() -> Iterator[None]:
+    """Within this context torch's ONNX exporter may meet noise: it is told what becomes of it."""
+    token = _translates.set(True)
+    try:
+        yield
+    finally:
+        _translates.reset(token)
+
+
+def _check_exporter() -> None:
+    if not _translates.get() and torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            "torch.onnx.export has no operator for noise: use rse.export_onnx(ensemble, path, inputs) "
+            "(`selfensemble export`), whose noise stays random, or remove_noise_ for a network without it"
+        )
 
 
 def called_off(call: int) -> bool:

@@ -130,7 +130,7 @@ def saved_levels(model: nn.Module) -> dict[str, Std]:
             if entry["std"] is None:
                 raise ValueError(
                     "the network was saved while its noise levels were being learned, and without them: save "
-                    "it by SelfEnsemble(network).save_pretrained(folder)"
+                    "it by SelfEnsemble(network).save_pretrained(folder), whose folder commands take"
                 )
             levels[fqn] = check_stds(f"config.{KEY} of {fqn}", entry["std"])
     return levels

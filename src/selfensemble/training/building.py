@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..artefacts.config import Architecture
+from ..artefacts.named import UntrustedNetwork
 from ..artefacts.opening import in_pixels, with_mean_and_std
-from ..artefacts.storage import copy_weights_
+from ..artefacts.storage import WEIGHTS, copy_weights_
 from ..data.images import ImageData
 from ..ensemble.ensemble import SelfEnsemble
 from ..networks.models import create_model
@@ -40,15 +41,25 @@ def build_ensemble(recipe: Recipe, data: ImageData, given: nn.Module | None = No
     chosen = _places(recipe, model, example)
     ensemble = SelfEnsemble(
         model, recipe.noise.config(), draws=recipe.noise.draws, filter_fn=chosen, example_inputs=example,
-        bounds=recipe.data.bounds,
+        bounds=recipe.data.bounds, sampling=recipe.noise.sampling,
     )  # fmt: skip
     if not is_built_in(recipe, given):
         _check_answers(ensemble, example, data)
     if recipe.model.weights is not None and not _is_file(recipe.model.weights):
-        copy_weights_(recipe.model.weights, ensemble)
+        _copy_weights_(recipe.model.weights, ensemble)
     if recipe.noise.learn is not None:
         learn_noise_(model, recipe.noise.learn)
     return ensemble
+
+
+def _copy_weights_(folder: str, ensemble: SelfEnsemble) -> None:
+    try:
+        copy_weights_(folder, ensemble)
+    except UntrustedNetwork as error:
+        raise ValueError(
+            f"{folder} holds a network of code that is not in it: name its file, model.weights: "
+            f"{Path(folder) / WEIGHTS}, beside model.network and model.arguments"
+        ) from error
 
 
 def is_built_in(recipe: Recipe, given: nn.Module | None = None) -> bool:

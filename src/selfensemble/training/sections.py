@@ -8,6 +8,7 @@ from ..networks.names import Activation
 from ..noise.filters import Filter
 from ..noise.layer import NoiseConfig
 from ..noise.learned import Granularity
+from ..noise.streams import Sampling
 from ..runtime.schema import Bounds, Count, NonNegative, Positive, Section
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -126,6 +127,8 @@ class NoiseSection(Section):
     those of the first convolution, as the authors' code does; the image then has no noise, and nothing can
     be certified. `learn`: levels are learned from there, one a layer or one a channel; `hold`: the weight of
     what keeps them up, see `selfensemble.noise.learned`. `filter`: which layers have noise in front of them.
+    `sampling`: whether inputs of a batch share the noise of a prediction; "per_image" for networks that put
+    parts of an input (frames, windows) into the batch.
     """
 
     init_std: NonNegative = NoiseConfig().init_std
@@ -135,6 +138,7 @@ class NoiseSection(Section):
     learn: Granularity | None = None
     hold: NonNegative = 0.1
     draws: Count = 10
+    sampling: Sampling = "shared"
 
     @model_validator(mode="after")
     def _has_noise_to_learn(self) -> Self:
