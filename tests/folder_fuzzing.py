@@ -48,6 +48,7 @@ class Planted:
     fates: dict[str, Fate] = field(default_factory=dict)
     pixels: dict[str, Array] = field(default_factory=dict)
     closed: list[str] = field(default_factory=list)  # folders
+    named: set[str] = field(default_factory=set)  # folders that are images by their names
 
     def names(self, *fates: Fate) -> list[str]:
         return [name for name, fate in self.fates.items() if fate in fates]
@@ -144,7 +145,9 @@ def plant(root: Path, chance: random.Random) -> Planted:
     """A folder drawn at random."""
     cut = chance.random() < 0.3
     found = Planted(root, root if cut else root / "train", cut)
-    places = chance.sample(["cat", "dog", "c d", "[b]", "ü", os.fsdecode(b"\xff")], chance.randint(1, 3))
+    places = chance.sample(
+        ["cat", "Cat", "dog", "c d", "[b]", "ü", os.fsdecode(b"\xff")], chance.randint(1, 3)
+    )
     found.top.mkdir(parents=True)
     for number in range(chance.randint(3, 14)):
         place = chance.choice(places)
@@ -169,6 +172,8 @@ def plant(root: Path, chance: random.Random) -> Planted:
 def _plant_one(found: Planted, place: str, stem: str, number: int, chance: random.Random) -> None:
     folder = found.top / place
     folder.mkdir(parents=True, exist_ok=True)
+    if folder.suffix == ".png":
+        found.named.add(place)
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in place.split("/"))
     draw = chance.random()
     if draw < 0.7:
@@ -287,8 +292,14 @@ def _check_listed(found: Planted, skipped: tuple[str, ...]) -> None:
         place, suffix = key.split("|")
         text = f"{place}: {count} file{'s' * (count > 1)} {suffix}: no image, by the name"
         assert text in skipped, f"not listed: {text!r}"
+    for name in found.named:
+        assert f"{name}: a folder, though an image by its name" in skipped, f"not listed: {name!r}"
     empty = sum("a folder without images" in each for each in skipped)
-    listed = len(found.names("bad", "no file")) + len(found.closed) + len(kinds) + empty
+    said = [each for each in skipped if "differ in upper and lower case alone" in each]
+    twins = {"cat", "Cat"} <= {name.split("/")[0] for name in found.names("image", "bad")}
+    assert said == ["Cat and cat: 2 classes whose names differ in upper and lower case alone"] * twins
+    listed = len(found.names("bad", "no file")) + len(found.closed) + len(kinds) + len(found.named)
+    listed += empty + twins
     assert len(skipped) == listed, skipped
 
 
@@ -316,7 +327,7 @@ def check_predicting(found: Planted) -> None:
     assert listed == sorted([*found.names("bad", "no file"), *found.closed])
     assert all(why for _, why in bad)
     told = sum(int(word) for text in others for word in text.rpartition(": ")[2].split() if word.isdecimal())
-    assert told == len(found.names("other")), others
+    assert told == len(found.names("other")) + len(found.named), others
 
 
 def fuzz_folders(place: Path, folders: int, seed: int) -> tuple[int, list[str]]:

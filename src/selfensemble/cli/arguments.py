@@ -44,8 +44,8 @@ def image_files(paths: list[Path], bad: list[tuple[Path, str]]) -> tuple[list[Pa
         if not path.is_dir():
             files.append(path)
             continue
-        closed: list[Path] = []
-        inside = sorted(files_below(path, closed=closed))
+        closed, named = list[Path](), list[Path]()
+        inside = sorted(files_below(path, closed=closed, named=named))
         images = [file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES]
         bad += [(folder, "a folder without permission to read") for folder in closed]
         if not images and not closed:
@@ -56,6 +56,8 @@ def image_files(paths: list[Path], bad: list[tuple[Path, str]]) -> tuple[list[Pa
         if kinds:
             shown = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
             others.append(f"files of {path} that are no images by their names were left out: {shown}")
+        if named:
+            others.append(f"folders of {path} that are images by their names, and searched: {len(named)}")
         files += images
     return files, others
 

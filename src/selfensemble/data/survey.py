@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..runtime.files import cache_dir, write_json
 from .decoding import in_8_bits, is_grey, reason, size_upright, undecoded
+from .labels import class_names
 from .rows import Cell, Rows
 
 _VERSION = 1
@@ -44,7 +45,7 @@ class Survey:
         """(N,) the number of the class of each row that can be used, -1 for others; and their names.
 
         Raises:
-            ValueError: an image without a label.
+            ValueError: an image without a label, or one of a class that the training split lacks.
         """
         usable = [place for place in range(len(self.labels)) if place not in self.bad]
         labels = {place: self.labels[place] for place in usable}
@@ -56,11 +57,15 @@ class Survey:
                     "the column of labels (data.label_column, --label-column)"
                 )
         classes = rows.classes
-        if classes is None and all(isinstance(label, int) for label in labels.values()):
-            classes = [str(label) for label in range(max(labels.values(), default=-1) + 1)]
+        beside = rows.training() if classes is None and rows.training is not None else None
+        training = None if beside is None else {_plain(label) for label in beside} - {None}
+        known = [*labels.values(), *(training or ())]
+        if classes is None and all(isinstance(label, int) for label in known):
+            classes = [str(label) for label in range(max(known, default=-1) + 1)]
         elif classes is None:
             labels = {place: str(label) for place, label in labels.items()}
-            classes = sorted(set(labels.values()))
+            theirs = None if training is None else {str(label) for label in training}
+            classes = class_names(labels.values(), theirs, rows.source)
             places = {name: number for number, name in enumerate(classes)}
             labels = {place: places[label] for place, label in labels.items()}
         numbers = torch.full((len(self.labels),), -1, dtype=torch.int64, device="cpu")
