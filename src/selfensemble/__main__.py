@@ -11,6 +11,7 @@ import traceback
 import warnings
 from pathlib import Path
 
+from . import _end_at_once
 from .runtime.errors import InputError, MissingPackage
 from .runtime.interrupts import INTERRUPTED, NOTHING_LOST, Interrupted, end_while_loading
 from .runtime.memory import collect_garbage_later, keep_freed_memory
@@ -18,7 +19,7 @@ from .runtime.openmp import sleep_sooner
 from .runtime.packages import needs
 
 if __name__ == "__main__" or Path(sys.argv[0]).stem == "selfensemble":
-    end_while_loading()  # before the rest is imported
+    _end_at_once()  # before the rest is imported
     collect_garbage_later()
     sleep_sooner()
 
@@ -42,14 +43,14 @@ from .runtime.checking import explained
 
 def main() -> None:
     """Entry point."""
-    end_while_loading()
-    keep_freed_memory()
-    _write_any_letter()
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    debug = len(arguments) < len(sys.argv) - 1
-    if not debug:
-        warnings.simplefilter("ignore")
     try:
+        end_while_loading()
+        keep_freed_memory()
+        _write_any_letter()
+        arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+        debug = len(arguments) < len(sys.argv) - 1
+        if not debug:
+            warnings.simplefilter("ignore")
         status = _run(arguments, debug)
     except KeyboardInterrupt:  # while an error or an interrupt was being reported
         status = INTERRUPTED

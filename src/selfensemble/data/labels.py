@@ -66,7 +66,7 @@ def class_names(own: Collection[str], training: Collection[str] | None, source: 
                  for name in alone]  # fmt: skip
         raise ValueError(
             f"the test split of {source} has classes that its training split lacks, so that they have no "
-            f"numbers: {', '.join(twins[:5])}{', ...' * (len(twins) > 5)}; remove or rename them, or cut both "
-            "splits out of one (the same name for both)"
+            f"numbers: {', '.join(twins[:5])}{', ...' * (len(twins) > 5)}; remove or rename them, "
+            "or cut both splits out of one (the same name for both)"
         )
     return sorted(set(training))
