@@ -1,6 +1,6 @@
 """Random Self-Ensemble for any PyTorch classifier: `import selfensemble as rse`."""
 
-import _signal  # of which the module signal is made: here from the beginning, as os and sys are
+import _signal  # type: ignore[import-not-found]  # of which `signal` is made: loaded from the beginning
 import os
 import sys
 

@@ -1,7 +1,7 @@
 """The command `selfensemble`: runs the app and turns errors into one line and an exit status.
 
-Exit status: 0 done, 1 an error of the program, 2 wrong input or surroundings, 3 `doctor` found a fault,
-130 interrupted.
+Exit status: 0 done, 1 an error of the program, 2 wrong input or surroundings, or done but without some images
+that cannot be used, 3 `doctor` found a fault, 130 interrupted.
 """
 
 import errno
@@ -40,6 +40,8 @@ from .runtime.checking import explained
 
 # isort: on
 
+_SOME_UNUSABLE = 2  # although all is done
+
 
 def main() -> None:
     """Entry point."""
@@ -69,6 +71,8 @@ def _write_any_letter() -> None:
 
 
 def _run(arguments: list[str], debug: bool) -> int:
+    terminal.SHOWS_ALL.set(debug)
+    terminal.UNUSABLE.set(0)
     try:
         status = app(arguments, prog_name="selfensemble", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
@@ -77,7 +81,7 @@ def _run(arguments: list[str], debug: bool) -> int:
         return _report(error, debug)
     if status == INTERRUPTED:  # newer releases of typer turn KeyboardInterrupt into this
         _fail(NOTHING_LOST, debug)
-    return int(status or 0)
+    return int(status or 0) or (_SOME_UNUSABLE if terminal.UNUSABLE.get() else 0)
 
 
 def _report(error: Exception, debug: bool) -> int:

@@ -57,14 +57,14 @@ def open_list(file: Path, split: Split, reading: Reading) -> Rows:
                 f"no {split} split in {file}: its column {by!r} holds {', '.join(sorted(known)[:6])}; "
                 f"data.{split}_split, --{split}-split name another"
             )
-        theirs = _in_split(rows, reading.names("train"))
-        training = theirs if split == "test" and not cut and theirs else None
+        of_training = _in_split(rows, reading.names("train"))
+        training = of_training if split == "test" and not cut and of_training else None
         rows = [each for each in rows if str(each[2]).casefold() == wanted.casefold()]
     else:
         training = None if trained is None or label not in trained else list(trained[label])
     labels = _numbers([*(each[1] for each in rows), *(training or ())])
-    own, known = labels[: len(rows)], None if training is None else labels[len(rows) :]
-    return _rows(file, [str(each[0]) for each in rows], own, known, cut)
+    theirs = None if training is None else labels[len(rows) :]
+    return _rows(file, [str(each[0]) for each in rows], labels[: len(rows)], theirs, cut)
 
 
 def _in_split(rows: list[tuple[Any, Any, Any]], names: Sequence[str]) -> list[Any]:

@@ -65,6 +65,7 @@ def images_of(rows: Rows, split: Split, reading: Reading) -> ImageData:
         tuple(classes),
         cut=cut,
         skipped=(*skipped, *rows.others),
+        unusable=len(skipped),
         revision=rows.revision,
     )
 

@@ -62,7 +62,7 @@ def open_saved(folder: Path, split: Split, reading: Reading) -> Rows:
         from datasets import DatasetDict, load_from_disk
 
     found: Any = load_from_disk(str(folder))
-    cut, training = not isinstance(found, DatasetDict), None
+    cut, training = not isinstance(found, DatasetDict), list[Any]()
     if not cut:
         by_name = {str(name).casefold(): name for name in found}
         names, trained = (
@@ -75,14 +75,15 @@ def open_saved(folder: Path, split: Split, reading: Reading) -> Rows:
                 f"--{split}-split name another, and one name for both cuts them out of it"
             )
         if trained and split == "test" and not reading.cuts:
-            training = found[trained[0]]
+            training = [found[trained[0]]]
         found, cut = found[names[0]], reading.cuts
     files = [Path(each["filename"]) for each in found.cache_files]
 
     def labels(column: str) -> Iterable[Any] | None:
-        return training.unique(column) if column in training.column_names else None
+        (table,) = training
+        return table.unique(column) if column in table.column_names else None
 
-    opened, known = (lambda: found, lambda: found), None if training is None else labels
+    opened, known = (lambda: found, lambda: found), labels if training else None
     return _rows(str(folder), states(folder, files), *opened, cut, reading, known)
 
 

@@ -54,7 +54,8 @@ def data_record(batches: Batches) -> dict[str, Any]:
         record["revision"] = train.revision
     if train.cut is not None:
         record["cut"] = {"test_share": train.cut[0], "seed": train.cut[1], "test": len(test)}
-    if skipped := [*train.skipped, *(each for each in test.skipped if each not in train.skipped)]:
+    of_test = [] if train.cut is not None else [f"{each} (test split)" for each in test.skipped]
+    if skipped := [*train.skipped, *of_test]:  # names are those within a split, and may be in both
         record["skipped"] = skipped
     return record
 
