@@ -94,6 +94,30 @@ def test_yaml_is_utf8_whatever_the_locale(tmp_path: Path) -> None:
         read_text(recipe)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="names are text there")
+def test_names_of_folders_and_classes_whatever_the_locale(tmp_path: Path) -> None:
+    """TensorBoard writes names in UTF-8; a class has one name in the locale of training and in another."""
+    for split in ("train", "test"):
+        for number, name in enumerate("éü"):
+            (tmp_path / "photos" / split / name).mkdir(parents=True)
+            for image in range(10):
+                file = tmp_path / "photos" / split / name / f"{image}.png"
+                Image.new("RGB", (8, 8), (200 * number, image, 0)).save(file)
+    settings = {
+        "data": {"source": str(tmp_path / "photos")}, "model": {"name": "small-cnn", "width": 0.1},
+        "train": {"epochs": 1, "batch_size": 8, "precision": "no"},
+    }  # fmt: skip
+    (tmp_path / "r.yaml").write_text(json.dumps(settings))
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    finished = subprocess.run(
+        [sys.executable, "-m", "selfensemble", "train", "r.yaml", "--out", "名"],
+        cwd=tmp_path, env=environment, capture_output=True, check=False,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    assert list((tmp_path / "名" / "tensorboard").iterdir())
+    assert read_config(str(tmp_path / "名")).classes == ("é", "ü")
+
+
 def test_names_are_text_in_markdown(odd: Path) -> None:
     card = model_card(ODD, read_config(odd))
     assert r"# \[bold\] \[x\] \:x: {a} 試é" in card

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 from torch.utils.data import Dataset
 
-from selfensemble.data.images import ImageData
+from selfensemble.data.images import ImageData, Split
 from selfensemble.data.sources import load_data
 
 TRAIN, TEST = ["ant", "bee", "cow"], ["bee", "cow"]
-SPLITS = ("train", "test")
+SPLITS: tuple[Split, ...] = ("train", "test")
 
 
 def pixels(name: str) -> np.ndarray[Any, Any]:

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -20,6 +21,13 @@ _NOT_OURS = {"__macosx", "@eadir", "thumbs.db", "desktop.ini"}
 def is_hidden(name: str) -> bool:
     """Whether a file or folder is none that a user put there."""
     return name.startswith(".") or name.casefold() in _NOT_OURS
+
+
+def _in_utf8(name: str) -> str:
+    """The name of a class in the file system as text: the same whatever the locale, as networks record it."""
+    if sys.getfilesystemencoding().lower() in ("utf-8", "utf8"):
+        return name
+    return os.fsencode(name).decode("utf-8", "surrogateescape")
 
 
 def files_below(
@@ -133,7 +141,7 @@ def _compared(rows: Rows, opposite: Path, split: Split) -> Rows:
     own = {label for _, label in rows.each()}
     closed = list[Path]()
     theirs = {
-        path.name for path in _folders_in(opposite)
+        _in_utf8(path.name) for path in _folders_in(opposite)
         if any(why_no_file(file) is None for file in files_below(path, closed=closed) if _is_image(file))
     }  # fmt: skip
     for path in closed:
@@ -207,10 +215,10 @@ def _by_class(folder: Path, root: Path, found: _Found, cut: bool, beside: tuple[
         for (place, suffix), count in sorted(kinds.items())
     ]
     names = [path.relative_to(root).as_posix() for path in images]
-    classes = [name.split("/")[0] for name in names]
+    classes = [_in_utf8(name.split("/")[0]) for name in names]
     empty = sorted(
         path.name for path in root.iterdir()
-        if path.is_dir() and not is_hidden(path.name) and path.name not in set(classes)
+        if path.is_dir() and not is_hidden(path.name) and _in_utf8(path.name) not in set(classes)
     )  # fmt: skip
     others += [f"{name}: a folder without images, which is no class" for name in empty]
     others += [

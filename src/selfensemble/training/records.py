@@ -1,11 +1,14 @@
-"""What is recorded of a training run: its time, and the images it had."""
+"""What is recorded of a training run: its time, its figures step by step, and the images it had."""
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from ..runtime.files import named_in_text
+from ..runtime.packages import needs
 from .batches import Batches
 
 
@@ -44,6 +47,28 @@ class Clock:
         began = time.monotonic()
         yield
         self.waited += time.monotonic() - began
+
+
+@contextmanager
+def curves(folder: Path | None, step: int) -> Iterator[Callable[[Mapping[str, float], int], None]]:
+    """What writes figures of a step to the folder, for TensorBoard; nothing where there is no folder."""
+    with needs("selfensemble[train]"):
+        from torch.utils.tensorboard import SummaryWriter
+
+    if folder is None:
+        yield lambda figures, step: None
+        return
+    with named_in_text(folder) as place:
+        writer = SummaryWriter(str(place), purge_step=step)
+
+        def add(figures: Mapping[str, float], step: int) -> None:
+            for key, value in figures.items():
+                writer.add_scalar(key, value, step)
+
+        try:
+            yield add
+        finally:
+            writer.close()
 
 
 def data_record(batches: Batches) -> dict[str, Any]:
