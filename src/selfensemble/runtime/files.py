@@ -45,7 +45,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def named_in_text(folder: Path) -> Iterator[Path]:
-    """The folder, by another name if its own is no text, as in a locale of ASCII names in other letters are not.
+    """The folder, by another name if its own is no text: in a locale of ASCII, one in other letters is none.
 
     For libraries that write names in UTF-8 whatever the locale.
     """

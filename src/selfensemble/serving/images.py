@@ -72,7 +72,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
     except MemoryError:
         raise TooLargeError("the image takes more memory than there is") from None
     except Exception as error:  # Pillow raises many kinds for damaged files
-        raise ImageError(f"the image is damaged: {type(error).__name__}") from error
+        raise ImageError("the image is damaged, or a part of it is missing") from error
 
 
 def decode_base64(text: str) -> bytes:
