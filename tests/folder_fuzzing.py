@@ -135,6 +135,8 @@ def _damaged(path: Path, kind: str, chance: random.Random) -> None:
         path.write_bytes(path.read_bytes()[: chance.choice((20, 600, 1000))])
     elif kind in ("empty", "text"):
         path.write_bytes(b"" if kind == "empty" else b"<html>404</html>")
+    elif kind == "pages":
+        noise.save(path, "TIFF", save_all=True, append_images=[noise.rotate(90)])
     elif kind == "range":
         Image.fromarray(np.full((9, 9), 300.0, np.float32)).save(path, "TIFF")
     else:
@@ -187,8 +189,8 @@ def _plant_one(found: Planted, place: str, stem: str, number: int, chance: rando
         shown = image.convert("L").convert("RGB") if grey else image
         found.pixels[_name(found, path)] = np.asarray(ImageOps.fit(shown, (SIDE, SIDE)))
     elif draw < 0.82:
-        kind = chance.choice(("PNG", "JPEG", "empty", "text", "range", "deep"))
-        path, fate = folder / (stem + (".tif" if kind in ("range", "deep") else ".png")), "bad"
+        kind = chance.choice(("PNG", "JPEG", "empty", "text", "range", "deep", "pages"))
+        path, fate = folder / (stem + (".tif" if kind in ("range", "deep", "pages") else ".png")), "bad"
         _damaged(path, kind, chance)
     elif draw < 0.86:
         path, fate = folder / (stem + ".png"), "no file"

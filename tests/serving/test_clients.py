@@ -1,6 +1,7 @@
 """What clients really send: each of these failed with another server's clients, or was dropped in silence."""
 
 import base64
+import io
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from PIL import Image
 
 import selfensemble as rse
 from selfensemble.serving.app import create_app
@@ -278,3 +280,13 @@ def test_half_an_image_is_refused_in_our_words(http: TestClient) -> None:
     answer = http.post("/v1/predict", json={"images": [encoded(whole[: len(whole) // 2])]})
     assert answer.status_code == 422
     assert answer.json() == {"error": "image 0: the image is damaged, or a part of it is missing"}
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_an_image_of_several_frames_leaves_open_which(http: TestClient, kind: str) -> None:
+    buffer = io.BytesIO()
+    frames = [Image.new("L", (8, 8), level) for level in (0, 255)]
+    frames[0].save(buffer, kind, save_all=True, append_images=frames[1:])
+    answer = http.post("/v1/predict", json={"images": [encoded(buffer.getvalue())]})
+    assert answer.status_code == 422
+    assert "it has several frames" in answer.json()["error"]

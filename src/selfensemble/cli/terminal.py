@@ -162,6 +162,8 @@ def note_left_out(data: "ImageData", split: str = "") -> None:
     """
     if int(os.environ.get("RANK", "0")) > 0:  # the first process says it, and ends last
         return
+    for text in data.notes:
+        note(f"images of {data.name}{split}: {text}")
     images, others = data.skipped[: data.unusable], data.skipped[data.unusable :]
     UNUSABLE.set(UNUSABLE.get() + len(images))
     for found, what in ((images, "cannot be used and left out"), (others, "besides images, or to know")):

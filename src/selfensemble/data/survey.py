@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from ..runtime.files import cache_dir, write_json
-from .decoding import in_8_bits, is_grey, reason, size_upright, undecoded
+from .decoding import assumed, in_8_bits, is_grey, reason, size_upright, undecoded
 from .labels import class_names
 from .rows import Cell, Rows
 
-_VERSION = 1
+_VERSION = 2
 _AHEAD = 32  # images that are read at a time
 
 
@@ -34,12 +34,14 @@ class Survey:
         sizes: (width, height) upright; None of an image that cannot be used.
         grey: whether there are no colours.
         bad: why an image cannot be used, by its row.
+        assumed: what is taken for granted of an image, by its row, see `decoding.assumed`.
     """
 
     labels: list[Any]
     sizes: list[tuple[int, int] | None]
     grey: list[bool]
     bad: dict[int, str]
+    assumed: dict[int, str]
 
     def numbers(self, rows: Rows) -> tuple[Tensor, list[str]]:
         """(N,) the number of the class of each row that can be used, -1 for others; and their names.
@@ -89,22 +91,26 @@ def survey(rows: Rows) -> Survey:
         known = json.loads(path.read_text(encoding="utf-8"))
         sizes = [None if each is None else (each[0], each[1]) for each in known["sizes"]]
         bad = {int(place): why for place, why in known["bad"].items()}
-        return Survey(known["labels"], sizes, known["grey"], bad)
+        assumed = {int(place): what for place, what in known["assumed"].items()}
+        return Survey(known["labels"], sizes, known["grey"], bad, assumed)
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         found = _look_at_all(rows)
     if all(each is None or isinstance(each, int | str | float) for each in found.labels):  # not bytes, say
         known = {"labels": found.labels, "sizes": found.sizes, "grey": found.grey, "bad": found.bad}
+        known["assumed"] = found.assumed
         write_json(path, known)
     return found
 
 
 def _look_at_all(rows: Rows) -> Survey:
-    found = Survey([], [], [], {})
+    found = Survey([], [], [], {}, {})
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         for group in _groups(rows.each()):
             for (_, label), seen in zip(group, pool.map(_look, (cell for cell, _ in group)), strict=True):
                 if isinstance(seen, str):
                     found.bad[len(found.labels)] = seen
+                elif seen[2]:
+                    found.assumed[len(found.labels)] = seen[2]
                 found.sizes.append(None if isinstance(seen, str) else seen[0])
                 found.grey.append(not isinstance(seen, str) and seen[1])
                 found.labels.append(_plain(label))
@@ -117,8 +123,8 @@ def _groups(each: Iterable[tuple[Cell, Any]]) -> Iterator[list[tuple[Cell, Any]]
         yield group
 
 
-def _look(cell: Cell) -> tuple[tuple[int, int], bool] | str:
-    """Size and greyness of an image, or why it cannot be used."""
+def _look(cell: Cell) -> tuple[tuple[int, int], bool, str] | str:
+    """Size and greyness of an image, and what is taken for granted of it, or why it cannot be used."""
     if cell is None:
         return "missing"
     try:
@@ -128,6 +134,6 @@ def _look(cell: Cell) -> tuple[tuple[int, int], bool] | str:
             image.draft(None, (1, 1))  # all of the file is read, at an eighth of the size
         image.load()
         in_8_bits(image)
-        return size, grey
+        return size, grey, assumed(image)
     except Exception as error:  # Pillow raises many kinds for damaged files
         return reason(error)
