@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import selfensemble as rse
+from selfensemble.artefacts.config import Architecture
 
 from ..command import call
 
@@ -46,9 +47,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "quick.yaml").write_text(QUICK)
     torch.manual_seed(0)
     network = rse.create_model("small-cnn", classes=2, channels=3, width=0.1)
-    options = {"architecture": {"name": "small-cnn", "classes": 2, "channels": 3, "width": 0.1}}
+    made = Architecture.of(network)
     ensemble = rse.SelfEnsemble(network, rse.NoiseConfig(0.1, 0), draws=2)
-    rse.save(ensemble, root / "saved", classes=("bright", "dark"), input_shape=(3, 8, 8), **options)
+    rse.save(ensemble, root / "saved", classes=("bright", "dark"), input_shape=(3, 8, 8), architecture=made)
     for kind in ("some", "none"):
         (root / f"{kind}.yaml").write_text(RECIPE.replace("PLACE", json.dumps(str(root / kind))))
     return root

@@ -215,7 +215,7 @@ def test_numbers_in_json_are_numbers(http: TestClient, digit: bytes, key: str, v
     answer = http.post("/v1/predict", json={"images": [encoded(digit)]} | options)
     assert answer.status_code == 422
     assert answer.json()["error"].startswith(f"{key} must be a whole number")
-    files = {"images": digit, "options": (None, json.dumps(options))}
+    files: Any = {"images": digit, "options": (None, json.dumps(options))}
     assert http.post("/v1/predict/files", files=files).status_code == 422
 
 
@@ -248,7 +248,7 @@ def test_a_key_that_comes_twice_is_refused(http: TestClient, digit: bytes, text:
     body = f'{{"images": ["{encoded(digit)}"], {text}}}'
     answer = http.post("/v1/predict", content=body, headers={"Content-Type": "application/json"})
     assert (answer.status_code, answer.json()) == (422, {"error": f"{key}: given twice"})
-    files = {"images": digit, "options": (None, f"{{{text}}}")}
+    files: Any = {"images": digit, "options": (None, f"{{{text}}}")}
     answer = http.post("/v1/predict/files", files=files)
     assert (answer.status_code, answer.json()) == (422, {"error": f"{key}: given twice"})
 
