@@ -14,7 +14,7 @@ import selfensemble as rse
 from selfensemble.artefacts.storage import read_config
 from selfensemble.report.card import model_card
 from selfensemble.report.markdown import code, plain
-from selfensemble.runtime.texts import read_text
+from selfensemble.runtime.texts import read_text, utf8
 from selfensemble.training.recipe import load_recipe
 
 from ..command import call, error, run
@@ -116,6 +116,17 @@ def test_names_of_folders_and_classes_whatever_the_locale(tmp_path: Path) -> Non
     assert finished.returncode == 0, finished.stderr
     assert list((tmp_path / "名" / "tensorboard").iterdir())
     assert read_config(str(tmp_path / "名")).classes == ("é", "ü")
+
+
+def test_a_report_on_a_network_whose_name_is_no_text(tmp_path: Path) -> None:
+    """As an evaluation in a locale of ASCII records the name of a folder."""
+    name = "\udcc3\udca9 \udcff"
+    assert utf8(name) == "é \N{REPLACEMENT CHARACTER}".encode()
+    run("evaluate", "digits-rse", "--protocol", "demo-honest", "--n", "5", "--out", tmp_path / "run")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    (tmp_path / "run" / "results.json").write_text(json.dumps(results | {"name": name}))
+    run("report", tmp_path / "run", "--out", tmp_path / "report.html")
+    assert "é \N{REPLACEMENT CHARACTER}" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_names_are_text_in_markdown(odd: Path) -> None:
