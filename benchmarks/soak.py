@@ -1,6 +1,6 @@
 """The server under load: malformed requests among good ones, killed twice, unable to write to a disk.
 
-    python benchmarks/soak.py [--requests 20000] [--clients 16] [--disturbed] [--out FOLDER]
+    python benchmarks/soak.py [--requests 20000] [--clients 16] [--disturbed [--alone FILE]] [--out FOLDER]
 
 A supervisor restarts the server when it dies, as systemd would; it runs with a file size limit of 4 kB, as
 on a disk that is full. Clients repeat what the connection lost. Images are those whose label 200 draws
@@ -8,7 +8,8 @@ agree on, so that each answer is known. Milliseconds are those of plain predicti
 `--disturbed` others beside them hold connections whose headers or bodies never end, leave in the middle of
 certificates, and send images that are as large as may be. It ends with an error if an answer is wrong or
 missing, a malformed request is not refused with a reason, memory grows, or the server takes ten seconds to
-stop.
+stop. `--alone` names the `soak.json` of a run of the same size without `--disturbed`: the 99th percentile of
+the disturbed run may be at most twice as long as there.
 """
 
 import asyncio
@@ -31,6 +32,7 @@ from timing import arguments, parsed, report, settings
 
 import selfensemble as rse
 
+_MOST_DISTURBED = 2  # times as long may plain predictions take that others disturb, 99 % of them
 MODEL = "digits-rse"
 MALFORMED = 0.05
 
@@ -251,12 +253,41 @@ async def soak(options: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def faults_of(found: dict[str, Any], requests: int, alone: dict[str, Any] | None) -> dict[str, int]:
+    """How often what must not happen did happen.
+
+    Args:
+        found: the figures of a run.
+        requests: that were sent.
+        alone: the figures of a run that nobody disturbed, for one that was.
+    """
+    counts = found["counts"]
+    answered = ("right", "refused", "wrong or failed", "malformed, not refused")
+    return {
+        "wrong or failed answers": counts.get("wrong or failed", 0),
+        "malformed requests that were not refused": counts.get("malformed, not refused", 0),
+        "requests without an answer": requests - sum(counts.get(key, 0) for key in answered),
+        "exit status": found["exit status"],
+        "a stop that takes 10 s or more": int(found["seconds to stop"] >= 10),
+        "memory that grows": int(found["memory MB"]["growth"] > 0.05),
+        "a 99th percentile more than twice that of the run alone": int(
+            alone is not None and found["p99 ms"] > _MOST_DISTURBED * alone["p99 ms"]
+        ),
+    }
+
+
 def main() -> None:
     parser = arguments(__doc__, rounds=1)
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--disturbed", action="store_true", help="Slow, leaving and greedy clients beside.")
+    parser.add_argument(
+        "--alone", type=Path, help="soak.json of the run that a disturbed one is compared to."
+    )
     options = parsed(parser)
+    if options.alone is not None and not options.disturbed:
+        parser.error("--alone is what a disturbed run is compared to: add --disturbed")
+    alone = None if options.alone is None else json.loads(options.alone.read_text(encoding="utf-8"))
     found = asyncio.run(soak(options))
     counts, memory = found["counts"], found["memory MB"]
     rows = [[name, str(value)] for name, value in counts.items()]
@@ -268,15 +299,7 @@ def main() -> None:
         rows.append([f"memory, {part}, MB", f"{memory[part]:.1f}"])
     title = f"{options.requests} requests, {options.clients} clients, {MODEL}"
     report("soak", title, ["", ""], rows, {"settings": settings(options)} | found, options.out)
-    answered = ("right", "refused", "wrong or failed", "malformed, not refused")
-    faults = {
-        "wrong or failed answers": counts.get("wrong or failed", 0),
-        "malformed requests that were not refused": counts.get("malformed, not refused", 0),
-        "requests without an answer": options.requests - sum(counts.get(key, 0) for key in answered),
-        "exit status": found["exit status"],
-        "a stop that takes 10 s or more": int(found["seconds to stop"] >= 10),
-        "memory that grows": int(memory["growth"] > 0.05),
-    }
+    faults = faults_of(found, options.requests, alone)
     if any(faults.values()):
         raise SystemExit(f"faults: {faults}")
 

@@ -48,6 +48,7 @@ class Planted:
     fates: dict[str, Fate] = field(default_factory=dict)
     pixels: dict[str, Array] = field(default_factory=dict)
     closed: list[str] = field(default_factory=list)  # folders
+    named: set[str] = field(default_factory=set)  # folders that are images by their names
 
     def names(self, *fates: Fate) -> list[str]:
         return [name for name, fate in self.fates.items() if fate in fates]
@@ -134,6 +135,8 @@ def _damaged(path: Path, kind: str, chance: random.Random) -> None:
         path.write_bytes(path.read_bytes()[: chance.choice((20, 600, 1000))])
     elif kind in ("empty", "text"):
         path.write_bytes(b"" if kind == "empty" else b"<html>404</html>")
+    elif kind == "pages":
+        noise.save(path, "TIFF", save_all=True, append_images=[noise.rotate(90)])
     elif kind == "range":
         Image.fromarray(np.full((9, 9), 300.0, np.float32)).save(path, "TIFF")
     else:
@@ -144,7 +147,9 @@ def plant(root: Path, chance: random.Random) -> Planted:
     """A folder drawn at random."""
     cut = chance.random() < 0.3
     found = Planted(root, root if cut else root / "train", cut)
-    places = chance.sample(["cat", "dog", "c d", "[b]", "ü", os.fsdecode(b"\xff")], chance.randint(1, 3))
+    places = chance.sample(
+        ["cat", "Cat", "dog", "c d", "[b]", "ü", os.fsdecode(b"\xff")], chance.randint(1, 3)
+    )
     found.top.mkdir(parents=True)
     for number in range(chance.randint(3, 14)):
         place = chance.choice(places)
@@ -169,6 +174,8 @@ def plant(root: Path, chance: random.Random) -> Planted:
 def _plant_one(found: Planted, place: str, stem: str, number: int, chance: random.Random) -> None:
     folder = found.top / place
     folder.mkdir(parents=True, exist_ok=True)
+    if folder.suffix == ".png":
+        found.named.add(place)
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in place.split("/"))
     draw = chance.random()
     if draw < 0.7:
@@ -182,8 +189,8 @@ def _plant_one(found: Planted, place: str, stem: str, number: int, chance: rando
         shown = image.convert("L").convert("RGB") if grey else image
         found.pixels[_name(found, path)] = np.asarray(ImageOps.fit(shown, (SIDE, SIDE)))
     elif draw < 0.82:
-        kind = chance.choice(("PNG", "JPEG", "empty", "text", "range", "deep"))
-        path, fate = folder / (stem + (".tif" if kind in ("range", "deep") else ".png")), "bad"
+        kind = chance.choice(("PNG", "JPEG", "empty", "text", "range", "deep", "pages"))
+        path, fate = folder / (stem + (".tif" if kind in ("range", "deep", "pages") else ".png")), "bad"
         _damaged(path, kind, chance)
     elif draw < 0.86:
         path, fate = folder / (stem + ".png"), "no file"
@@ -287,8 +294,14 @@ def _check_listed(found: Planted, skipped: tuple[str, ...]) -> None:
         place, suffix = key.split("|")
         text = f"{place}: {count} file{'s' * (count > 1)} {suffix}: no image, by the name"
         assert text in skipped, f"not listed: {text!r}"
+    for name in found.named:
+        assert f"{name}: a folder, though an image by its name" in skipped, f"not listed: {name!r}"
     empty = sum("a folder without images" in each for each in skipped)
-    listed = len(found.names("bad", "no file")) + len(found.closed) + len(kinds) + empty
+    said = [each for each in skipped if "differ in upper and lower case alone" in each]
+    twins = {"cat", "Cat"} <= {name.split("/")[0] for name in found.names("image", "bad")}
+    assert said == ["Cat and cat: 2 classes whose names differ in upper and lower case alone"] * twins
+    listed = len(found.names("bad", "no file")) + len(found.closed) + len(kinds) + len(found.named)
+    listed += empty + twins
     assert len(skipped) == listed, skipped
 
 
@@ -316,7 +329,7 @@ def check_predicting(found: Planted) -> None:
     assert listed == sorted([*found.names("bad", "no file"), *found.closed])
     assert all(why for _, why in bad)
     told = sum(int(word) for text in others for word in text.rpartition(": ")[2].split() if word.isdecimal())
-    assert told == len(found.names("other")), others
+    assert told == len(found.names("other")) + len(found.named), others
 
 
 def fuzz_folders(place: Path, folders: int, seed: int) -> tuple[int, list[str]]:

@@ -1,7 +1,36 @@
 """Random Self-Ensemble for any PyTorch classifier: `import selfensemble as rse`."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import _signal  # type: ignore[import-not-found]  # of which `signal` is made: loaded from the beginning
+import os
+import sys
+
+
+def _end_at_once() -> None:
+    """Let Ctrl-C end this process, a command whose work has not begun, with status 130 (see `interrupts`).
+
+    Whatever comes before is Python's own beginning.
+    """
+
+    def end(number: int, frame: object) -> None:
+        os.write(2, b"error: interrupted; files that were complete before are intact\n")
+        os._exit(130)
+
+    if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+        try:
+            _signal.signal(_signal.SIGINT, end)
+        except ValueError:  # in another thread than the main one
+            return
+
+
+_first = os.path.basename(sys.argv[0]) if sys.argv else ""  # noqa: PTH119
+# The console script, and python -m, whose first argument has this name until the package is found.
+if _first in ("selfensemble", "selfensemble.exe", "selfensemble-script.py") or (
+    _first == "-m" and ("-m", "selfensemble") in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
+):
+    _end_at_once()
+
+from importlib import import_module  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
 
 if TYPE_CHECKING:
     from . import attacks, evaluation

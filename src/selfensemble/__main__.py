@@ -1,7 +1,7 @@
 """The command `selfensemble`: runs the app and turns errors into one line and an exit status.
 
-Exit status: 0 done, 1 an error of the program, 2 wrong input or surroundings, 3 `doctor` found a fault,
-130 interrupted.
+Exit status: 0 done, 1 an error of the program, 2 wrong input or surroundings, or done but without some images
+that cannot be used, 3 `doctor` found a fault, 130 interrupted.
 """
 
 import errno
@@ -10,6 +10,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from . import _end_at_once
 from .runtime.errors import InputError, MissingPackage
 from .runtime.interrupts import INTERRUPTED, NOTHING_LOST, Interrupted, end_while_loading
 from .runtime.memory import collect_garbage_later, keep_freed_memory
@@ -17,7 +18,7 @@ from .runtime.openmp import sleep_sooner
 from .runtime.packages import needs
 
 if __name__ == "__main__" or Path(sys.argv[0]).stem == "selfensemble":
-    end_while_loading()  # before the rest is imported
+    _end_at_once()  # before the rest is imported
     collect_garbage_later()
     sleep_sooner()
 
@@ -39,17 +40,19 @@ from .runtime.remarks import show_remarks
 
 # isort: on
 
+_SOME_UNUSABLE = 2  # although all is done
+
 
 def main() -> None:
     """Entry point."""
-    end_while_loading()
-    keep_freed_memory()
-    _write_any_letter()
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    debug = len(arguments) < len(sys.argv) - 1
-    if not debug:
-        show_remarks(terminal.note)
     try:
+        end_while_loading()
+        keep_freed_memory()
+        _write_any_letter()
+        arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+        debug = len(arguments) < len(sys.argv) - 1
+        if not debug:
+            show_remarks(terminal.note)
         status = _run(arguments, debug)
     except KeyboardInterrupt:  # while an error or an interrupt was being reported
         status = INTERRUPTED
@@ -68,6 +71,8 @@ def _write_any_letter() -> None:
 
 
 def _run(arguments: list[str], debug: bool) -> int:
+    terminal.SHOWS_ALL.set(debug)
+    terminal.UNUSABLE.set(0)
     try:
         status = app(arguments, prog_name="selfensemble", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
@@ -76,7 +81,7 @@ def _run(arguments: list[str], debug: bool) -> int:
         return _report(error, debug)
     if status == INTERRUPTED:  # newer releases of typer turn KeyboardInterrupt into this
         _fail(NOTHING_LOST, debug)
-    return int(status or 0)
+    return int(status or 0) or (_SOME_UNUSABLE if terminal.UNUSABLE.get() else 0)
 
 
 def _report(error: Exception, debug: bool) -> int:

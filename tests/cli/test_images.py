@@ -165,6 +165,25 @@ def test_predict_answers_the_good_files_and_lists_the_others(place: Path, tmp_pa
     )
 
 
+def test_what_files_leave_open_is_said(place: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cat" / "mine"
+    folder.mkdir(parents=True)
+    image = Image.new("RGB", (12, 12), "white")
+    image.save(folder / "plain.png")
+    image.save(folder / "pages.tif", save_all=True, append_images=[image])
+    Image.new("RGBA", (12, 12)).save(folder / "clear.png")
+    Image.fromarray(np.full((12, 12), 4000, dtype=np.uint16)).save(folder / "deep.png")
+    finished = run(*with_network(place, "predict", folder, "--model", place / "saved", "--json"), expect=2)
+    assert len(json.loads(finished.stdout)["images"]) == 3
+    assert "pages.tif as an image: it has several pages" in finished.stderr
+    assert "images: 1 with transparent parts: put on white" in finished.stderr
+    assert "images: 1 of 16 bits: white is 65,535; 1 have no value above 4,095" in finished.stderr
+    (folder / "pages.tif").unlink()
+    network = ("--network", f"{place}/nets.py:Brightness")
+    told = call("validate", place / "saved", "--data", tmp_path / "cat", "--split", "mine", *network).stderr
+    assert "in no class" in told  # a folder of images alone is no set of classes
+
+
 @pytest.mark.skipif(os.name == "nt", reason="there are no pipes there")
 def test_predict_waits_for_no_pipe_and_loses_nothing_in_silence(place: Path, tmp_path: Path) -> None:
     """Named files that are missing take no answers from others; others of a folder are counted."""

@@ -14,7 +14,7 @@ import selfensemble as rse
 from selfensemble.artefacts.storage import read_config
 from selfensemble.report.card import model_card
 from selfensemble.report.markdown import code, plain
-from selfensemble.runtime.texts import read_text
+from selfensemble.runtime.texts import read_text, utf8
 from selfensemble.training.recipe import load_recipe
 
 from ..command import call, error, run
@@ -92,6 +92,41 @@ def test_yaml_is_utf8_whatever_the_locale(tmp_path: Path) -> None:
         load_recipe(str(recipe))
     with pytest.raises(ValueError, match="save it as UTF-8"):
         read_text(recipe)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are text there")
+def test_names_of_folders_and_classes_whatever_the_locale(tmp_path: Path) -> None:
+    """TensorBoard writes names in UTF-8; a class has one name in the locale of training and in another."""
+    for split in ("train", "test"):
+        for number, name in enumerate("éü"):
+            (tmp_path / "photos" / split / name).mkdir(parents=True)
+            for image in range(10):
+                file = tmp_path / "photos" / split / name / f"{image}.png"
+                Image.new("RGB", (8, 8), (200 * number, image, 0)).save(file)
+    settings = {
+        "data": {"source": str(tmp_path / "photos")}, "model": {"name": "small-cnn", "width": 0.1},
+        "train": {"epochs": 1, "batch_size": 8, "precision": "no"},
+    }  # fmt: skip
+    (tmp_path / "r.yaml").write_text(json.dumps(settings))
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    finished = subprocess.run(
+        [sys.executable, "-m", "selfensemble", "train", "r.yaml", "--out", "名"],
+        cwd=tmp_path, env=environment, capture_output=True, check=False,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    assert list((tmp_path / "名" / "tensorboard").iterdir())
+    assert read_config(str(tmp_path / "名")).classes == ("é", "ü")
+
+
+def test_a_report_on_a_network_whose_name_is_no_text(tmp_path: Path) -> None:
+    """As an evaluation in a locale of ASCII records the name of a folder."""
+    name = "\udcc3\udca9 \udcff"
+    assert utf8(name) == "é \N{REPLACEMENT CHARACTER}".encode()
+    run("evaluate", "digits-rse", "--protocol", "demo-honest", "--n", "5", "--out", tmp_path / "run")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    (tmp_path / "run" / "results.json").write_text(json.dumps(results | {"name": name}))
+    run("report", tmp_path / "run", "--out", tmp_path / "report.html")
+    assert "é \N{REPLACEMENT CHARACTER}" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_names_are_text_in_markdown(odd: Path) -> None:

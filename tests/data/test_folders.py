@@ -146,6 +146,51 @@ def test_what_is_no_image_is_listed(tmp_path: Path) -> None:
     assert [each.partition(":")[0] for each in data.skipped] == ["cat", "empty"]
 
 
+PAGES = ("a.tif", "a.gif", "a.png", "a.webp")
+
+
+def pages(root: Path) -> None:
+    """Files of several pages or frames."""
+    first, second = Image.new("RGB", (12, 12), BLUE), Image.new("RGB", (12, 12), RED)
+    for name in PAGES:
+        first.save(root / name, save_all=True, append_images=[second])
+
+
+def test_files_of_several_pages_are_listed(tmp_path: Path) -> None:
+    two_classes(tmp_path, each=6)
+    pages(tmp_path / "train" / "cat")
+    first = picture(
+        tmp_path / "train" / "cat" / "photo.jpg"
+    )  # with a smaller copy of itself, as phones write
+    Image.open(first).save(first, "MPO", save_all=True, append_images=[Image.new("RGB", (6, 6), BLUE)])
+    with pytest.warns(UserWarning, match="4 images"):
+        data = load_data(tmp_path, "train")
+    assert len(data) == 13
+    for name, kind in zip(PAGES, ("pages", "frames", "frames", "frames"), strict=True):
+        assert (
+            f"cat/{name}: it has several {kind}, which leave open which is meant: save one of them"
+            in data.skipped
+        )
+
+
+def test_what_is_taken_for_granted_is_counted(tmp_path: Path) -> None:
+    two_classes(tmp_path, each=6)
+    place = tmp_path / "train" / "cat"
+    picture(place / "+.png", (9, 9, 9, 100), "RGBA")
+    picture(place / "opaque.png", (9, 9, 9, 255), "RGBA")
+    for number, most in enumerate((4095, 4096, 65535)):
+        Image.fromarray(np.full((12, 12), most, dtype=np.uint16)).save(place / f"deep {number}.png")
+    for _ in range(2):  # the second time from what is known of the files
+        data = load_data(tmp_path, "train")
+        assert data.skipped == ()
+        assert data.notes == (
+            "1 with transparent parts: put on white",
+            "3 of 16 bits: white is 65,535; 1 have no value above 4,095, and are dark: if they have 12 bits, "
+            "scale them",
+        )
+    assert load_data(tmp_path, "test").notes == ()
+
+
 def turned(place: Path, exif: bytes) -> None:
     """A photo of 24x12, red on the left, whose flag says that it stands."""
     image = Image.new("RGB", (24, 12), RED)

@@ -1,12 +1,15 @@
 """What clients really send: each of these failed with another server's clients, or was dropped in silence."""
 
 import base64
+import io
 import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from fastapi.testclient import TestClient
+from PIL import Image
 
 import selfensemble as rse
 from selfensemble.serving.app import create_app
@@ -202,3 +205,88 @@ def test_origins_are_origins() -> None:
     for wrong in ("a.example", "https://a.example/page", ""):
         with pytest.raises(ValueError, match="must be an origin"):
             Settings(cors=(wrong,))
+
+
+@pytest.mark.parametrize("value", [True, "5", 5.0, "true", 1.5, [5]])
+@pytest.mark.parametrize("key", ["draws", "top", "decide.max_draws", "certify.n"])
+def test_numbers_in_json_are_numbers(http: TestClient, digit: bytes, key: str, value: Any) -> None:
+    part, _, name = key.rpartition(".")
+    options: dict[str, Any] = {part: {name: value}} if part else {name: value}
+    answer = http.post("/v1/predict", json={"images": [encoded(digit)]} | options)
+    assert answer.status_code == 422
+    assert answer.json()["error"].startswith(f"{key} must be a whole number")
+    files: Any = {"images": digit, "options": (None, json.dumps(options))}
+    assert http.post("/v1/predict/files", files=files).status_code == 422
+
+
+def test_what_else_json_has_a_type_for(http: TestClient, digit: bytes) -> None:
+    wrong: list[dict[str, Any]] = [
+        {"sets": 1}, {"sets": "true"}, {"decide": {"alpha": "0.1"}}, {"decide": {"alpha": True}},
+    ]  # fmt: skip
+    for each in wrong:
+        assert http.post("/v1/predict", json={"images": [encoded(digit)]} | each).status_code == 422, each
+    right = {"draws": 3, "top": 1, "stop": None, "decide": {"alpha": 0.1, "max_draws": 10}}
+    assert http.post("/v1/predict", json={"images": [encoded(digit)]} | right).status_code == 200
+
+
+@pytest.mark.parametrize("fields", [{"draws": "3", "top": "1"}, {"draws": "3", "sets": "false"}])
+def test_numbers_in_forms_are_text(http: TestClient, digit: bytes, fields: dict[str, str]) -> None:
+    answer = http.post("/v1/predict/files", files={"images": digit}, data=fields)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["images"][0]["draws"] == 3
+    for wrong in ("3.0", "true", "three"):
+        refused = http.post("/v1/predict/files", files={"images": digit}, data={"draws": wrong})
+        assert refused.status_code == 422
+        assert "draws must be a whole number" in refused.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [('"draws": 1, "draws": 5', "draws"), ('"decide": {"alpha": 0.1, "alpha": 0.2}', "alpha")],
+)
+def test_a_key_that_comes_twice_is_refused(http: TestClient, digit: bytes, text: str, key: str) -> None:
+    body = f'{{"images": ["{encoded(digit)}"], {text}}}'
+    answer = http.post("/v1/predict", content=body, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()) == (422, {"error": f"{key}: given twice"})
+    files: Any = {"images": digit, "options": (None, f"{{{text}}}")}
+    answer = http.post("/v1/predict/files", files=files)
+    assert (answer.status_code, answer.json()) == (422, {"error": f"{key}: given twice"})
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": OTHERS}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://testserver", "Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Origin": HERS}, 200),
+        ({"Origin": "http://testserver"}, 200),
+        ({"Origin": "https://proxied.example", "Sec-Fetch-Site": "same-origin"}, 200),
+        ({}, 200),
+    ],
+)
+def test_forms_of_other_pages_make_no_work(
+    http: TestClient, digit: bytes, headers: dict[str, str], status: int
+) -> None:
+    """A browser sends them without a preflight."""
+    answer = http.post("/v1/predict/files", files={"images": digit}, headers=headers)
+    assert answer.status_code == status
+    if status == 403:
+        assert answer.json() == {"error": "pages of this origin may not ask: see --cors"}
+
+
+def test_half_an_image_is_refused_in_our_words(http: TestClient) -> None:
+    whole = png(torch.rand(3, 64, 64))
+    answer = http.post("/v1/predict", json={"images": [encoded(whole[: len(whole) // 2])]})
+    assert answer.status_code == 422
+    assert answer.json() == {"error": "image 0: the image is damaged, or a part of it is missing"}
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_an_image_of_several_frames_leaves_open_which(http: TestClient, kind: str) -> None:
+    buffer = io.BytesIO()
+    frames = [Image.new("L", (8, 8), level) for level in (0, 255)]
+    frames[0].save(buffer, kind, save_all=True, append_images=frames[1:])
+    answer = http.post("/v1/predict", json={"images": [encoded(buffer.getvalue())]})
+    assert answer.status_code == 422
+    assert "it has several frames" in answer.json()["error"]

@@ -216,6 +216,31 @@ def test_small_images_pass_large_ones() -> None:
     opener.close()
 
 
+def test_requests_with_large_images_come_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They took turns, image by image, so that of many at once none was answered in time."""
+    opener, opened = Opener((1, 8, 8), 25_000_000), list[bytes]()
+    files = {side: flat(side) for side in (1100, 1200, 1300)}
+
+    def look(data: bytes, shape: tuple[int, int, int], most: int) -> torch.Tensor:
+        opened.append(data)
+        return torch.zeros(shape, dtype=torch.uint8)
+
+    monkeypatch.setattr("selfensemble.serving.opening.open_image", look)
+
+    async def ask() -> None:
+        asked = [asyncio.ensure_future(opener.open([file] * 3)) for file in files.values()]
+        given_up = asyncio.ensure_future(opener.open([flat(1400)] * 3))
+        await asyncio.sleep(0)
+        given_up.cancel()  # holds nobody up
+        await asyncio.gather(*asked)
+        mixed = [files[1100], png(torch.zeros(1, 8, 8)), files[1200]]
+        assert len(await opener.open(mixed)) == 3
+
+    asyncio.run(ask())
+    opener.close()
+    assert opened[:9] == [file for file in files.values() for _ in range(3)]
+
+
 def test_the_scans_of_a_jpeg_count() -> None:
     file = io.BytesIO()
     Image.new("L", (1000, 1000)).save(file, "JPEG", progressive=True)

@@ -44,8 +44,8 @@ def image_files(paths: list[Path], bad: list[tuple[Path, str]]) -> tuple[list[Pa
         if not path.is_dir():
             files.append(path)
             continue
-        closed: list[Path] = []
-        inside = sorted(files_below(path, closed=closed))
+        closed, named = list[Path](), list[Path]()
+        inside = sorted(files_below(path, closed=closed, named=named))
         images = [file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES]
         bad += [(folder, "a folder without permission to read") for folder in closed]
         if not images and not closed:
@@ -56,6 +56,8 @@ def image_files(paths: list[Path], bad: list[tuple[Path, str]]) -> tuple[list[Pa
         if kinds:
             shown = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
             others.append(f"files of {path} that are no images by their names were left out: {shown}")
+        if named:
+            others.append(f"folders of {path} that are images by their names, and searched: {len(named)}")
         files += images
     return files, others
 
@@ -66,8 +68,12 @@ def inputs_of(
     centre: float,
     bad: list[tuple[Path, str]],
     bounds: tuple[float, float] | None,
+    assumed: list[str] | None = None,
 ) -> Iterator[tuple[list[Path], "torch.Tensor"]]:
-    """Inputs (B, C, H, W) within the bounds, some files at a time; those that cannot be read go to `bad`."""
+    """Inputs (B, C, H, W) within the bounds, some files at a time; those that cannot be read go to `bad`.
+
+    `assumed` gets what is taken for granted of each of the others, see `data.decoding.assumed`.
+    """
     import torch
 
     from ..data.images import as_inputs, batch_size
@@ -77,7 +83,7 @@ def inputs_of(
         good, images = [], []
         for path in files[start : start + size]:
             try:
-                images.append(read_image(path, shape, centre))
+                images.append(read_image(path, shape, centre, assumed))
             except InputError as error:
                 bad.append((path, str(error).removeprefix(f"{_unreadable(path)}: ")))
             else:
@@ -86,21 +92,27 @@ def inputs_of(
             yield good, as_inputs(torch.stack(images), bounds)
 
 
-def read_image(path: Path, shape: tuple[int, int, int], centre: float = 1.0) -> "torch.Tensor":
+def read_image(
+    path: Path, shape: tuple[int, int, int], centre: float = 1.0, assumed: list[str] | None = None
+) -> "torch.Tensor":
     """An image of that shape (channels, height, width), uint8."""
     with needs("selfensemble[cli]"):
         from PIL import Image
 
-    from ..data.decoding import prepare_image, reason
+    from ..data import decoding
     from ..data.folders import why_no_file
 
     if (why := why_no_file(path)) is not None:  # a pipe would be waited for, for ever
         raise InputError(f"{_unreadable(path)}: {why}")
     try:
         with Image.open(path) as image:
-            return prepare_image(image, shape[0], (shape[1], shape[2]), centre)
+            decoding.check_one_page(image)
+            found = decoding.prepare_image(image, shape[0], (shape[1], shape[2]), centre)
+            if assumed is not None:
+                assumed.append(decoding.assumed(image))
+            return found
     except Exception as error:  # Pillow raises many kinds for damaged files
-        raise InputError(f"{_unreadable(path)}: {reason(error)}") from error
+        raise InputError(f"{_unreadable(path)}: {decoding.reason(error)}") from error
 
 
 def _unreadable(path: Path) -> str:

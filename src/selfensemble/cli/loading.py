@@ -34,11 +34,7 @@ def test_data_of(config: "ArtefactConfig", data: DataOptions) -> "ImageData":
             f"the model was trained on {source}, which is code: it is imported if you say so, --data {source}"
         )
     test = _loaded(source, _reading(recorded, data), config.input_shape, chosen=data.size is not None)
-    if test.skipped:
-        terminal.note(
-            f"{len(test.skipped)} of {source} left out: {'; '.join(test.skipped[:5])}"
-            + ("; ..." if len(test.skipped) > 5 else "")
-        )
+    terminal.note_left_out(test)
     if config.input_shape is not None and test.shape != config.input_shape:
         channels, *sides = config.input_shape
         square = len(sides) == 2 and sides[0] == sides[1]

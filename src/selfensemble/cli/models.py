@@ -44,13 +44,16 @@ def predict(
     network: NetworkOptions = OPTIONS,
 ) -> None:
     """Label images, with mean probabilities and spread; exit status 2 if some files cannot be read."""
+    from ..data.decoding import told
+
     opened = open_network(model, network)
     shape = opened.image_shape
     bad, records = list[tuple[Path, str]](), list[dict[str, Any]]()
     files, others = image_files(paths, bad)
     ensemble = opened.ensemble.to(device_named(device))
     centre = (opened.config.recipe or {}).get("data", {}).get("centre", 1.0)
-    for group, inputs in inputs_of(files, shape, centre, bad, ensemble.bounds):
+    assumed: list[str] = []
+    for group, inputs in inputs_of(files, shape, centre, bad, ensemble.bounds, assumed):
         if not records:
             ensemble = _as_calibrated(ensemble, inputs, stop, sets)
         asked = {"draws": draws, "seed": seed, "stop": stop}
@@ -62,7 +65,7 @@ def predict(
         terminal.print_json({"images": records, "unreadable": unreadable})
     else:
         terminal.print_predictions(records, len(records[0]["predictions"]))
-    for text in others:
+    for text in others + [f"images: {each}" for each in told(assumed)]:
         terminal.note(text)
     for path, why in bad:
         terminal.note(f"cannot read {path} as an image: {why}")

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from rich.console import Console
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ..data.images import ImageData
     from ..ensemble.validators import Issue
     from ..evaluation.certified import Certified
     from ..evaluation.results import CheckRecord, Results
@@ -143,6 +145,35 @@ def finite(value: float) -> float | None:
 def note(text: str) -> None:
     """Something to know, on stderr."""
     err.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+_SHOWN = 5  # of what is left out
+SHOWS_ALL: ContextVar[bool] = ContextVar("selfensemble_shows_all", default=False)
+# How many images could not be used by the command that runs, whose exit status says so.
+UNUSABLE: ContextVar[int] = ContextVar("selfensemble_unusable", default=0)
+
+
+def note_left_out(data: "ImageData", split: str = "") -> None:
+    """On stderr, what lies among images and is not used; for the exit status, how many images are among it.
+
+    Args:
+        data: the images.
+        split: which of two, where both are told of.
+    """
+    if int(os.environ.get("RANK", "0")) > 0:  # the first process says it, and ends last
+        return
+    for text in data.notes:
+        note(f"images of {data.name}{split}: {text}")
+    images, others = data.skipped[: data.unusable], data.skipped[data.unusable :]
+    UNUSABLE.set(UNUSABLE.get() + len(images))
+    for found, what in ((images, "cannot be used and left out"), (others, "besides images, or to know")):
+        if found:
+            shown = found if SHOWS_ALL.get() else found[:_SHOWN]
+            more = len(found) - len(shown)
+            note(
+                f"{len(found)} of {data.name}{split} {what}: {'; '.join(shown)}"
+                + (f"; and {more} more (--debug lists all)" if more else "")
+            )
 
 
 def print_json(value: Any) -> None:

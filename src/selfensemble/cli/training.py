@@ -54,11 +54,15 @@ def train(
             raise Interrupted(f"{stop}; continue with the same command and --resume") from None
     if not trainer.accelerator.is_main_process:
         return
+    train, test = trainer.batches.train, trainer.batches.test
+    if train.cut is not None:  # out of the same images
+        terminal.note_left_out(train)
+    else:
+        terminal.note_left_out(train, " (training split)")
+        terminal.note_left_out(test, " (test split)")
     if as_json:
         terminal.print_json(results)
         return
-    for each in trainer.batches.train.skipped:
-        terminal.note(f"left out: {each}")
     for split, record in results["metrics"].items():
         title = f"{split} accuracy, {results['draws']} draw(s)"
         terminal.out.print(f"{title}: {terminal.percent(record)}, {record['images']} images")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .images import ImageData, Split
+from .labels import class_names
 from .order import test_part
 from .reading import Reading
 
@@ -44,13 +45,17 @@ def arrays(file: Path, split: Split, reading: Reading) -> ImageData:
                 "them "
                 "(data.image_column, data.label_column)"
             )
+        trained = _key(found.files, columns[1], reading.names("train"))
+        trained = trained if split == "test" and not cut else None
         try:
             pixels, labels = found[keys[0]], found[keys[1]]
+            training = None if trained is None else found[trained]
         except ValueError as error:
             raise ValueError(
                 f"{file} holds pickled objects, which are never read: save plain arrays"
             ) from error
-    images, numbers, classes = as_images(pixels, str(file), reading.shape), *_classes(labels, str(file))
+    images = as_images(pixels, str(file), reading.shape)
+    numbers, classes = _classes(labels, str(file), training)
     if len(images) != len(numbers):
         raise ValueError(f"{file} has {len(images)} images and {len(numbers)} labels: they must be as many")
     check_wanted(tuple(images.shape[1:]), reading, str(file))
@@ -129,17 +134,26 @@ def _key(names: list[str], known: tuple[str, ...], splits: tuple[str, ...]) -> s
     return None
 
 
-def _classes(labels: Any, source: str) -> tuple[Tensor, tuple[str, ...]]:
-    """(N,) class numbers, and names of the classes."""
-    labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+def _classes(labels: Any, source: str, training: Any = None) -> tuple[Tensor, tuple[str, ...]]:
+    """(N,) class numbers, and names of the classes, of the training split beside them too."""
+    labels, training = _in_a_row(labels), None if training is None else _in_a_row(training)
     if labels.ndim != 1 or len(labels) == 0:
         raise ValueError(
             f"{source}: labels have the shape {labels.shape}, not (N,): one class number an image"
         )
     if labels.dtype.kind in "US":
-        names, numbers = np.unique(labels.astype(str), return_inverse=True)
-        return torch.from_numpy(numbers.astype(np.int64)), tuple(map(str, names))
+        own, numbers = np.unique(labels.astype(str), return_inverse=True)
+        theirs = None if training is None else set(training.astype(str).tolist())
+        classes = class_names(own.tolist(), theirs, source)
+        places = np.array([classes.index(name) for name in own.tolist()], dtype=np.int64)
+        return torch.from_numpy(places[numbers]), tuple(classes)
     if labels.dtype.kind not in "iub" or labels.min() < 0:
         raise ValueError(f"{source}: labels must be class numbers >= 0 or names, got {labels.dtype}")
-    numbers = labels.astype(np.int64)
-    return torch.from_numpy(numbers), tuple(str(k) for k in range(int(numbers.max()) + 1))
+    numbers, most = labels.astype(np.int64), int(labels.max())
+    if training is not None and training.dtype.kind in "iub" and training.size:
+        most = max(most, int(training.max()))
+    return torch.from_numpy(numbers), tuple(str(k) for k in range(most + 1))
+
+
+def _in_a_row(labels: Any) -> Any:
+    return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels

@@ -1,6 +1,8 @@
 """Files of images, decoded: upright, on white, in one number of channels and one size."""
 
 import io
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,47 @@ def plain(image: Any, channels: int) -> Any:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB" if channels == 3 else "L")
+
+
+class UnclearImageError(ValueError):
+    """A file that leaves open which image it is."""
+
+
+# Each file may be several images; a second one in a JPEG (MPO) belongs to the first, which is the photo.
+_OF_PAGES = ("TIFF", "GIF", "PNG", "WEBP", "AVIF")
+_DEEP, _DARK = "16 bits", "16 bits, as if 12"
+
+
+def check_one_page(image: Any) -> None:
+    """Look at a file whose head has been read.
+
+    Raises:
+        UnclearImageError: it holds several pages or frames, any of which may be meant.
+    """
+    if image.format in _OF_PAGES and getattr(image, "is_animated", False):
+        kind = "pages" if image.format == "TIFF" else "frames"
+        raise UnclearImageError(f"it has several {kind}, which leave open which is meant: save one of them")
+
+
+def assumed(image: Any) -> str:
+    """What is taken for granted of an image, for `told`; nothing of most."""
+    if image.mode.startswith("I"):
+        return _DARK if np.asarray(image).max(initial=0) < 2**12 else _DEEP
+    if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+        return "transparent"
+    return ""
+
+
+def told(found: Iterable[str]) -> list[str]:
+    """How many images something was taken for granted of, and what, for people."""
+    counts = Counter(found)
+    lines, deep = [], counts[_DEEP] + counts[_DARK]
+    if count := counts["transparent"]:
+        lines.append(f"{count} with transparent parts: put on white")
+    if deep:
+        dark = f"; {counts[_DARK]} have no value above 4,095, and are dark: if they have 12 bits, scale them"
+        lines.append(f"{deep} of 16 bits: white is 65,535{dark * bool(counts[_DARK])}")
+    return lines
 
 
 def as_tensor(image: Any) -> Tensor:
@@ -137,7 +180,17 @@ def open_image(value: dict[str, Any] | None, source: str, name: str) -> Any:
 
 
 def undecoded(value: dict[str, Any]) -> Any:
-    """The PIL image in a cell, of which only the head has been read."""
+    """The PIL image in a cell, of which only the head has been read.
+
+    Raises:
+        UnclearImageError: it is several.
+    """
+    image = _opened(value)
+    check_one_page(image)
+    return image
+
+
+def _opened(value: dict[str, Any]) -> Any:
     with needs("selfensemble[data]"):
         from PIL import Image
 

@@ -2,8 +2,10 @@
 
 import os
 import stat
+import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +23,18 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.casefold() in _NOT_OURS
 
 
+def _in_utf8(name: str) -> str:
+    """The name of a class in the file system as text: the same whatever the locale, as networks record it."""
+    if sys.getfilesystemencoding().lower() in ("utf-8", "utf8"):
+        return name
+    return os.fsencode(name).decode("utf-8", "surrogateescape")
+
+
 def files_below(
-    folder: Path, above: frozenset[str] = frozenset(), closed: list[Path] | None = None
+    folder: Path,
+    above: frozenset[str] = frozenset(),
+    closed: list[Path] | None = None,
+    named: list[Path] | None = None,
 ) -> Iterator[Path]:
     """All files that are not hidden, links to files and folders followed but for circles.
 
@@ -30,6 +42,7 @@ def files_below(
         folder: where to look.
         above: folders that this one lies in.
         closed: gets the folders that nobody may look into; None to raise a PermissionError.
+        named: gets the folders in it that are images by their names.
     """
     real = os.path.realpath(folder)
     if real in above:
@@ -45,7 +58,9 @@ def files_below(
         if not is_hidden(path.name):
             # Not path.is_dir(), which raises an error where the folder may be listed and no more.
             is_folder = os.path.isdir(path)  # noqa: PTH112
-            yield from files_below(path, above | {real}, closed) if is_folder else (path,)
+            if is_folder and named is not None and _is_image(path):
+                named.append(path)
+            yield from files_below(path, above | {real}, closed, named) if is_folder else (path,)
 
 
 def why_no_file(path: Path) -> str | None:
@@ -83,22 +98,60 @@ def class_folders(folder: Path, split: Split, reading: Reading) -> Rows:
         FileNotFoundError: there are none.
         ValueError: an image is in no class.
     """
-    below = sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
-    by_name = {path.name.casefold(): path for path in reversed(below)}
     splits = {each.casefold() for kind in KNOWN_SPLITS for each in reading.names(kind)}
-    for name in reading.names(split):
-        root = by_name.get(name.casefold())
-        if root is not None and (found := _found(root)) and _has_images(found.files):
-            same = [path.name for path in below if path.name.casefold() == name.casefold()]
-            if len(same) > 1:
-                raise ValueError(f"{folder} holds {' and '.join(same)}, which may be one split: rename one")
-            return _by_class(folder, root, found, reading.cuts, _beside(folder, splits))
-    if splits & by_name.keys() or reading.names(split) != KNOWN_SPLITS[split]:
+    root = _root_of(folder, split, reading)
+    if root is not None:
+        rows = _by_class(folder, root, _found(root), reading.cuts, _beside(folder, splits))
+        other: Split = "test" if split == "train" else "train"
+        opposite = None if reading.cuts else _root_of(folder, other, reading)
+        return rows if opposite is None else _compared(rows, opposite, split)
+    below = {path.name.casefold() for path in _folders_in(folder)}
+    if splits & below or reading.names(split) != KNOWN_SPLITS[split]:
         raise _no_split(folder, split, reading)
     found = _found(folder)
     if not _has_images(found.files):
         raise _no_split(folder, split, reading)
     return _by_class(folder, folder, found, True)
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
+
+
+def _root_of(folder: Path, split: Split, reading: Reading) -> Path | None:
+    """The folder of a split, if one has images.
+
+    Raises:
+        ValueError: two may be it.
+    """
+    below = _folders_in(folder)
+    by_name = {path.name.casefold(): path for path in reversed(below)}
+    for name in reading.names(split):
+        root = by_name.get(name.casefold())
+        if root is not None and _has_images(files_below(root, closed=[])):
+            same = [path.name for path in below if path.name.casefold() == name.casefold()]
+            if len(same) > 1:
+                raise ValueError(f"{folder} holds {' and '.join(same)}, which may be one split: rename one")
+            return root
+    return None
+
+
+def _compared(rows: Rows, opposite: Path, split: Split) -> Rows:
+    """The rows of a split, with what those of the other say of their classes."""
+    own = {label for _, label in rows.each()}
+    closed = list[Path]()
+    theirs = {
+        _in_utf8(path.name) for path in _folders_in(opposite)
+        if any(why_no_file(file) is None for file in files_below(path, closed=closed) if _is_image(file))
+    }  # fmt: skip
+    for path in closed:
+        if path.parent == opposite and split == "test":
+            raise _closed_class(path)
+    if split == "test":
+        missing = tuple(f"{name}: a class of the training split alone" for name in sorted(theirs - own))
+        return replace(rows, training=lambda: theirs, others=(*rows.others, *missing))
+    missing = tuple(f"{name}: a class that the test split lacks" for name in sorted(own - theirs))
+    return replace(rows, others=(*rows.others, *missing))
 
 
 def _beside(folder: Path, splits: set[str]) -> tuple[str, ...]:
@@ -107,24 +160,34 @@ def _beside(folder: Path, splits: set[str]) -> tuple[str, ...]:
     return tuple(
         f"{path.name}: beside the splits, and of none" for path in sorted(folder.iterdir())
         if not is_hidden(path.name) and path.name.casefold() not in known
-        and (path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES)
+        and (path.is_dir() or _is_image(path))
     )  # fmt: skip
 
 
 class _Found(NamedTuple):
-    """Files of a folder, and folders in it that nobody may look into."""
+    """Files of a folder, and folders in it that nobody may look into, or that are images by their names."""
 
     files: list[Path]
     closed: list[Path]
+    named: list[Path]
 
 
 def _found(root: Path) -> _Found:
-    closed: list[Path] = []
-    return _Found(sorted(files_below(root, closed=closed)), sorted(closed))
+    closed, named = list[Path](), list[Path]()
+    return _Found(sorted(files_below(root, closed=closed, named=named)), sorted(closed), sorted(named))
 
 
-def _has_images(files: Sequence[Path]) -> bool:
-    return any(path.suffix.lower() in IMAGE_SUFFIXES for path in files)
+def _has_images(files: Iterable[Path]) -> bool:
+    return any(map(_is_image, files))
+
+
+def _is_image(file: Path) -> bool:
+    """By its name."""
+    return file.suffix.lower() in IMAGE_SUFFIXES
+
+
+def _closed_class(path: Path) -> ValueError:
+    return ValueError(f"no permission to read {path}, which would be a class: change its permissions")
 
 
 def _by_class(folder: Path, root: Path, found: _Found, cut: bool, beside: tuple[str, ...] = ()) -> Rows:
@@ -132,10 +195,10 @@ def _by_class(folder: Path, root: Path, found: _Found, cut: bool, beside: tuple[
     skipped, kinds = list[str](), Counter[tuple[str, str]]()
     for path in found.closed:
         if path.parent == root:
-            raise ValueError(f"no permission to read {path}, which would be a class: change its permissions")
+            raise _closed_class(path)
         skipped.append(f"{path.relative_to(root).as_posix()}: a folder without permission to read")
     for path in found.files:
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
+        if not _is_image(path):
             place = path.parent.relative_to(root).as_posix()
             kinds[place, path.suffix.lower() or "without suffix"] += 1
         elif (why := why_no_file(path)) is not None:
@@ -152,12 +215,17 @@ def _by_class(folder: Path, root: Path, found: _Found, cut: bool, beside: tuple[
         for (place, suffix), count in sorted(kinds.items())
     ]
     names = [path.relative_to(root).as_posix() for path in images]
-    classes = [name.split("/")[0] for name in names]
+    classes = [_in_utf8(name.split("/")[0]) for name in names]
     empty = sorted(
         path.name for path in root.iterdir()
-        if path.is_dir() and not is_hidden(path.name) and path.name not in set(classes)
+        if path.is_dir() and not is_hidden(path.name) and _in_utf8(path.name) not in set(classes)
     )  # fmt: skip
     others += [f"{name}: a folder without images, which is no class" for name in empty]
+    others += [
+        f"{path.relative_to(root).as_posix()}: a folder, though an image by its name"
+        for path in found.named if path.name not in empty
+    ]  # fmt: skip
+    others += _twins(set(classes))
     cells: list[Cell] = [{"path": str(path), "bytes": None} for path in images]
     return Rows(
         source=str(folder),
@@ -172,6 +240,17 @@ def _by_class(folder: Path, root: Path, found: _Found, cut: bool, beside: tuple[
         skipped=tuple(skipped),
         others=(*others, *beside),
     )
+
+
+def _twins(classes: set[str]) -> list[str]:
+    """What to say of classes whose names differ in nothing but upper and lower case."""
+    by_name: dict[str, list[str]] = {}
+    for name in sorted(classes):
+        by_name.setdefault(name.casefold(), []).append(name)
+    return [
+        f"{' and '.join(names)}: {len(names)} classes whose names differ in upper and lower case alone"
+        for names in by_name.values() if len(names) > 1
+    ]  # fmt: skip
 
 
 def _state(path: Path) -> list[Any]:

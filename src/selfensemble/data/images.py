@@ -32,6 +32,8 @@ class ImageData:
         cut: where train and test split were cut out of the same images: the share of the test split, and
             the seed.
         skipped: files that are not among the images, and why.
+        unusable: how many of those, the first, are images that cannot be used; the others are none.
+        notes: what was taken for granted of some images, and of how many.
         revision: of a data set of the Hub: the commit, or what was asked for where the Hub was not reached.
         bounds: that black and white of uint8 images become, see `within`.
 
@@ -47,6 +49,8 @@ class ImageData:
     drawn: int | None = None
     cut: tuple[float, int] | None = None
     skipped: tuple[str, ...] = ()
+    unusable: int = 0
+    notes: tuple[str, ...] = ()
     revision: str | None = None
     bounds: tuple[float, float] = (0.0, 1.0)
 

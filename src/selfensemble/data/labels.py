@@ -1,5 +1,7 @@
 """Labels as everything here computes with them: class numbers in int64, beside the images."""
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -41,3 +43,30 @@ def class_numbers(
     if classes is not None and (high := int(numbers.max())) >= classes:
         raise ValueError(f"labels must be below {classes}, the number of classes; got {high}")
     return numbers
+
+
+def class_names(own: Collection[str], training: Collection[str] | None, source: str) -> list[str]:
+    """The names of the classes, in the order of their numbers, where labels are names.
+
+    A network is trained by the numbers of the training split: a test split that lacks a class keeps them.
+
+    Args:
+        own: of the images themselves.
+        training: of the training split, where these are of a test split beside it.
+        source: for the error.
+
+    Raises:
+        ValueError: the training split lacks a class.
+    """
+    if training is None:
+        return sorted(set(own))
+    if alone := sorted(set(own) - set(training)):
+        folded = {name.casefold(): name for name in training}
+        twins = [f"{name} (there: {folded[name.casefold()]})" if name.casefold() in folded else name
+                 for name in alone]  # fmt: skip
+        raise ValueError(
+            f"the test split of {source} has classes that its training split lacks, so that they have no "
+            f"numbers: {', '.join(twins[:5])}{', ...' * (len(twins) > 5)}; remove or rename them, "
+            "or cut both splits out of one (the same name for both)"
+        )
+    return sorted(set(training))

@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,16 @@ def open_list(file: Path, split: Split, reading: Reading) -> Rows:
         FileNotFoundError: there is no such split.
         ValueError: a table without such columns, or one whose paths lead nowhere.
     """
-    columns, cut = _table(file), reading.cuts
+    columns, cut, trained = _table(file), reading.cuts, None
     name = file.stem
     by = next((each for each in _SPLITS if each in columns), None)
     if by is None and (own := reading.splits_of(name)) and not cut:
         if split not in own:
             file = _beside(file, split, reading)
             columns = _table(file)
+        if split == "test":
+            with suppress(FileNotFoundError):  # a test split alone
+                trained = _table(_beside(file, "train", reading))
     elif by is None:
         cut = True
     image = pick_column(reading.image_column, _IMAGES, list(columns), "image", str(file))
@@ -53,11 +57,25 @@ def open_list(file: Path, split: Split, reading: Reading) -> Rows:
                 f"no {split} split in {file}: its column {by!r} holds {', '.join(sorted(known)[:6])}; "
                 f"data.{split}_split, --{split}-split name another"
             )
+        of_training = _in_split(rows, reading.names("train"))
+        training = of_training if split == "test" and not cut and of_training else None
         rows = [each for each in rows if str(each[2]).casefold() == wanted.casefold()]
-    return _rows(file, [str(each[0]) for each in rows], _numbers([each[1] for each in rows]), cut)
+    else:
+        training = None if trained is None or label not in trained else list(trained[label])
+    labels = _numbers([*(each[1] for each in rows), *(training or ())])
+    theirs = None if training is None else labels[len(rows) :]
+    return _rows(file, [str(each[0]) for each in rows], labels[: len(rows)], theirs, cut)
 
 
-def _rows(file: Path, names: list[str], labels: list[Any], cut: bool) -> Rows:
+def _in_split(rows: list[tuple[Any, Any, Any]], names: Sequence[str]) -> list[Any]:
+    """The labels of the rows of the first of these splits that there is."""
+    for name in names:
+        if found := [each[1] for each in rows if str(each[2]).casefold() == name.casefold()]:
+            return found
+    return []
+
+
+def _rows(file: Path, names: list[str], labels: list[Any], training: list[Any] | None, cut: bool) -> Rows:
     paths = [file.parent / name for name in names]
     there = [path.is_file() for path in paths]
     if not any(there):
@@ -76,6 +94,7 @@ def _rows(file: Path, names: list[str], labels: list[Any], cut: bool) -> Rows:
         identity=[*states(file.parent, known), labels],
         each=lambda: zip(cells, labels, strict=True),
         cells=lambda: cells,
+        training=None if training is None else lambda: training,
         names=names,
         cut=cut,
         skipped=skipped,

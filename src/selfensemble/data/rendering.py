@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .caching import memory_mapped
-from .decoding import open_image, prepare_image
+from .decoding import open_image, prepare_image, told
 from .images import ImageData, Split
 from .order import test_part
 from .reading import Reading
@@ -50,6 +50,7 @@ def images_of(rows: Rows, split: Split, reading: Reading) -> ImageData:
         places = places[of_test if split == "test" else ~of_test]
         if len(places) == 0:
             raise ValueError(f"too few images in {rows.source} to cut off a {split} split")
+    notes = told(found.assumed.get(place, "") for place in places.tolist())
     channels = reading.channels or _channels(rows, found, places)
     size = reading.sides or _one_size(rows, found, places)
     if reading.stream or (reading.stream is None and max(size) > _SMALL):
@@ -65,6 +66,8 @@ def images_of(rows: Rows, split: Split, reading: Reading) -> ImageData:
         tuple(classes),
         cut=cut,
         skipped=(*skipped, *rows.others),
+        unusable=len(skipped),
+        notes=tuple(notes),
         revision=rows.revision,
     )
 

@@ -18,6 +18,8 @@ class Rows:
         each: all of them with their labels, in order, from the first one on.
         cells: the images, to be taken in any order.
         classes: names of the classes, where the data tell them.
+        training: labels of the training split, where these are of a test split beside it and the data tell
+            no names of classes; None of it where it has no such column.
         names: of the images, for people and for the cut; their numbers where there are none.
         cut: whether they are of both splits together.
         skipped: images that were left out so far, and why.
@@ -30,6 +32,7 @@ class Rows:
     each: Callable[[], Iterable[tuple[Cell, Any]]]
     cells: Callable[[], Sequence[Cell]]
     classes: list[str] | None = None
+    training: Callable[[], Iterable[Any] | None] | None = None
     names: Sequence[str] | None = None
     cut: bool = False
     skipped: tuple[str, ...] = ()

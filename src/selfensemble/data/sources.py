@@ -6,6 +6,7 @@ paths of images (csv, parquet), arrays (npz), and `package.module:attribute` of 
 """
 
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Unpack, get_args
 
@@ -130,7 +131,11 @@ def _of_folder(folder: Path, split: Split, reading: Reading) -> tuple[Rows, bool
         )
     if tables:
         chosen, cut = tables_of(folder, tables, split, reading)
-        return open_parquet(folder, chosen, cut, reading), False
+        training: list[Path] = []
+        if split == "test" and not cut:
+            with suppress(FileNotFoundError):  # a test split alone
+                training = tables_of(folder, tables, "train", reading)[0]
+        return open_parquet(folder, chosen, cut, reading, training), False
     reading.check_read(f"folders of classes like {folder} have", _COLUMNS)
     return class_folders(folder, split, reading), True
 

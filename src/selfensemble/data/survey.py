@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from ..runtime.files import cache_dir, write_json
-from .decoding import in_8_bits, is_grey, reason, size_upright, undecoded
+from .decoding import assumed, in_8_bits, is_grey, reason, size_upright, undecoded
+from .labels import class_names
 from .rows import Cell, Rows
 
-_VERSION = 1
+_VERSION = 2
 _AHEAD = 32  # images that are read at a time
 
 
@@ -33,18 +34,20 @@ class Survey:
         sizes: (width, height) upright; None of an image that cannot be used.
         grey: whether there are no colours.
         bad: why an image cannot be used, by its row.
+        assumed: what is taken for granted of an image, by its row, see `decoding.assumed`.
     """
 
     labels: list[Any]
     sizes: list[tuple[int, int] | None]
     grey: list[bool]
     bad: dict[int, str]
+    assumed: dict[int, str]
 
     def numbers(self, rows: Rows) -> tuple[Tensor, list[str]]:
         """(N,) the number of the class of each row that can be used, -1 for others; and their names.
 
         Raises:
-            ValueError: an image without a label.
+            ValueError: an image without a label, or one of a class that the training split lacks.
         """
         usable = [place for place in range(len(self.labels)) if place not in self.bad]
         labels = {place: self.labels[place] for place in usable}
@@ -56,11 +59,15 @@ class Survey:
                     "the column of labels (data.label_column, --label-column)"
                 )
         classes = rows.classes
-        if classes is None and all(isinstance(label, int) for label in labels.values()):
-            classes = [str(label) for label in range(max(labels.values(), default=-1) + 1)]
+        beside = rows.training() if classes is None and rows.training is not None else None
+        training = None if beside is None else {_plain(label) for label in beside} - {None}
+        known = [*labels.values(), *(training or ())]
+        if classes is None and all(isinstance(label, int) for label in known):
+            classes = [str(label) for label in range(max(known, default=-1) + 1)]
         elif classes is None:
             labels = {place: str(label) for place, label in labels.items()}
-            classes = sorted(set(labels.values()))
+            theirs = None if training is None else {str(label) for label in training}
+            classes = class_names(labels.values(), theirs, rows.source)
             places = {name: number for number, name in enumerate(classes)}
             labels = {place: places[label] for place, label in labels.items()}
         numbers = torch.full((len(self.labels),), -1, dtype=torch.int64, device="cpu")
@@ -84,22 +91,26 @@ def survey(rows: Rows) -> Survey:
         known = json.loads(path.read_text(encoding="utf-8"))
         sizes = [None if each is None else (each[0], each[1]) for each in known["sizes"]]
         bad = {int(place): why for place, why in known["bad"].items()}
-        return Survey(known["labels"], sizes, known["grey"], bad)
+        assumed = {int(place): what for place, what in known["assumed"].items()}
+        return Survey(known["labels"], sizes, known["grey"], bad, assumed)
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         found = _look_at_all(rows)
     if all(each is None or isinstance(each, int | str | float) for each in found.labels):  # not bytes, say
         known = {"labels": found.labels, "sizes": found.sizes, "grey": found.grey, "bad": found.bad}
+        known["assumed"] = found.assumed
         write_json(path, known)
     return found
 
 
 def _look_at_all(rows: Rows) -> Survey:
-    found = Survey([], [], [], {})
+    found = Survey([], [], [], {}, {})
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         for group in _groups(rows.each()):
             for (_, label), seen in zip(group, pool.map(_look, (cell for cell, _ in group)), strict=True):
                 if isinstance(seen, str):
                     found.bad[len(found.labels)] = seen
+                elif seen[2]:
+                    found.assumed[len(found.labels)] = seen[2]
                 found.sizes.append(None if isinstance(seen, str) else seen[0])
                 found.grey.append(not isinstance(seen, str) and seen[1])
                 found.labels.append(_plain(label))
@@ -112,8 +123,8 @@ def _groups(each: Iterable[tuple[Cell, Any]]) -> Iterator[list[tuple[Cell, Any]]
         yield group
 
 
-def _look(cell: Cell) -> tuple[tuple[int, int], bool] | str:
-    """Size and greyness of an image, or why it cannot be used."""
+def _look(cell: Cell) -> tuple[tuple[int, int], bool, str] | str:
+    """Size and greyness of an image, and what is taken for granted of it, or why it cannot be used."""
     if cell is None:
         return "missing"
     try:
@@ -123,6 +134,6 @@ def _look(cell: Cell) -> tuple[tuple[int, int], bool] | str:
             image.draft(None, (1, 1))  # all of the file is read, at an eighth of the size
         image.load()
         in_8_bits(image)
-        return size, grey
+        return size, grey, assumed(image)
     except Exception as error:  # Pillow raises many kinds for damaged files
         return reason(error)

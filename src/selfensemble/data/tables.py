@@ -1,12 +1,14 @@
 """Tables of images and labels: data sets of the Hugging Face Hub, saved ones, and parquet files."""
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..runtime.files import cache_dir
+from ..runtime.files import cache_dir, write_json
 from ..runtime.packages import needs
 from .folders import states
 from .images import Split
@@ -21,9 +23,16 @@ _LABELS = (
 )  # fmt: skip
 
 
-def open_parquet(folder: Path, files: Sequence[Path], cut: bool, reading: Reading) -> Rows:
-    """The rows of parquet files in `folder`."""
+# From the name of the column of labels to those of the training split; None where it has no such column.
+_Training = Callable[[str], Iterable[Any] | None] | None
+
+
+def open_parquet(
+    folder: Path, files: Sequence[Path], cut: bool, reading: Reading, training: Sequence[Path] = ()
+) -> Rows:
+    """The rows of parquet files in `folder`, of a test split beside the training split in `training`."""
     with needs("selfensemble[data]"):
+        import pyarrow.parquet
         from datasets import load_dataset
 
     def open_table(streaming: bool) -> Any:
@@ -32,8 +41,15 @@ def open_parquet(folder: Path, files: Sequence[Path], cut: bool, reading: Readin
             cache_dir=str(cache_dir() / "tables"),
         )  # fmt: skip
 
-    identity = states(folder, files)
-    return _rows(str(folder), identity, lambda: open_table(True), lambda: open_table(False), cut, reading)
+    def labels(column: str) -> Iterable[Any] | None:
+        tables = [pyarrow.parquet.read_table(path, columns=[column]) for path in training]
+        if any(column not in table.column_names for table in tables):
+            return None
+        return {label for table in tables for label in table.column(column).unique().to_pylist()}
+
+    identity, known = states(folder, files), labels if training else None
+    opened = (lambda: open_table(True), lambda: open_table(False))
+    return _rows(str(folder), identity, *opened, cut, reading, known)
 
 
 def open_saved(folder: Path, split: Split, reading: Reading) -> Rows:
@@ -46,18 +62,29 @@ def open_saved(folder: Path, split: Split, reading: Reading) -> Rows:
         from datasets import DatasetDict, load_from_disk
 
     found: Any = load_from_disk(str(folder))
-    cut = not isinstance(found, DatasetDict)
+    cut, training = not isinstance(found, DatasetDict), list[Any]()
     if not cut:
         by_name = {str(name).casefold(): name for name in found}
-        names = [by_name[name.casefold()] for name in reading.names(split) if name.casefold() in by_name]
+        names, trained = (
+            [by_name[name.casefold()] for name in reading.names(each) if name.casefold() in by_name]
+            for each in (split, "train")
+        )
         if not names:
             raise FileNotFoundError(
                 f"no {split} split in {folder}: it has {', '.join(map(str, found))}; data.{split}_split, "
                 f"--{split}-split name another, and one name for both cuts them out of it"
             )
+        if trained and split == "test" and not reading.cuts:
+            training = [found[trained[0]]]
         found, cut = found[names[0]], reading.cuts
     files = [Path(each["filename"]) for each in found.cache_files]
-    return _rows(str(folder), states(folder, files), lambda: found, lambda: found, cut, reading)
+
+    def labels(column: str) -> Iterable[Any] | None:
+        (table,) = training
+        return table.unique(column) if column in table.column_names else None
+
+    opened, known = (lambda: found, lambda: found), labels if training else None
+    return _rows(str(folder), states(folder, files), *opened, cut, reading, known)
 
 
 def open_hub(hub_id: str, split: Split, reading: Reading) -> Rows:
@@ -71,7 +98,7 @@ def open_hub(hub_id: str, split: Split, reading: Reading) -> Rows:
 
     revision = _commit(hub_id, reading.revision) or reading.revision
 
-    def open_table(streaming: bool) -> Any:
+    def open_table(streaming: bool, split: Split = split) -> Any:
         problems = []
         for name in reading.names(split):
             try:
@@ -91,9 +118,33 @@ def open_hub(hub_id: str, split: Split, reading: Reading) -> Rows:
             "name another, and one name for both cuts them out of it"
         )
 
-    names = [hub_id, *reading.names(split), revision]
-    rows = _rows(hub_id, names, lambda: open_table(True), lambda: open_table(False), reading.cuts, reading)
-    return replace(rows, revision=revision)
+    def labels(column: str) -> Iterable[Any] | None:
+        def read() -> list[Any] | None:
+            try:
+                table = open_table(True, "train")
+            except FileNotFoundError:
+                return None
+            if column not in (table.features or ()):
+                return None
+            return sorted({row[column] for row in table.select_columns([column])} - {None}, key=str)
+
+        return _kept([hub_id, *reading.names("train"), revision, column], read) if revision else read()
+
+    names, known = [hub_id, *reading.names(split), revision], labels if split == "test" else None
+    opened, cut = (lambda: open_table(True), lambda: open_table(False)), reading.cuts
+    return replace(_rows(hub_id, names, *opened, cut, reading, None if cut else known), revision=revision)
+
+
+def _kept(identity: list[Any], read: Callable[[], list[Any] | None]) -> list[Any] | None:
+    """What was read before of the same, else what is read now."""
+    name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
+    path = cache_dir() / "labels" / f"{name}.json"
+    try:
+        found: list[Any] | None = json.loads(path.read_text(encoding="utf-8"))["labels"]
+    except (OSError, ValueError, KeyError, TypeError):
+        found = read()
+        write_json(path, {"labels": found})
+    return found
 
 
 def _commit(hub_id: str, revision: str | None) -> str | None:
@@ -127,6 +178,7 @@ def _rows(
     at_random: Callable[[], Any],
     cut: bool,
     reading: Reading,
+    training: _Training = None,
 ) -> Rows:
     """The image and the label column of a data set, opened to be read in order or at random."""
     with needs("selfensemble[data]"):
@@ -162,5 +214,6 @@ def _rows(
         each=each,
         cells=lambda: _Column(only(at_random()), image),
         classes=list(kind.names) if isinstance(kind, ClassLabel) else None,
+        training=None if training is None else lambda: training(label),
         cut=cut,
     )

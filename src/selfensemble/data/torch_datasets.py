@@ -15,6 +15,7 @@ from ..runtime.random_state import seeded_generators
 from .arrays import check_wanted, cut_off
 from .decoding import is_grey, prepare_image
 from .images import ImageData, Split
+from .labels import class_names
 from .reading import Reading
 from .streaming import ITEM_SEED, Streamed, each_of
 
@@ -38,9 +39,14 @@ def dataset_named(name: str, found: Any, split: Split, reading: Reading) -> Imag
         ValueError, TypeError: it is nothing of the kind, or its items are no images and labels.
     """
     if callable(found) and not _is_dataset(found):
-        found, whole = _called(name, found, split, reading)
+        make = found
+        found, whole = _called(name, make, split, reading)
         if not whole and not isinstance(found, Mapping):
-            return from_dataset(found, name, reading)
+            data = from_dataset(found, name, reading)
+            if split == "train":
+                return data
+            training, _ = _called(name, make, "train", reading)
+            return _numbered_as(data, found, training, reading.label_column)
     if isinstance(found, Mapping):
         by_name = {str(key).casefold(): value for key, value in found.items()}
         chosen = [by_name[each.casefold()] for each in reading.names(split) if each.casefold() in by_name]
@@ -50,8 +56,25 @@ def dataset_named(name: str, found: Any, split: Split, reading: Reading) -> Imag
                 f"--{split}-split name another, and one name for both cuts them out of it"
             )
         data = from_dataset(chosen[0], name, reading)
-        return cut_off(data, split, reading) if reading.cuts else data
+        if reading.cuts or split == "train":
+            return cut_off(data, split, reading) if reading.cuts else data
+        trained = [by_name[each.casefold()] for each in reading.names("train") if each.casefold() in by_name]
+        return _numbered_as(data, chosen[0], trained[0], reading.label_column) if trained else data
     return cut_off(from_dataset(found, name, reading), split, reading)
+
+
+def _numbered_as(data: ImageData, dataset: Any, training: Any, key: str | None) -> ImageData:
+    """A test split with its classes numbered as in the training split, where both name them.
+
+    Raises:
+        ValueError: the training split lacks a class.
+    """
+    own, theirs = _names_in(dataset, key), _names_in(training, key)
+    if own is None or theirs is None or tuple(map(str, own)) != data.classes:
+        return data
+    names = tuple(map(str, theirs))
+    class_names(data.classes, names, data.name)
+    return data.with_classes(names)
 
 
 def _is_dataset(found: Any) -> bool:
@@ -105,7 +128,7 @@ def from_dataset(dataset: Any, name: str, reading: Reading | None = None) -> Ima
         raise ValueError(f"no images in {name}")
     items = Items(dataset, name, reading.image_column, reading.label_column)
     labels = _labels(items)
-    classes = getattr(_root(dataset), "classes", None) or _named_classes(dataset, items.label_key)
+    classes = _names_in(dataset, items.label_key)
     if classes is None or len(classes) <= int(labels.max()):
         classes = range(int(labels.max()) + 1)
     first = items.image(0)
@@ -210,8 +233,10 @@ class DatasetReader:
         return image
 
 
-def _named_classes(dataset: Any, key: str | None) -> list[str] | None:
-    """Names of the classes of a data set of the library `datasets`."""
+def _names_in(dataset: Any, key: str | None) -> Any:
+    """Names of the classes of a data set, one of the library `datasets` too; None where it has none."""
+    if found := getattr(_root(dataset), "classes", None):
+        return found
     features = getattr(dataset, "features", None)
     if not isinstance(features, Mapping):
         return None

@@ -112,17 +112,7 @@ def optimize(
     order = execution_order(network, convolutions, example_inputs[:1]) if convolutions else []
     first = network.get_submodule(order[0]) if order else None
     if precision == "bf16":
-        if device.type == "cpu":
-            kernel.prepare()
-        # Of enough images for each way of computing a layer.
-        enough = example_inputs.repeat(FEW, *[1] * (example_inputs.dim() - 1))[:FEW]
-        prepack_ = partial(_prepack_, first=order[0] if order else "")
-        if steady:
-            network = rewritten(network, prepack_, enough, 0.05, half=True)
-        first = network.get_submodule(order[0]) if order else None
-        if isinstance(first, PrepackedConvolution):
-            first = None  # which sees to it itself
-        _halve_weights(network, first)
+        network, first = _in_half(network, order[0] if order else "", example_inputs, steady)
     wrapped = _Fast(network, first, torch.bfloat16 if precision == "bf16" else None, original.model)
     fast = FastEnsemble(wrapped, original, precision)
     if ensemble is not original:
@@ -130,6 +120,27 @@ def optimize(
         fast.sets = ensemble.sets
     to_eval_mode_(fast)
     return fast
+
+
+def _in_half(
+    network: nn.Module, first: str, inputs: Tensor, steady: bool
+) -> tuple[nn.Module, nn.Module | None]:
+    """The network with weights in bfloat16 but for those of the convolution `first`.
+
+    Returns:
+        It, and that convolution where it has to be kept out of autocast.
+    """
+    if inputs.device.type == "cpu":
+        kernel.prepare()
+    # Of enough images for each way of computing a layer.
+    enough = inputs.repeat(FEW, *[1] * (inputs.dim() - 1))[:FEW]
+    if steady:
+        network = rewritten(network, partial(_prepack_, first=first), enough, 0.05, half=True)
+    convolution = network.get_submodule(first) if first else None
+    if isinstance(convolution, PrepackedConvolution):
+        convolution = None  # which sees to it itself
+    _halve_weights(network, convolution)
+    return network, convolution
 
 
 def _calls(graph: fx.GraphModule) -> Iterator[tuple[fx.Node, nn.Module]]:

@@ -13,6 +13,7 @@ from ..evaluation.results import CheckRecord, Entry, ModelRecord, Results, read_
 from ..noise.layer import describe_std
 from ..runtime.files import atomic_write
 from ..runtime.packages import needs
+from ..runtime.texts import utf8
 from .gallery import gallery
 from .shown import between, certified_plot, protocol_plots, row_title, threat_model
 from .svg import VIEW_BOX, Plot
@@ -83,7 +84,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
         threat_model=threat_model,
         row_title=row_title,
     )
-    atomic_write(out, (page.rstrip() + "\n").encode("utf-8"))
+    atomic_write(out, utf8(page.rstrip() + "\n"))
     return out
 
 

@@ -21,7 +21,7 @@ from ..noise.injection import remove_noise_
 from ..noise.resize_pad import ResizePadNetwork
 from ..runtime.files import atomic_write, write_json
 from ..runtime.provenance import accuracy_record
-from ..runtime.texts import read_json
+from ..runtime.texts import read_json, utf8
 from ..training.accuracy import count_correct
 from ..training.checkpoints import RESULTS
 from ..training.recipe import public_recipe
@@ -119,5 +119,5 @@ def write_card(
                     f"run selfensemble {command} {model}"
                 )
     pixels = noise_on_pixels(saved, config)
-    atomic_write(model / CARD, model_card(name, config, results, licence, certificates, pixels).encode())
+    atomic_write(model / CARD, utf8(model_card(name, config, results, licence, certificates, pixels)))
     return model / CARD

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..runtime.files import atomic_write
 from ..runtime.packages import needs
+from ..runtime.texts import utf8
 from .figures import svg
 
 with needs("selfensemble[report]"):
@@ -77,4 +78,4 @@ class Page:
         """`index.md` and the plots."""
         for picture in self.pictures:
             atomic_write(folder / f"{picture.name}.svg", svg(picture.figure))
-        atomic_write(folder / INDEX, self.markdown().encode())
+        atomic_write(folder / INDEX, utf8(self.markdown()))

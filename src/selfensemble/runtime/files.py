@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,24 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+@contextmanager
+def named_in_text(folder: Path) -> Iterator[Path]:
+    """The folder, by another name if its own is no text: in a locale of ASCII, one in other letters is none.
+
+    For libraries that write names in UTF-8 whatever the locale.
+    """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as aside:
+            link = Path(aside) / "link"
+            link.symlink_to(folder.resolve(), target_is_directory=True)
+            yield link
+    else:
+        yield folder
 
 
 @contextmanager

@@ -27,7 +27,10 @@ def end_while_loading() -> None:
     process would be killed by the signal. For a command, not for a library.
     """
     here = threading.current_thread() is threading.main_thread()
-    if here and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    before = signal.getsignal(signal.SIGINT)
+    # Until its work begins, here, a command ends at once whatever it does: see the package's first lines.
+    began = getattr(before, "__module__", None) == __name__.partition(".")[0]
+    if here and (began or before is signal.default_int_handler):
         signal.signal(signal.SIGINT, _interrupt)
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 

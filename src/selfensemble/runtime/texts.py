@@ -19,6 +19,14 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
 
 
+def utf8(text: str) -> bytes:
+    """The text to be written, with names of files in it that are no text to this process.
+
+    In a locale of ASCII those in other letters are not, and come out as what they are in UTF-8.
+    """
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode()
+
+
 def parsed_yaml(text: str, what: str, wanted: str = "selfensemble[cli]") -> Any:
     """What stands in a text in YAML.
 

@@ -16,7 +16,7 @@ from starlette.formparsers import MultiPartParser
 
 from ..ensemble.ensemble import SelfEnsemble
 from . import schemas
-from .forms import options_of
+from .forms import JsonRoute, options_of
 from .gate import Gate
 from .page import add_page, samples
 from .problems import REFUSALS, in_words, problem, reasons
@@ -59,6 +59,7 @@ def create_app(
         title="selfensemble", version=version("selfensemble"), lifespan=lifespan, docs_url=None,
         redoc_url=None, description="A random self-ensemble: labels, certainty, certified radii.",
     )  # fmt: skip
+    app.router.route_class = JsonRoute
     app.add_middleware(Gate, settings=settings, service=service)
     _add_problems(app)
     _add_answers(app, service)

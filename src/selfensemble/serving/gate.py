@@ -19,6 +19,7 @@ _FORM = "/v1/predict/files"
 _POSTS = _JSON | {_FORM}
 _PATHS = OPEN | _POSTS | {"/v1/model", "/metrics", "/openapi.json"}
 _BODIES = 16  # times the largest body: bytes of all bodies that are held at a time
+_FOREIGN = "pages of this origin may not ask: see --cors"
 GONE = 499  # what is counted and logged where the client left before its answer
 
 
@@ -165,6 +166,8 @@ class Gate:
             raise _RefusedError(422, "nothing is read from the address behind '?': send options in the body")
         if path == _FORM and headers.get(b"content-type", b"").lower().startswith(b"application/json"):
             raise _RefusedError(415, "JSON goes to /v1/predict: this address takes a form with files")
+        if method == "POST" and path == _FORM and self._is_foreign(headers):
+            raise _RefusedError(403, _FOREIGN)
         if method == "POST" and path in _JSON:
             return {**scope, "headers": _as_json(scope["headers"], headers)}
         return scope
@@ -176,6 +179,18 @@ class Gate:
         kind, _, token = headers.get(b"authorization", b"").partition(b" ")
         given = [headers.get(b"x-api-key", b"")] + [token.strip()] * (kind.lower() == b"bearer")
         return any(hmac.compare_digest(each, wanted.encode()) for each in given)
+
+    def _is_foreign(self, headers: dict[bytes, bytes]) -> bool:
+        """Whether a browser sends this for a page of another origin, which is not allowed.
+
+        Browsers send forms without asking first, whatever page they are on; other clients name no origin.
+        """
+        origin, allowed = headers.get(b"origin"), self.settings.cors
+        if origin is None or "*" in allowed or origin.decode("latin-1") in allowed:
+            return False
+        if (site := headers.get(b"sec-fetch-site")) is not None:
+            return site not in (b"same-origin", b"none")
+        return origin.partition(b"://")[2] != headers.get(b"host", b"")
 
     def _origin_headers(self, headers: dict[bytes, bytes]) -> list[tuple[bytes, bytes]]:
         """What lets a page from elsewhere read the answer, where it may."""
@@ -197,7 +212,7 @@ class Gate:
         if not (asks and self.settings.cors):
             return False
         allowed = any(name == b"access-control-allow-origin" for name, _ in self._origin_headers(headers))
-        answer = problem(403, "pages of this origin may not ask: see --cors")
+        answer = problem(403, _FOREIGN)
         if allowed:
             answer.body, answer.status_code = b"", 204
             answer.raw_headers = [

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from ..data.decoding import prepare_image
+from ..data.decoding import UnclearImageError, check_one_page, prepare_image
 from ..data.images import as_inputs
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
@@ -54,6 +54,7 @@ def open_image(data: bytes, shape: tuple[int, int, int], max_pixels: int) -> Ten
     """
     cost_of(data, max_pixels)
     with _opened(data) as image:
+        check_one_page(image)
         return prepare_image(image, shape[0], (shape[1], shape[2]))
 
 
@@ -67,12 +68,14 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
         raise ImageError(f"this is not an image of a known format ({', '.join(FORMATS)})") from None
     except ImageError:
         raise
+    except UnclearImageError as error:
+        raise ImageError(f"this is no image to answer: {error}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise TooLargeError("the image has too many pixels") from None
     except MemoryError:
         raise TooLargeError("the image takes more memory than there is") from None
     except Exception as error:  # Pillow raises many kinds for damaged files
-        raise ImageError(f"the image is damaged: {type(error).__name__}") from error
+        raise ImageError("the image is damaged, or a part of it is missing") from error
 
 
 def decode_base64(text: str) -> bytes:

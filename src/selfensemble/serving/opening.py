@@ -1,5 +1,8 @@
 """Decoding within limits: large images one at a time, in a thread of their own, so that small ones pass them.
 
+Requests with large images come one after the other, the first that came first: if they took turns, of many at
+once none would be answered in time.
+
 A thread cannot be stopped in the middle of an image. What an image costs is known from its header, and is
 limited; between two images it is looked whether anybody still waits.
 """
@@ -7,6 +10,7 @@ limited; between two images it is looked whether anybody still waits.
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from time import monotonic
 from typing import TypeVar
 
@@ -34,6 +38,7 @@ class Opener:
         self._small, self._large = (
             ThreadPoolExecutor(1, thread_name_prefix=f"selfensemble-{name}") for name in ("small", "large")
         )
+        self._turn = asyncio.Lock()  # of requests with large images, in the order in which they ask
 
     def close(self) -> None:
         """Begin with no other image."""
@@ -54,9 +59,16 @@ class Opener:
                 "are taken in one request: send fewer"
             )
         opened: list[Tensor] = []
-        while len(opened) < len(read):
-            lane = self._small if costs[len(opened)] <= _SMALL else self._large
-            opened += await loop.run_in_executor(lane, self._some, read, costs, len(opened))
+        async with AsyncExitStack() as turn:
+            is_mine = False
+            while len(opened) < len(read):
+                lane = self._small
+                if costs[len(opened)] > _SMALL:
+                    lane = self._large
+                    if not is_mine:
+                        await turn.enter_async_context(self._turn)
+                        is_mine = True
+                opened += await loop.run_in_executor(lane, self._some, read, costs, len(opened))
         return opened
 
     def _measure(self, files: list[bytes] | list[str]) -> tuple[list[bytes], list[int]]:

@@ -8,13 +8,15 @@ from ..certainty.certification import Method, Verdict
 from ..ensemble.stopping import Stop
 from ..runtime.schema import Positive
 
+# JSON has types: true and "5" are no numbers. What is text in a form is made one before, see `forms`.
+_ASKED = ConfigDict(extra="forbid", strict=True)
 _Risk = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Decide(BaseModel):
     """Ask for the infinite ensemble's answer at a stated risk, see `rse.decide`."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = _ASKED
     alpha: _Risk = 0.001
     max_draws: Annotated[int, Field(ge=1)] = 100
 
@@ -22,7 +24,7 @@ class Decide(BaseModel):
 class Certify(BaseModel):
     """Ask for a radius within which no change of the image changes that answer, see `rse.certify`."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = _ASKED
     alpha: _Risk = 0.001
     n0: Annotated[int, Field(ge=1)] = 100
     n: Annotated[int, Field(ge=2)] = 1000
@@ -36,7 +38,7 @@ class Certify(BaseModel):
 class Options(BaseModel):
     """How images are to be answered."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = _ASKED
     draws: Annotated[int, Field(ge=1, description="noise draws an image")] | None = None
     stop: Stop | None = Field(None, description="when an image stops drawing, see `SelfEnsemble.predict`")
     top: Annotated[int, Field(ge=1, description="classes to name")] = 5
@@ -121,7 +123,7 @@ class Problem(BaseModel):
 class Votes(BaseModel):
     """Ask how the draws vote on one image."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = _ASKED
     image: Annotated[str, Field(description="an image file in base64")]
     draws: Annotated[
         int | None, Field(ge=1, description="20 by default; those of the server where noise is keyed")
@@ -157,7 +159,7 @@ class Vote(BaseModel):
 class Attack(BaseModel):
     """Ask for a change of one image that changes an answer."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = _ASKED
     image: Annotated[str, Field(description="an image file in base64")]
     target: Literal["ensemble", "plain"] = "ensemble"
     attack: Literal["pgd", "cw"] = "pgd"

@@ -1,11 +1,14 @@
-"""What is recorded of a training run: its time, and the images it had."""
+"""What is recorded of a training run: its time, its figures step by step, and the images it had."""
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from ..runtime.files import named_in_text
+from ..runtime.packages import needs
 from .batches import Batches
 
 
@@ -46,6 +49,28 @@ class Clock:
         self.waited += time.monotonic() - began
 
 
+@contextmanager
+def curves(folder: Path | None, step: int) -> Iterator[Callable[[Mapping[str, float], int], None]]:
+    """What writes figures of a step to the folder, for TensorBoard; nothing where there is no folder."""
+    with needs("selfensemble[train]"):
+        from torch.utils.tensorboard import SummaryWriter
+
+    if folder is None:
+        yield lambda figures, step: None
+        return
+    with named_in_text(folder) as place:
+        writer = SummaryWriter(str(place), purge_step=step)
+
+        def add(figures: Mapping[str, float], step: int) -> None:
+            for key, value in figures.items():
+                writer.add_scalar(key, value, step)
+
+        try:
+            yield add
+        finally:
+            writer.close()
+
+
 def data_record(batches: Batches) -> dict[str, Any]:
     """The images of a run, for `results.json`."""
     train, test = batches.train, batches.test
@@ -54,7 +79,8 @@ def data_record(batches: Batches) -> dict[str, Any]:
         record["revision"] = train.revision
     if train.cut is not None:
         record["cut"] = {"test_share": train.cut[0], "seed": train.cut[1], "test": len(test)}
-    if skipped := [*train.skipped, *(each for each in test.skipped if each not in train.skipped)]:
+    of_test = [] if train.cut is not None else [f"{each} (test split)" for each in test.skipped]
+    if skipped := [*train.skipped, *of_test]:  # names are those within a split, and may be in both
         record["skipped"] = skipped
     return record
 

@@ -27,7 +27,6 @@ from ..noise.streams import stream_seed
 from ..runtime.files import write_json
 from ..runtime.interrupts import Interrupted, stop_requests
 from ..runtime.ownership import owned
-from ..runtime.packages import needs
 from ..runtime.provenance import accuracy_record, provenance
 from ..runtime.random_state import kept_random_state
 from .accelerator import accelerator_of
@@ -36,7 +35,7 @@ from .batches import Batch, Batches, given_data
 from .building import architecture, fresh_network, is_built_in
 from .checkpoints import CHECKPOINT, RESULTS, TEACHER, read_checkpoint, write_checkpoint
 from .recipe import Recipe
-from .records import Clock, data_record, fingerprint
+from .records import Clock, curves, data_record, fingerprint
 from .step import TrainingStep
 
 Progress = Callable[[int, int, str], None]
@@ -147,23 +146,12 @@ class Trainer:
             return self._run()
 
     def _run(self) -> dict[str, Any]:
-        with needs("selfensemble[train]"):
-            from torch.utils.tensorboard import SummaryWriter
-
         self._train_teacher()
-        writer = None
-        if self.accelerator.is_main_process:
-            writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step)
-        try:
-            with kept_random_state(), stop_requests() as stop:
-                while len(self.history) < self.recipe.train.epochs:
-                    self._run_epoch(stop)
-                    if writer is not None:
-                        for key, value in self.history[-1].items():
-                            writer.add_scalar(key, value, self.step)
-        finally:
-            if writer is not None:
-                writer.close()
+        folder = self.out / "tensorboard" if self.accelerator.is_main_process else None
+        with curves(folder, self.step) as add, kept_random_state(), stop_requests() as stop:
+            while len(self.history) < self.recipe.train.epochs:
+                self._run_epoch(stop)
+                add(self.history[-1], self.step)
         return self._finish()
 
     def _train_teacher(self) -> None:
