@@ -16,6 +16,7 @@ from ..ensemble.randomness import global_noise, other_seed
 from ..noise.streams import Sampling, noise_draw, stream_seed
 from .budget import spend
 from .leads import lead_of, mean_log, side_of
+from .masking import NoGradientError
 
 Forward = Callable[[Tensor], Tensor]
 Average = Literal["losses", "probabilities"]
@@ -213,10 +214,7 @@ class Oracle:
                     share = (drawn.detach() - over.detach()).exp() * outer
                     values = (share * drawn).sum(dim=(0, 2))
                 if not values.requires_grad:
-                    raise ValueError(
-                        "the model passes no gradient to its inputs (detach, rounding, numpy?): attack it "
-                        "with square or random_noise, or put a differentiable approximation in its place"
-                    )
+                    raise NoGradientError
                 gradient += torch.autograd.grad(values.sum(), leaf, materialize_grads=True)[0]
             total += values.detach()
             softmax.append(drawn.detach().exp())

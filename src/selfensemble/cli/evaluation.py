@@ -28,7 +28,13 @@ _UNSOUND = 3
 @takes_data
 def evaluate(
     model: Model,
-    protocol: Annotated[str, typer.Option(help="A shipped protocol (see `info`) or a YAML file.")] = "paper",
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="A shipped protocol (see `info`) or a YAML file; by default honest, for digits demo-honest, "
+            "with --c paper."
+        ),
+    ] = None,
     data: DataOptions = NO_DATA,
     n: Annotated[
         int | None,
@@ -64,9 +70,12 @@ def evaluate(
 
     overrides: dict[str, Any] = {"images": n, "seed": seed, "shard": shard, "precision": precision}
     overrides["bits"] = 8 if save_images else None
-    plan = _protocol(protocol, c, {key: value for key, value in overrides.items() if value is not None})
+    given = {key: value for key, value in overrides.items() if value is not None}
+    plan = None if protocol is c is None else _protocol(protocol or "paper", c, given)
     rank, world, target = this_process(device)
     opened = open_network(model, replace(network, draws=draws), data, with_data=True)
+    if plan is None:
+        plan = _protocol("demo-honest" if opened.test.name == "digits" else "honest", c, given)
     ensemble, name = opened.ensemble.to(target), opened.name
     if static:
         make_static_(ensemble.model)
@@ -87,10 +96,17 @@ def evaluate(
 
 
 def _show(results: "Results", folder: Path, as_json: bool) -> None:
+    from ..evaluation.results import is_weak
+
     if as_json:
-        terminal.print_json(results.model_dump(mode="json"))
+        terminal.print_json(results.record())
         return
     terminal.print_results(results)
+    if is_weak([results]):
+        terminal.note(
+            f"Protocol {results.protocol['name']} is weak: it takes no worst case of several attacks "
+            "within a radius. To judge a defense, run --protocol honest (demo-honest for digits)."
+        )
     terminal.out.print(
         f"Written to {folder}: results.json, images.csv; for people: selfensemble report {folder}",
         soft_wrap=True,

@@ -81,7 +81,16 @@ def print_results(results: "Results") -> None:
             f"{entry.gradients:.0f}",
         )  # fmt: skip
         table.add_row(entry.title + where, *cells, style="bold" if entry.attack == "worst case" else None)
+    for each in results.impossible:
+        where = f", {each.norm} {each.eps:.4g}" if each.eps is not None else ""
+        table.add_row(each.title + where, "not possible", "", "", "", style="red")
     out.print(table)
+    if results.impossible:
+        out.print(
+            f"Gradients are masked: {results.impossible[0].reason}. Attacks that need gradients were not "
+            "possible, which is no sign of robustness; the figures are what the other attacks left.",
+            style="red",
+        )
     if results.checks is not None:
         print_checks(results.checks)
 

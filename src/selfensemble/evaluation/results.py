@@ -1,5 +1,6 @@
 """What an evaluation writes: `results.json`, its schema and its version."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,6 +78,21 @@ class CheckRecord(Record):
     advice: str
 
 
+class Impossible(Record):
+    """An attack of the protocol that could not be made; this is no sign of robustness.
+
+    Attributes:
+        title, attack, norm, eps: see `Entry`.
+        reason: why not.
+    """
+
+    title: str
+    attack: str
+    norm: str | None = None
+    eps: float | None = None
+    reason: str
+
+
 class DataRecord(Record):
     """The images of an evaluation, the first of a test set.
 
@@ -123,7 +139,11 @@ class ModelRecord(Record):
 
 
 class Results(Record):
-    """What stands in `results.json`; see `Entry` for the figures."""
+    """The content of `results.json`; see `Entry` for the figures.
+
+    Attributes:
+        impossible: attacks of the protocol that the model made impossible; empty for most models.
+    """
 
     format: Literal["selfensemble-evaluation"] = "selfensemble-evaluation"
     format_version: int = FORMAT_VERSION
@@ -135,7 +155,17 @@ class Results(Record):
     attacks: tuple[Entry, ...]
     worst_case: tuple[Entry, ...]
     checks: tuple[CheckRecord, ...] | None = None
+    impossible: tuple[Impossible, ...] = ()
     provenance: dict[str, Any]
+
+    def record(self) -> dict[str, Any]:
+        """What the file holds; `impossible` only where there is one, as earlier versions read it."""
+        return self.model_dump(mode="json", exclude=None if self.impossible else {"impossible"})
+
+
+def is_weak(members: Sequence[Results]) -> bool:
+    """Whether a protocol has no worst case of several attacks at a radius: it was not made to judge."""
+    return not any(entry.eps is not None for each in members for entry in each.worst_case)
 
 
 def read_results(path: str | Path) -> Results:

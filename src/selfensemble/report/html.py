@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.certified import CERTIFIED, Certified, read_certified
-from ..evaluation.results import CheckRecord, Entry, ModelRecord, Results, read_results
+from ..evaluation.results import CheckRecord, Entry, ModelRecord, Results, is_weak, read_results
 from ..noise.layer import describe_std
 from ..runtime.files import atomic_write
 from ..runtime.packages import needs
 from .gallery import gallery
 from .shown import between, certified_plot, protocol_plots, row_title, threat_model
 from .svg import VIEW_BOX, Plot
-from .verdict import is_weak, verdicts
+from .verdict import verdicts
 
 with needs("selfensemble[report]"):
     import jinja2
