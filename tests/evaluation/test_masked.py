@@ -31,9 +31,7 @@ class Masked(nn.Module):
         self.net, self.mask = net, mask
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.mask == "threshold":
-            return self.net((x > 0.5).float())
-        outputs = self.net(x.detach())
+        outputs: Tensor = self.net((x > 0.5).float() if self.mask == "threshold" else x.detach())
         if self.mask == "one-hot":
             return nn.functional.one_hot(outputs.argmax(dim=1), 10).float()
         return outputs

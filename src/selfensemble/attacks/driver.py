@@ -139,7 +139,7 @@ def _is_masked(forward: Forward, inputs: Tensor) -> bool:
 
 @torch.no_grad()
 def _sampling_of(model: nn.Module, forward: Forward, inputs: Tensor) -> Sampling:
-    """An ensemble's own way; of others "per_image" where parts of an image stand in the batch."""
+    """An ensemble's own way; of others "per_image" where parts of an image are rows of the batch."""
     if isinstance(model, SelfEnsemble):
         return model.sampling
     layers = random_layers(model)

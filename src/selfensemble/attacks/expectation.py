@@ -92,14 +92,14 @@ class Oracle:
 
     Args:
         forward: (B, ...) to logits (B, K) of one noise draw.
-        noise: how the attack meets the noise.
+        noise: how the attack handles the noise.
         seed: of this oracle's draws.
         is_random: whether two passes can differ.
         classes: K.
         reseed: draw noise of torch's global generators from the seed as well (dropout at test time).
         follow: a faster forward whose gradients stand for those of `forward`, which decides about success.
         room: images that a pass of several draws may hold, of `forward` and of `follow`.
-        sampling: "shared", or "per_image" where parts of an image stand in the batch.
+        sampling: "shared", or "per_image" where parts of an image are rows of the batch.
     """
 
     def __init__(

@@ -61,7 +61,7 @@ def _on_pixels(ensemble: SelfEnsemble, inputs: Tensor) -> GaussianNoise:
     if not (arrived.shape == images.shape and torch.equal(arrived, images)):
         raise ValueError(
             "the network does something to its images before the first noise (a normalisation, say): put "
-            "GaussianNoise(init_std) in front of it, or leave grid out"
+            "GaussianNoise(init_std) before it, or leave grid out"
         )
     if type(first) not in (GaussianNoise, LearnedNoise, GridNoise):
         raise ValueError(

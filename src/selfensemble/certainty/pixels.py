@@ -20,7 +20,7 @@ from ..noise.streams import noise_draw
 from .arrival import keeps_images, pixel_levels, pixel_map
 
 _PASSES = 32  # that show randomness before the first noise, of generators that cannot be watched
-_CURE = "put one GaussianNoise(init_std) in front of the whole network"
+_CURE = "put one GaussianNoise(init_std) before the whole network"
 
 
 def pixel_std(ensemble: SelfEnsemble, example_inputs: Tensor) -> float:

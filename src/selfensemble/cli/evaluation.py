@@ -71,7 +71,7 @@ def evaluate(
     overrides: dict[str, Any] = {"images": n, "seed": seed, "shard": shard, "precision": precision}
     overrides["bits"] = 8 if save_images else None
     given = {key: value for key, value in overrides.items() if value is not None}
-    plan = None if protocol is c is None else _protocol(protocol or "paper", c, given)
+    plan = None if protocol is None and c is None else _protocol(protocol or "paper", c, given)
     rank, world, target = this_process(device)
     opened = open_network(model, replace(network, draws=draws), data, with_data=True)
     if plan is None:

@@ -112,7 +112,7 @@ def described_as(model: str, options: NetworkOptions) -> "Outline":
 def open_bare(
     model: str, options: NetworkOptions, data: DataOptions
 ) -> tuple["nn.Module", "Tensor", "FilterFn"]:
-    """A network to be looked at, an example, and in front of what its noise is or would go.
+    """A network to be looked at, an example, and before what its noise is or would go.
 
     A named one has got no noise yet, and may be one that cannot get any.
     """
@@ -175,7 +175,7 @@ def saved_folder(model: str, what: str, *, written: bool = True, instead: str = 
     folder = locate(model)
     if written and (not Path(model).is_dir() or is_installed(folder)):
         raise InputError(
-            f"{model} is not a folder of yours: an included or downloaded network {what} in a copy, made by "
+            f"{model} is not your own folder: an included or downloaded network {what} in a copy, made by "
             f"selfensemble pack {shlex.quote(model)} FOLDER{instead}"
         )
     return folder
@@ -289,7 +289,7 @@ def _classes(
 
 
 def _how_to_go_on(error: "UntrustedNetwork") -> str:
-    """What to say where the network of a saved ensemble is somebody's own: the command to give."""
+    """What to say where the network of a saved ensemble is a user's own: the command to give."""
     named = error.named
     command = ["selfensemble", *sys.argv[1:], "--network"]
     if named is not None and named.is_here:

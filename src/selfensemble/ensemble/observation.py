@@ -37,10 +37,10 @@ class Trace:
 
     Attributes:
         entered: names of all modules that ran.
-        called: names of those that noise goes in front of, in their order.
+        called: names of those that noise goes before, in their order.
         batches: size of the batch that each of them met.
         functional: module and operator of convolutions called as functions, and where.
-        image_readers, image_ops: what reads the image: layers that noise goes in front of; other operators.
+        image_readers, image_ops: what reads the image: layers that noise goes before; other operators.
         output: of the model.
         failure: of the pass, if it failed.
         drawn: how often each number of a layer drew noise, in passes as the network runs by itself, with the
@@ -133,7 +133,7 @@ def check_answer(model: nn.Module, example_inputs: Any) -> None:
             output = call(model, example_inputs)
     except (ValueError, TypeError, RuntimeError):
         raise
-    except Exception as error:  # of whatever kind: the code is somebody's own
+    except Exception as error:  # of whatever kind: the code is a user's own
         raise ValueError(f"the forward pass fails: {described(error)}. {EXAMPLES}") from error
     logits_of(output, batch_of(example_inputs))
 
@@ -158,7 +158,7 @@ def observe(model: nn.Module, example_inputs: Any, matched: list[str]) -> Trace:
 
     Args:
         model, example_inputs: see `validate`.
-        matched: names of the modules that noise goes in front of.
+        matched: names of the modules that noise goes before.
     """
     trace = Trace()
     observer = _Observer(trace, set(matched), example_inputs)

@@ -37,8 +37,8 @@ class Entry(Record):
         seeds: accuracy by each seed of the defender's noise.
         all_seeds: share answered correctly under every one of them.
         wrong_per_query: mean probability of a wrong answer to one query.
-        persistent: by number of queries k, the share of images of which one of k queries is answered
-            wrongly: the mean of `1 - (1 - p)^k`.
+        persistent: by number of queries k, the share of images of which at least one of k queries gets
+            a wrong answer: the mean of `1 - (1 - p)^k`.
         rms_l2, median_l2, mean_linf, max_linf: distances to the originals, in [0, 1] pixels.
         gradients, forwards: evaluations an image that the attack spent, one noise draw each.
         published: of AutoAttack, the share of the images that are robust by the published code's own rule, a

@@ -180,7 +180,7 @@ class Evaluation:
     def _gradients(self, unit: Unit) -> float:
         """What a unit of work costs at most, the judge included."""
         _, start, work = unit
-        part = self.shards.part(start)
+        part, each = self.shards.part(start), 0.0
         if isinstance(work, Run):
             each = gradients(work) + FORWARD * self.ensemble.draws * self.protocol.judge.seeds * len(
                 work.radii

@@ -165,7 +165,7 @@ def _checked(runs: Mapping[str, _Run]) -> list[dict[str, Any]]:
 def _notes(members: Sequence[Results]) -> list[str]:
     """What makes a comparison of these runs doubtful."""
     notes = []
-    keys = dict.fromkeys(key for results in members for key in results.protocol)
+    keys = dict.fromkeys(key for each in members for key in each.protocol if key != "description")
     first = members[0].protocol
     if differing := [k for k in keys if any(each.protocol.get(k) != first.get(k) for each in members)]:
         notes.append(

@@ -145,7 +145,7 @@ def _against_eps(runs: Mapping[str, Results], norm: str) -> Plot:
     caption = (
         f"Accuracy under attacks that may change an image by at most \N{GREEK SMALL LETTER EPSILON} in "
         f"{NORMS[norm]}. The worst case takes for every image the attack that harms it most; single attacks "
-        "stand in the table. Bars: 95 % intervals."
+        "are in the table. Bars: 95 % intervals."
     )
 
     def radius(entry: Entry) -> float | None:

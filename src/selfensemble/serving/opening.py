@@ -1,4 +1,4 @@
-"""Decoding within limits: large images one at a time, in a thread of their own, so that small ones pass them.
+"""Decoding within limits: large images one at a time, in their own thread, so that small ones pass them.
 
 A thread cannot be stopped in the middle of an image. What an image costs is known from its header, and is
 limited; between two images it is looked whether anybody still waits.

@@ -94,7 +94,7 @@ def doctor(
     with _left_as_it_was(model):
         for place, (name, check) in enumerate(CHECKS.items()):
             progress(name, place / len(CHECKS))
-            # One seed for all the noise of a check: its calls draw on, each anew, and records repeat.
+            # One seed for all the noise of a check: each call draws its next numbers, and records repeat.
             own = stream_seed(seed, place, 5)
             with noise_draw(own), OwnNumbers(own) if takes_numbers else nullcontext():
                 record = _examine(check, subject)

@@ -147,7 +147,7 @@ def gradients(subject: Subject) -> CheckRecord:
             return failed(
                 "none",
                 "the outputs do not depend differentiably on the images: attack without gradients "
-                "(square), or put an approximation in place of what breaks them",
+                "(square), or put an approximation instead of what breaks them",
             )
         (gradient,) = torch.autograd.grad(
             loss(outputs.float(), labels, False).sum(), leaf, materialize_grads=True
