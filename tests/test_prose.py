@@ -1,8 +1,8 @@
 """Plain English: no phrase of the list below in anything that people read.
 
 That is the README and the other pages at the root, the documentation with its decisions, the report, help
-texts, docstrings, error messages, YAML files and issue forms. The list holds what was once written here and reads as
-archaic, indirect or translated.
+texts, docstrings, error messages, YAML files and issue forms. The list holds what was once written here and
+reads as archaic, indirect or translated.
 """
 
 import ast
