@@ -1,8 +1,8 @@
 """What the package index shows: the README with addresses that work there, and the links of the project.
 
-The address of the repository is that of the environment variable PROJECT_URL, which the release workflow sets;
-no file of the repository holds it. Without one, links within the repository become plain text, and pictures are
-left out: on the index they would lead nowhere.
+The address of the repository is in the environment variable PROJECT_URL, which the release workflow sets;
+no file of the repository holds it. Without one, links within the repository become plain text, and pictures
+are left out: on the index they would lead nowhere.
 """
 
 import os
