@@ -68,10 +68,12 @@ def complaints(place: str, text: str) -> Iterator[str]:
 
 
 def without_code(text: str) -> str:
-    """Markdown with its lines kept and its code emptied."""
-    text = re.sub(
-        r"^```.*?^```", lambda block: "\n" * block[0].count("\n"), text, flags=re.DOTALL | re.MULTILINE
-    )
+    """Markdown with its lines kept and its code emptied, but for the comments in blocks of code."""
+
+    def comments(block: re.Match[str]) -> str:
+        return "\n".join(line.partition("# ")[2] for line in block[0].split("\n"))
+
+    text = re.sub(r"^```.*?^```", comments, text, flags=re.DOTALL | re.MULTILINE)
     return re.sub(r"`[^`\n]+`", "``", text)
 
 
@@ -132,5 +134,7 @@ def test_help_texts_are_in_plain_english() -> None:
 
 
 def test_a_phrase_is_found_with_its_line_and_what_to_write() -> None:
-    text = without_code("One line.\n```\nanew\n```\nNoise enters in front\nof every `anew`.")
-    assert list(complaints("page.md", text)) == ["page.md:5: 'in front\\nof': write 'before'"]
+    text = without_code("One line.\n```\nanew  # likewise\n```\nNoise enters in front\nof every `anew`.")
+    assert list(complaints("page.md", text)) == [
+        "page.md:3: 'likewise': write 'in the same way'", "page.md:5: 'in front\\nof': write 'before'",
+    ]  # fmt: skip
