@@ -44,7 +44,7 @@ def links(address: str, version: str) -> dict[str, str]:
     return {"Repository": address, "Issues": f"{address}/issues"} | tagged
 
 
-class Shown(MetadataHookInterface):
+class Shown(MetadataHookInterface):  # type: ignore[misc]
     """Sets `readme` and `urls`."""
 
     def update(self, metadata: dict[str, Any]) -> None:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 
 _UNSOUND = 3
+_PROTOCOL_HELP = (
+    "A shipped protocol (see `info`) or a YAML file; default: honest, for digits demo-honest, with --c paper."
+)
 
 
 @app.command()
@@ -28,13 +31,7 @@ _UNSOUND = 3
 @takes_data
 def evaluate(
     model: Model,
-    protocol: Annotated[
-        str | None,
-        typer.Option(
-            help="A shipped protocol (see `info`) or a YAML file; by default honest, for digits demo-honest, "
-            "with --c paper."
-        ),
-    ] = None,
+    protocol: Annotated[str | None, typer.Option(help=_PROTOCOL_HELP)] = None,
     data: DataOptions = NO_DATA,
     n: Annotated[
         int | None,
@@ -74,8 +71,7 @@ def evaluate(
     plan = None if protocol is None and c is None else _protocol(protocol or "paper", c, given)
     rank, world, target = this_process(device)
     opened = open_network(model, replace(network, draws=draws), data, with_data=True)
-    if plan is None:
-        plan = _protocol("demo-honest" if opened.test.name == "digits" else "honest", c, given)
+    plan = plan or _protocol("demo-honest" if opened.test.name == "digits" else "honest", c, given)
     ensemble, name = opened.ensemble.to(target), opened.name
     if static:
         make_static_(ensemble.model)

@@ -180,14 +180,11 @@ class Evaluation:
     def _gradients(self, unit: Unit) -> float:
         """What a unit of work costs at most, the judge included."""
         _, start, work = unit
-        part, each = self.shards.part(start), 0.0
+        part, answer = self.shards.part(start), FORWARD * float(self.ensemble.draws)
+        each = answer * self._many()
         if isinstance(work, Run):
-            each = gradients(work) + FORWARD * self.ensemble.draws * self.protocol.judge.seeds * len(
-                work.radii
-            )
-        else:
-            each = FORWARD * self.ensemble.draws * self._many()
-        return each * (part.stop - part.start)
+            each = gradients(work) + answer * self.protocol.judge.seeds * len(work.radii)
+        return float(each * (part.stop - part.start))
 
     def _seed(self, *numbers: int) -> int:
         seed = self.protocol.seed
