@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _UNSOUND = 3
 _PROTOCOL_HELP = (
-    "A shipped protocol (see `info`) or a YAML file; default: honest, for digits demo-honest, with --c paper."
+    "A shipped protocol (see `info`) or a YAML file; default: honest; demo-honest for digits; paper with --c."
 )
 
 
