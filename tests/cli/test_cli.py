@@ -239,7 +239,7 @@ def test_ctrl_c_exits_130_without_traceback(model: Path, tmp_path: Path) -> None
         env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stderr is not None
-    while "C&W" not in process.stderr.readline():  # until the attack has begun
+    while "PGD" not in process.stderr.readline():  # until the attack has begun
         assert process.poll() is None
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
