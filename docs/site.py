@@ -1,5 +1,6 @@
 """Hooks of mkdocs: notebooks become pages, and so do the pages that lie outside of `docs/`."""
 
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -46,4 +47,14 @@ def _page(path: str | None, name: str) -> tuple[str, dict[str, bytes]]:
     resources = {"unique_key": name, "output_files_dir": "."}
     text, resources = MarkdownExporter().from_notebook_node(notebook, resources)
     pictures = {key.removeprefix("./"): content for key, content in resources["outputs"].items()}
-    return text.replace("![png](", "![What the code above draws]("), pictures
+    for alt in alts(notebook):
+        text = text.replace("![png](", f"![{alt}](", 1)
+    return text, pictures
+
+
+def alts(notebook: Any) -> Iterator[str]:
+    """What each picture of a notebook shows, in order: `alt` in the metadata of the cell that draws it."""
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", ()):
+            if "image/png" in output.get("data", {}):
+                yield cell["metadata"]["alt"]

@@ -1,5 +1,6 @@
 """Every page is reached from the navigation, every link leads to a file, every notebook was executed."""
 
+import base64
 import json
 import re
 from collections.abc import Iterator
@@ -66,6 +67,50 @@ def test_every_link_leads_to_a_file() -> None:
             ):
                 broken.append(f"{page.relative_to(ROOT)}: {target}")
     assert broken == []
+
+
+# Lists and tables that are read by those who know the terms.
+REFERENCE = {"api.md", "glossary.md", "licences.md", "networks-table.md"}
+GUIDES = [page for page in sorted(DOCS.glob("*.md")) if page.name not in REFERENCE]
+TERMS = re.findall(r"^## (.+)$", (DOCS / "glossary.md").read_text(), re.MULTILINE)
+
+
+def without_code(text: str) -> str:
+    text = re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"`[^`]+`|\]\([^)]*\)|^#.*$", "", text, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *GUIDES], ids=lambda path: path.name)
+def test_guides_link_the_terms_that_they_use(page: Path) -> None:
+    text = page.read_text()
+    used = [
+        term for term in TERMS if re.search(rf"\b{re.escape(term)}s?\b", without_code(text), re.IGNORECASE)
+    ]
+    linked = re.findall(r"\]\((?:docs/)?glossary\.md#([\w-]+)\)", text)
+    assert not used or linked
+    anchors = {re.sub(r"[^\w -]", "", term).lower().replace(" ", "-") for term in TERMS}
+    assert set(linked) <= anchors
+
+
+@pytest.mark.parametrize("term", ["adversarial-example", "doctor", "draw", "noise-level", "judge"])
+def test_the_readme_links_its_terms(term: str) -> None:
+    assert f"](docs/glossary.md#{term})" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_pictures_of_notebooks_say_what_they_show(notebook: Path) -> None:
+    drawn = [
+        (cell, output["data"]["image/png"])
+        for cell in cells(notebook, "code")
+        for output in cell["outputs"]
+        if "image/png" in output.get("data", {})
+    ]
+    assert all(len(cell["metadata"]["alt"].split()) > 8 for cell, _ in drawn)
+    # The overview has the last picture of each.
+    shown = DOCS / "assets" / "tutorials" / f"{notebook.stem}.png"
+    assert shown.read_bytes() == base64.b64decode(drawn[-1][1])
+    alt = drawn[-1][0]["metadata"]["alt"]
+    assert f"![{alt}](../assets/tutorials/{shown.name})" in (DOCS / "tutorials" / "index.md").read_text()
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)

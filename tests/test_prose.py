@@ -1,9 +1,11 @@
-"""Plain English: no phrase of the list below in the README, the documentation, the report or the help texts.
+"""Plain English: no phrase of the list below in anything that people read.
 
-The list holds what was once written here and reads as archaic, indirect or translated. Code and the records
-of decisions are left alone.
+That is the README and the other pages at the root, the documentation with its decisions, the report, help
+texts, docstrings, error messages, YAML files and issue forms. The list holds what was once written here and
+reads as archaic, indirect or translated.
 """
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ import selfensemble.__main__  # noqa: F401  (loads the commands)
 from selfensemble.cli.base import app
 
 ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs"
+DOCS, SRC = ROOT / "docs", ROOT / "src" / "selfensemble"
 INSTEAD = {
     r"answer(s|ed)? (rightly|wrongly)": "classified correctly; gets a wrong answer",
     r"rightly": "correctly",
@@ -42,6 +44,13 @@ INSTEAD = {
     r"to either side": "±",
     r"for ever": "forever",
     r"cannot do without": "needs",
+    r"stands? open": "is open",
+    r"past the published": "beyond the published",
+    r"behind (every|each)": "after every",
+    r"(at test time|in training) alone": "only at test time",
+    r"argue about the matter": "criticise ideas rather than people",
+    r"digits come": "digits are included",
+    r"as compared with": "compared with",
     r"thereof|therein|wherein|whereof|hitherto|lest|upon": "plain words",
 }
 LISTED = re.compile(
@@ -59,18 +68,20 @@ def complaints(place: str, text: str) -> Iterator[str]:
 
 
 def without_code(text: str) -> str:
-    """Markdown with its lines kept and its code emptied."""
-    text = re.sub(
-        r"^```.*?^```", lambda block: "\n" * block[0].count("\n"), text, flags=re.DOTALL | re.MULTILINE
-    )
+    """Markdown with its lines kept and its code emptied, but for the comments in blocks of code."""
+
+    def comments(block: re.Match[str]) -> str:
+        return "\n".join(line.partition("# ")[2] for line in block[0].split("\n"))
+
+    text = re.sub(r"^```.*?^```", comments, text, flags=re.DOTALL | re.MULTILINE)
     return re.sub(r"`[^`\n]+`", "``", text)
 
 
 def pages() -> list[Path]:
     """What people read: pages and notebooks, the template of the report, the page of the server."""
-    written = [page for page in DOCS.rglob("*.md") if page.parent.name != "decisions"]
+    written = [*ROOT.glob("*.md"), *ROOT.glob(".github/**/*.yml"), *DOCS.rglob("*.md"), *SRC.rglob("*.yaml")]
     outside = [
-        "README.md", "CONTRIBUTING.md", "SECURITY.md", "zoo/README.md",
+        "zoo/README.md",
         "src/selfensemble/report/template.html",
         "src/selfensemble/serving/static/index.html", "src/selfensemble/serving/static/page.js",
     ]  # fmt: skip
@@ -86,6 +97,31 @@ def commands(command: Any, name: str) -> Iterator[tuple[str, str]]:
         yield from commands(below, f"{name} {each}")
 
 
+def strings(code: str) -> Iterator[tuple[int, str]]:
+    """Docstrings, messages and other texts of a module, with the line where each begins."""
+    within: set[ast.AST] = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.JoinedStr):
+            within.update(node.values)
+            parts = [part.value if isinstance(part, ast.Constant) else "..." for part in node.values]
+            yield node.lineno, "".join(map(str, parts))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in within:
+            yield node.lineno, node.value
+
+
+@pytest.mark.parametrize("module", sorted(SRC.rglob("*.py")), ids=lambda path: str(path.relative_to(SRC)))
+def test_docstrings_and_messages_are_in_plain_english(module: Path) -> None:
+    place = str(module.relative_to(ROOT))
+    found = strings(module.read_text(encoding="utf-8"))
+    assert [each for at, text in found for each in complaints(f"{place}:{at}", without_code(text))] == []
+
+
+def test_messages_are_found_in_code() -> None:
+    code = '"""Made anew."""\nraise ValueError(f"{x} is in "\n    "front of it")  # anew\n'
+    found = [each for at, text in strings(code) for each in complaints(f"m:{at}", text)]
+    assert found == ["m:1:1: 'anew': write 'again'", "m:2:1: 'in front of': write 'before'"]
+
+
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
 def test_pages_are_in_plain_english(page: Path) -> None:
     assert list(complaints(str(page.relative_to(ROOT)), without_code(page.read_text(encoding="utf-8")))) == []
@@ -98,5 +134,7 @@ def test_help_texts_are_in_plain_english() -> None:
 
 
 def test_a_phrase_is_found_with_its_line_and_what_to_write() -> None:
-    text = without_code("One line.\n```\nanew\n```\nNoise enters in front\nof every `anew`.")
-    assert list(complaints("page.md", text)) == ["page.md:5: 'in front\\nof': write 'before'"]
+    text = without_code("One line.\n```\nanew  # likewise\n```\nNoise enters in front\nof every `anew`.")
+    assert list(complaints("page.md", text)) == [
+        "page.md:3: 'likewise': write 'in the same way'", "page.md:5: 'in front\\nof': write 'before'",
+    ]  # fmt: skip

@@ -1,5 +1,6 @@
 """One version everywhere, and types that others' checkers accept."""
 
+import importlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import tomllib
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -39,6 +41,35 @@ def test_the_version_is_that_of_the_project() -> None:
     assert headings[0] in ("Unreleased", version)
     assert version in headings
     assert rse.__version__ == metadata.version("selfensemble")
+
+
+@pytest.fixture
+def hook(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """What writes the metadata, without the build backend that calls it."""
+    backend = ModuleType("hatchling.metadata.plugin.interface")
+    backend.MetadataHookInterface = object  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, backend.__name__, backend)
+    monkeypatch.syspath_prepend(ROOT)
+    return importlib.import_module("hatch_build")
+
+
+@pytest.mark.parametrize("address", ["https://example.org/owner/name", ""])
+def test_the_index_shows_no_relative_address(hook: ModuleType, address: str) -> None:
+    readme = (ROOT / "README.md").read_text()
+    shown = hook.absolute(readme, address, "1.2.3")
+    targets = re.findall(r"\]\(([^)\s]+)\)", shown)
+    assert targets
+    assert all(target.startswith("https://") for target in targets)
+    assert ("![" in shown) is bool(address)
+    within = [target for target in re.findall(r"\]\(([^)\s]+)\)", readme) if "://" not in target]
+    assert within
+    if address:
+        assert f"{address}/raw/v1.2.3/docs/results/honest/accuracy.svg" in targets
+        assert all(f"/v1.2.3/{target}" in shown for target in within)
+        assert hook.links(address, "1.2.3")["Changelog"] == f"{address}/blob/v1.2.3/CHANGELOG.md"
+    else:
+        assert "glossary" not in shown.replace("Glossary", "")
+        assert hook.links(address, "1.2.3") == {}
 
 
 @pytest.mark.parametrize("checker", ["mypy", "pyright"])

@@ -1,9 +1,10 @@
-"""Executes the notebooks beside this file, and writes what they print and draw into them.
+"""Executes the notebooks in this folder, and writes what they print and draw into them and the overview.
 
 python docs/tutorials/execute.py [NAME ...]     # needs the extra `docs`; minutes
 """
 
 import argparse
+import base64
 import os
 import tempfile
 from pathlib import Path
@@ -13,6 +14,7 @@ import nbformat
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent
+PICTURES = FOLDER.parent / "assets" / "tutorials"
 NAMES = ("harden", "judge", "certify", "report")
 
 
@@ -41,7 +43,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=NAMES, metavar="NAME")
     for name in parser.parse_args().names:
-        nbformat.write(executed(name), FOLDER / f"{name}.ipynb")
+        notebook = executed(name)
+        nbformat.write(notebook, FOLDER / f"{name}.ipynb")
+        PICTURES.joinpath(f"{name}.png").write_bytes(base64.b64decode(last_picture(notebook)))
+
+
+def last_picture(notebook: Any) -> str:
+    """The one that the overview shows, as base64."""
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", ())]
+    found: str = [each["data"]["image/png"] for each in outputs if "image/png" in each.get("data", {})][-1]
+    return found
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import errno
 import io
 import sys
 import traceback
+from importlib import metadata
 from pathlib import Path
 
 from . import _end_at_once
@@ -27,6 +28,9 @@ try:
         import rich  # noqa: F401
         import typer
 except MissingPackage as missing:
+    if sys.argv[1:] == ["--version"]:
+        sys.stdout.write(f"selfensemble {metadata.version('selfensemble')}\n")
+        sys.exit(0)
     sys.stderr.write(f"error: {missing}\n")
     sys.exit(2)
 

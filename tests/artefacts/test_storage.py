@@ -368,7 +368,7 @@ def test_a_rule_goes_to_the_network_it_was_calibrated_on(tmp_path: Path) -> None
     assert loaded.stopping == _RULE.bound_to(loaded).model_copy(update={"draws": loaded.draws})
     assert read_config(tmp_path).weights == calibrated.weights
     rse.save(of_seed(1), tmp_path)
-    with pytest.raises(ValueError, match="written anew while it was being calibrated"):
+    with pytest.raises(ValueError, match="written again while it was being calibrated"):
         save_stopping(tmp_path, _RULE, of=calibrated)
     assert rse.load(tmp_path).stopping is None
 

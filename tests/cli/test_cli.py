@@ -8,11 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import selfensemble as rse
+from selfensemble.artefacts import zoo
 
 from ..command import call, error, run
 
@@ -70,6 +73,51 @@ def test_info(model: Path) -> None:
     assert "noise" in run("info", model).stdout
 
 
+@pytest.mark.parametrize(
+    ("said", "protocol"), [((), "demo-honest"), (("--c", 1), "paper"), (("--protocol", "honest"), "honest")]
+)
+def test_the_protocol_is_an_honest_one_unless_another_is_asked_for(
+    model: Path, tmp_path: Path, said: tuple[str | float, ...], protocol: str
+) -> None:
+    with mock.patch("selfensemble.evaluation.runner.Evaluation") as evaluation:
+        evaluation.side_effect = ValueError("stopped")
+        error("evaluate", model, "--out", tmp_path / "run", *said)
+        assert evaluation.call_args.args[2].name == protocol
+        npz = tmp_path / "mine.npz"
+        digits = rse.load_data("digits", "test")
+        np.savez(npz, images=digits.images[:, 0].numpy(), labels=digits.labels.numpy())
+        error("evaluate", model, "--data", npz, "--out", tmp_path / "run", *said)
+        assert evaluation.call_args.args[2].name == ("honest" if protocol == "demo-honest" else protocol)
+
+
+def test_the_strong_protocol_is_not_called_weak(model: Path, tmp_path: Path) -> None:
+    quick = tmp_path / "quick.yaml"
+    attack = "{attack: random-noise, eps: 0.1, tries: 2}"
+    quick.write_text(f"attacks: [{attack}, {attack}]\nimages: 5\njudge: {{queries: 3}}\n")
+    assert "weak" not in run("evaluate", model, "--protocol", quick, "--out", tmp_path / "run").stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "says"), [(("card",), "--out card.md"), (("calibrate", "--data", "digits"), "in a copy")]
+)
+def test_nothing_is_written_into_an_included_network(
+    command: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither by its name nor by its folder in an installed package."""
+    installed = tmp_path / "site-packages" / "zoo"
+    shutil.copytree(zoo.zoo()["digits-rse"], installed / "digits-rse")
+    before = {file: file.read_bytes() for file in (installed / "digits-rse").iterdir()}
+    monkeypatch.setattr(zoo, "_FOLDERS", (installed,))
+    for named in ("digits-rse", installed / "digits-rse"):
+        said = error(command[0], named, *command[1:])
+        assert says in said
+        assert "selfensemble pack" in said
+        assert {file: file.read_bytes() for file in (installed / "digits-rse").iterdir()} == before
+    run("card", "digits-rse", "--out", tmp_path / "card.md")
+    assert 'rse.load("digits-rse")' in (tmp_path / "card.md").read_text()
+    assert {file: file.read_bytes() for file in (installed / "digits-rse").iterdir()} == before
+
+
 def test_evaluate(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = ("evaluate", model, "--n", 20, "--c", 0.1, "--c", 5, "--out", out)
@@ -78,7 +126,10 @@ def test_evaluate(model: Path, tmp_path: Path) -> None:
     assert [entry["c"] for entry in results["attacks"]] == [0.1, 5.0]
     assert results["data"]["images"] == 20
     assert results["protocol"]["name"] == "paper"
-    assert "protocol paper" in run(*arguments).stdout
+    again = run(*arguments)
+    assert "protocol paper" in again.stdout
+    assert "Protocol paper is weak" in again.stderr
+    assert "--protocol honest (demo-honest for digits)" in again.stderr
     assert "untouched" in error(*arguments, "--seed", 1)
     page = tmp_path / "report.html"
     assert "report.html" in run("report", out, "-o", page).stdout
@@ -188,7 +239,7 @@ def test_ctrl_c_exits_130_without_traceback(model: Path, tmp_path: Path) -> None
         env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stderr is not None
-    while "C&W" not in process.stderr.readline():  # until the attack has begun
+    while "PGD" not in process.stderr.readline():  # until the attack has begun
         assert process.poll() is None
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)

@@ -232,7 +232,7 @@ def test_calibrating_by_the_command(model: Path, tmp_path: Path) -> None:
     assert rule["precision"] == "bf16"
     with pytest.raises(ValueError, match="calibrated in bf16, and this ensemble computes in float32"):
         rse.load(copy).predict(images, stop="calibrated")
-    assert "in a copy of its folder" in error("calibrate", "digits-rse")
+    assert "in a copy, made by selfensemble pack digits-rse FOLDER" in error("calibrate", "digits-rse")
     assert "asks for" in error("calibrate", copy, "--n-images", 5000)
     Image.fromarray(data.images[0, 0].numpy()).save(tmp_path / "digit.png")
     told = run("predict", "--model", copy, tmp_path / "digit.png", "--stop", "calibrated", "--json")

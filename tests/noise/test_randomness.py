@@ -393,7 +393,7 @@ def test_wrong_settings_and_places_are_named(net: nn.Sequential, images: Tensor)
     with pytest.raises(ValueError, match="has no activation modules"):
         randomise_(nn.Sequential(nn.Linear(2, 2)), read_randomness({"name": "dropout"}))
     twice = nn.Sequential(nn.Conv2d(3, 4, 3), act := nn.ReLU(), nn.Conv2d(4, 4, 3), act)
-    with pytest.raises(ValueError, match="an activation module of its own"):
+    with pytest.raises(ValueError, match="a separate activation module"):
         randomise_(twice, read_randomness({"name": "learned-perturbation"}), images)
     assert not random_layers(net)
     assert not random_layers(twice)  # nothing was changed

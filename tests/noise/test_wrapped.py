@@ -172,7 +172,7 @@ def test_data_parallel_on_several_devices_is_refused(
                 module.replicate(model, [0, 1])
         assert len(module.replicate(model, [0, 1])) == 2  # a loop that trains wants noise, and no more
     rse.remove_noise_(net)
-    with pytest.raises(ValueError, match="threads of its own"), rse.noise_draw(1):
+    with pytest.raises(ValueError, match="its own threads"), rse.noise_draw(1):
         module.replicate(resizing, [0, 1])
     with rse.noise_draw(1):
         assert len(module.replicate(net, [0, 1])) == 2

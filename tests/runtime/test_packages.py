@@ -6,11 +6,15 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+import selfensemble as rse
 from selfensemble.runtime.errors import MissingPackage
 from selfensemble.runtime.packages import needs
+
+from ..command import error
 
 ROOT = Path(__file__).parents[2]
 # What the extras bring, as it is imported.
@@ -93,6 +97,21 @@ def test_the_command_says_what_it_needs(tmp_path: Path) -> None:
     assert done.stderr == "error: rich is not installed: pip install 'selfensemble[cli]'\n"
 
 
+def test_the_version_needs_no_package(tmp_path: Path) -> None:
+    code = "import runpy, sys\nsys.argv[1:] = ['--version']\n"
+    code += "runpy.run_module('selfensemble', run_name='__main__')"
+    done = run_without_packages(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"selfensemble {rse.__version__}\n"
+
+
+@pytest.mark.parametrize("lacking", ["accelerate", "jinja2", "matplotlib"])
+def test_the_demo_asks_for_all_its_extras_at_once(lacking: str, tmp_path: Path) -> None:
+    with mock.patch.dict(sys.modules, {lacking: None}):
+        said = error("demo", "--out", tmp_path / "demo")
+    assert said == f"error: {lacking} is not installed: pip install 'selfensemble[report,train]'"
+
+
 def test_other_faults_within_are_left_as_they_are() -> None:
     with pytest.raises(ZeroDivisionError), needs("timm"):
         raise ZeroDivisionError
@@ -106,10 +125,11 @@ def test_other_faults_within_are_left_as_they_are() -> None:
 def test_every_extra_that_is_named_exists() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     named = {
-        found.split("]")[0]
+        found
         for file in (ROOT / "src").rglob("*.py")
-        for found in file.read_text().split("selfensemble[")[1:]
-        if "]" in found.splitlines()[0]
+        for extras in file.read_text().split("selfensemble[")[1:]
+        if "]" in extras.splitlines()[0]
+        for found in extras.split("]")[0].split(",")
     }
     assert named <= set(project["optional-dependencies"])
     core = {name.partition(">=")[0] for name in project["dependencies"]}

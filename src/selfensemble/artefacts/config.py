@@ -116,10 +116,10 @@ class ArtefactConfig(Outline):
         architecture: how to build the network; None for one of transformers, or of the user's own.
         transformers: how to build a network of transformers.
         network: what another network was made by. Code of the user's own is imported when the caller says so.
-        normalize: mean and standard deviation in front of it, if any.
+        normalize: mean and standard deviation before it, if any.
         noise: standard deviation by fully qualified module name, in the order of the layers; a list
             holds one for each channel.
-        resize_pad: random resize-and-pad in front of the network, if any.
+        resize_pad: random resize-and-pad before the network, if any.
         randomness: its random layers of other kinds and their places, if any.
         classes: names of the classes, where known.
         input_shape: of one input, where known: (C, H, W) of images, (C, T) or (T,) of waveforms, ...
@@ -159,7 +159,7 @@ def config_of(
     Args:
         ensemble: what is described.
         model: its network without what is described by `resize_pad`.
-        resize_pad: in front of it.
+        resize_pad: before it.
         architecture: by default what `create_model` was asked for.
         about: what else is known, see `ArtefactConfig`.
     """

@@ -1,4 +1,4 @@
-"""What made a network of somebody's own, as a `config.json` says it: a name, and no leave to import it."""
+"""What made a network of a user, as a `config.json` says it: a name, and no leave to import it."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ _READING = ("checkpoint", "path", "file", "url", "hub", "cfg", "cache", "weights
 
 
 class UntrustedNetwork(ValueError):
-    """A saved ensemble whose network is code of somebody's own, which nobody said to import.
+    """A saved ensemble whose network is code of a user, which nobody said to import.
 
     Attributes:
         folder: of the ensemble.

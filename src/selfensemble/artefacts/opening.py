@@ -1,4 +1,4 @@
-"""From a named network to its ensemble: mean and std in front of it, noise where it is wanted."""
+"""From a named network to its ensemble: mean and std before it, noise where it is wanted."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -53,9 +53,9 @@ def ensemble_of(
         name: that it was asked for by, for messages.
         noise: levels; None keeps the randomness that the network has, or takes the published levels.
         draws: noise draws a prediction; 10, or those of an ensemble that the name stands for.
-        filter_name: in front of what noise goes, see `filter_named`.
-        mean, std: of the pixels' channels, see `Normalized`. The first noise then goes in front of them and
-            is in units of pixels, and none goes in front of the layer that sees the image behind them. By
+        filter_name: before what noise goes, see `filter_named`.
+        mean, std: of the pixels' channels, see `Normalized`. The first noise then goes before them and
+            is in units of pixels, and none goes before the layer that sees the image behind them. By
             default those of a network that has the weights of its library; 0 and 1 for none.
         example_inputs: (B, ...) images; by them the first layer is the first that runs.
         bounds: the range of inputs; [0, 1] by default, or that of an ensemble that the name stands for.
@@ -129,12 +129,12 @@ def check_runs(network: nn.Module, example_inputs: Tensor) -> None:
             logits_of(network(example_inputs), len(example_inputs))
     except (ValueError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # of whatever kind: the code is somebody's own
+    except Exception as error:  # of whatever kind: the code is a user's own
         raise ValueError("{}. {}".format(*failed(network, example_inputs, error))) from error
 
 
 def in_pixels(network: Normalized, chosen: FilterFn, example_inputs: Tensor | None) -> FilterFn:
-    """The same with the `Normalized` in place of the first layer behind it."""
+    """The same with the `Normalized` instead of the first layer behind it."""
     names = matching(network, chosen)
     called = names if example_inputs is None else execution_order(network, names, example_inputs)
     first = called[0] if called else None

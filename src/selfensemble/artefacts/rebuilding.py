@@ -1,4 +1,4 @@
-"""The network of a saved ensemble, built again without its weights; of somebody's own only when told so."""
+"""The network of a saved ensemble, built again without its weights; of a user only when told so."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,10 +22,10 @@ def rebuilt(config: ArtefactConfig, folder: str | Path, *, trust_network: bool =
     Args:
         config: of the ensemble.
         folder: that it lies in, for messages.
-        trust_network: whether code of somebody's own may be imported by the name that stands there.
+        trust_network: whether code of a user may be imported by the name that stands there.
 
     Raises:
-        UntrustedNetwork: it is of somebody's own, and nobody said what to import.
+        UntrustedNetwork: it is of a user, and nobody said what to import.
         ValueError: it cannot be built.
     """
     if config.transformers is not None:

@@ -108,7 +108,7 @@ def save_stopping(folder: str | Path, stopping: Calibrated, *, of: ArtefactConfi
     Args:
         folder: of the ensemble.
         stopping: the thresholds.
-        of: its configuration before it was loaded to be calibrated, if it may have been saved anew since.
+        of: its configuration before it was loaded to be calibrated, if it can have been saved again since.
 
     Raises:
         FileNotFoundError, ValueError: no such ensemble, one that cannot be read, another one than `of`, or
@@ -125,9 +125,7 @@ def save_sets(folder: str | Path, sets: SetRule, *, of: ArtefactConfig | None = 
 def _save_rule(folder: str | Path, name: str, rule: Calibrated | SetRule, of: ArtefactConfig | None) -> None:
     config = read_config(folder)
     if of is not None and config != of:
-        raise ValueError(
-            f"{folder} was written anew while it was being calibrated: calibrate what is there now"
-        )
+        raise ValueError(f"{folder} was written again while it was being calibrated: calibrate it again")
     if rule.fingerprint is not None and rule.fingerprint.sampling != config.sampling:
         raise ValueError(
             f"the rule is of predictions with sampling={rule.fingerprint.sampling!r}, and {folder} says "
@@ -145,7 +143,7 @@ def _save_rule(folder: str | Path, name: str, rule: Calibrated | SetRule, of: Ar
     place, named = locate(folder), config.model_copy(update={name: rule})
     with only_writer(place):
         if read_config(place) != config:
-            raise ValueError(f"{folder} was written anew just now: calibrate what is there")
+            raise ValueError(f"{folder} was written again just now: calibrate it again")
         atomic_write(place / CONFIG, to_json(named.model_dump(mode="json")))
 
 
@@ -239,7 +237,7 @@ def read_weights(folder: str | Path, config: ArtefactConfig) -> dict[str, Tensor
 
 
 def _read(folder: Path) -> tuple[ArtefactConfig, dict[str, Tensor]]:
-    """Both files of a saved ensemble; while somebody saves, when they have."""
+    """Both files of a saved ensemble; while someone saves, when they have."""
     try:
         config = read_config(folder)
         return config, read_weights(folder, config)

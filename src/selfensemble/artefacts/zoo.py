@@ -23,6 +23,11 @@ def zoo() -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
+def is_installed(folder: Path) -> bool:
+    """Whether a folder belongs to the installed package, so that nothing may write into it."""
+    return folder.resolve().is_relative_to(_FOLDERS[0].resolve())
+
+
 def locate(model: str | Path) -> Path:
     """The folder of a saved ensemble: `model` itself where there is such a folder, else one of the zoo.
 

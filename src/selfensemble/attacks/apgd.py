@@ -181,7 +181,7 @@ class _Run:
         self.since_check = 0
 
     def select(self, stay: Tensor) -> None:
-        """Go on with these images only."""
+        """Continue with these images only."""
         for name in self._per_image:
             setattr(self, name, getattr(self, name)[stay])
 

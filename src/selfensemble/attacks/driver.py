@@ -18,6 +18,7 @@ from ..noise.injection import eval_mode, random_layers
 from ..noise.own_numbers import OwnNumbers
 from ..noise.streams import Sampling, fresh_seed, stream_seed
 from .expectation import Forward, Noise, Oracle
+from .masking import are_labels
 from .units import bounds_of, from_units
 
 
@@ -120,7 +121,7 @@ def _probe(model: nn.Module, forward: Forward, inputs: Tensor) -> tuple[int, boo
         first = forward(inputs)
     if not torch.isfinite(first).all():
         raise ValueError("the model returns NaN or infinite logits: fix it before attacking it")
-    if looks_like_probabilities(first):
+    if looks_like_probabilities(first) and not (are_labels(first) and _is_masked(forward, inputs)):
         raise ValueError(
             "the model returns probabilities, and attacks need logits: leave out its final softmax, or wrap "
             "it in a module that returns their logarithm"
@@ -130,9 +131,15 @@ def _probe(model: nn.Module, forward: Forward, inputs: Tensor) -> tuple[int, boo
     return first.shape[1], reseed or noise or answers_differ(forward, inputs, PASSES), reseed
 
 
+def _is_masked(forward: Forward, inputs: Tensor) -> bool:
+    """Whether the outputs of the model do not depend differentiably on its inputs."""
+    with torch.enable_grad():
+        return not forward(inputs[:1].detach().requires_grad_()).requires_grad
+
+
 @torch.no_grad()
 def _sampling_of(model: nn.Module, forward: Forward, inputs: Tensor) -> Sampling:
-    """An ensemble's own way; of others "per_image" where parts of an image stand in the batch."""
+    """An ensemble's own way; of others "per_image" where parts of an image are rows of the batch."""
     if isinstance(model, SelfEnsemble):
         return model.sampling
     layers = random_layers(model)

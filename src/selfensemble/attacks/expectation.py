@@ -16,6 +16,7 @@ from ..ensemble.randomness import global_noise, other_seed
 from ..noise.streams import Sampling, noise_draw, stream_seed
 from .budget import spend
 from .leads import lead_of, mean_log, side_of
+from .masking import NoGradientError
 
 Forward = Callable[[Tensor], Tensor]
 Average = Literal["losses", "probabilities"]
@@ -91,14 +92,14 @@ class Oracle:
 
     Args:
         forward: (B, ...) to logits (B, K) of one noise draw.
-        noise: how the attack meets the noise.
+        noise: how the attack handles the noise.
         seed: of this oracle's draws.
         is_random: whether two passes can differ.
         classes: K.
         reseed: draw noise of torch's global generators from the seed as well (dropout at test time).
         follow: a faster forward whose gradients stand for those of `forward`, which decides about success.
         room: images that a pass of several draws may hold, of `forward` and of `follow`.
-        sampling: "shared", or "per_image" where parts of an image stand in the batch.
+        sampling: "shared", or "per_image" where parts of an image are rows of the batch.
     """
 
     def __init__(
@@ -213,10 +214,7 @@ class Oracle:
                     share = (drawn.detach() - over.detach()).exp() * outer
                     values = (share * drawn).sum(dim=(0, 2))
                 if not values.requires_grad:
-                    raise ValueError(
-                        "the model passes no gradient to its inputs (detach, rounding, numpy?): attack it "
-                        "with square or random_noise, or put a differentiable approximation in its place"
-                    )
+                    raise NoGradientError
                 gradient += torch.autograd.grad(values.sum(), leaf, materialize_grads=True)[0]
             total += values.detach()
             softmax.append(drawn.detach().exp())

@@ -206,9 +206,9 @@ def _walk(
 def to_hyperplane(points: Tensor, gradient: Tensor, value: Tensor, norm: str) -> Tensor:
     """The smallest changes after which an affine function is 0 and the points are still in [0, 1].
 
-    Every pixel moves in the direction that brings the function nearer to 0, until it meets the box: for
+    Every pixel moves in the direction that brings the function nearer to 0, until it reaches the box: for
     L-inf all by the same length, for L2 in proportion to the gradient, for L1 one after another, the
-    largest gradient first. Lengths follow from sorting the pixels by where they meet the box.
+    largest gradient first. Lengths follow from sorting the pixels by where they reach the box.
 
     Args:
         points: (B, ...) in [0, 1].

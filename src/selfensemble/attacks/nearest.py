@@ -82,7 +82,7 @@ class Nearest:
 
         See `Lines.crossings`: the search goes along the line through the nearest confirmed image, or of a
         random model through the last iterate, where that leads more at the same distance. Where nothing was
-        confirmed, or by luck, the last iterate ascends until a success is sure, and the search begins anew.
+        confirmed, or by luck, the last iterate ascends until a success is sure, and the search begins again.
         """
         if (self.distance > 0).any():
             exact = not self.oracle.is_random and not self.oracle.follows

@@ -97,7 +97,7 @@ class _Search:
         self.images = self.value = keep.x[:0]
 
     def run(self, queries: int, p_init: float) -> None:
-        """At most so many queries an image, squares of at first `p_init` of its pixels."""
+        """At most that many queries an image, squares of at first `p_init` of its pixels."""
         if len(self.active) == 0:
             return
         self.images = self.proposals.start(self.keep.x[self.active])
@@ -143,7 +143,7 @@ class _Search:
         self._visit(candidate, estimate, step)
 
     def _visit(self, seen: Tensor, estimate: Estimate, step: int) -> None:
-        """Go on with the images that have no success."""
+        """Continue with the images that have no success."""
         stay = self.keep.visit(self.active, seen, estimate, stop=self.early_stop, step=step)
         if not stay.all():
             self.active, self.images, self.value = self.active[stay], self.images[stay], self.value[stay]
@@ -152,7 +152,7 @@ class _Search:
 class _Proposals:
     """The published distributions of first images and of candidates, for all images of a batch at once.
 
-    Inputs of one row (waveforms) are changed in pieces of it in place of squares.
+    Inputs of one row (waveforms) are changed in pieces of it instead of squares.
     """
 
     def __init__(self, norm: str, eps: float, generator: torch.Generator) -> None:

@@ -101,7 +101,7 @@ class Bets:
         return total
 
     def keep(self, stay: Tensor) -> None:
-        """Go on with some of the images."""
+        """Continue with some of the images."""
         self._slope, self._intercept = self._slope[stay], self._intercept[stay]
         self._sizes, self._money = self._sizes[stay], self._money[stay]
         self._counts = self._counts[stay]

@@ -119,7 +119,7 @@ def calibrate(
 
 
 def _share_of(wrong: np.ndarray, draws: int) -> float:
-    """Of the images that so many draws answer otherwise."""
+    """Of the images to which that many draws give another answer."""
     if not wrong.any():
         raise ValueError(
             f"{draws} draws answer all {len(wrong)} images as the infinite ensemble does: set epsilon, or "

@@ -192,7 +192,7 @@ def _check_settings(alpha: float, radius: float, draws: int, beta: float, images
 
 
 def _rank(images: int, level: float) -> int:
-    """Which of the falling values of so many images is the threshold; beyond the last, they are too few."""
+    """Which of the falling values of that many images is the threshold; beyond the last, they are too few."""
     return math.ceil((images + 1) * (1 - level) - 1e-9)
 
 

@@ -99,7 +99,7 @@ class Gamblers:
         return torch.where(alone, self._possible.double().argmax(dim=1), ABSTAINED)
 
     def keep(self, chosen: Tensor) -> None:
-        """Go on with these images alone."""
+        """Continue with these images alone."""
         self._money, self._total = self._money[chosen], self._total[chosen]
         self._guess, self._possible = self._guess[chosen], self._possible[chosen]
 

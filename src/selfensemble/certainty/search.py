@@ -63,7 +63,7 @@ class Search:
             self.seen.bet(bets, outputs)
 
     def keep(self, stay: Tensor) -> None:
-        """Go on with some of the active images."""
+        """Continue with some of the active images."""
         for each in (self.seen, *self.reached, *self.failed, *self.hopeless):
             each.keep(stay)
 

@@ -59,7 +59,7 @@ class Votes:
         self.counts += self._votes(outputs)
 
     def keep(self, stay: Tensor) -> None:
-        """Go on with some of the images."""
+        """Continue with some of the images."""
         self.order, self.counts = self.order[stay], self.counts[stay]
         self._pilot = self._pilot[stay]
 
@@ -133,7 +133,7 @@ class Means:
         self._samples.append(self._columns(outputs.cpu()))
 
     def keep(self, stay: Tensor) -> None:
-        """Go on with some of the images."""
+        """Continue with some of the images."""
         self.order, self._binomial = self.order[stay], self._binomial[stay]
         self._pilot = self._pilot[stay]
         self._samples = [each[:, stay] for each in self._samples]

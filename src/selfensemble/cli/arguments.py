@@ -102,7 +102,7 @@ def read_image(
     from ..data import decoding
     from ..data.folders import why_no_file
 
-    if (why := why_no_file(path)) is not None:  # a pipe would be waited for, for ever
+    if (why := why_no_file(path)) is not None:  # a pipe would be waited for, forever
         raise InputError(f"{_unreadable(path)}: {why}")
     try:
         with Image.open(path) as image:
@@ -122,7 +122,7 @@ def _unreadable(path: Path) -> str:
 def checked_options(schema: "type[Options]", values: dict[str, Any]) -> "Options":
     """Settings that options of their names give; an error names the option, never what it holds.
 
-    What an option holds may be a secret, and stands in the command anyway.
+    What an option holds may be a secret, and is in the command anyway.
     """
     from pydantic import ValidationError
 

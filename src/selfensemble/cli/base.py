@@ -49,7 +49,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, mps, ...; auto takes an ac
 
 @contextmanager
 def resumable(folder: Path) -> Iterator[None]:
-    """Turn Ctrl-C into a line that says that the same command goes on with what is in `folder`."""
+    """Turn Ctrl-C into a line that says that the same command continues with what is in `folder`."""
     text = f"stopped; {folder} holds what is finished: continue with the same command"
     try:
         with telling(text):

@@ -149,7 +149,7 @@ def calibrate(
             raise InputError(
                 f"--{name} is {'not ' if sets else ''}of --sets: {'leave it out' if sets else 'add it'}"
             )
-    folder = saved_folder(model, "is calibrated", zoo=False)
+    folder = saved_folder(model, "is calibrated")
     opened = open_network(model, network, data, with_data=True)
     config, test = opened.config, opened.test
     if len(test) < n_images:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 
 _UNSOUND = 3
+_PROTOCOL_HELP = (
+    "A shipped protocol (see `info`) or a YAML file; default: honest; demo-honest for digits; paper with --c."
+)
 
 
 @app.command()
@@ -28,7 +31,7 @@ _UNSOUND = 3
 @takes_data
 def evaluate(
     model: Model,
-    protocol: Annotated[str, typer.Option(help="A shipped protocol (see `info`) or a YAML file.")] = "paper",
+    protocol: Annotated[str | None, typer.Option(help=_PROTOCOL_HELP)] = None,
     data: DataOptions = NO_DATA,
     n: Annotated[
         int | None,
@@ -64,9 +67,11 @@ def evaluate(
 
     overrides: dict[str, Any] = {"images": n, "seed": seed, "shard": shard, "precision": precision}
     overrides["bits"] = 8 if save_images else None
-    plan = _protocol(protocol, c, {key: value for key, value in overrides.items() if value is not None})
+    given = {key: value for key, value in overrides.items() if value is not None}
+    plan = None if protocol is None and c is None else _protocol(protocol or "paper", c, given)
     rank, world, target = this_process(device)
     opened = open_network(model, replace(network, draws=draws), data, with_data=True)
+    plan = plan or _protocol("demo-honest" if opened.test.name == "digits" else "honest", c, given)
     ensemble, name = opened.ensemble.to(target), opened.name
     if static:
         make_static_(ensemble.model)
@@ -87,10 +92,17 @@ def evaluate(
 
 
 def _show(results: "Results", folder: Path, as_json: bool) -> None:
+    from ..evaluation.results import is_weak
+
     if as_json:
-        terminal.print_json(results.model_dump(mode="json"))
+        terminal.print_json(results.record())
         return
     terminal.print_results(results)
+    if is_weak([results]):
+        terminal.note(
+            f"Protocol {results.protocol['name']} is weak: it takes no worst case of several attacks "
+            "within a radius. To judge a defense, run --protocol honest (demo-honest for digits)."
+        )
     terminal.out.print(
         f"Written to {folder}: results.json, images.csv; for people: selfensemble report {folder}",
         soft_wrap=True,

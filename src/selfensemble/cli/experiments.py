@@ -9,6 +9,7 @@ from ..runtime.devices import device_named
 from ..runtime.errors import InputError
 from ..runtime.interrupts import Interrupted
 from ..runtime.ownership import owned
+from ..runtime.packages import needs
 from . import terminal
 from .base import Device, Json, app
 
@@ -23,6 +24,10 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Train a plain network and its self-ensemble on handwritten digits, attack both, write a report."""
+    with needs("selfensemble[report,train]"):  # both at once
+        import accelerate  # noqa: F401
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
     from ..experiments.demo import run_demo
 
     if out.exists() and not out.is_dir():

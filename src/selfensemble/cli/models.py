@@ -175,12 +175,18 @@ def export(
 @app.command()
 @takes_network
 def card(
-    model: Annotated[str, typer.Argument(help="Folder of a saved ensemble.")],
+    model: Annotated[
+        str, typer.Argument(help="Folder of a saved ensemble; with --out, a name of the zoo too.")
+    ],
     evaluation: Annotated[
         list[Path] | None, typer.Option(help="Folder that `evaluate` wrote for it; repeat for more.")
     ] = None,
     certificate: Annotated[
         list[Path] | None, typer.Option(help="Folder that `certify` wrote for it; repeat for more.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="The file to write; README.md in the folder by default."),
     ] = None,
     network: NetworkOptions = OPTIONS,
 ) -> None:
@@ -189,12 +195,13 @@ def card(
     from ..evaluation.results import read_results
     from ..report.packing import write_card
 
-    folder = saved_folder(model, "gets a card")
+    folder = saved_folder(model, "gets a card", written=out is None, instead=", or pass --out card.md")
     written = write_card(
         folder,
         [read_results(folder) for folder in evaluation or ()],
         certificates=[read_certified(folder) for folder in certificate or ()],
         ensemble=open_network(model, network).ensemble,
+        out=out,
     )
     terminal.out.print(f"Written to {written}", soft_wrap=True)
 

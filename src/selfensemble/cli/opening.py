@@ -116,7 +116,7 @@ def described_as(model: str, options: NetworkOptions) -> "Outline":
 def open_bare(
     model: str, options: NetworkOptions, data: DataOptions
 ) -> tuple["nn.Module", "Tensor", "FilterFn", "Sampling | None"]:
-    """A network to be looked at, an example, in front of what its noise is or would go, and its sampling.
+    """A network to be looked at, an example, before what its noise is or would go, and its sampling.
 
     A named one has got no noise yet, and may be one that cannot get any.
     """
@@ -161,15 +161,16 @@ def _any_images(shape: tuple[int, ...], bounds: tuple[float, float] | None) -> "
     return in_bounds(images, bounds)
 
 
-def saved_folder(model: str, what: str, *, zoo: bool = True) -> Path:
+def saved_folder(model: str, what: str, *, written: bool = True, instead: str = "") -> Path:
     """The folder of a saved ensemble, of a command that works on folders alone.
 
     Args:
         model: as it was written.
         what: is done to it, for the message.
-        zoo: whether one of the zoo will do.
+        written: whether the command writes into the folder, which only a folder of the user allows.
+        instead: what else the user can do, for the message.
     """
-    from ..artefacts.zoo import locate
+    from ..artefacts.zoo import is_installed, locate
     from ..networks.names import is_network_name
 
     if is_network_name(model):
@@ -177,9 +178,13 @@ def saved_folder(model: str, what: str, *, zoo: bool = True) -> Path:
             f"{model} names a network, and what {what} is a folder of a saved ensemble: write one, "
             f"selfensemble pack {shlex.quote(model)} FOLDER"
         )
-    if not zoo and not Path(model).is_dir():
-        raise InputError(f"{model} is not a folder: a network of the zoo {what} in a copy of its folder")
-    return locate(model)
+    folder = locate(model)
+    if written and (not Path(model).is_dir() or is_installed(folder)):
+        raise InputError(
+            f"{model} is not your own folder: an included or downloaded network {what} in a copy, made by "
+            f"selfensemble pack {shlex.quote(model)} FOLDER{instead}"
+        )
+    return folder
 
 
 def _check_is_saved(model: str, options: NetworkOptions) -> None:
@@ -305,7 +310,7 @@ def _with_its_arguments() -> str:
 
 
 def _how_to_go_on(error: "UntrustedNetwork") -> str:
-    """What to say where the network of a saved ensemble is somebody's own: the command to give."""
+    """What to say where the network of a saved ensemble is a user's own: the command to give."""
     named = error.named
     command = ["selfensemble", *sys.argv[1:], "--network"]
     if named is not None and named.is_here:

@@ -10,7 +10,7 @@ Command = Callable[..., None]
 
 
 def takes(group: type[Any], parameter: str) -> Callable[[Command], Command]:
-    """Give a command the options of a dataclass in place of one of its parameters.
+    """Give a command the options of a dataclass instead of one of its parameters.
 
     Args:
         group: a dataclass whose fields are annotated as options of typer, with defaults.

@@ -68,7 +68,10 @@ def print_results(results: "Results") -> None:
     if (edition := results.protocol.get("version", 1)) > 1:
         title += f", edition {edition}"
     seeds = len(results.clean.seeds)
-    table = Table(title=title, caption="accuracy: first seed, 95 % interval; upper bounds of the robustness")
+    caption = "accuracy: first seed, 95 % interval; upper bounds of the robustness"
+    if results.worst_case:
+        caption += "\nworst case: judged again on fresh noise, so chance can put it above a single attack"
+    table = Table(title=title, caption=caption)
     table.add_column("attack")
     for column in ("accuracy", f"right under all {seeds} seeds", "RMS L2", "gradients\nan image"):
         table.add_column(column, justify="right")
@@ -83,7 +86,16 @@ def print_results(results: "Results") -> None:
             f"{entry.gradients:.0f}",
         )  # fmt: skip
         table.add_row(entry.title + where, *cells, style="bold" if entry.attack == "worst case" else None)
+    for each in results.impossible:
+        where = f", {each.norm} {each.eps:.4g}" if each.eps is not None else ""
+        table.add_row(each.title + where, "not possible", "", "", "", style="red")
     out.print(table)
+    if results.impossible:
+        out.print(
+            f"Gradients are masked: {results.impossible[0].reason}. Attacks that need gradients were not "
+            "possible, which is no sign of robustness; the figures are what the other attacks left.",
+            style="red",
+        )
     if results.checks is not None:
         print_checks(results.checks)
 
@@ -243,9 +255,9 @@ def print_certified(results: "Certified") -> None:
     settings = results.settings
     table = Table(
         title=f"{results.name}: {results.which}, {settings['method']}, alpha "
-        f"{settings['alpha']:g}, {settings['n']} draws",
+        f"{settings['alpha']:g}, at most {settings['n']} + {settings['n0']} draws",
         caption=f"nothing certified: {results.abstained:.1%}; mean radius {results.mean_radius:.3f}; "
-        f"mean draws {results.draws:.0f}",
+        f"mean draws {results.draws:.0f}, the {settings['n0']} that select the answer included",
     )
     table.add_column("L2 radius", justify="right")
     table.add_column("certified accuracy (95 % interval)", justify="right")

@@ -24,7 +24,7 @@ _SPLITS = ("split", "set", "subset", "partition", "fold")
 def open_list(file: Path, split: Split, reading: Reading) -> Rows:
     """The images that a table names, by paths that begin at the folder of the table, and their labels.
 
-    A column `split` says which are of which split. Without one the splits lie in files of their own, beside
+    A column `split` says which are of which split. Without one the splits lie in separate files, beside
     each other (train.csv, test.csv), or are cut out of the one file that there is.
 
     Raises:

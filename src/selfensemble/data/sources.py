@@ -1,6 +1,6 @@
 """Where images come from, by name.
 
-Sources: `digits` (comes along, no download), `cifar10`, `cifar100`, `stl10` or any other id of
+Sources: `digits` (included, no download), `cifar10`, `cifar100`, `stl10` or any other id of
 a Hugging Face data set, a local folder of parquet files or of images, what `save_to_disk` wrote, a table of
 paths of images (csv, parquet), arrays (npz), and `package.module:attribute` of a torch `Dataset`.
 """

@@ -252,7 +252,7 @@ class _Work(Dataset[Any]):
     def __getitem__(self, number: int) -> Any:
         try:
             return self._make(number)
-        except Exception as error:  # of Pillow, or of somebody's data set
+        except Exception as error:  # of Pillow, or of someone's data set
             text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             return _Failed(text)
 
@@ -282,7 +282,7 @@ def _undisturbed(worker: int) -> None:
 def _end_with_parent() -> None:
     """Do not outlive a main process that was killed.
 
-    Images on their way then fill a pipe that nobody reads, and a worker of torch waits for it for ever.
+    Images on their way then fill a pipe that nobody reads, and a worker of torch waits for it forever.
     """
     parent = multiprocessing.parent_process()
     while parent is not None and os.getppid() == parent.pid:

@@ -1,4 +1,4 @@
-"""Images of a torch `Dataset`, whoever wrote it."""
+"""Images of any torch `Dataset`."""
 
 import inspect
 from collections.abc import Mapping

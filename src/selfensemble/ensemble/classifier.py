@@ -137,7 +137,7 @@ class RandomClassifier(nn.Module):
         return hash(tuple(values))
 
     def varies(self, inputs: Tensor) -> bool:
-        """Whether two passes over images like these differ, by noise of any kind, whoever draws it.
+        """Whether two passes over images like these differ, by noise of any kind, whatever draws it.
 
         Args:
             inputs: (B, ...), prepared, in the mode that is asked about.

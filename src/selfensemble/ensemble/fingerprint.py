@@ -33,7 +33,8 @@ class Fingerprint(BaseModel):
     Attributes:
         weights: digest of parameters and buffers in their order, and of the kinds of modules and their
             settings. Of an optimised copy, those that the original had when the copy was made.
-        noise: digest of the random layers that are on: names, kinds, levels, sampling. Of a copy, likewise.
+        noise: digest of the random layers that are on: names, kinds, levels, sampling; of a copy, those of
+            its original.
         sampling: of the ensemble.
     """
 

@@ -39,10 +39,10 @@ class Trace:
 
     Attributes:
         entered: names of all modules that ran.
-        called: names of those that noise goes in front of, in their order.
+        called: names of those that noise goes before, in their order.
         batches: size of the batch that each of them met.
         functional: module and operator of convolutions called as functions, and where.
-        image_readers, image_ops: what reads the image: layers that noise goes in front of; other operators.
+        image_readers, image_ops: what reads the image: layers that noise goes before; other operators.
         output: of the model.
         failure: of the pass, if it failed.
         drawn: how often each number of a layer drew noise, in passes as the network runs by itself, with the
@@ -127,7 +127,7 @@ def images_of(inputs: Any) -> list[Tensor]:
 
 PER_IMAGE = 'pass sampling="per_image" (--sampling per_image of commands, noise.sampling of recipes)'
 IN_FRONT = (
-    "put one GaussianNoise(init_std) in front of the whole network (--mean 0 --std 1 of a named network in "
+    "put one GaussianNoise(init_std) before the whole network (--mean 0 --std 1 of a named network in "
     "commands, model.normalize {mean: 0, std: 1} of recipes)"
 )
 OF_FORWARD = "Change its forward, or write a module around it, for commands in path/to/file.py:attribute"
@@ -213,7 +213,7 @@ def check_answer(model: nn.Module, example_inputs: Any, noisy: Sequence[str] = (
                 stack.enter_context(context)
             warnings.filterwarnings("ignore", "Using a non-tuple sequence")  # of a tensor["key"], which fails
             output = call(model, example_inputs)
-    except Exception as error:  # of whatever kind: the code is somebody's own
+    except Exception as error:  # of whatever kind: the code is a user's own
         kinds = (ValueError, TypeError, RuntimeError)
         kind = next((each for each in kinds if isinstance(error, each)), ValueError)
         if isinstance(error, kinds) and type(error).__module__ != "builtins":  # says of itself what it is
@@ -244,7 +244,7 @@ def observe(model: nn.Module, example_inputs: Any, matched: list[str]) -> Trace:
 
     Args:
         model, example_inputs: see `validate`.
-        matched: names of the modules that noise goes in front of.
+        matched: names of the modules that noise goes before.
     """
     trace = Trace()
     observer = _Observer(trace, set(matched), example_inputs)

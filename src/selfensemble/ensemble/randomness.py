@@ -1,4 +1,4 @@
-"""Whether a network is random, found out by asking: noise of any kind, whoever draws it."""
+"""Whether a network is random, found out by asking: noise of any kind, whatever draws it."""
 
 from collections.abc import Callable
 

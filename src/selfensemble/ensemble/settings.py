@@ -1,4 +1,4 @@
-"""What a module was told beside its weights: attributes, functions in place of its own, hooks of others."""
+"""What a module was told beside its weights: attributes, replaced functions, hooks of others."""
 
 import functools
 from typing import Any

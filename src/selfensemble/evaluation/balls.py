@@ -17,8 +17,8 @@ def within(found: Tensor, x: Tensor, norm: str, eps: float, farther: bool, bound
         found, x: attacked and original images, within the bounds.
         norm, eps: the ball, in the units of the bounds.
         farther: take each image inside on in its direction as far as the ball and the bounds allow. The
-            nearest image that fools a random network lies where half of its answers are right; whoever may
-            go farther will.
+            nearest image that fools a random network lies where half of its answers are right; an attack that
+            can move farther fools more.
         bounds: of the inputs.
     """
     if bounds != UNIT:

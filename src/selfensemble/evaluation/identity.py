@@ -35,9 +35,16 @@ def claim(path: Path, identity: dict[str, Any]) -> None:
     before = read_json(path, "restore it, or use another folder")
     from ..training.recipe import differing_keys
 
-    if before != identity:
+    if _without_words(before) != _without_words(identity):
         names = ", ".join(differing_keys(before, identity)[:6]) if isinstance(before, dict) else "all"
         raise ValueError(f"{folder} holds a run that differs in {names}; it is untouched: use another folder")
+
+
+def _without_words(identity: Any) -> Any:
+    """The same without the description of its protocol, which has no effect."""
+    if not isinstance(identity, dict) or not isinstance(identity.get("protocol"), dict):
+        return identity
+    return identity | {"protocol": identity["protocol"] | {"description": ""}}
 
 
 def data_record(inputs: Inputs, labels: Tensor) -> DataRecord:

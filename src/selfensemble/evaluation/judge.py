@@ -33,7 +33,7 @@ class Verdict:
         labels: (B,) int64, the true classes, beside the answers.
         lead: (B,) mean over the queries of `max p_j - p_y`, j != y: above 0 the attack has the lead.
         l2: (B,) Euclidean distance to the originals, in the units of the images.
-        linf: (B,) largest change of a pixel, likewise.
+        linf: (B,) largest change of a pixel, in the same units.
     """
 
     answers: Tensor
@@ -73,7 +73,7 @@ class Verdict:
         return self.wrong.cpu().double().mean(dim=1)
 
     def persistent(self, queries: int) -> float:
-        """Mean over the images of `1 - (1 - p)^k`: one of k queries is answered wrongly.
+        """Mean over the images of `1 - (1 - p)^k`: at least one of k queries gets a wrong answer.
 
         Unbiased: of an image with w wrong answers in Q, k of the Q queries drawn without replacement
         miss all of them with probability C(Q - w, k) / C(Q, k). (`1 - (1 - w/Q)^k` is too low.)

@@ -1,5 +1,6 @@
 """What an evaluation writes: `results.json`, its schema and its version."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,8 +37,8 @@ class Entry(Record):
         seeds: accuracy by each seed of the defender's noise.
         all_seeds: share answered correctly under every one of them.
         wrong_per_query: mean probability of a wrong answer to one query.
-        persistent: by number of queries k, the share of images of which one of k queries is answered
-            wrongly: the mean of `1 - (1 - p)^k`.
+        persistent: by number of queries k, the share of images of which at least one of k queries gets
+            a wrong answer: the mean of `1 - (1 - p)^k`.
         rms_l2, median_l2, mean_linf, max_linf: distances to the originals, in [0, 1] pixels.
         gradients, forwards: evaluations an image that the attack spent, one noise draw each.
         published: of AutoAttack, the share of the images that are robust by the published code's own rule, a
@@ -75,6 +76,21 @@ class CheckRecord(Record):
     passed: bool | None  # None: it does not apply, `advice` says why
     figure: str
     advice: str
+
+
+class Impossible(Record):
+    """An attack of the protocol that could not be made; this is no sign of robustness.
+
+    Attributes:
+        title, attack, norm, eps: see `Entry`.
+        reason: why not.
+    """
+
+    title: str
+    attack: str
+    norm: str | None = None
+    eps: float | None = None
+    reason: str
 
 
 class DataRecord(Record):
@@ -123,7 +139,11 @@ class ModelRecord(Record):
 
 
 class Results(Record):
-    """What stands in `results.json`; see `Entry` for the figures."""
+    """The content of `results.json`; see `Entry` for the figures.
+
+    Attributes:
+        impossible: attacks of the protocol that the model made impossible; empty for most models.
+    """
 
     format: Literal["selfensemble-evaluation"] = "selfensemble-evaluation"
     format_version: int = FORMAT_VERSION
@@ -135,7 +155,17 @@ class Results(Record):
     attacks: tuple[Entry, ...]
     worst_case: tuple[Entry, ...]
     checks: tuple[CheckRecord, ...] | None = None
+    impossible: tuple[Impossible, ...] = ()
     provenance: dict[str, Any]
+
+    def record(self) -> dict[str, Any]:
+        """What the file holds; `impossible` only where there is one, as earlier versions read it."""
+        return self.model_dump(mode="json", exclude=None if self.impossible else {"impossible"})
+
+
+def is_weak(members: Sequence[Results]) -> bool:
+    """Whether a protocol has no worst case of several attacks at a radius: it was not made to judge."""
+    return not any(entry.eps is not None for each in members for entry in each.worst_case)
 
 
 def read_results(path: str | Path) -> Results:

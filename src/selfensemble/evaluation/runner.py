@@ -8,7 +8,7 @@ What the attacks found is written before the honesty checks run, which add their
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attacks.autoattack import published_rule
 from ..attacks.budget import count_evaluations
@@ -37,22 +37,19 @@ from ..runtime.texts import read_json
 from . import collect
 from .balls import within
 from .eight_bits import in_8_bits
-from .identity import claim, data_record, duration, model_record
+from .estimate import FORWARD, Clock, gradients, seconds_per_gradient
+from .identity import claim, data_record, model_record
 from .judge import judge
+from .masked import possible
 from .protocol import MINIMUM_NORM, Protocol, Run, expand
 from .results import RESULTS, CheckRecord, Results, read_results
 from .shards import CLEAN, PUBLISHED, Plan, Shards, leading, plans_of
 from .turns import earlier, left_over
 
-RUN, SHARDS, TIMINGS, TABLE, GALLERY, CHECKS = (
-    "run.json",
-    "shards",
-    "timings.json",
-    "images.csv",
-    "gallery.safetensors",
-    "checks.json",
-)
+RUN, TIMINGS = "run.json", "timings.json"
+SHARDS, TABLE, GALLERY, CHECKS = "shards", "images.csv", "gallery.safetensors", "checks.json"
 Progress = Callable[[str, float], None]
+Unit = tuple[int, int, Run | Plan]  # number of the slice, its first image, what is done with it
 _AGAIN = "delete it and run the same again"
 _BATCH = 200
 _EXAMINED = 200  # images at most that the checks look at
@@ -96,16 +93,18 @@ class Evaluation:
         self.bounds = bounds_of(self.ensemble)
         if self.max_batch is None:
             self.max_batch = batch_size(_BATCH, self.data.shape)
+        self.attacked = self.ensemble
+        if self.protocol.precision != "float32":
+            self.attacked = optimize(self.ensemble, self.inputs[:2], self.protocol.precision)
         self.runs = expand(self.protocol)
+        self._try_settings()
+        planned = possible(self.protocol, self.runs, self._models(), self.inputs[:1], self.labels[:1])
+        self.runs, self.impossible = planned.runs, planned.impossible
         self.plans = list(plans_of(self.runs, math.prod(self.data.shape)))
         # Units of work in order: no attack, the attacks, and the worst cases that choose among them.
         worst = [plan for plan in self.plans if plan.members]
         self.work: list[Run | Plan] = [self.plans[0], *self.runs, *worst]
         self.shards = Shards(self.out / SHARDS, self.plans, self.inputs, self.protocol.shard)
-        self.attacked = self.ensemble
-        if self.protocol.precision != "float32":
-            self.attacked = optimize(self.ensemble, self.inputs[:2], self.protocol.precision)
-        self._try_settings()
         self.model = model_record(self.ensemble, self.name, self.architecture)
         self.data_record = data_record(self.inputs, self.labels)
         claim(
@@ -119,6 +118,10 @@ class Evaluation:
                 "device": next((p.device.type for p in self.ensemble.parameters()), "cpu"),
             },
         )
+
+    def _models(self) -> tuple[nn.Module, nn.Module]:
+        """The defender, and what attacks follow."""
+        return self.ensemble, self.attacked
 
     def _identity(self) -> dict[str, Any]:
         """What tells the answers of one model from those of another."""
@@ -151,25 +154,37 @@ class Evaluation:
         starts = enumerate(self.shards.starts)
         units = [(number, start, work) for number, start in starts for work in self.work]
         mine = [unit for unit in units if unit[0] % self.world == self.rank]
-        began, computed = time.monotonic(), 0
-        for place, (number, start, work) in enumerate(mine):
-            path = self.shards.path(work, start)
-            if path.is_file():
+        open_ = [unit for unit in mine if not self.shards.path(unit[2], unit[1]).is_file()]
+        clock = self._clock(open_) if open_ else None
+        for place, unit in enumerate(mine):
+            if clock is None or unit not in open_:
                 continue
-            left = ""
-            if computed:
-                seconds = (time.monotonic() - began) / computed * (len(mine) - place)
-                left = f", about {duration(seconds)} left"
-            text = f"images {start} to {self.shards.part(start).stop - 1}: {work.title}{left}"
+            number, start, work = unit
+            text = f"images {start} to {self.shards.part(start).stop - 1}: {work.title}{clock}"
             self.progress(text, place / len(mine))
             self._compute(number, start, work)
-            computed += 1
+            clock.finished(self._gradients(unit), is_attack=isinstance(work, Run))
         self.progress("writing results", 1.0)
         wait_for_all(self.world)
         if self.rank == 0:
             self._finish()
         wait_for_all(self.world)
         return read_results(self.out)
+
+    def _clock(self, units: Sequence[Unit]) -> Clock:
+        """For units that are not done yet."""
+        some = slice(0, self.protocol.shard)
+        rate = seconds_per_gradient(self.attacked, self.inputs[some], self.labels[some])
+        return Clock(sum(map(self._gradients, units)), rate)
+
+    def _gradients(self, unit: Unit) -> float:
+        """What a unit of work costs at most, the judge included."""
+        _, start, work = unit
+        part, answer = self.shards.part(start), FORWARD * float(self.ensemble.draws)
+        each = answer * self._many()
+        if isinstance(work, Run):
+            each = gradients(work) + answer * self.protocol.judge.seeds * len(work.radii)
+        return float(each * (part.stop - part.start))
 
     def _seed(self, *numbers: int) -> int:
         seed = self.protocol.seed
@@ -217,7 +232,7 @@ class Evaluation:
             left = left_over(members, y, self.protocol.judge.seeds)
             found, rows = left.best.clone(), rows[left.open]
         with ExitStack() as base:
-            for model in (self.ensemble, self.attacked) if run.surrogate is not None else ():
+            for model in self._models() if run.surrogate is not None else ():
                 base.enter_context(noise_disabled(model))
             images = run.call()(
                 self.attacked, x[rows], y[rows], seed=seed, max_batch=self.max_batch, **run.settings
@@ -264,15 +279,16 @@ class Evaluation:
             attacks=tuple(entries[plan.key] for plan in self.plans if plan.run is not None),
             worst_case=tuple(entries[plan.key] for plan in self.plans if plan.members),
             checks=self._known_checks(),
+            impossible=tuple(self.impossible),
             provenance=about,
         )
-        write_json(self.out / RESULTS, results.model_dump(mode="json"))
+        write_json(self.out / RESULTS, results.record())
         atomic_write(self.out / TABLE, collect.table(self.shards, self.labels).encode())
         atomic_write(self.out / GALLERY, collect.gallery(self.shards, self.labels, self.bounds))
         self._write_timings()
         if self.protocol.checks and results.checks is None:
             examined = results.model_copy(update={"checks": self._checks()})
-            write_json(self.out / RESULTS, examined.model_dump(mode="json"))
+            write_json(self.out / RESULTS, examined.record())
             self._write_timings()
 
     def _write_timings(self) -> None:

@@ -52,7 +52,7 @@ class Setting:
 
     @property
     def max_batch(self) -> int:
-        """Images a pass of attacks and judge, several draws of one image counted as so many images."""
+        """Images a pass of attacks and judge, several draws of one image counted as separate images."""
         return 200 if self.device.type == "cpu" else 1600
 
     @cached_property

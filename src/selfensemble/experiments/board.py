@@ -119,7 +119,7 @@ class Board(Experiment):
             for look, record in enumerate(records)
             if (key := _worst(record, "linf")) is not None
         ]
-        panel = Panel("worst case, L-inf 8/255", "queries", "images never answered wrongly, %", lines, "log")
+        panel = Panel("worst case, L-inf 8/255", "queries", "images without a wrong answer, %", lines, "log")
         caption = (
             "Images that get only right answers, against how often they are asked; bars: 95 % intervals."
         )

@@ -1,4 +1,4 @@
-"""Networks compared by how far C&W with binary search may go."""
+"""Networks compared by the distance that C&W with binary search is allowed."""
 
 from collections.abc import Callable, Sequence
 
@@ -43,7 +43,7 @@ def median_distance(record: Record) -> float:
 
 
 def distance_table(records: Sequence[Record]) -> list[Table]:
-    """Accuracy by the distance that the attack may go, for all networks."""
+    """Accuracy by the distance that the attack is allowed, for all networks."""
     keys = [by_radius(record) for record in records]
     radii = sorted({radius for each in keys for radius in each})
     rows = []

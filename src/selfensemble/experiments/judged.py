@@ -66,7 +66,7 @@ def rms(record: Record, key: str) -> float:
 
 
 def wrong(record: Record, key: str) -> NDArray[np.bool_]:
-    """(N,) whether the first seed answers wrongly."""
+    """(N,) whether the first seed gives a wrong answer."""
     first: NDArray[np.bool_] = ~record.bits(f"{key}.right")[:, 0]
     return first
 

@@ -161,7 +161,7 @@ def trained(
     if differing:
         raise ValueError(
             f"{folder} holds a network of another recipe (different: {', '.join(differing)}); it is "
-            "untouched: pass another --models, or remove it to train anew"
+            "untouched: pass another --models, or remove it to train again"
         )
     results = folder / RESULTS
     training = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}

@@ -79,8 +79,8 @@ class FastEnsemble(OptimizedCopy, SelfEnsemble):
         here, there = _device_of(self), _device_of(self.original)
         if here != there:
             raise ValueError(
-                f"an optimised copy is on {here} and its original on {there}: move the copy, and its "
-                "original comes along"
+                f"an optimised copy is on {here} and its original on {there}: move the copy, which "
+                "moves its original too"
             )
         network = self.model.get_submodule("network")
         ours, theirs = _noise(network), _noise(self.original.model)

@@ -36,7 +36,7 @@ class _Switches:
         matmul: "highest", "high" or "medium".
         cudnn, onednn: whether TF32 was allowed; the second is None where torch has no such switch.
         parts: what each was told itself, of those of torch 2.9; what nobody told a part, but torch has for it
-            until somebody does, looks the same.
+            until someone does, looks the same.
         effective: what held for each.
     """
 

@@ -204,7 +204,7 @@ def _overwrite_(graph: fx.GraphModule) -> None:
 
 
 def _is_plain_relu(module: nn.Module | None) -> bool:
-    """Whether nothing is called with it: a random layer in front of it or behind it would be lost."""
+    """Whether nothing is called with it: a random layer before it or behind it would be lost."""
     return isinstance(module, nn.ReLU) and not (module._forward_pre_hooks or module._forward_hooks)
 
 

@@ -46,7 +46,7 @@ def can_prepack(convolution: nn.Module) -> TypeGuard[nn.Conv2d]:
 class PrepackedConvolution(nn.Conv2d):
     """Stands in for a convolution, and for the ReLU behind it.
 
-    Noise that was injected in front of the convolution goes along. Weights have no gradients.
+    Noise that was injected before the convolution goes along. Weights have no gradients.
 
     Args:
         convolution: one that `can_prepack` accepts.

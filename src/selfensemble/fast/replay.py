@@ -2,7 +2,7 @@
 
 A step of a small network is some hundred launches of short kernels, which take a CPU longer to ask for than
 a GPU to do. The streams of the noise are those of eager steps: their generators belong to the graph, and are
-seeded anew before each replay.
+seeded again before each replay.
 """
 
 import warnings

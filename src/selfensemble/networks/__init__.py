@@ -1,1 +1,1 @@
-"""The networks that come along."""
+"""The included networks."""

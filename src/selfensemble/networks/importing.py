@@ -1,4 +1,4 @@
-"""Somebody's own code by name, as `uvicorn` and `gunicorn` take it: `package.module:attribute`, or a file."""
+"""A user's own code by name, as `uvicorn` and `gunicorn` take it: `package.module:attribute`, or a file."""
 
 import hashlib
 import importlib
@@ -76,7 +76,7 @@ def _module(place: str) -> ModuleType:
                 f"no module {place} in {Path.cwd()} or among what is installed: go to the folder that it "
                 "lies in, or write path/to/file.py:attribute"
             ) from error
-        except (Exception, SystemExit) as error:  # whatever somebody's code raises
+        except (Exception, SystemExit) as error:  # whatever someone's code raises
             raise ValueError(f"importing {place} failed: {described(error)}") from error
 
 
@@ -129,7 +129,7 @@ def _module_in_file(path: Path) -> ModuleType:
 def _importing_from(folder: Path) -> Iterator[None]:
     """Within this context modules are looked for in `folder` first; afterwards last.
 
-    Last, so that what is imported later, by whoever it may be, is not taken from a file of that name there.
+    Last, so that what is imported later, by any code, is not taken from a file of that name there.
     """
     place = str(folder)
     known = place in sys.path or ("" in sys.path and folder == Path.cwd())
@@ -167,7 +167,7 @@ def _is_code(value: object) -> bool:
 
 
 def described(error: BaseException) -> str:
-    """Kind, message and place of an error in somebody else's code, in one line."""
+    """Kind, message and place of an error in someone else's code, in one line."""
     text = " ".join(str(error).split())
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:

@@ -44,7 +44,7 @@ def network_from(
         pretrained: whether networks of libraries get the library's weights, where `weights` are not given.
 
     Returns:
-        A network of its own, on the CPU, in the mode that its factory gave it. What its weights are drawn
+        A separate network, on the CPU, in the mode that its factory gave it. What its weights are drawn
         from, where they are drawn, is torch's global random state. It remembers its name, see `name_of`.
         Mean and std that it wants its images standardised by are not in it: see `expected_images`.
 

@@ -68,7 +68,7 @@ class AlignedNoise(PlacedLayer):
 
 
 class AlignedNoiseConfig(Randomness):
-    """Aligned noise in front of the last linear layer.
+    """Aligned noise before the last linear layer.
 
     Attributes:
         scale: of L before training.

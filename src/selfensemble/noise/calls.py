@@ -219,7 +219,7 @@ def in_eval_mode_now(module: nn.Module) -> bool:
 
 @contextmanager
 def without_weight_gradients(model: nn.Module) -> Iterator[None]:
-    """Within this context no parameter of `model` wants a gradient; likewise."""
+    """Within this context no parameter of `model` gets a gradient; for this thread alone."""
     parameters = list(model.parameters())
     with _gradients.lock:
         _gradients.enter(parameters)

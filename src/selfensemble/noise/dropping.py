@@ -1,6 +1,6 @@
 """Activations dropped at random, at test time as well: dropout, and stochastic activation pruning (SAP).
 
-Both act behind every activation function. Sources: Srivastava et al., Dropout, JMLR 2014, kept on at test
+Both act after every activation function. Sources: Srivastava et al., Dropout, JMLR 2014, kept on at test
 time; Dhillon et al., Stochastic Activation Pruning for Robust Adversarial Defense, ICLR 2018, who compare
 with it. Athalye et al., Obfuscated Gradients Give a False Sense of Security, ICML 2018, section 5.2, broke
 SAP by averaging over it.
@@ -18,7 +18,7 @@ from .streams import Sampling
 
 
 class _Dropping(PlacedLayer):
-    """Keeps each activation with a probability of its own, and divides it by that."""
+    """Keeps each activation with its own probability, and divides it by that."""
 
     is_continuous = False
 
@@ -104,7 +104,7 @@ class ActivationPruning(_Dropping):
 
 
 class DropoutConfig(Randomness):
-    """Dropout behind every activation function, at test time as well.
+    """Dropout after every activation function, at test time as well.
 
     Attributes:
         p: probability that an activation is dropped.
@@ -125,7 +125,7 @@ class DropoutConfig(Randomness):
 
 
 class PruningConfig(Randomness):
-    """Stochastic activation pruning behind every activation function, at test time alone.
+    """Stochastic activation pruning after every activation function, only at test time.
 
     Attributes:
         share: of draws, in activations.

@@ -1,4 +1,4 @@
-"""In front of which modules noise goes."""
+"""Before which modules noise goes."""
 
 from collections.abc import Callable
 from typing import Literal, get_args
@@ -31,7 +31,7 @@ _FILTERS: dict[str, FilterFn] = {"conv": is_convolution, "linear": is_linear, "c
 
 
 def matching(model: nn.Module, filter_fn: FilterFn) -> list[str]:
-    """Names of the modules that noise goes in front of, in order of registration.
+    """Names of the modules that noise goes before, in order of registration.
 
     Of a layer that an adapter wraps (LoRA of peft: `base_layer` beside what it learns) the adapter itself,
     once: all that is in it reads the same input.

@@ -59,7 +59,7 @@ def _guard_hooks(config: Any) -> None:
 
 
 def forget_graphs() -> None:
-    """Make `torch.compile` record anew, at their next call, all graphs of this process.
+    """Make `torch.compile` record again, at their next call, all graphs of this process.
 
     Which of them hold a given module is not known: a function around a network may be compiled as well.
     """
@@ -117,7 +117,7 @@ def _stance(name: str) -> AbstractContextManager[Any]:
 
 
 def original_modules(model: nn.Module) -> nn.Module:
-    """`model` with what `torch.compile` wrapped in place of its wrappers; the parts are changed in place."""
+    """`model` with what `torch.compile` wrapped instead of its wrappers; the parts are changed in place."""
     if isinstance(model, torch.jit.ScriptModule):
         return model
     for name, child in list(model._modules.items()):

@@ -158,8 +158,8 @@ def inject_noise_(
     fqns = matching(model, filter_fn)
     if not fqns:
         raise ValueError(
-            "no module matches filter_fn (by default convolutions): nothing to put noise in front "
-            'of. Pass filter_fn, "linear" or "conv+linear" say (--filter, noise.filter of recipes), and see '
+            "no module matches filter_fn (by default convolutions): nothing to put noise before. "
+            'Pass filter_fn, "linear" or "conv+linear" say (--filter, noise.filter of recipes), and see '
             "validate(model, example_inputs) for convolutions that are called as functions"
         )
     if example_inputs is not None:
@@ -187,7 +187,7 @@ def _check_open(model: nn.Module, filter_fn: FilterFn) -> None:
 
 
 def attach_noise_(model: nn.Module, stds: Mapping[str, Std]) -> nn.Module:
-    """Put noise of the given levels in front of the named modules; their order numbers the layers."""
+    """Put noise of the given levels before the named modules; their order numbers the layers."""
     modules = [(model.get_submodule(fqn), fqn or "the model") for fqn in stds]
     for module, name in modules:
         if isinstance(module, torch.jit.ScriptModule):

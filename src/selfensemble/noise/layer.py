@@ -28,7 +28,7 @@ from .operators import (
 )
 from .streams import Sampling, check_sampling, is_within_a_draw, random_source
 
-CHILD = "gaussian_noise"  # by which a module has the layer in front of it
+CHILD = "gaussian_noise"  # by which a module has the layer before it
 
 
 class RandomLayer(nn.Module):
@@ -67,7 +67,7 @@ class RandomLayer(nn.Module):
     def _replicate_for_data_parallel(self) -> Any:
         if self.enabled and self.varies and (is_within_a_draw() or is_off(self.identity)):
             raise ValueError(
-                "nn.DataParallel runs its devices in threads of its own, which know nothing of draws of a "
+                "nn.DataParallel runs its devices in its own threads, which know nothing of draws of a "
                 "prediction, of seeds and noise_disabled: use DistributedDataParallel, or give it one device"
             )
         return super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]

@@ -172,7 +172,7 @@ add_noise.register_autograd(_identity_backward)
     "selfensemble::unit_noise", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
 )
 def unit_noise(inputs: Tensor, layer: int, shared: bool, pairs: bool, call: int) -> Tensor:
-    """Noise of level 1 for `inputs`, likewise."""
+    """Noise of level 1 for `inputs`, in the same way."""
     if called_off(call):
         return torch.zeros_like(inputs)
     noise = scalable_noise(inputs, random_source(layer, shared, inputs.device), pairs)

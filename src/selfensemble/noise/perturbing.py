@@ -1,7 +1,7 @@
 """Learn2Perturb: Gaussian noise with a learned level for every neuron, before every activation function.
 
 Source: Jeddi et al., Learn2Perturb: an End-to-end Feature Perturbation Learning to Improve Adversarial
-Robustness, CVPR 2020: a module behind each block adds `theta * N(0, 1)` to its features before the
+Robustness, CVPR 2020: a module after each block adds `theta * N(0, 1)` to its features before the
 activation, theta of the shape of the features, above 0, from 0.25 at the start and never below 0.01 (their
 code). Its training, with the harmonic regulariser, is `PerturbationTraining`.
 """
@@ -130,8 +130,8 @@ def _shapes(model: nn.Module, modules: tuple[str, ...], example_inputs: Any) -> 
     def note(fqn: str, shape: tuple[int, ...]) -> None:
         if found.setdefault(fqn, shape) != shape:
             raise ValueError(
-                f"{fqn} is called with features of shapes {found[fqn]} and {shape}: give each place an "
-                "activation module of its own, or leave it out of `modules`"
+                f"{fqn} is called with features of shapes {found[fqn]} and {shape}: give each place a "
+                "separate activation module, or leave it out of `modules`"
             )
 
     with OwnHooks() as hooks:

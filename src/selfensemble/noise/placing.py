@@ -1,7 +1,7 @@
 """Where random layers go in a network that exists: settings that know their places, and how they are called.
 
 Layers with random weights take the place of a convolution or a linear layer, which becomes one of them.
-Others are children of the module that they act on, called by a hook in front of it or behind it. Nothing is
+Others are children of the module that they act on, called by a hook before it or behind it. Nothing is
 renamed or replaced, as with `inject_noise_`.
 """
 

@@ -1,9 +1,9 @@
-"""Random projection filters (RPF): a share of a convolution's filters is drawn anew at every call.
+"""Random projection filters (RPF): a share of a convolution's filters is drawn again at every call.
 
 Source: Dong & Xu, Adversarial Robustness via Random Projection Filters, CVPR 2023. In the first convolution
 48 of 64 filters are random, with entries from `N(0, 1/r^2)` for filters of r by r pixels, as their code
 draws them; the others are learned, and brought to the same spread, `w / (r * std(w))` with the standard
-deviation of each filter. It is trained adversarially, its filters drawn anew for the attack and for the step
+deviation of each filter. It is trained adversarially, its filters drawn again for the attack and for the step
 (theirs holds the draw through one attack; here each pass has its own). Their evaluation attacks one draw and
 answers with another; under attacks that average over the filters nothing was published.
 """

@@ -1,8 +1,8 @@
 """Layers with random weights: convolutions and linear layers that draw their weights at every call.
 
-Where sampling is shared a batch has one draw of the weights; per image, each image of a batch has weights of
-its own, and the batch is one grouped convolution. In training the batch has one draw, as in the papers that
-the kinds are from: other weights for each image of a step would cost as many weight gradients as images.
+Where sampling is shared a batch has one draw of the weights; per image, each image of a batch has its
+own weights, and the batch is one grouped convolution. In training the batch has one draw, as in the papers
+that the kinds are from: other weights for each image of a step would cost as many weight gradients as images.
 `noise_draw(sampling="per_image")` gives each its own all the same.
 
 A layer becomes random in place, as `torch.nn.utils.parametrize` does it: the object stays, with its

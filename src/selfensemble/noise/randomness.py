@@ -34,7 +34,7 @@ def randomise_(model: nn.Module, config: AnyRandomness, example_inputs: Any = No
     Args:
         model: any module; noise may be injected before or after.
         config: which kind, e.g. `ParametricNoiseConfig()`.
-        example_inputs: a batch, likewise a tuple of arguments or a dict of keywords. With it, places are in
+        example_inputs: a batch, or a tuple of arguments or a dict of keywords. With it, places are in
             the order in which a pass calls them; kinds with a level for every neuron need it.
 
     Returns:

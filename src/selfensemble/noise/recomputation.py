@@ -33,7 +33,7 @@ NO_PASSES = Passes([], None)
 
 
 def passes() -> Passes:
-    """Those of the call of whoever asks."""
+    """Those of the call that asks."""
     backward = torch._C._current_graph_task_id() != -1
     hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     if not (backward or hooked) and torch.is_grad_enabled():

@@ -93,7 +93,7 @@ def _layer_before(network: nn.Module, fqn: str) -> GaussianNoise | None:
 
 
 class _Saving:
-    """In place of `save_pretrained` of a network of transformers, which writes what the list says.
+    """Instead of `save_pretrained` of a network of transformers, which writes what the list says.
 
     Args:
         network: whose method it is.
@@ -125,7 +125,7 @@ def saved_levels(model: nn.Module) -> dict[str, Std]:
             except AttributeError as error:
                 raise ValueError(
                     f"{type(network).__name__} was saved with noise before {entry['module']!r}, and "
-                    f"lacks it: load the class that was saved, or delete config.{KEY} and inject anew"
+                    f"lacks it: load the class that was saved, or delete config.{KEY} and inject noise again"
                 ) from error
             if entry["std"] is None:
                 raise ValueError(

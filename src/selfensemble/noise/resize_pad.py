@@ -1,4 +1,4 @@
-"""Random resize-and-pad: a randomised layer in front of a network, in training and at test time.
+"""Random resize-and-pad: a randomised layer before a network, in training and at test time.
 
 Source: Xie et al., Mitigating Adversarial Effects Through Randomization, ICLR 2018. They resize by the
 nearest neighbour; here it is bilinear, which gives attacks a better gradient. Athalye et al. (ICML 2018,
@@ -160,7 +160,7 @@ def _(inputs: Tensor, smallest: int, largest: int, layer: int, shared: bool, cal
 
 
 class ResizePadNetwork(nn.Module):
-    """`network` with `ResizePad` in front of it.
+    """`network` with `ResizePad` before it.
 
     Args:
         network: takes images of `config.largest` a side.

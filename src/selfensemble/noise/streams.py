@@ -276,7 +276,7 @@ def fresh_seed() -> int:
 
 
 def derived_seed(seed: int, index: int, layer: int) -> int:
-    """`stream_seed` as a seed of its own, of the same kind."""
+    """`stream_seed` as a separate seed of the same kind."""
     own = stream_seed(seed, index, layer)
     return WideSeed(own) if isinstance(seed, WideSeed) else own
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..artefacts.config import ArtefactConfig
 from ..evaluation.certified import Certified
-from ..evaluation.results import Entry, Results
+from ..evaluation.results import Entry, Impossible, Results
 from ..runtime.packages import needs
 from ..training.recipe import public_recipe
 from .facts import facts, usage
@@ -98,6 +98,7 @@ def _measured(config: ArtefactConfig, results: Sequence[Results]) -> str:
             "95 % Clopper-Pearson intervals:\n",
             "| attack | budget | accuracy | RMS L2 |\n|---|---|---|---|",
             *(_row(entry) for entry in (result.clean, *result.attacks, *result.worst_case)),
+            *(_row_without(each) for each in result.impossible),
         ]
     if not results:
         lines.append("\nNot evaluated under attack.")
@@ -152,6 +153,11 @@ def _row(entry: Entry) -> str:
     if entry.c is not None:
         budget = f"c = {entry.c:g}"
     return f"| {plain(entry.title)} | {budget} | {_share(entry.model_dump())} | {entry.rms_l2:.3f} |"
+
+
+def _row_without(each: Impossible) -> str:
+    budget = "" if each.eps is None else f"{each.norm} {each.eps:.4g}"
+    return f"| {plain(each.title)} | {budget} | not possible: gradients are masked |  |"
 
 
 def _share(record: dict[str, Any]) -> str:

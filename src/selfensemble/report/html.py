@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.certified import CERTIFIED, Certified, read_certified
-from ..evaluation.results import CheckRecord, Entry, ModelRecord, Results, read_results
+from ..evaluation.results import CheckRecord, Entry, ModelRecord, Results, is_weak, read_results
 from ..noise.layer import describe_std
 from ..runtime.files import atomic_write
 from ..runtime.packages import needs
@@ -17,7 +17,7 @@ from ..runtime.texts import utf8
 from .gallery import gallery
 from .shown import between, certified_plot, protocol_plots, row_title, threat_model
 from .svg import VIEW_BOX, Plot
-from .verdict import is_weak, verdicts
+from .verdict import verdicts
 
 with needs("selfensemble[report]"):
     import jinja2
@@ -166,7 +166,7 @@ def _checked(runs: Mapping[str, _Run]) -> list[dict[str, Any]]:
 def _notes(members: Sequence[Results]) -> list[str]:
     """What makes a comparison of these runs doubtful."""
     notes = []
-    keys = dict.fromkeys(key for results in members for key in results.protocol)
+    keys = dict.fromkeys(key for each in members for key in each.protocol if key != "description")
     first = members[0].protocol
     if differing := [k for k in keys if any(each.protocol.get(k) != first.get(k) for each in members)]:
         notes.append(

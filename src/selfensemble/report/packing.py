@@ -95,8 +95,9 @@ def write_card(
     ensemble: SelfEnsemble | None = None,
     licence: str | None = "apache-2.0",
     certificates: Sequence[Certified] = (),
+    out: Path | None = None,
 ) -> Path:
-    """Write `README.md` into the folder of a saved ensemble.
+    """Write the card of a saved ensemble, `README.md` in its folder.
 
     Args:
         model: the folder.
@@ -104,6 +105,7 @@ def write_card(
         ensemble: what lies there, if it cannot be read without help.
         licence: see `model_card`.
         certificates: certifications of just this network.
+        out: another file to write instead.
 
     Raises:
         ValueError: an evaluation or a certification is of another network.
@@ -119,5 +121,6 @@ def write_card(
                     f"run selfensemble {command} {model}"
                 )
     pixels = noise_on_pixels(saved, config)
-    atomic_write(model / CARD, utf8(model_card(name, config, results, licence, certificates, pixels)))
-    return model / CARD
+    target = model / CARD if out is None else out
+    atomic_write(target, utf8(model_card(name, config, results, licence, certificates, pixels)))
+    return target

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..evaluation.certified import Certified
 from ..evaluation.certified import Point as CertifiedPoint
-from ..evaluation.results import Entry, Results
+from ..evaluation.results import Entry, Impossible, Results
 from .published import COHEN, is_theirs
 from .svg import Line, Plot, Point, line
 
@@ -13,14 +13,14 @@ NORMS = {"linf": "L\N{INFINITY}", "l2": "L2", "l1": "L1"}
 _CLEAN_DASH = "3.5 2"
 
 
-def threat_model(entry: Entry) -> str:
+def threat_model(entry: Entry | Impossible) -> str:
     """What the attacker of `entry` may do, in words."""
     if entry.attack == "none":
         return "No attack"
     norm = NORMS.get(entry.norm, entry.norm) if entry.norm else None
     if norm and entry.eps is not None:
         return f"{norm}, \N{GREEK SMALL LETTER EPSILON} = {radius_text(entry.eps, entry.norm)}"
-    if entry.c is not None:
+    if isinstance(entry, Entry) and entry.c is not None:
         return "Fixed strength c"
     return f"Minimum distance, {norm}" if norm else "Minimum distance"
 
@@ -145,7 +145,7 @@ def _against_eps(runs: Mapping[str, Results], norm: str) -> Plot:
     caption = (
         f"Accuracy under attacks that may change an image by at most \N{GREEK SMALL LETTER EPSILON} in "
         f"{NORMS[norm]}. The worst case takes for every image the attack that harms it most; single attacks "
-        "stand in the table. Bars: 95 % intervals."
+        "are in the table. Bars: 95 % intervals."
     )
 
     def radius(entry: Entry) -> float | None:

@@ -1,6 +1,6 @@
 """Line plots of evaluation results, drawn as SVG for light and dark pages.
 
-An SVG holds no text of users: names of runs stand in the legend, which is HTML and wraps on a phone.
+An SVG holds no text of users: names of runs are in the legend, which is HTML and wraps on a phone.
 """
 
 import io

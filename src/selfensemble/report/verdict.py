@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from ..evaluation.certified import Certified
 from ..evaluation.certified import Point as CertifiedPoint
-from ..evaluation.results import Entry, Results
+from ..evaluation.results import Entry, Results, is_weak
 from .shown import NORMS, radius_text
 
 _CERTIFIED_SHOWN = 4  # radii of a certificate
@@ -21,6 +21,7 @@ class Verdict:
         left: by norm, the worst case at each radius, and how many attacks it is of.
         nearest: attacks that seek the nearest image that fools it: each with its median distance.
         weak: labels of evaluations that say little, for they attacked weakly.
+        masked: labels of evaluations in which attacks were not possible, for the model passes no gradient.
         certified: certificates, each with some of its radii.
         failed, passed: names of honesty checks; both empty where none was made.
     """
@@ -30,14 +31,10 @@ class Verdict:
     left: dict[str, list[tuple[str, Entry, int]]] = field(default_factory=dict)
     nearest: list[Entry] = field(default_factory=list)
     weak: list[str] = field(default_factory=list)
+    masked: list[str] = field(default_factory=list)
     certified: list[tuple[Certified, list[CertifiedPoint]]] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     passed: list[str] = field(default_factory=list)
-
-
-def is_weak(members: Sequence[Results]) -> bool:
-    """Whether a protocol has no worst case of several attacks at a radius: it was not made to judge."""
-    return not any(entry.eps is not None for each in members for entry in each.worst_case)
 
 
 def verdicts(runs: Mapping[str, Results], certified: Mapping[str, Certified]) -> list[Verdict]:
@@ -63,6 +60,8 @@ def _add(verdict: Verdict, label: str, results: Results) -> None:
         verdict.clean = results.clean
     if is_weak([results]):
         verdict.weak.append(label)
+    if results.impossible:
+        verdict.masked.append(label)
     for entry in results.worst_case:
         if entry.norm is not None and entry.eps is not None:
             attacks = sum((each.norm, each.eps) == (entry.norm, entry.eps) for each in results.attacks)

@@ -13,11 +13,11 @@ _LOADED = 350_000  # about as many objects as PyTorch and the modules of a comma
 
 
 def collect_garbage_later(objects: int = _LOADED) -> None:
-    """Have Python's first search for garbage come at so many objects, go on as usual, and end without one.
+    """Have Python's first search for garbage come at that many objects, go on as usual, and end without one.
 
     Modules that load make objects that stay, and Python would look through all of them again and again, and
     once more when the process ends: a seventh and a quarter of the time of `python -c "import torch"`. What
-    other exit handlers do comes first. For a process of its own, not for a library.
+    other exit handlers do comes first. For a separate process, not for a library.
     """
     usual = gc.get_threshold()
 
@@ -36,8 +36,8 @@ def keep_freed_memory(up_to: int | None = None) -> bool:
 
     By default a tensor of 32 MiB or more, and every one that ends the heap, is given back when it is freed,
     and the next one starts with page faults: 14,700 in a training step of half-width VGG16 on a CPU, which
-    takes 13 % less time without them (170 ms against 148, batch 128, 2 cores, torch 2.13.0). For a process of
-    its own, not for a library: the process keeps the most that it ever had.
+    takes 13 % less time without them (170 ms against 148, batch 128, 2 cores, torch 2.13.0). For a
+    separate process, not for a library: the process keeps the most that it ever had.
 
     Args:
         up_to: bytes; larger tensors, and bodies of requests, are given back when they are freed. For servers,

@@ -14,7 +14,7 @@ def sleep_sooner() -> bool:
     GNU's OpenMP, which PyTorch has on Linux, spins 300,000 times at the end of every operator that has two
     threads. On an idle machine that is never reached. Beside a busy process one thread waits so for the
     other, which waits for a core: a small network takes several times as long (`benchmarks/busy.py`). It has
-    to be set before PyTorch is loaded, and numbers do not change with it. For a process of its own, not for a
+    to be set before PyTorch is loaded, and numbers do not change with it. For a separate process, not for a
     library.
 
     Returns:

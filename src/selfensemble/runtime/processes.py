@@ -42,7 +42,7 @@ def check_restarts() -> None:
     """Refuse restarts under which processes read the addresses that those before them left behind.
 
     Their launcher's store outlives a restart and keys do not say which attempt they are of, so that processes
-    now and then connect to nobody and wait for ever (https://github.com/pytorch/pytorch/issues/135712).
+    now and then connect to nobody and wait forever (https://github.com/pytorch/pytorch/issues/135712).
 
     Raises:
         ValueError: the launcher may restart processes and shares its store with them.
@@ -51,5 +51,5 @@ def check_restarts() -> None:
     if restarts > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise ValueError(
             "restarts need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the launcher's environment: without it "
-            "processes started again may wait for those before them for ever"
+            "processes started again may wait for those before them forever"
         )

@@ -6,7 +6,7 @@ end. Whose answer nobody waits for any more leaves as well. The draws of each im
 other, or opposite in pairs where a rule says so; that images of one pass share their noise is no matter to
 any of them.
 
-What has images for itself (decisions, certificates, keyed noise) is computed by threads of their own, which
+What has images for itself (decisions, certificates, keyed noise) is computed by separate threads, which
 take turns with this one: a pass each.
 """
 

@@ -1,6 +1,6 @@
-"""Connections have time limits of their own, and none of them keeps the server from stopping.
+"""Connections have their own time limits, and none of them keeps the server from stopping.
 
-uvicorn waits for ever for headers, for a body and for a client that does not read its answer.
+uvicorn waits forever for headers, for a body and for a client that does not read its answer.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""What stands in front of the application: keys, origins, sizes, time limits; what is counted and logged."""
+"""What stands before the application: keys, origins, sizes, time limits; what is counted and logged."""
 
 import asyncio
 import hmac

@@ -1,4 +1,4 @@
-"""Decoding within limits: large images one at a time, in a thread of their own, so that small ones pass them.
+"""Decoding within limits: large images one at a time, in their own thread, so that small ones pass them.
 
 Requests with large images come one after the other, the first that came first: if they took turns, of many at
 once none would be answered in time.

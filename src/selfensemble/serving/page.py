@@ -200,7 +200,7 @@ class _Page:
         return (inputs - low) / (high - low)
 
     def _go_on(self, *_: object) -> None:
-        """In front of each pass of an attack: nobody may wait for it any more."""
+        """Before each pass of an attack: nobody may wait for it any more."""
         if self._given_up.is_set():
             raise AbandonedError("nobody waits for this attack")
 

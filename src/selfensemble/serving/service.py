@@ -83,7 +83,7 @@ class Service:
 
     @property
     def is_alive(self) -> bool:
-        """Whether anything will ever be computed again: if not, the process must be started anew."""
+        """Whether anything will ever be computed again: if not, the process must be started again."""
         return self.batcher is None or self.batcher.is_alive
 
     async def why_not_ready(self) -> str | None:

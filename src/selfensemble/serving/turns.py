@@ -136,7 +136,7 @@ class Lane:
 
 
 def in_thread(call: Callable[[], Any]) -> "Future[Any]":
-    """What `call` returns, to come: of a thread of its own, which does not keep the process from ending."""
+    """What `call` returns, to come: of a separate thread, which does not keep the process from ending."""
     job = _Job(call, Future())
     threading.Thread(target=lambda: _told(job), name="selfensemble-job", daemon=True).start()
     return job.answer

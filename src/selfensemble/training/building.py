@@ -97,7 +97,7 @@ def _is_file(weights: str) -> bool:
 
 
 def _check_answers(ensemble: SelfEnsemble, example: Tensor, data: ImageData) -> None:
-    """A network of somebody's own answers with as many classes as there are.
+    """A network of a user answers with as many classes as there are.
 
     Raises:
         ValueError: it does not.
@@ -113,7 +113,7 @@ def _check_answers(ensemble: SelfEnsemble, example: Tensor, data: ImageData) -> 
 
 
 def _places(recipe: Recipe, model: nn.Module, example: Tensor) -> FilterFn:
-    """In front of what noise goes. Where mean and std come first, the first noise is in front of them."""
+    """Before what noise goes. Where mean and std come first, the first noise is before them."""
     if recipe.noise.first == "features":
         return _behind_first(model, example)
     chosen = filter_named(recipe.noise.filter)

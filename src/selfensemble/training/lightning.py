@@ -19,7 +19,7 @@ with needs("lightning"):
 
 
 class _OnSaveCheckpoint:
-    """In place of a module's `on_save_checkpoint`: the levels of the noise go into the checkpoint, too.
+    """Instead of a module's `on_save_checkpoint`: the levels of the noise go into the checkpoint, too.
 
     Lightning calls it for every checkpoint, and callbacks only where it saves more than weights.
 

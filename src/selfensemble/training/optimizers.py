@@ -30,7 +30,7 @@ def make_optimizer(ensemble: nn.Module, config: TrainSection) -> torch.optim.Opt
 def _by_layer(model: nn.Module, parameters: list[nn.Parameter], config: TrainSection) -> list[dict[str, Any]]:
     """Groups of parameters of one learning rate and one weight decay.
 
-    Layers are the modules with parameters of their own, in the order of their registration. The last one has
+    Layers are the modules with their own parameters, in the order of their registration. The last one has
     the whole rate.
     """
     depth: dict[int, int] = {}

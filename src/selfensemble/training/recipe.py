@@ -119,7 +119,7 @@ def differing_keys(left: dict[str, Any], right: dict[str, Any], prefix: str = ""
 
 
 def public_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe without the folders that images and first weights lay in on somebody's machine."""
+    """A recipe without the folders that images and first weights lay in on someone's machine."""
     shown = dict(recipe)
     for section, key in (("data", "source"), ("model", "weights"), ("model", "network")):
         value = recipe.get(section, {}).get(key)

@@ -126,7 +126,7 @@ class NoiseSection(Section):
     `first`: where the noise of `init_std` is added, to the "image" as the paper says, or to "features",
     those of the first convolution, as the authors' code does; the image then has no noise, and nothing can
     be certified. `learn`: levels are learned from there, one a layer or one a channel; `hold`: the weight of
-    what keeps them up, see `selfensemble.noise.learned`. `filter`: which layers have noise in front of them.
+    what keeps them up, see `selfensemble.noise.learned`. `filter`: which layers have noise before them.
     `sampling`: whether inputs of a batch share the noise of a prediction; "per_image" for networks that put
     parts of an input (frames, windows) into the batch.
     """

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...attacks import apgd, pgd, random_noise, square
+from ...attacks.masking import NoGradientError
 from ...attacks.norms import largest_eps
 from ...ensemble.randomness import global_noise, other_seed
 from ...noise.injection import noise_disabled
@@ -143,5 +144,13 @@ def transfer_is_weaker(subject: Subject) -> CheckRecord:
 def black_box_is_weaker(subject: Subject) -> CheckRecord:
     """The Square Attack, which sees no gradients, does no more than the white-box attack."""
     found = subject.attack(square, queries=300, eot=3 if subject.is_random else 1)
+    try:
+        subject.base_line  # noqa: B018
+    except NoGradientError:
+        return failed(
+            f"white box not possible, Square {_share(found)}",
+            "gradients are masked: the model passes none to its inputs. What Square leaves is an upper bound "
+            "from a weak attack: replace what breaks the gradient by a differentiable approximation",
+        )
     advice = "gradients are masked: an attack without them does better, so a white-box figure means nothing"
     return _weaker(subject, found, "Square", advice)

@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from ...attacks.masking import NoGradientError
 from ...attacks.norms import check_eps, check_norm
 from ...attacks.units import bounds_of
 from ...data.labels import class_numbers
@@ -19,6 +20,7 @@ from ...noise.own_numbers import OwnNumbers
 from ...noise.streams import noise_draw, stream_seed
 from ..results import CheckRecord
 from . import attack_checks, noise_checks, output_checks
+from .findings import failed
 from .subject import Subject
 
 Progress = Callable[[str, float], None]
@@ -92,7 +94,7 @@ def doctor(
     with _left_as_it_was(model):
         for place, (name, check) in enumerate(CHECKS.items()):
             progress(name, place / len(CHECKS))
-            # One seed for all the noise of a check: its calls draw on, each anew, and records repeat.
+            # One seed for all the noise of a check: each call draws its next numbers, and records repeat.
             own = stream_seed(seed, place, 5)
             with noise_draw(own), OwnNumbers(own) if takes_numbers else nullcontext():
                 record = _examine(check, subject)
@@ -128,6 +130,12 @@ def _examine(check: Callable[[Subject], CheckRecord], subject: Subject) -> Check
         return check(subject)
     except torch.OutOfMemoryError:
         raise
+    except NoGradientError:
+        return failed(
+            "not possible",
+            "gradients are masked: the model passes none to its inputs, so only attacks without gradients "
+            "say something; see `black box is weaker`",
+        )
     except Exception as error:  # the model is a stranger's, and may fail in any way
         reason = " ".join(str(error).split())[:300]
         return CheckRecord(

@@ -53,7 +53,7 @@ def randomness(subject: Subject) -> CheckRecord:
         return failed(
             figure,
             "random numbers are drawn, yet all outputs are equal: the seed never changes, and an attacker "
-            "meets always the same noise; draw from fresh entropy",
+            "always sees the same noise; draw from fresh entropy",
         )
     if _random_in_training(subject):
         return failed(figure, "the model is random in training mode only: its noise is off at test time")

@@ -100,6 +100,11 @@ def logits(subject: Subject) -> CheckRecord:
     outputs = subject.outputs[0]
     if not torch.isfinite(outputs).all():
         return failed("NaN or infinite outputs", "fix the model: no attack can be judged on it")
+    if subject.gives_labels:
+        return failed(
+            "only 0 and 1, one 1 in each row",
+            "the outputs are labels (argmax, one-hot), not logits, and have no gradient: return the logits",
+        )
     if subject.gives_probabilities:
         return failed("rows sum to 1", "return logits: leave out the final softmax, or take the logarithm")
     many = torch.cat([subject.once(part) for part in subject.all_inputs.split(subject.max_batch)])
@@ -142,7 +147,7 @@ def gradients(subject: Subject) -> CheckRecord:
             return failed(
                 "none",
                 "the outputs do not depend differentiably on the images: attack without gradients "
-                "(square), or put an approximation in place of what breaks them",
+                "(square), or put an approximation instead of what breaks them",
             )
         (gradient,) = torch.autograd.grad(
             loss(outputs.float(), labels, False).sum(), leaf, materialize_grads=True

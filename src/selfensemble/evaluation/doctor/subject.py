@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...attacks.driver import attacked, check_batch, device_of, looks_like_probabilities, single_draw
+from ...attacks.masking import are_labels
 from ...attacks.pgd import pgd
 from ...attacks.units import bounds_of
 from ...ensemble.checks import floating_dtype
@@ -174,6 +175,11 @@ class Subject:
     def gives_probabilities(self) -> bool:
         """Whether outputs are distributions rather than logits."""
         return looks_like_probabilities(self.outputs[0])
+
+    @cached_property
+    def gives_labels(self) -> bool:
+        """Whether outputs are answers, 0 and 1, rather than logits."""
+        return are_labels(self.outputs[0])
 
     def with_gradient(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs (B, K) of one pass, and the images as the leaf of their graph."""

@@ -1,9 +1,9 @@
 """Training on attacked images: Madry et al., SmoothAdv, and RSE with adversarial training.
 
 Which of them it is, the noise levels say: none is adversarial training (Madry et al., ICLR 2018), noise
-on the input alone is SmoothAdv (Salman et al., NeurIPS 2019, section 2.2), noise in front of every
+on the input alone is SmoothAdv (Salman et al., NeurIPS 2019, section 2.2), noise before every
 convolution is adversarial training of a Random Self-Ensemble. With noise the attack maximises the loss
-of the ensemble, `-log(mean softmax over eot draws)`; every step draws its noise anew, and so does the
+of the ensemble, `-log(mean softmax over eot draws)`; every step draws fresh noise, and so does the
 training pass (Salman et al. keep one set of draws for all of them).
 """
 

@@ -25,7 +25,7 @@ class CrossEntropy(Defense):
         draws: noise draws of an image in one step; the method has 1.
         consistency: weight of the mean Kullback-Leibler divergence of the draws from their mean, which
             needs two draws or more (Jeong & Shin, NeurIPS 2020, equation 6).
-        input_std: Gaussian noise on the images in training alone, as Zantedeschi et al. (AISec 2017)
+        input_std: Gaussian noise on the images only in training, as Zantedeschi et al. (AISec 2017)
             augment; a defense that answers without noise.
     """
 
