@@ -253,8 +253,8 @@ def test_the_server_takes_named_networks_and_folders(here: Path) -> None:
     [
         (("--network-args", "{width: 8}"), "--network-args is not JSON"),
         (("--network-args", "8"), "keywords and values"),
-        (("--noise", "0.2"), "levels are written 0.1:0.05"),
-        (("--noise", "0.2:0.1,0:0"), "--noise is one level"),
+        (("--noise", "0.2"), "--noise is INIT:INNER"),
+        (("--noise", "0.2:0.1,0:0"), "--noise is INIT:INNER"),
         (("--filter", "pool"), "conv, linear, conv+linear"),
         (("--mean", "0.5"), "std is missing"),
         (("--mean", "124,116,104", "--std", "58,57,57"), "divide them by 255"),

@@ -243,6 +243,7 @@ SETTINGS: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.* runs before it")  # on purpose: noise moves to another layer
 @pytest.mark.parametrize("change", SETTINGS)
 @pytest.mark.parametrize("fast", [False, True])
 def test_settings_hooks_and_places_count(images: Tensor, change: str, fast: bool) -> None:
@@ -257,6 +258,7 @@ def test_settings_hooks_and_places_count(images: Tensor, change: str, fast: bool
         form.predict(images, stop="calibrated")
 
 
+@pytest.mark.filterwarnings("ignore:.* runs before it")
 def test_wrappers_and_passes_change_nothing(images: Tensor, tmp_path: Path) -> None:
     ensemble = rse.SelfEnsemble(Told().eval(), rse.NoiseConfig(0.3, 0.2), draws=10)
     before = fingerprint(ensemble)

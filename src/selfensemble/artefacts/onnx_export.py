@@ -147,7 +147,7 @@ def _check_repeats(ensemble: SelfEnsemble, images: Tensor) -> None:
         if ensemble.has_other_noise(images):
             raise ValueError(
                 "the answers of this network change from pass to pass by more than its random layers (random "
-                "numbers of Python or NumPy, a counter): an ONNX file would give one of them for ever. Take "
+                "numbers of Python or NumPy, a counter): an ONNX file would always give one of them. Take "
                 "that out, or draw with GaussianNoise"
             )
 

@@ -102,14 +102,15 @@ def noise_of(options: NetworkOptions) -> "NoiseConfig | None":
     if options.noise is None:
         return None
     try:
-        (level,) = levels_named(options.noise)
+        levels, reason = list(levels_named(options.noise)), ""
     except ValueError as error:
-        reason = f" ({error})" if ":" in options.noise else ""
+        levels, reason = [], f" ({error})" if ":" in options.noise else ""
+    if len(levels) != 1:
         raise InputError(
             "--noise is INIT:INNER, std of the noise on the input and before the other layers, e.g. 0.2:0.1; "
             f"got {options.noise!r}{reason}"
-        ) from error
-    return level
+        )
+    return levels[0]
 
 
 def sampling_of(options: NetworkOptions) -> "Sampling | None":
