@@ -31,6 +31,8 @@ class Masked(nn.Module):
         self.net, self.mask = net, mask
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.mask == "round":  # whose gradient torch takes for zero
+            return self.net((4 * x).round() / 4)  # type: ignore[no-any-return]
         outputs: Tensor = self.net((x > 0.5).float() if self.mask == "threshold" else x.detach())
         if self.mask == "one-hot":
             return nn.functional.one_hot(outputs.argmax(dim=1), 10).float()
@@ -85,6 +87,22 @@ def test_attacks_without_gradients_judge_it(
     # What is left is that of the attacks that were made; none of the others counts as withstood.
     assert max(entry.accuracy for entry in results.worst_case) < results.clean.accuracy or mask == "one-hot"
     assert evaluated(masked(net, mask, std), digits, protocol, tmp_path) == results  # continued
+
+
+def test_square_stands_beside_attacks_whose_gradients_are_zero(
+    net: nn.Module, digits: ImageData, tmp_path: Path
+) -> None:
+    attacks = [{"attack": "pgd", "eps": [0.1, 0.3], "steps": 5}]
+    protocol = Protocol.model_validate(SMALL | {"name": "some", "attacks": attacks})
+    results = evaluated(masked(net, "round"), digits, protocol, tmp_path)
+    assert results.impossible == ()
+    assert [(e.attack, e.eps) for e in results.attacks if "added" in e.title] == [
+        ("square", 0.1),
+        ("square", 0.3),
+    ]
+    found = {(entry.attack, entry.eps): entry.accuracy for entry in results.attacks}
+    worst = next(entry.accuracy for entry in results.worst_case if entry.eps == 0.3)
+    assert worst <= found["square", 0.3] < found["pgd", 0.3] - 0.3
 
 
 def test_square_is_added_only_where_there_is_none(net: nn.Module, digits: ImageData, tmp_path: Path) -> None:

@@ -2,15 +2,19 @@
 
 Attacks that need gradients are recorded as impossible. At each radius where one was planned and no Square
 Attack is, Square takes its place: without it nothing would be measured there, and that is no robustness.
+It stands beside them where gradients exist and are zero (rounding): such attacks run, and find nothing.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from ..attacks import ATTACKS
+from ..attacks.driver import single_draw
+from ..attacks.losses import cross_entropy, margin
 from ..attacks.masking import NEED_NO_GRADIENT, NoGradientError
 from ..attacks.units import bounds_of
 from ..noise.injection import noise_disabled
@@ -42,7 +46,7 @@ def possible(
         protocol: whose runs they are.
         runs: all of them.
         models: what is attacked, last, and others whose noise is off where it is attacked without noise.
-        inputs, labels: an image.
+        inputs, labels: a few images.
 
     Raises:
         ValueError: none of them can be made, and no radius is known at which Square could take their place.
@@ -50,7 +54,9 @@ def possible(
     reasons = {base: _reason(models, inputs, labels, base) for base in {run.surrogate for run in runs}}
     blocked = [run for run in runs if run.attack not in NEED_NO_GRADIENT and reasons[run.surrogate]]
     if not blocked:
-        return Planned(list(runs))
+        needing = [run for run in runs if run.attack not in NEED_NO_GRADIENT and run.surrogate is None]
+        zero = needing and _is_flat(models[-1], inputs, labels)
+        return Planned([*runs, *_square(needing if zero else [], runs, len(protocol.attacks))])
     left = [run for run in runs if run not in blocked]
     left += _square(blocked, left, len(protocol.attacks))
     if not left:
@@ -72,6 +78,17 @@ def _reason(models: Sequence[nn.Module], inputs: Tensor, labels: Tensor, base: s
         except NoGradientError as error:
             return str(error).partition(":")[0]
     return ""
+
+
+def _is_flat(model: nn.Module, inputs: Tensor, labels: Tensor) -> bool:
+    """Whether of most images every pixel's gradient is zero, by the cross-entropy and by the margin."""
+    size = torch.zeros(len(inputs), device=inputs.device, dtype=torch.float64)
+    for loss in (cross_entropy, margin):
+        images = inputs.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            losses = loss(single_draw(model)(images).float(), labels, False)
+        size += torch.autograd.grad(losses.sum(), images)[0].flatten(1).double().norm(dim=1)
+    return float((size == 0).double().mean()) > 0.5
 
 
 def _square(blocked: Sequence[Run], left: Sequence[Run], number: int) -> Iterator[Run]:
