@@ -95,4 +95,6 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments as they are written down, without the paths of this machine."""
-    return {key: value for key, value in vars(options).items() if key not in ("out", "data", "model")}
+    return {
+        key: value for key, value in vars(options).items() if key not in ("out", "data", "model", "alone")
+    }

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +40,7 @@ def test_waiting_more_than_twice_as_long_is_a_fault(soak: Any) -> None:
         assert faults["a 99th percentile more than twice that of the run alone"] == fault
         assert sum(faults.values()) == fault
         assert not any(soak.faults_of(slow, requests, None).values())
+
+
+def test_paths_of_a_machine_are_no_settings(soak: Any) -> None:
+    assert soak.settings(Namespace(alone=Path("soak.json"), out=None, requests=1)) == {"requests": 1}
