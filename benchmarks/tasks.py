@@ -116,8 +116,8 @@ TASKS = (
     ),
     Task(
         "I have a defense to judge",
-        "Someone claims that rounding makes the network robust. The doctor looks for misleading results, the "
-        "protocol attacks, and the report shows both.",
+        "Someone claims that rounding makes the network robust. The [doctor](glossary.md#doctor) looks for "
+        "misleading results, the [protocol](glossary.md#protocol) attacks, and the report shows both.",
         {"defense.py": _DEFENSE},
         (
             "selfensemble doctor defense.py:Rounded --weights rounded.safetensors --noise 0:0 --data digits "

@@ -2,7 +2,7 @@
 
 Attacks that need gradients are recorded as impossible. At each radius where one was planned and no Square
 Attack is, Square takes its place: without it nothing would be measured there, and that is no robustness.
-It stands beside them where gradients exist and are zero (rounding): such attacks run, and find nothing.
+Where gradients exist and are zero (rounding), Square is added to them: such attacks run, and find nothing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -82,13 +82,13 @@ def _reason(models: Sequence[nn.Module], inputs: Tensor, labels: Tensor, base: s
 
 def _is_flat(model: nn.Module, inputs: Tensor, labels: Tensor) -> bool:
     """Whether of most images every pixel's gradient is zero, by the cross-entropy and by the margin."""
-    size = torch.zeros(len(inputs), device=inputs.device, dtype=torch.float64)
+    some = torch.zeros(len(inputs), device=inputs.device, dtype=torch.bool)
     for loss in (cross_entropy, margin):
         images = inputs.detach().clone().requires_grad_()
         with torch.enable_grad():
             losses = loss(single_draw(model)(images).float(), labels, False)
-        size += torch.autograd.grad(losses.sum(), images)[0].flatten(1).double().norm(dim=1)
-    return float((size == 0).double().mean()) > 0.5
+        some |= (torch.autograd.grad(losses.sum(), images)[0].flatten(1) != 0).any(dim=1)
+    return 2 * int(some.sum()) < len(some)
 
 
 def _square(blocked: Sequence[Run], left: Sequence[Run], number: int) -> Iterator[Run]:
