@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import ATTACKS
-from ..attacks.driver import single_draw
+from ..attacks.driver import device_of, single_draw
 from ..attacks.losses import cross_entropy, margin
 from ..attacks.masking import NEED_NO_GRADIENT, NoGradientError
 from ..attacks.units import bounds_of
@@ -82,7 +82,9 @@ def _reason(models: Sequence[nn.Module], inputs: Tensor, labels: Tensor, base: s
 
 def _is_flat(model: nn.Module, inputs: Tensor, labels: Tensor) -> bool:
     """Whether of most images every pixel's gradient is zero, by the cross-entropy and by the margin."""
-    some = torch.zeros(len(inputs), device=inputs.device, dtype=torch.bool)
+    device = device_of(model, inputs)
+    inputs, labels = inputs.to(device), labels.to(device)
+    some = torch.zeros(len(inputs), device=device, dtype=torch.bool)
     for loss in (cross_entropy, margin):
         images = inputs.detach().clone().requires_grad_()
         with torch.enable_grad():
