@@ -24,9 +24,9 @@ def _end_at_once() -> None:
 
 _first = os.path.basename(sys.argv[0]) if sys.argv else ""  # noqa: PTH119
 # The console script, and python -m, whose first argument has this name until the package is found.
-if _first in ("selfensemble", "selfensemble.exe", "selfensemble-script.py") or (
-    _first == "-m" and ("-m", "selfensemble") in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
-):
+_spawned = "--multiprocessing-fork" in sys.orig_argv
+_module = _first == "-m" and ("-m", "selfensemble") in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
+if (_module or _first in ("selfensemble", "selfensemble.exe", "selfensemble-script.py")) and not _spawned:
     _end_at_once()
 
 from importlib import import_module  # noqa: E402

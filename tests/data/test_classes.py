@@ -227,3 +227,37 @@ def test_folders_that_are_images_by_their_names_are_listed(tmp_path: Path) -> No
         "bee/dir.png: a folder, though an image by its name",
         "cow/dir.jpg: a folder, though an image by its name",
     )
+
+
+@pytest.mark.filterwarnings("ignore:.*left out")
+def test_classes_whose_training_files_are_all_missing_have_no_number(tmp_path: Path) -> None:
+    """As in the training split itself, which leaves such rows out."""
+    for name in ("a0", "a1", "c0", "c1"):
+        save(tmp_path / f"{name}.png", name)
+    (tmp_path / "train.csv").write_text("image,label\na0.png,a\ngone.png,b\nc0.png,c\n")
+    (tmp_path / "test.csv").write_text("image,label\na1.png,a\nc1.png,c\n")
+    lines = ["image,label,split", "a0.png,a,train", "gone.png,b,train", "c0.png,c,train"]
+    (tmp_path / "one.csv").write_text("\n".join([*lines, "a1.png,a,test", "c1.png,c,test"]))
+    for train, test in (("train.csv", "test.csv"), ("one.csv", "one.csv")):
+        found = [load_data(tmp_path / file, split) for file, split in zip((train, test), SPLITS, strict=True)]
+        assert [each.classes for each in found] == [("a", "c")] * 2
+        assert [each.labels.tolist() for each in found] == [[0, 1]] * 2
+
+
+def test_a_test_split_alone_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "alone.py").write_text(
+        "import torch\n"
+        "class Test(torch.utils.data.Dataset):\n"
+        "    classes = ['a', 'b']\n"
+        "    def __init__(self, split):\n"
+        "        if split == 'train':\n"
+        "            raise RuntimeError('not downloaded')\n"
+        "    def __len__(self):\n"
+        "        return 4\n"
+        "    def __getitem__(self, index):\n"
+        "        return torch.rand(3, 8, 8), index % 2\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    data = load_data("alone.py:Test", "test")
+    assert data.classes == ("a", "b")
+    assert data.labels.tolist() == [0, 1, 0, 1]

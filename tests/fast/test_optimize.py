@@ -281,3 +281,28 @@ def test_what_python_decides_in_each_pass_is_not_frozen(
         fast = optimize(rse.SelfEnsemble(Coin(toss), draws=40), images, precision)
         # Of a fair coin outside of this range twice in ten million times.
         assert 0.1 < float(fast.predict_proba(images)[0, 0]) < 0.9
+
+
+class Storing(nn.Module):
+    """Keeps what it computes in attributes, and squeezes all sides of length 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.linear = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 5)
+        self.features: Tensor | None = None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.features = self.norm(self.conv(inputs)).relu()
+        self.shape = self.features.shape
+        logits: Tensor = self.linear(self.features.mean((2, 3), keepdim=True).squeeze())
+        return logits
+
+
+def test_networks_that_store_what_they_compute_are_folded(colour: Tensor) -> None:
+    torch.manual_seed(0)
+    ensemble = rse.SelfEnsemble(Storing().eval(), draws=3)
+    for precision in ("float32", "bf16"):
+        fast = optimize(ensemble, colour, precision)
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
+    ours, theirs = (each.predict_proba(colour, seed=7) for each in (fast, ensemble))
+    torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0)

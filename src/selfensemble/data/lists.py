@@ -57,21 +57,25 @@ def open_list(file: Path, split: Split, reading: Reading) -> Rows:
                 f"no {split} split in {file}: its column {by!r} holds {', '.join(sorted(known)[:6])}; "
                 f"data.{split}_split, --{split}-split name another"
             )
-        of_training = _in_split(rows, reading.names("train"))
+        of_training = _in_split(file.parent, rows, reading.names("train"))
         training = of_training if split == "test" and not cut and of_training else None
         rows = [each for each in rows if str(each[2]).casefold() == wanted.casefold()]
     else:
-        training = None if trained is None or label not in trained else list(trained[label])
+        training = None
+        if trained is not None and label in trained and image in trained:
+            pairs = zip(trained[image], trained[label], strict=True)
+            training = [each for name, each in pairs if (file.parent / str(name)).is_file()]
     labels = _numbers([*(each[1] for each in rows), *(training or ())])
     theirs = None if training is None else labels[len(rows) :]
     return _rows(file, [str(each[0]) for each in rows], labels[: len(rows)], theirs, cut)
 
 
-def _in_split(rows: list[tuple[Any, Any, Any]], names: Sequence[str]) -> list[Any]:
-    """The labels of the rows of the first of these splits that there is."""
+def _in_split(folder: Path, rows: list[tuple[Any, Any, Any]], names: Sequence[str]) -> list[Any]:
+    """The labels of the rows of the first of these splits that there is, where their files are there."""
     for name in names:
-        if found := [each[1] for each in rows if str(each[2]).casefold() == name.casefold()]:
-            return found
+        found = [each for each in rows if str(each[2]).casefold() == name.casefold()]
+        if found:
+            return [each[1] for each in found if (folder / str(each[0])).is_file()]
     return []
 
 

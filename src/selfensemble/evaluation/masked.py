@@ -74,7 +74,7 @@ def _reason(models: Sequence[nn.Module], inputs: Tensor, labels: Tensor, base: s
         for model in models if base is not None else ():
             without.enter_context(noise_disabled(model))
         try:
-            ATTACKS["pgd"](models[-1], inputs, labels, eps=0.01 * (high - low), steps=1, seed=0)
+            ATTACKS["pgd"](models[-1], inputs[:1], labels[:1], eps=0.01 * (high - low), steps=1, seed=0)
         except NoGradientError as error:
             return str(error).partition(":")[0]
     return ""

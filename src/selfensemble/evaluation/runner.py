@@ -98,7 +98,7 @@ class Evaluation:
             self.attacked = optimize(self.ensemble, self.inputs[:2], self.protocol.precision)
         self.runs = expand(self.protocol)
         self._try_settings()
-        planned = possible(self.protocol, self.runs, self._models(), self.inputs[:8], self.labels[:8])
+        planned = possible(self.protocol, self.runs, self._models(), self.inputs[:4], self.labels[:4])
         self.runs, self.impossible = planned.runs, planned.impossible
         self.plans = list(plans_of(self.runs, math.prod(self.data.shape)))
         # Units of work in order: no attack, the attacks, and the worst cases that choose among them.
