@@ -2,7 +2,7 @@
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -88,9 +88,7 @@ def _graph_of(network: nn.Module) -> fx.GraphModule:
         state, before = _state_of(apart), {module: dict(vars(module)) for module in apart.modules()}
         with _tracing, OwnNumbers() as numbers:
             graph = fx.GraphModule(apart, _Tracer().trace(apart))
-        for module, name in list(_stored(apart)):
-            vars(module).pop(name)
-            vars(module).update({key: value for key, value in before[module].items() if key == name})
+        _take_back_(before)
         if numbers.names or _state_of(apart) != state:
             break
         if states_of_others() == others:
@@ -110,12 +108,18 @@ def _state_of(network: nn.Module) -> set[object]:
     }  # fmt: skip
 
 
-def _stored(network: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Attributes that hold what a pass computes: the tracer's stand-ins are left in them."""
-    for module in network.modules():
-        for name, value in vars(module).items():
-            if any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves(value)):
-                yield module, name
+def _take_back_(before: dict[nn.Module, dict[str, Any]]) -> None:
+    """Attributes that hold what a pass computes as they were: the tracer left its stand-ins in them."""
+    for module, attributes in before.items():
+        own = vars(module)
+        for name in [name for name, value in own.items() if _is_computed(value)]:
+            del own[name]
+            if name in attributes:
+                own[name] = attributes[name]
+
+
+def _is_computed(value: object) -> bool:
+    return any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves(value))
 
 
 def repeats_itself(network: nn.Module, inputs: Tensor) -> bool:
