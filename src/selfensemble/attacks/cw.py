@@ -24,6 +24,8 @@ from .norms import largest_eps, per_image, size
 from .units import in_own_units
 
 _TRAVEL = 8.0  # how far all steps together reach, in distances of a linear network
+_GROWTH = 4.0  # of c until it succeeds, and of its fall while it does
+_LONGER = 1.5  # of the steps, each time c grows
 _MEAN, _SQUARE = 0.9, 0.99  # Adam's decays
 # The box that tanh spans reaches this far beyond [0, 1], and the image is clamped into [0, 1]. Without
 # it a black or white pixel has w = +-inf and gradient 0, and never moves.
@@ -117,7 +119,7 @@ def cw_l2(
     kappa: float = 0.0,
     steps: int = 300,
     lr: float | None = None,
-    initial_c: float = 1.0,
+    initial_c: float = 4.0,
     binary_search_steps: int = 6,
     max_batch: int | None = None,
     **noise: Unpack[NoiseOptions],
@@ -133,11 +135,12 @@ def cw_l2(
 
     Args:
         model, inputs, labels, targeted, steps, max_batch: see `cw_l2_paper`.
-        lr: L2 length of the first step; by default 16 / steps of the distance said above, and twice as much
-            each time c becomes 10 times as large.
+        lr: L2 length of the first step; by default 16 / steps of the distance said above, and 1.5 times as
+            much each time c becomes 4 times as large.
         kappa: margin of logits to aim at: above 0, the nearest of the iterates whose every draw shows it is
             returned, wherever the boundary is.
-        initial_c: where the search over c starts; then 10 times more until it succeeds, then bisection.
+        initial_c: where the search over c starts; then 4 times more until it succeeds, or a quarter until it
+            fails, then geometric bisection.
         binary_search_steps: values of c tried for each image.
         noise: `eot`, `average`, `confirm_draws`, `frozen`, `seed`; see `Noise`.
 
@@ -175,8 +178,9 @@ def _search(
         high[active] = torch.where(found, torch.minimum(high[active], tried), high[active])
         low[active] = torch.where(found, low[active], torch.maximum(low[active], tried))
         if lr is None:
-            length = torch.where(high.isinf(), 2 * length, length)
-        c = torch.where(high.isinf(), c * 10, (low + high) / 2)
+            length = torch.where(high.isinf(), _LONGER * length, length)
+        bisected = torch.where(low > 0, (low * high).sqrt(), high / _GROWTH)
+        c = torch.where(high.isinf(), c * _GROWTH, bisected)
 
 
 def _gain(c: Tensor, labels: Tensor, targeted: bool, kappa: float) -> Callable[[Tensor], Tensor]:

@@ -137,6 +137,10 @@ class Oracle:
         # Pairs of each image's own noise go into batches of one draw, which an odd draw would begin.
         self._pairs = self.eot % 2 == 0 and not noise.frozen
 
+    def average_over(self, draws: int) -> None:
+        """Average that many draws in each step from now on; not for frozen noise."""
+        self.eot, self._pairs = draws, draws % 2 == 0
+
     @property
     def confirm_draws(self) -> int:
         """Fresh draws that confirm a success."""

@@ -4,6 +4,7 @@ Source: Croce & Hein, Minimally distorted adversarial examples with a fast adapt
 ICML 2020; its targeted form from Reliable evaluation of adversarial robustness, ICML 2020.
 """
 
+import math
 from collections.abc import Callable
 from typing import Unpack
 
@@ -48,16 +49,17 @@ def fab(
 
     A step linearises the difference of two expected logits and moves to where it changes sign. It costs
     `eot` gradients for every wrong class, with `targets` or `targeted` only `eot`, and `eot` forwards.
-    Of a random model an image counts as adversarial if the mean softmax of its own draws and
-    `confirm_draws` fresh ones say so. Near the boundary luck decides: raise `confirm_draws` for images
-    that hold. Where no randomness is found, a bisection between the best image and the original ends the
-    search (the paper's final search, with halvings).
+    Of a random model a step needs a boundary that is known well: the `steps * eot` draws of a run are spent
+    in fewer steps, each of about as many draws as there are steps, unless `eot` is more. An image counts as
+    adversarial if the mean softmax of these draws and `confirm_draws` fresh ones say so. Near the boundary
+    luck decides: raise `confirm_draws` for images that hold. Where no randomness is found, a bisection
+    between the best image and the original ends the search (the paper's final search, with halvings).
 
     Args:
         targeted: reach `labels`: each step heads for the boundary between the wanted class and the
             likeliest other one.
         norm: "linf", "l2" or "l1", of the distance that is made small.
-        steps: steps of a run.
+        steps: steps of a run; fewer of a random model, see above.
         restarts: runs; all but the first begin at random, at half the smallest distance known (at most
             half of `eps`).
         targets: None: each step heads for the nearest of all boundaries. A number: FAB-T, a run against
@@ -80,10 +82,11 @@ def fab(
     _check_numbers(inputs, norm, eps, alpha_max, eta, beta)
 
     def run(oracle: Oracle, x: Tensor, y: Tensor) -> Tensor:
+        count = _share_out(oracle, steps)
         keep = _Near(oracle, x, y, targeted, norm, eps)
         for boundary in _boundaries(oracle, x, y, targeted, targets, norm):
             for restart in range(restarts):
-                _walk(keep, boundary, keep.start() if restart else x, steps, alpha_max, eta, beta)
+                _walk(keep, boundary, keep.start() if restart else x, count, alpha_max, eta, beta)
         return keep.refined()
 
     return run_attack(model, inputs, labels, run, Noise(**noise), max_batch)
@@ -142,6 +145,16 @@ class _Near(Nearest):
         nearer = size(images - self.x[active], self.norm) < self.distance[active]
         claimed = fooled(estimate.probabilities, self.y[active], self.targeted)
         return torch.where(nearer, self.visit(active, images, estimate), claimed)
+
+
+def _share_out(oracle: Oracle, steps: int) -> int:
+    """How many steps the draws of `steps` steps make: of a random model as many as each then has draws."""
+    total = steps * oracle.eot
+    draws = 2 * round(math.sqrt(total) / 2)  # even, for antithetic pairs
+    if not oracle.is_random or draws <= oracle.eot:
+        return steps
+    oracle.average_over(draws)
+    return max(1, total // draws)
 
 
 def _boundaries(
