@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -85,13 +84,6 @@ class Server:
         self.process.send_signal(number)
         self.process.communicate(timeout=60)
         return self.process.returncode
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    running = Server("--precision", "float32")
-    yield running
-    running.stop()
 
 
 def test_json_and_files_are_answered(server: Server, digits: tuple[list[bytes], list[int]]) -> None:
