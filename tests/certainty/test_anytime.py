@@ -14,8 +14,7 @@ from selfensemble.certainty.search import Aims
 from selfensemble.certainty.statistics import Votes
 from tests.certainty.test_certification import STD, Linear, at_distances
 
-GAP, ALPHA, HORIZON = 1.3, 0.05, 160
-IMAGES = 5_000  # where 7 % are wrong instead of 5 %, a test fails with probability .99
+GAP, ALPHA, IMAGES, HORIZON = 1.3, 0.05, 10_000, 160
 
 
 def on_the_border(rival: float) -> list[float]:

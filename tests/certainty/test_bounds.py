@@ -18,7 +18,7 @@ from selfensemble.certainty.bounds import (
     narrower,
 )
 
-_REPETITIONS = 5_000  # where 7 % are wrong instead of 5 %, a test fails with probability .99
+_REPETITIONS = 10_000
 
 
 def allowed(alpha: float) -> float:

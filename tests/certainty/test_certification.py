@@ -138,11 +138,10 @@ def test_overstated_certificates_are_as_rare_as_promised(
 ) -> None:
     """Images with draws of their own, votes as outputs and, for means, soft outputs as well.
 
-    4,000 of them: where 7 % are wrong instead of 5 %, the test fails with probability .99; 2,000 for means
-    with a wanted radius, whose bets meet 5,000 in `test_anytime.py`.
+    10,000 of them; 2,000 for means with a wanted radius, whose bets meet 10,000 in `test_anytime.py`.
     """
     alpha, radii = 0.05, () if wanted is None else (wanted, 2 * wanted)
-    images = 2_000 if wanted and measure.func is Means else 4_000
+    images = 2_000 if wanted and measure.func is Means else 10_000
     best, shares = int(np.argmax(mean)), np.cumsum(mean[:-1])
     one_of_each = np.eye(len(mean), dtype=np.float32)
     truth = STD / 2 * float(stats.norm.ppf(mean[best]) - stats.norm.ppf(sorted(mean)[-2]))
