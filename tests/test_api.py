@@ -42,7 +42,7 @@ def test_the_interface_is_what_its_description_says(server: Server, mode: Genera
         if mode is GenerationMode.NEGATIVE and operation.method == "get":
             continue  # which take nothing that could be wrong
 
-        @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=75, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
         @given(case=operation.as_strategy(generation_mode=mode))
         def check(case: Any) -> None:
             case.call_and_validate(checks=CHECKS)

@@ -73,12 +73,17 @@ def test_the_index_shows_no_relative_address(hook: ModuleType, address: str) -> 
 
 
 @pytest.mark.parametrize("checker", ["mypy", "pyright"])
-def test_a_file_of_a_user_is_checked(checker: str, tmp_path: Path) -> None:
+def test_a_file_of_a_user_is_checked(checker: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """What mypy knows of PyTorch, by far the most of its work, is kept for the next run of the tests."""
     if find_spec(checker) is None:
         pytest.skip(f"needs {checker}")
+    cache: pytest.Cache | None = getattr(request.config, "cache", None)
+    known = tmp_path / "known" if cache is None else cache.mkdir("mypy")
     (tmp_path / "user.py").write_text(USER)
     (tmp_path / "pyrightconfig.json").write_text(json.dumps({"extraPaths": [str(ROOT / "src")]}))
-    options = {"mypy": ["--strict"], "pyright": ["--pythonpath", sys.executable]}[checker]
+    options = {"mypy": ["--strict", "--cache-dir", str(known)], "pyright": ["--pythonpath", sys.executable]}[
+        checker
+    ]
     done = subprocess.run(
         [sys.executable, "-m", checker, *options, "user.py"],
         cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300,

@@ -1,5 +1,6 @@
 """Bounds on probabilities and means: they hold as often as they say, whatever is bounded."""
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ DISTRIBUTIONS: dict[str, tuple[Any, float]] = {
 }
 
 
+@functools.cache
 def samples_of(name: str, count: int) -> tuple[Tensor, float]:
     """(count, repetitions) numbers, and their mean."""
     law, mean = DISTRIBUTIONS[name]
@@ -61,7 +63,8 @@ def test_mean_bounds_hold(name: str, method: MeanBound) -> None:
         high = 1 - mean_lower(1 - samples, alpha, method, generator=coins)
         assert float((low > mean + 1e-6).double().mean()) <= allowed(alpha)
         assert float((high < mean - 1e-6).double().mean()) <= allowed(alpha)
-    assert torch.equal(mean_upper(samples, 0.05, "betting"), 1 - mean_lower(1 - samples.double(), 0.05))
+    few = samples[:, :500]
+    assert torch.equal(mean_upper(few, 0.05, "betting"), 1 - mean_lower(1 - few.double(), 0.05))
 
 
 @pytest.mark.parametrize("name", ["bernoulli .5", "bernoulli .98", "beta .9"])

@@ -70,7 +70,7 @@ def test_moved_images_keep_their_labels() -> None:
     moved = images.clone()
     moved[:, 0] -= radius * (1 - 2.0 * labels).view(-1, 1, 1)
     plain = conformal_sets(model, *calibration, alpha=alpha, seed=0)
-    robust = conformal_sets(model, *calibration, alpha=alpha, radius=radius, draws=300, seed=0)
+    robust = conformal_sets(model, *calibration, alpha=alpha, radius=radius, draws=150, seed=0)
     spread = 3 * math.sqrt(alpha * (1 - alpha) * (1 / 1000 + 1 / 2000))
     assert held(plain, moved, labels) < 1 - alpha - spread
     assert held(robust, moved, labels) >= 1 - alpha - spread

@@ -420,7 +420,7 @@ def test_images_that_are_made_some_at_a_time_give_the_same_rules(
     parts = list(later.split(64))
     assert [len(part) for part in parts] == [64] * 7 + [2]
     assert torch.equal(torch.cat(parts), images)
-    settings: dict[str, Any] = {"epsilon": 0.3, "most": 4, "reference_draws": 8, "max_batch": 3, "seed": 0}
+    settings: dict[str, Any] = {"epsilon": 0.3, "most": 4, "reference_draws": 8, "max_batch": 30, "seed": 0}
     assert rse.calibrate(ensemble, later, **settings) == rse.calibrate(ensemble, images, **settings)
     rules = [rse.conformal_sets(ensemble, each, labels, draws=3, seed=0).rule for each in (later, images)]
     assert rules[0] == rules[1]

@@ -101,6 +101,7 @@ def state_of(model: nn.Module) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("kind", ["in eval mode", "in train mode", "optimised"])
+@pytest.mark.usefixtures("fewer_checks")
 def test_every_function_from_eight_threads(
     ensemble: rse.SelfEnsemble, digits: tuple[Tensor, Tensor], tmp_path: Path, kind: str
 ) -> None:

@@ -21,16 +21,16 @@ def test_demo_writes_figures_pictures_and_a_report(tmp_path: Path, monkeypatch: 
     seen: list[float] = []
     out = tmp_path / "demo"
     attacks = [
-        {"attack": "cw-paper", "c": [0.2, 2], "steps": 40, "lr": 0.02},
+        {"attack": "cw-paper", "c": [0.2, 2], "steps": 30, "lr": 0.02},
         {"attack": "pgd", "eps": [0.1, 0.3], "steps": 5, "eot": 3, "early_stop": True},
         {"attack": "apgd", "eps": [0.1, 0.3], "steps": 10, "surrogate": "base"},
     ]
-    short = {"attacks": attacks, "judge": {"seeds": 3, "queries": 10}, "checks": False, "shard": 30}
+    short = {"attacks": attacks, "judge": {"seeds": 3, "queries": 5}, "checks": False, "shard": 12}
     earlier = [out / "rse-honest" / name for name in ("shards/0-cw.csv", "gallery.safetensors", "images.csv")]
     for file in earlier:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("of an earlier demo")
-    results = run_demo(out, images=40, overrides=short, progress=lambda text, done: seen.append(done))
+    results = run_demo(out, images=20, overrides=short, progress=lambda text, done: seen.append(done))
     assert seen == sorted(seen)
     assert seen[-1] == 1.0
     assert json.loads((out / "results.json").read_text()) == results
@@ -43,7 +43,7 @@ def test_demo_writes_figures_pictures_and_a_report(tmp_path: Path, monkeypatch: 
         assert network["worst_case"][-1]["accuracy"] < network["worst_case"][0]["accuracy"]
         for protocol in PROTOCOLS:
             run = read_results(out / f"{kind}-{protocol.removeprefix('demo-')}")
-            assert run.data.images == 40
+            assert run.data.images == 20
     page = (out / "report.html").read_text()
     assert "plain network" in page
     assert "Random Self-Ensemble" in page
@@ -54,7 +54,7 @@ def test_demo_writes_figures_pictures_and_a_report(tmp_path: Path, monkeypatch: 
     assert not any(file.exists() and file.read_bytes() == b"of an earlier demo" for file in earlier)
     # What was saved is what was measured; noise of a seed follows the layout that a network is trained in.
     saved = rse.load(out / "rse").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    paper = load_protocol("demo-paper", short | {"seed": 0, "images": 40})
+    paper = load_protocol("demo-paper", short | {"seed": 0, "images": 20})
     again = Evaluation(saved, rse.load_data("digits", "test"), paper, tmp_path / "again").run()
     shown = read_results(out / "rse-paper")
     assert (again.clean, again.attacks) == (shown.clean, shown.attacks)

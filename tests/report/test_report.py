@@ -1,11 +1,13 @@
 """The report: one page that needs nothing else, for any runs, with nothing taken from them as HTML."""
 
 import base64
+import functools
 import io
 import re
 import shutil
 import subprocess
 import zlib
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from selfensemble.evaluation.results import (
 from selfensemble.report.gallery import GALLERY
 from selfensemble.report.html import write_report
 from selfensemble.report.shown import between
+from selfensemble.report.svg import Plot
 from selfensemble.runtime.files import write_json
 from selfensemble.runtime.provenance import binomial_interval
 
@@ -169,6 +172,14 @@ def pictures(results: Results, channels: int, size: int) -> dict[str, Tensor]:
 def report(*runs: Path) -> tuple[str, Page]:
     text = write_report(runs, runs[0].parent / "report.html").read_text()
     return text, Page(text)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _drawn_once() -> Iterator[None]:
+    """A plot that several reports hold alike is drawn for the first of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Plot, "svg", functools.cache(Plot.svg))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -441,6 +452,8 @@ def test_same_input_same_bytes(tmp_path: Path) -> None:
     runs = [a_run(tmp_path / "a"), a_run(tmp_path / "b", **paper())]
     first = write_report(runs, tmp_path / "one.html")
     assert first == tmp_path / "one.html"
+    cached: Any = Plot.svg
+    cached.cache_clear()  # all is drawn again
     assert first.read_bytes() == write_report(runs, tmp_path / "new" / "two.html").read_bytes()
 
 

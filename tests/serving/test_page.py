@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -206,13 +205,6 @@ def test_an_attack_that_nobody_waits_for_is_given_up(digit: bytes) -> None:
         gate.set()
         while session.post("/v1/attack", json=asked | {"target": "plain"}).status_code == 429:
             pass
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    running = Server()
-    yield running
-    assert running.stop() == 0
 
 
 @pytest.mark.parametrize("width", [390, 1280])

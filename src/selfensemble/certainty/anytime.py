@@ -26,7 +26,7 @@ smoothing, NeurIPS 2024.
 import math
 
 import torch
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 _BETS = 9  # sizes, in equal ratios from nearly all that can be lost to what pays at the last draw
@@ -45,7 +45,7 @@ def border(m: Tensor, gap: float) -> tuple[Tensor, Tensor]:
 
 def most_of_a_rival(gap: float) -> float:
     """The probability of a rival that has all that the answer has not, on the border."""
-    return float(stats.norm.sf(gap / 2))
+    return float(special.ndtr(-gap / 2))
 
 
 class Bets:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 from ..noise.streams import fresh_seed
@@ -25,7 +25,7 @@ def clopper_pearson_lower(counts: np.ndarray, trials: int | np.ndarray, alpha: f
     """
     counts, trials = np.broadcast_arrays(np.asarray(counts), np.asarray(trials))
     with np.errstate(invalid="ignore"):
-        bound = stats.beta.ppf(alpha, counts, trials - counts + 1)
+        bound = special.betaincinv(counts, trials - counts + 1, alpha)
     return np.where(counts == 0, 0.0, bound)
 
 

@@ -16,7 +16,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 from ..data.images import Inputs
@@ -149,7 +149,7 @@ def choose(first: Paths, second: Paths, epsilon: float, delta: float, reference_
     for price in _PRICES:
         thresholds = cheapest(first, price)
         draws, wrong = second.follow(thresholds)
-        if stats.binom.cdf(wrong.sum(), images, epsilon) > delta:
+        if special.bdtr(wrong.sum(), images, epsilon) > delta:
             break
         chosen = Calibrated(
             thresholds=tuple(thresholds.tolist()),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 from .decision import ABSTAINED
@@ -106,7 +106,7 @@ class Search:
         aims = self.aims
         low, high = self.seen.bounds(aims.alpha / 2 if self.radii else aims.alpha)
         low, high = np.maximum(low - aims.slack, 0), np.minimum(high + aims.slack, 1)
-        reach = aims.std / 2 * (stats.norm.ppf(low) - stats.norm.ppf(high))
+        reach = aims.std / 2 * (special.ndtri(low) - special.ndtri(high))
         return (
             torch.from_numpy(low),
             torch.from_numpy(high),
@@ -126,7 +126,7 @@ def _all_until(sure: list[Tensor]) -> Tensor:
 
 def _needed(gap: float, alpha: float, n: int) -> float:
     """The gap that n draws are likely to certify as `gap`: some standard errors more."""
-    least = float(stats.norm.cdf(gap / 2))
-    errors = float(stats.norm.isf(alpha / 4))
+    least = float(special.ndtr(gap / 2))
+    errors = -float(special.ndtri(alpha / 4))
     needed = least + errors * math.sqrt(least * (1 - least) / n)
-    return 2 * float(stats.norm.ppf(min(needed, (least + 1) / 2)))
+    return 2 * float(special.ndtri(min(needed, (least + 1) / 2)))

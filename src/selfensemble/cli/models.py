@@ -85,7 +85,7 @@ def _answers(
     """What is printed of each of these files."""
     possible = None
     if sets:
-        from ..certainty.conformal import ConformalSets  # with scipy, which takes half as long as PyTorch
+        from ..certainty.conformal import ConformalSets  # with scipy, which takes time
 
         possible = ConformalSets.of(ensemble).predict(inputs, max_batch=256, seed=asked["seed"])
     answer = ensemble.predict(inputs, max_batch=256, **asked)

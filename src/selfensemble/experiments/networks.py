@@ -1,5 +1,6 @@
 """Networks of the experiments: which recipe, how it is shown, where it lies, and training it if need be."""
 
+import functools
 import json
 from dataclasses import dataclass
 from importlib import resources
@@ -98,6 +99,7 @@ def network(entry: str, **changes: Any) -> Network:
     return Network.model_validate({"name": entry} | _file()["networks"][entry] | changes)
 
 
+@functools.cache
 def _file() -> dict[str, dict[str, Any]]:
     text = (resources.files(__package__) / "networks.yaml").read_text(encoding="utf-8")
     content: dict[str, dict[str, Any]] = yaml.safe_load(text)

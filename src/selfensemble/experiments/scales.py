@@ -1,5 +1,6 @@
 """Scales: how much work an experiment is, from minutes on two cores to the published size."""
 
+import functools
 from importlib import resources
 from typing import Annotated, Any
 
@@ -131,13 +132,20 @@ class Scale(Section):
     board: BoardScale
 
 
+@functools.cache
+def _file() -> dict[str, dict[str, Any]]:
+    text = (resources.files(__package__) / "scales.yaml").read_text(encoding="utf-8")
+    content: dict[str, dict[str, Any]] = yaml.safe_load(text)
+    return content
+
+
 def load_scale(name: str) -> Scale:
     """A shipped scale by its name.
 
     Raises:
         ValueError: no such scale; the message lists them.
     """
-    known = yaml.safe_load((resources.files(__package__) / "scales.yaml").read_text(encoding="utf-8"))
+    known = _file()
     if name not in known:
         raise ValueError(f"no scale {name!r}: choose one of {', '.join(known)}")
     return Scale.model_validate({"name": name} | known[name])

@@ -1,5 +1,7 @@
 """Text that users write: UTF-8, in YAML or JSON; what is wrong is said with its place."""
 
+import copy
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -42,11 +44,19 @@ def parsed_yaml(text: str, what: str, wanted: str = "selfensemble[cli]") -> Any:
         import yaml
 
     try:
-        return yaml.safe_load(text)
+        return copy.deepcopy(_values(text))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = "" if mark is None else f": see line {mark.line + 1}, column {mark.column + 1}"
         raise ValueError(f"{what} is not valid YAML{place}") from error
+
+
+@functools.lru_cache(200)
+def _values(text: str) -> Any:
+    """Experiments read the same recipes, and set the same values in them, again and again."""
+    import yaml
+
+    return yaml.safe_load(text)
 
 
 def read_json(path: Path, mend: str) -> Any:

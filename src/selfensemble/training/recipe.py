@@ -3,6 +3,7 @@
 A recipe is a file, or the name of one shipped in `training/recipes/`.
 """
 
+import functools
 from contextlib import suppress
 from importlib import resources
 from pathlib import Path
@@ -76,8 +77,13 @@ class Recipe(Section):
 
 def shipped_recipes() -> list[str]:
     """Names of the recipes in the package."""
+    return list(_shipped())
+
+
+@functools.cache
+def _shipped() -> tuple[str, ...]:
     folder = resources.files(__package__) / "recipes"
-    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return tuple(sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml")))
 
 
 def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
