@@ -22,6 +22,13 @@ class TwoDraws(nn.Module):
         return self.ensemble.draw_logits(inputs) - self.ensemble.draw_logits(inputs)
 
 
+def two_convolutions() -> nn.Sequential:
+    """Few kernels, each of which takes a second to compile."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+
+
 def test_compiled_whole_equals_eager_draw_by_draw(tiny: nn.Module, images: Tensor) -> None:
     """What is captured; the code that torch generates from it has the tests below."""
     rse.inject_noise_(tiny)
@@ -38,9 +45,7 @@ def test_compiled_whole_equals_eager_draw_by_draw(tiny: nn.Module, images: Tenso
 
 def test_levels_by_channel_compiled_equal_eager_ones(images: Tensor) -> None:
     """And learned ones, with the gradient of their parameters."""
-    net = nn.Sequential(
-        nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    )
+    net = two_convolutions()
     rse.inject_noise_(net)
     learn_noise_(net, "channel")
     rse.noise_layers(net)["0"].std = (0.5, 0.1, 0.2)
@@ -61,8 +66,8 @@ def test_levels_by_channel_compiled_equal_eager_ones(images: Tensor) -> None:
     assert not torch.equal(compiled(images), compiled(images))
 
 
-def test_compiled_ensembles_and_gradients(tiny: nn.Module, images: Tensor) -> None:
-    ensemble = rse.SelfEnsemble(tiny, draws=2).eval()
+def test_compiled_ensembles_and_gradients(images: Tensor) -> None:
+    ensemble = rse.SelfEnsemble(two_convolutions(), draws=2).eval()
     compiled = torch.compile(ensemble, fullgraph=True)
     for seed in (4, 5):
         gradients, outputs = [], []
