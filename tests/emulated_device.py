@@ -4,8 +4,10 @@ Tensors on it do not mix with those of the CPU, have the device `DEVICE`, and re
 they compute is what the CPU computes. A tensor gets there by `.to(DEVICE)` and back by `.cpu()`.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch.utils._pytree import tree_map
 # A type of device that every build of torch knows, that autograd works on, and that nobody here has.
 DEVICE = torch.device("lazy")
 _WIDE = (torch.float64, torch.complex128)
+_PLAIN = {int, float, bool, type(None), str, torch.dtype, torch.device}
 # These take indices from the CPU.
 _INDEXES = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_}
 _INDEXES |= {torch.ops.aten._index_put_impl_}
@@ -58,6 +61,10 @@ class OnDevice(Tensor):
 class _Creating(TorchDispatchMode):
     """Sees what asks for the device without having a tensor there."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and each operator is called at half the price
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -67,13 +74,13 @@ class _Creating(TorchDispatchMode):
 def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     found: list[Tensor] = []
     inner_args, inner = _memory(args, found), {key: _memory(value, found) for key, value in kwargs.items()}
-    there, wanted = any(isinstance(tensor, OnDevice) for tensor in found), kwargs.get("device")
+    there, wanted = any(type(tensor) is OnDevice for tensor in found), kwargs.get("device")
     stays = wanted is None or torch.device(wanted).type == DEVICE.type
     if not there and (wanted is None or not stays):
         return func(*args, **kwargs)
     if there and kwargs.get("dtype") in _WIDE:
         raise TypeError(f"the emulated device has no {kwargs['dtype']}")  # MPS converts before it copies
-    if there and not all(isinstance(tensor, OnDevice) or tensor.dim() == 0 for tensor in found):
+    if there and not all(type(tensor) is OnDevice or tensor.dim() == 0 for tensor in found):
         if func.overloadpacket is torch.ops.aten.copy_:
             return _copied(*args)
         indexed = func.overloadpacket in _INDEXES and isinstance(args[0], OnDevice)
@@ -84,17 +91,47 @@ def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     result = func(*inner_args, **inner)
     if not stays or func is torch.ops.aten._local_scalar_dense.default:
         return result
-    made = tree_map(lambda leaf: OnDevice(leaf) if isinstance(leaf, Tensor) else leaf, result)
-    if there and any(argument.alias_info is not None for argument in func._schema.arguments):
-        return return_and_correct_aliasing(func, args, kwargs, made)
-    return made
+    alias = _alias(func) if there else _Alias.NONE
+    if alias is _Alias.WRITTEN:
+        return args[0]
+    made = OnDevice(result) if type(result) is Tensor else tree_map(_wrapped, result)
+    return return_and_correct_aliasing(func, args, kwargs, made) if alias is _Alias.OTHER else made
+
+
+def _wrapped(leaf: Any) -> Any:
+    return OnDevice(leaf) if isinstance(leaf, Tensor) else leaf
+
+
+class _Alias(Enum):
+    """What an operator returns: new memory, its first argument, which it wrote to, or a view or more."""
+
+    NONE = 0
+    WRITTEN = 1
+    OTHER = 2
+
+
+@functools.cache
+def _alias(func: Any) -> _Alias:
+    arguments, returns = func._schema.arguments, func._schema.returns
+    if not any(argument.alias_info is not None for argument in arguments):
+        return _Alias.NONE
+    written = [each.name for each in arguments if each.alias_info is not None and each.alias_info.is_write]
+    first = len(returns) == 1 and written == [arguments[0].name] and not arguments[0].kwarg_only
+    returned = first and returns[0].alias_info is not None and returns[0].alias_info.is_write
+    return _Alias.WRITTEN if returned and torch.Tag.inplace_view not in func.tags else _Alias.OTHER
 
 
 def _memory(value: Any, found: list[Tensor]) -> Any:
     """Arguments with tensors' memory in place of the tensors, which are collected."""
+    kind = type(value)
+    if kind is OnDevice:
+        found.append(value)
+        return value.memory
+    if kind in _PLAIN:
+        return value
     if isinstance(value, Tensor):
         found.append(value)
-        return value.memory if isinstance(value, OnDevice) else value
+        return value
     if isinstance(value, list | tuple):
         return [_memory(each, found) for each in value]
     return value

@@ -2,6 +2,8 @@
 
 import ast
 import copy
+import functools
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -47,6 +49,12 @@ def _saved(c: Case) -> list[Tensor]:
     return list(rse.load(c.folder / "it", network).state_dict().values())
 
 
+@functools.cache
+def _usual_of_others(name: str) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        return plain(DEFAULT[name](case(Path(folder))))
+
+
 @pytest.fixture
 def _elsewhere() -> Iterator[None]:
     """A program that has another default: what follows it cannot be computed with."""
@@ -59,7 +67,7 @@ def _elsewhere() -> Iterator[None]:
 @pytest.mark.parametrize("name", DEFAULT)
 def test_the_default_device_is_nobody_s_business(name: str, tmp_path: Path) -> None:
     there = case(tmp_path / "there")
-    expected = usual(name) if name in CALLS else plain(DEFAULT[name](case(tmp_path / "here")))
+    expected = usual(name) if name in CALLS else _usual_of_others(name)
     torch.set_default_device("meta")
     try:
         found = DEFAULT[name](there)
@@ -83,7 +91,7 @@ OF_THE_PROGRAM = {"save", "of a library"}
 @pytest.mark.parametrize("name", [name for name in DEFAULT if name not in OF_THE_PROGRAM])
 def test_nor_is_the_default_dtype(name: str, tmp_path: Path) -> None:
     there = case(tmp_path / "there")
-    expected = usual(name) if name in CALLS else plain(DEFAULT[name](case(tmp_path / "here")))
+    expected = usual(name) if name in CALLS else _usual_of_others(name)
     torch.set_default_dtype(torch.float64)
     try:
         found = DEFAULT[name](there)
@@ -148,6 +156,12 @@ def test_whoever_makes_a_tensor_says_where(folder: str) -> None:
 
 
 @pytest.fixture
+def expected(name: str) -> Any:
+    """What the call gives on the CPU, found before there is the device, which slows all operators down."""
+    return usual(name)
+
+
+@pytest.fixture
 def there(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     monkeypatch.setattr(Batcher, "_run", there_too(Batcher._run))
     with emulated_device(monkeypatch) as device:
@@ -180,8 +194,10 @@ def test_the_emulated_device_is_strict(there: torch.device) -> None:
 @pytest.mark.usefixtures("fewer_checks")
 @pytest.mark.parametrize("images", ["on the CPU", "with the network"])
 @pytest.mark.parametrize("name", CALLS)
-def test_a_device_without_float64(name: str, images: str, there: torch.device, tmp_path: Path) -> None:
-    expected, moved = usual(name), case(tmp_path)
+def test_a_device_without_float64(
+    name: str, images: str, expected: Any, there: torch.device, tmp_path: Path
+) -> None:
+    moved = case(tmp_path)
     moved.ensemble.to(there)
     if images == "with the network":
         moved.inputs, moved.many = moved.inputs.to(there), moved.many.to(there)
@@ -198,9 +214,8 @@ class There(Accelerator):  # type: ignore[misc]
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_training_without_float64(
-    name: str, there: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, expected: Any, there: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = usual(name)
     monkeypatch.setattr(trainer, "accelerator_of", lambda precision: There(cpu=True))
     found = trained(name, tmp_path / "there")
     assert {tensor.device for tensor in found.weights.values()} >= {there}

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def _few_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(examination, "CHECKS", {name: examination.CHECKS[name] for name in names})
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def _device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with emulated_device(monkeypatch):
         yield
@@ -74,10 +75,13 @@ def _device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", LABELLED)
-def test_any_integers_are_labels(name: str, kind: str, tmp_path: Path) -> None:
+def test_any_integers_are_labels(
+    name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected, other = usual(name), case(tmp_path)
-    other.labels = KINDS[kind](other.labels)
-    assert plain(LABELLED[name](other)) == expected
+    with emulated_device(monkeypatch) if "elsewhere" in kind else nullcontext():
+        other.labels = KINDS[kind](other.labels)
+        assert plain(LABELLED[name](other)) == expected
 
 
 @pytest.mark.parametrize("name", LABELLED)
@@ -98,6 +102,7 @@ def loss_of(defense: Defense, c: Case, labels: Any) -> Tensor:
         return defense.loss(Networks(ensemble, ensemble), c.inputs, labels)
 
 
+@pytest.mark.usefixtures("_device")
 @pytest.mark.parametrize("name", DEFENSES)
 def test_losses_take_any_integers(name: str, tmp_path: Path) -> None:
     c = case(tmp_path)
@@ -110,6 +115,7 @@ def test_losses_take_any_integers(name: str, tmp_path: Path) -> None:
             loss_of(DEFENSES[name], c, wrong(c.labels))
 
 
+@pytest.mark.usefixtures("_device")
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_class_numbers(dtype: torch.dtype) -> None:
     labels = torch.tensor([3, 0, 7])
@@ -135,6 +141,7 @@ def test_labels_that_are_right_are_not_copied() -> None:
     assert class_numbers(labels, 2, device=CPU, classes=2) is labels
 
 
+@pytest.mark.usefixtures("_device")
 def test_image_data_have_labels_beside_the_images() -> None:
     images, labels = torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.tensor([2, 0, 1])
     for kind in KINDS.values():

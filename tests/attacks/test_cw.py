@@ -31,7 +31,7 @@ def labels_of(model: nn.Module, images: Tensor) -> Tensor:
 
 def test_tuned_attack_reaches_the_closed_form_distance(linear: LinearClassifier, grey: Tensor) -> None:
     labels = labels_of(linear, grey)
-    adversarial = cw_l2(linear, grey, labels, confirm_draws=1, binary_search_steps=9, steps=1000)
+    adversarial = cw_l2(linear, grey, labels, confirm_draws=1, binary_search_steps=9, steps=250)
     assert (labels_of(linear, adversarial) != labels).all()
     optimum = (linear.value(grey).abs() / linear.a.norm()).detach()
     distance = (adversarial - grey).flatten(1).norm(dim=1)
@@ -57,7 +57,7 @@ def test_fixed_c_reaches_the_closed_form_optimum(linear: LinearClassifier, targe
     label = torch.tensor([1 if targeted else 0])
     norm, margin = linear.a.norm().item(), 0.4
     for c in (0.25 * 2 * margin / norm**2, 20 * margin / norm**2):
-        adversarial = cw_l2_paper(linear, grey, label, c=c, targeted=targeted, lr=1e-3, steps=1500)
+        adversarial = cw_l2_paper(linear, grey, label, c=c, targeted=targeted, lr=2e-3, steps=600)
         expected = min(c * norm / 2, margin / norm)
         assert abs((adversarial - grey).norm().item() - expected) < 0.03 * expected
         step = (adversarial - grey).flatten()

@@ -122,16 +122,14 @@ class Scaled(nn.Module):
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-@pytest.mark.parametrize("factor", [1e-3, 1e3])
-def test_the_scale_of_logits_is_no_matter(
-    name: str, factor: float, plain: nn.Module, digits: tuple[Tensor, Tensor]
-) -> None:
-    inputs, labels = digits[0][:24], digits[1][:24]
-    once, scaled = (
+def test_the_scale_of_logits_is_no_matter(name: str, plain: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+    inputs, labels = digits[0][:16], digits[1][:16]
+    once, *scaled = (
         length(ATTACKS[name](network, inputs, labels, seed=0) - inputs)
-        for network in (plain, Scaled(plain, factor))
+        for network in (plain, Scaled(plain, 1e-3), Scaled(plain, 1e3))
     )
-    torch.testing.assert_close(scaled, once, rtol=0.05, atol=1e-3)
+    for found in scaled:
+        torch.testing.assert_close(found, once, rtol=0.05, atol=1e-3)
 
 
 def test_a_sure_network_has_a_gradient() -> None:
@@ -154,7 +152,8 @@ def test_cross_entropy_is_that_of_torch() -> None:
 def test_kappa_is_kept(plain: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
     inputs, labels = digits[0][:12], digits[1][:12]
     far = cw_l2(plain, inputs, labels, steps=60, binary_search_steps=5, kappa=3.0)
+    near = cw_l2(plain, inputs, labels, steps=60, binary_search_steps=5)
     logits = plain(far)
     margins = logits.scatter(1, labels[:, None], -torch.inf).amax(dim=1) - logits[torch.arange(12), labels]
     assert (margins > 2.99).all()
-    assert (length(far - inputs) > length(cw_l2(plain, inputs, labels, steps=60) - inputs)).all()
+    assert (length(far - inputs) > length(near - inputs)).all()

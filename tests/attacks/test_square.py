@@ -40,7 +40,7 @@ def lead(linear: LinearClassifier, images: Tensor, labels: Tensor) -> Tensor:
 
 def test_reaches_the_largest_loss_of_a_linear_model(linear: LinearClassifier, grey: Tensor) -> None:
     labels = answers(linear, grey)
-    adversarial = square(linear, grey, labels, eps=0.05, queries=1000, early_stop=False, seed=0)
+    adversarial = square(linear, grey, labels, eps=0.05, queries=300, early_stop=False, seed=0)
     optimum = lead(linear, grey, labels) + 0.05 * linear.a.detach().abs().sum()
     torch.testing.assert_close(lead(linear, adversarial, labels), optimum, atol=1e-4, rtol=0)
 
@@ -50,7 +50,7 @@ def test_comes_near_the_largest_loss(
     linear: LinearClassifier, grey: Tensor, norm: Norm, share: float
 ) -> None:
     labels, eps = answers(linear, grey), {"l2": 0.2, "l1": 0.4}[norm]
-    adversarial = square(linear, grey, labels, norm=norm, eps=eps, queries=1000, early_stop=False, seed=0)
+    adversarial = square(linear, grey, labels, norm=norm, eps=eps, queries=300, early_stop=False, seed=0)
     largest = eps * (linear.a.norm() if norm == "l2" else linear.a.abs().max()).detach()
     gain = lead(linear, adversarial, labels) - lead(linear, grey, labels)
     assert (gain > share * largest).all()
@@ -63,13 +63,13 @@ def test_waveforms_and_volumes_reach_the_largest_loss(
 ) -> None:
     waves = grey.view(8, *shape)
     labels = answers(linear, waves)
-    found = square(linear, waves, labels, eps=0.05, queries=1000, early_stop=False, seed=0)
+    found = square(linear, waves, labels, eps=0.05, queries=300, early_stop=False, seed=0)
     assert found.shape == waves.shape
     optimum = lead(linear, waves, labels) + 0.05 * linear.a.detach().abs().sum()
     torch.testing.assert_close(lead(linear, found, labels), optimum, atol=1e-4, rtol=0)
     for norm, share in (("l2", 0.4), ("l1", 0.3)):
         eps = {"l2": 0.2, "l1": 0.4}[norm]
-        found = square(linear, waves, labels, norm=norm, eps=eps, queries=1000, early_stop=False, seed=0)  # type: ignore[arg-type]
+        found = square(linear, waves, labels, norm=norm, eps=eps, queries=300, early_stop=False, seed=0)  # type: ignore[arg-type]
         largest = eps * (linear.a.norm() if norm == "l2" else linear.a.abs().max()).detach()
         gain = lead(linear, found, labels) - lead(linear, waves, labels)
         assert (gain > share * largest).all()

@@ -217,13 +217,15 @@ def test_policies_give_the_same_distribution_of_predictions(tiny: nn.Module, ima
 
     ensemble = rse.SelfEnsemble(tiny, rse.NoiseConfig(0.5, 0.5)).eval()
     batch = images[:1].expand(50, -1, -1, -1)
-    # Per image: the 50 copies are 50 independent draws. Shared: one copy of them counts.
+    # Per image: the 50 copies are 50 independent draws. Shared: each copy is of a draw of its own.
     per_image = torch.cat(
         [ensemble.predict_proba(batch, draws=1, seed=i, sampling="per_image") for i in range(40)]
     )
-    shared = torch.cat(
-        [ensemble.predict_proba(images[:1], draws=1, seed=i, sampling="shared") for i in range(2000)]
-    )
+    draws = []
+    for seed in range(40):  # of 50 draws each, which are independent
+        with torch.no_grad(), rse.noise_draw(seed, sampling="shared", count=50):
+            draws.append(ensemble.draw_logits(batch).softmax(dim=1))
+    shared = torch.cat(draws)
     for k in range(5):
         assert ks_2samp(per_image[:, k], shared[:, k]).pvalue > 1e-4
     assert per_image.std(dim=0).min() > 1e-3

@@ -190,15 +190,17 @@ class Source:
             else:
                 self._fill_(noise, std, draw.index)
             return
-        for later in range(draw.count):
-            number, one = draw.index + later * draw.step, noise[later : later + 1]
+        size = noise.numel() // draw.count
+        rows = noise.as_strided((draw.count, size), (size, 1)).unbind()  # in the order of memory
+        for later, row in enumerate(rows):
+            number = draw.index + later * draw.step
             if not self.is_opposite(number):
-                self._fill_(one, std, number)
+                self._fill_(row, std, number)
             elif later and draw.step == 1:
-                torch.neg(noise[later - 1 : later], out=one)
+                torch.neg(rows[later - 1], out=row)
             else:
-                self._fill_(one, std, number - 1)
-                one.neg_()
+                self._fill_(row, std, number - 1)
+                row.neg_()
 
     def _fill_pairs_(self, noise: Tensor, std: float) -> None:
         """Fresh noise of every other draw, and its opposite for the draws after them."""
@@ -243,7 +245,7 @@ class Source:
             fill_half_(noise, std, self.bits(number))
             return
         # `normal_` on a permuted view is several times slower.
-        flat = noise.as_strided((noise.numel(),), (1,))
+        flat = noise if noise.dim() == 1 else noise.as_strided((noise.numel(),), (1,))
         flat.normal_(0.0, std, generator=self.generator(number))
 
     def is_opposite(self, number: int) -> bool:
