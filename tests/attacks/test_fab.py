@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import selfensemble as rse
 from selfensemble.attacks.budget import count_evaluations
-from selfensemble.attacks.fab import fab, to_hyperplane
+from selfensemble.attacks.fab import _Near, fab, to_hyperplane
 from selfensemble.attacks.norms import Norm, dual_size, size
 
 from ..conftest import LinearClassifier
@@ -179,6 +179,34 @@ def test_evaluations_are_counted(tiny: nn.Module, images: Tensor, targets: int |
     with count_evaluations() as budget:
         fab(linear, images, 1 - answers(linear, images))
     assert (budget.gradients, budget.forwards) == (0, 6)
+
+
+@pytest.mark.parametrize(
+    ("eot", "frozen", "iterates", "draws"),
+    [(1, False, 4, 4), (9, False, 12, 12), (20, False, 16, 20), (1, True, 16, 1)],
+)
+def test_draws_of_a_random_network_make_fewer_steps(
+    tiny: nn.Module,
+    images: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    eot: int,
+    frozen: bool,
+    iterates: int,
+    draws: int,
+) -> None:
+    """16 steps become as many as each then has draws, unless more are asked for; frozen noise is no noise."""
+    seen: list[int] = []
+    adversarial = _Near.adversarial
+
+    def counted(self: _Near, active: Tensor, found: Tensor) -> Tensor:
+        seen.append(self.oracle.eot)
+        return adversarial(self, active, found)
+
+    monkeypatch.setattr(_Near, "adversarial", counted)
+    labels = answers(tiny, images)
+    noisy = rse.SelfEnsemble(tiny, rse.NoiseConfig(0.02, 0.01)).eval()
+    fab(noisy, images, labels, steps=16, eot=eot, frozen=frozen, seed=0)
+    assert seen == [draws] * iterates
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
