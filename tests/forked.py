@@ -125,13 +125,16 @@ def run_ranks(*arguments: ARGUMENT, count: int = 2) -> list[subprocess.Completed
 
 _TORCHRUN = """\
 import sys
+import torch.distributed.run as launcher
 from torch.distributed.launcher.api import elastic_launch
-from torch.distributed.run import config_from_args, parse_args
 from tests.forked import run_here
 
-config, _, (_, _, _, *arguments) = config_from_args(parse_args(sys.argv[1:]))
-config.start_method = "fork"
-elastic_launch(config, run_here)(*arguments)
+def launch(config, entrypoint):
+    config.start_method = "fork"
+    return lambda unbuffered, module, name, *arguments: elastic_launch(config, run_here)(*arguments)
+
+launcher.elastic_launch = launch
+launcher.main(sys.argv[1:])
 """
 
 

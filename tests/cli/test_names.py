@@ -122,7 +122,8 @@ def test_a_report_on_a_network_whose_name_is_no_text(tmp_path: Path) -> None:
     """As an evaluation in a locale of ASCII records the name of a folder."""
     name = "\udcc3\udca9 \udcff"
     assert utf8(name) == "é \N{REPLACEMENT CHARACTER}".encode()
-    run("evaluate", "digits-rse", "--protocol", "demo-honest", "--n", "5", "--out", tmp_path / "run")
+    (tmp_path / "quick.yaml").write_text("attacks: [{attack: fgsm, norm: linf, eps: [0.1]}]\nimages: 5\n")
+    run("evaluate", "digits-rse", "--protocol", tmp_path / "quick.yaml", "--out", tmp_path / "run")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     (tmp_path / "run" / "results.json").write_text(json.dumps(results | {"name": name}))
     run("report", tmp_path / "run", "--out", tmp_path / "report.html")
