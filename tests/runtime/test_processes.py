@@ -141,9 +141,17 @@ def test_certificates_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
     """Of the command torchrun, which starts `python -m selfensemble`."""
     task = ["selfensemble", "certify", "digits-rse", "--n-images", "30", "--n", "200", "--shard", "10"]
     run(*task[1:], "--device", "cpu", "--out", tmp_path / "one")
-    # Behind --, or --n would be torchrun's.
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--"]
-    command = [*launcher, *task, "--device", "cpu", "--out", str(tmp_path / "two")]
+    # Behind --, or --n would be of torchrun.
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "--",
+    ]
+    command = [*launcher, "-m", "--", *task, "--device", "cpu", "--out", str(tmp_path / "two")]
     subprocess.run(command, check=True, capture_output=True, env=ENVIRONMENT)
     one, two = ((tmp_path / name / CERTIFICATES).read_text() for name in ("one", "two"))
     assert one == two

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from selfensemble.artefacts.storage import read_config
+from selfensemble.evaluation import protocol as protocols
 
 from ..command import call, error, run
 
@@ -137,9 +138,21 @@ def tiny_network() -> Any:
     return transformers.ResNetForImageClassification(config)
 
 
-def shorten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The protocol that is used where none is named, with all of its attacks but fewer of their steps."""
-    shipped = protocol.PROTOCOLS / "honest.yaml"
+def shorten(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """The protocol that is used where none is named has all of its attacks, and a hundredth of the steps."""
+    shipped = Path(protocols.__file__).parent / "protocols" / "honest.yaml"
+    less = re.sub(
+        r"(steps|queries): (\d+)",
+        lambda found: f"{found[1]}: {max(2, int(found[2]) // 40)}",
+        shipped.read_text(encoding="utf-8"),
+    )
+    (folder / "honest.yaml").write_text(less)
+    load = protocols.load_protocol
+
+    def shorter(source: str, overrides: dict[str, Any] | None = None) -> protocols.Protocol:
+        return load(str(folder / "honest.yaml") if source == "honest" else source, overrides)
+
+    monkeypatch.setattr(protocols, "load_protocol", shorter)
 
 
 def test_a_network_on_waveforms_by_commands_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +163,10 @@ def test_a_network_on_waveforms_by_commands_alone(tmp_path: Path, monkeypatch: p
     (tmp_path / "tones.py").write_text(few)
     recipe, protocol = blocks(AUDIO, "yaml")
     (tmp_path / "tones.yaml").write_text(recipe)
-    (tmp_path / "sounds.yaml").write_text(protocol.replace("steps: 100", "steps: 5").replace("300", "40"))
+    quick = (
+        protocol.replace("steps: 100", "steps: 5").replace("300", "40").replace("queries: 10}", "queries: 2}")
+    )
+    (tmp_path / "sounds.yaml").write_text(quick)
     cheap = {
         "train": ("--set", "train.epochs=8", "--set", "train.batch_size=32", "--set", "noise.draws=2"),
         "evaluate": ("--n", 8), "doctor": ("--n", 5, "--steps", 2, "--eot", 2),
@@ -159,7 +175,7 @@ def test_a_network_on_waveforms_by_commands_alone(tmp_path: Path, monkeypatch: p
     }  # fmt: skip
     commands = commands_of(AUDIO)
     assert {command[0] for command in commands} == set(cheap)
-    shorten(monkeypatch)
+    shorten(monkeypatch, tmp_path)
     for command in commands:
         if "tones.pt" in command:
             from selfensemble.networks.naming import network_from
