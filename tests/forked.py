@@ -23,7 +23,7 @@ from unittest import mock
 
 import selfensemble
 
-ARGUMENT = str | float | Path
+Argument = str | float | Path
 
 
 class Forked:
@@ -36,7 +36,7 @@ class Forked:
     """
 
     def __init__(
-        self, *arguments: ARGUMENT, cwd: Path | None = None, env: Mapping[str, str] | None = None
+        self, *arguments: Argument, cwd: Path | None = None, env: dict[str, str] | None = None
     ) -> None:
         folder = tempfile.mkdtemp()
         weakref.finalize(self, shutil.rmtree, folder)
@@ -95,7 +95,7 @@ class Forked:
 
 
 def run_forked(
-    *arguments: ARGUMENT, cwd: Path | None = None, env: Mapping[str, str] | None = None
+    *arguments: Argument, cwd: Path | None = None, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """What such a process wrote, and its exit status."""
     process = Forked(*arguments, cwd=cwd, env=env)
@@ -104,7 +104,7 @@ def run_forked(
     return subprocess.CompletedProcess([*map(str, arguments)], process.returncode, output, errors)
 
 
-def run_ranks(*arguments: ARGUMENT, count: int = 2) -> list[subprocess.CompletedProcess[str]]:
+def run_ranks(*arguments: Argument, count: int = 2) -> list[subprocess.CompletedProcess[str]]:
     """The same of the processes of one run, with the variables that torchrun gives to each of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -138,7 +138,7 @@ launcher.main(sys.argv[1:])
 """
 
 
-def torchrun(*arguments: ARGUMENT, before: str = "", env: Mapping[str, str] | None = None) -> Forked:
+def torchrun(*arguments: Argument, before: str = "", env: dict[str, str] | None = None) -> Forked:
     """What `torchrun` does, by its own code; ranks are forked as well, in their order.
 
     Args:

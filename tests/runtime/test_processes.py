@@ -212,7 +212,7 @@ def test_two_hosts_whose_line_is_cut_for_a_while(
     out = tmp_path / "two"
     running = list[Forked]()
     for number, name in enumerate(hosts):
-        launcher = [
+        launcher: list[str | Path] = [
             "--nnodes=2", "--nproc-per-node=1", f"--node-rank={number}", "--master-addr=10.99.0.1",
             "--master-port=29555", "-m", "selfensemble", *task, out,
         ]  # fmt: skip

@@ -214,8 +214,8 @@ def test_memory_does_not_grow_with_the_number_of_photos(tmp_path: Path) -> None:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.symlink_to(tmp_path / f"{number % 8}.jpg")
     (tmp_path / "quick.yaml").write_text(
-        "attacks: [{attack: fgsm, eps: [0.03], eot: 1, confirm_draws: 2}]\njudge: {queries: 1, seeds: 1}\nimages: 400\nchecks: "
-        "false\nshard: 20\n"
+        "attacks: [{attack: fgsm, eps: [0.03], eot: 1, confirm_draws: 2}]\n"
+        "judge: {queries: 1, seeds: 1}\nimages: 400\nchecks: false\nshard: 20\n"
     )
     finished = subprocess.run(
         [sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=False
