@@ -82,6 +82,7 @@ def test_a_killed_rank_comes_back_and_repeats_no_shard(tmp_path: Path, task: lis
     with torchrun(*ELASTIC, *task, out, env=ENVIRONMENT) as process:
         before = wait_for_shards(out, 2)
         kill_second_rank(process)
+        assert not (out / "results.json").exists()  # in the middle of the work
         assert process.wait(300) == 0
     after = shards(out)
     assert {path: after[path] for path in before} == before
@@ -91,7 +92,7 @@ def test_a_killed_rank_comes_back_and_repeats_no_shard(tmp_path: Path, task: lis
 
 def test_training_goes_on_when_a_rank_is_killed(tmp_path: Path) -> None:
     """Both go on from the last checkpoint, to the weights of a run that nobody disturbed."""
-    sets = ("train.epochs=2", "train.checkpoint_steps=5", "model.width=0.5", "noise.draws=2")
+    sets = ("train.epochs=3", "train.checkpoint_steps=5", "model.width=0.5", "noise.draws=2")
     task = ["train", "digits-rse", *(part for each in sets for part in ("--set", each)), "--resume", "--out"]
     ranks = run_ranks(*task, tmp_path / "whole")
     assert [rank.returncode for rank in ranks] == [0, 0], ranks
@@ -101,8 +102,9 @@ def test_training_goes_on_when_a_rank_is_killed(tmp_path: Path) -> None:
         while not (out / CHECKPOINT).exists():
             assert time.monotonic() < deadline, "no checkpoint was written"
             assert process.poll() is None, process.communicate()
-            time.sleep(0.01)
+            time.sleep(0.005)
         kill_second_rank(process)
+        assert not (out / "results.json").exists()
         assert process.wait(300) == 0
     whole, killed = (rse.load(tmp_path / name).state_dict() for name in ("whole", "killed"))
     for name, values in whole.items():
@@ -142,15 +144,7 @@ def test_certificates_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
     task = ["selfensemble", "certify", "digits-rse", "--n-images", "30", "--n", "200", "--shard", "10"]
     run(*task[1:], "--device", "cpu", "--out", tmp_path / "one")
     # Behind --, or --n would be of torchrun.
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "--",
-    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launcher, "-m", "--", *task, "--device", "cpu", "--out", str(tmp_path / "two")]
     subprocess.run(command, check=True, capture_output=True, env=ENVIRONMENT)
     one, two = ((tmp_path / name / CERTIFICATES).read_text() for name in ("one", "two"))
@@ -222,6 +216,7 @@ def test_two_hosts_whose_line_is_cut_for_a_while(
         before = wait_for_shards(out, 2)
         _ip("-n", hosts[0], "link", "set", "line", "down")
         time.sleep(5)
+        assert [process.poll() for process in running] == [None, None]
         _ip("-n", hosts[0], "link", "set", "line", "up")
         for process in running:
             _, errors = process.communicate(timeout=300)
