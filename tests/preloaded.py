@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 for name in (
-    "PIL.Image", "scipy.stats", "torch._dynamo", "torch.distributed", "torch.utils.tensorboard",
+    "PIL.Image", "scipy.special", "torch._dynamo", "torch.distributed", "torch.utils.tensorboard",
     "selfensemble.artefacts.storage", "selfensemble.cli.evaluation", "selfensemble.cli.models",
     "selfensemble.cli.terminal", "selfensemble.cli.training", "selfensemble.evaluation.certified",
     "selfensemble.evaluation.runner", "selfensemble.training.trainer",
