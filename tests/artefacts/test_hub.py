@@ -1,9 +1,7 @@
 """Saved ensembles that travel through a hub; processes of their own, for its address is read once."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +13,16 @@ from selfensemble.artefacts.config import Architecture
 from selfensemble.artefacts.storage import read_config
 
 from ..fake_hub import hub
+from ..forked import run_forked
 
 
 def python(code: str, address: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {
+    environment = {
         "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "cache"), "HF_TOKEN": "secret",
         "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
         "HF_HUB_DISABLE_XET": "1",
     }  # fmt: skip
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=folder, capture_output=True, text=True, check=False
-    )
+    return run_forked("-c", code, env=environment, cwd=folder)
 
 
 def test_pushed_and_fetched(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import itertools
 import json
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from selfensemble.evaluation.results import ModelRecord
 from selfensemble.report.packing import pack, write_card
 
 from ..conftest import Aliased, OutOfOrder
+from ..forked import run_forked
 
 
 @pytest.mark.parametrize("version", [1])
@@ -282,8 +282,7 @@ def test_a_save_that_is_killed_leaves_no_pair_of_two_networks(
         del values["weights"]
         (folder / "config.json").write_text(json.dumps(values))
         assert is_of(0)
-    command = [sys.executable, "-c", _KILLED, str(folder), str(replaced)]
-    status = subprocess.run(command, check=False).returncode
+    status = run_forked("-c", _KILLED, folder, replaced).returncode
     assert status == (-signal.SIGKILL if replaced < 2 else 0)
     if replaced == 1:
         missing = earlier == "nothing"

@@ -114,6 +114,7 @@ def test_where_the_whole_list_is(place: Path, tmp_path: Path) -> None:
 
 
 def test_a_fault_that_doctor_finds_is_told_first(place: Path) -> None:
-    finished = call("doctor", place / "saved", "--data", place / "some", "--n", "8", "--json")
+    quick = ("--n", 8, "--steps", 2, "--eot", 2, "--json")
+    finished = call("doctor", place / "saved", "--data", place / "some", *quick)
     failed = any(check["passed"] is False for check in json.loads(finished.stdout)["checks"])
     assert finished.returncode == (3 if failed else 2)

@@ -72,21 +72,22 @@ def test_a_terminal_without_these_letters(odd: Path) -> None:
 
 
 def test_yaml_is_utf8_whatever_the_locale(tmp_path: Path) -> None:
-    recipe = tmp_path / "é試.yaml"
+    recipes = [tmp_path / name for name in ("é試.yaml", "marked é試.yaml")]
     shipped = Path(rse.__file__).parent / "training" / "recipes" / "digits-rse.yaml"
     text = shipped.read_text(encoding="utf-8") + "\n"
     described = text.replace("description: ", "description: 試é ", 1)
     assert described != text
     code_ = (
         "import sys; from selfensemble.training.recipe import load_recipe\n"
-        "print(ascii(load_recipe(sys.argv[1]).description))"
+        "for file in sys.argv[1:]: print(ascii(load_recipe(file).description))"
     )
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    for content in (described.encode(), b"\xef\xbb\xbf" + described.encode()):
-        recipe.write_bytes(content)
-        command = [sys.executable, "-c", code_, str(recipe)]
-        shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert "\\u8a66\\xe9" in shown.stdout, shown.stderr
+    for recipe, mark in zip(recipes, (b"", b"\xef\xbb\xbf"), strict=True):
+        recipe.write_bytes(mark + described.encode())
+    command = [sys.executable, "-c", code_, *map(str, recipes)]
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert shown.stdout.count("\\u8a66\\xe9") == 2, shown.stderr
+    recipe = recipes[0]
     recipe.write_bytes(described.encode("utf-16"))
     with pytest.raises(ValueError, match="save it as UTF-8"):
         load_recipe(str(recipe))
@@ -122,7 +123,8 @@ def test_a_report_on_a_network_whose_name_is_no_text(tmp_path: Path) -> None:
     """As an evaluation in a locale of ASCII records the name of a folder."""
     name = "\udcc3\udca9 \udcff"
     assert utf8(name) == "é \N{REPLACEMENT CHARACTER}".encode()
-    run("evaluate", "digits-rse", "--protocol", "demo-honest", "--n", "5", "--out", tmp_path / "run")
+    (tmp_path / "quick.yaml").write_text("attacks: [{attack: fgsm, norm: linf, eps: [0.1]}]\nimages: 5\n")
+    run("evaluate", "digits-rse", "--protocol", tmp_path / "quick.yaml", "--out", tmp_path / "run")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     (tmp_path / "run" / "results.json").write_text(json.dumps(results | {"name": name}))
     run("report", tmp_path / "run", "--out", tmp_path / "report.html")

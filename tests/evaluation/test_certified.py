@@ -2,10 +2,7 @@
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,8 +18,7 @@ from selfensemble.evaluation.certified import Certification, Settings, read_cert
 from selfensemble.report.html import write_report
 
 from ..command import error, run
-
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+from ..forked import Forked
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +91,7 @@ def test_killed_and_gone_on(model: Path, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     arguments = ("certify", model, "--n-images", 40, "--n", 1500, "--shard", 10, "--method", "vote")
     run(*arguments, "--out", whole)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "selfensemble", *map(str, arguments), "--out", str(broken)],
-        env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = Forked(*arguments, "--out", broken)
     until = time.monotonic() + 60
     while not list(broken.glob("shards/*.json")) and time.monotonic() < until:
         time.sleep(0.02)

@@ -48,7 +48,8 @@ def test_honest_models_pass(trained: dict[str, rse.SelfEnsemble], digits: Images
     model = trained[kind]
     state, before = torch.get_rng_state(), {key: x.clone() for key, x in model.state_dict().items()}
     records = examine(model, digits, expect_random=kind == "rse")
-    assert examine(model, digits, expect_random=kind == "rse") == records
+    few: dict[str, Any] = {"steps": 3, "eot": 2, "images": 10, "expect_random": kind == "rse"}
+    assert examine(model, digits, **few) == examine(model, digits, **few)  # whatever they find
     assert list(records) == list(CHECKS)
     assert failures(records) == [], records
     inapplicable = [name for name, record in records.items() if record.passed is None]

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor, nn
 
 import selfensemble as rse
@@ -127,6 +128,9 @@ def test_intervals() -> None:
     assert low == 0.0
     assert high == pytest.approx(1 - 0.025 ** (1 / 100))
     assert binomial_interval(100, 100)[0] == pytest.approx(0.025 ** (1 / 100))
+    for successes, trials in ((1, 2), (7, 10), (399, 450), (1, 10_000)):
+        expected = stats.binomtest(successes, trials).proportion_ci(0.99, method="exact")
+        assert binomial_interval(successes, trials, 0.99) == pytest.approx((expected.low, expected.high))
     record = accuracy_record(9, 10)
     assert record["low"] < record["accuracy"] == 0.9 < record["high"]
 

@@ -2,10 +2,7 @@
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from selfensemble.evaluation.runner import Evaluation
 from selfensemble.evaluation.shards import plans_of
 
 from ..command import run
+from ..forked import Forked, run_ranks
 
 PROTOCOL = """
 name: short
@@ -77,14 +75,14 @@ def saved(model: rse.SelfEnsemble, folder: Path) -> Path:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A saved network, and an evaluation of it that nobody disturbed."""
     folder = saved(_model(), tmp_path_factory.mktemp("whole") / "model")
-    run(*command(folder, folder.parent / "run")[3:])
+    run(*command(folder, folder.parent / "run"))
     return folder, folder.parent / "run"
 
 
 def command(folder: Path, out: Path, *more: str) -> list[str]:
     return [
-        sys.executable, "-m", "selfensemble", "evaluate", str(folder), "--protocol",
-        str(folder / "short.yaml"), "--data", "digits", "--out", str(out), *more,
+        "evaluate", str(folder), "--protocol", str(folder / "short.yaml"), "--data", "digits",
+        "--out", str(out), *more,
     ]  # fmt: skip
 
 
@@ -167,7 +165,7 @@ def test_killed_and_started_again_it_repeats_nothing(whole: tuple[Path, Path], t
     out = tmp_path / "killed"
     kept: dict[Path, int] = {}
     for shards in (3, 11):
-        process = subprocess.Popen(command(folder, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = Forked(*command(folder, out))
         deadline = time.monotonic() + 120
         while len(list(out.glob("shards/*.safetensors"))) < shards and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -178,7 +176,7 @@ def test_killed_and_started_again_it_repeats_nothing(whole: tuple[Path, Path], t
         assert all(found[path] == when for path, when in kept.items())
         assert not (out / "results.json").exists()
         kept = found
-    run(*command(folder, out)[3:])
+    run(*command(folder, out))
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
     for name in ("results.json", "images.csv", "gallery.safetensors", "run.json"):
         assert (out / name).read_bytes() == (undisturbed / name).read_bytes(), name
@@ -186,24 +184,20 @@ def test_killed_and_started_again_it_repeats_nothing(whole: tuple[Path, Path], t
 
 def test_interrupt_says_how_to_go_on(whole: tuple[Path, Path], tmp_path: Path) -> None:
     folder, out = whole[0], tmp_path / "run"
-    process = subprocess.Popen(command(folder, out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = Forked(*command(folder, out))
     deadline = time.monotonic() + 120
     while not list(out.glob("shards/*.safetensors")) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert b"continue with the same command" in errors
+    assert "continue with the same command" in errors
 
 
 def test_two_processes_share_the_work(whole: tuple[Path, Path], tmp_path: Path) -> None:
     folder, undisturbed = whole
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [*launcher, *command(folder, tmp_path / "two", "--device", "cpu")[1:]],
-        check=True, capture_output=True, env=environment,
-    )  # fmt: skip
+    ranks = run_ranks(*command(folder, tmp_path / "two", "--device", "cpu"))
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks
     one, two = read_results(undisturbed), read_results(tmp_path / "two")
     assert two.attacks == one.attacks
     assert two.worst_case == one.worst_case

@@ -1,10 +1,7 @@
 """Networks and data of one's own, from Python and from recipes: trained, killed, resumed, defended."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,8 @@ from selfensemble.training import defenses
 from selfensemble.training.checkpoints import CHECKPOINT
 from selfensemble.training.recipe import Recipe, load_recipe
 from selfensemble.training.trainer import Trainer
+
+from ..forked import Forked, run_forked
 
 NETS = """
 import torch
@@ -68,11 +67,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def command(place: Path, out: str, *more: str) -> list[str]:
-    return [sys.executable, "-m", "selfensemble", "train", "my.yaml", "--out", out, *more]
-
-
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+def command(out: str, *more: str) -> list[str]:
+    return ["train", "my.yaml", "--out", out, *more]
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -87,10 +83,7 @@ def killed(place: Path, out: str) -> None:
     """Start, or go on, and kill it behind its next checkpoint."""
     path = place / out / CHECKPOINT
     before = path.stat().st_mtime_ns if path.exists() else 0
-    process = subprocess.Popen(
-        command(place, out, "--resume"), cwd=place, env=ENVIRONMENT, stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = Forked(*command(out, "--resume"), cwd=place)
     while not (path.exists() and path.stat().st_mtime_ns > before):
         assert process.poll() is None
         time.sleep(0.005)
@@ -101,19 +94,14 @@ def killed(place: Path, out: str) -> None:
 
 def test_streamed_photos_of_an_own_network_killed_twice_and_resumed(place: Path) -> None:
     """RSE with adversarial training, learned levels, averaged weights; to the last bit."""
-    whole = subprocess.run(
-        command(place, "whole"), cwd=place, env=ENVIRONMENT, capture_output=True, text=True, check=False
-    )
+    whole = run_forked(*command("whole"), cwd=place)
     assert whole.returncode == 0, whole.stderr
     assert "waited for data" in whole.stderr
     for _ in range(2):
         killed(place, "broken")
     assert not (place / "broken" / "model.safetensors").exists()
     of_no_effect = ("--set", "data.workers=2", "--set", "train.checkpoint_steps=3")
-    finished = subprocess.run(
-        command(place, "broken", "--resume", *of_no_effect), cwd=place, env=ENVIRONMENT, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
+    finished = run_forked(*command("broken", "--resume", *of_no_effect), cwd=place)
     assert finished.returncode == 0, finished.stderr
     assert same(weights(place / "whole"), weights(place / "broken"))
     found = [json.loads((place / name / "results.json").read_text()) for name in ("whole", "broken")]

@@ -188,7 +188,7 @@ protocol = load_protocol(str(root / "quick.yaml"))
 model = nn.Sequential(
     nn.Conv2d(3, 2, 9, stride=8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2))
 found = []
-for count in (60, 400):
+for count in (20, 400):
     recipe = load_recipe("digits-rse", [f"data.source={root / str(count)}", "data.size=224", "train.epochs=1",
         "data.workers=1", "noise.draws=1", "train.batch_size=20"])
     trainer = Trainer(recipe, root / f"run-{count}", model=model)
@@ -207,15 +207,15 @@ def test_memory_does_not_grow_with_the_number_of_photos(tmp_path: Path) -> None:
         Image.fromarray(each).resize((120, 115)).resize((240, 230)).save(
             tmp_path / f"{number}.jpg", quality=50
         )
-    for count in (60, 400):
+    for count in (20, 400):
         for split in ("train", "test"):
             for number in range(count):
                 place = tmp_path / str(count) / split / "ab"[number % 2] / f"{number}.jpg"
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.symlink_to(tmp_path / f"{number % 8}.jpg")
     (tmp_path / "quick.yaml").write_text(
-        "attacks: [{attack: fgsm, eps: [0.03]}]\njudge: {queries: 1, seeds: 1}\nimages: 400\nchecks: "
-        "false\nshard: 20\n"
+        "attacks: [{attack: fgsm, eps: [0.03], eot: 1, confirm_draws: 2}]\n"
+        "judge: {queries: 1, seeds: 1}\nimages: 400\nchecks: false\nshard: 20\n"
     )
     finished = subprocess.run(
         [sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=False

@@ -1,13 +1,10 @@
 """Training as real processes: killed, interrupted, resumed, out of room."""
 
 import json
-import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,12 +24,12 @@ from selfensemble.training.sections import TrainSection
 from selfensemble.training.trainer import Trainer
 
 from ..command import error, run
+from ..forked import Forked, run_forked, run_ranks
 
 SMALL = [
     "data.flip=true", "data.crop_padding=1", "model.width=0.25", "train.epochs=8", "train.batch_size=128",
     "train.checkpoint_steps=3", "noise.draws=2",
 ]  # fmt: skip
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def arguments(out: Path, *more: str, sets: list[str] | None = None) -> list[str]:
@@ -40,15 +37,9 @@ def arguments(out: Path, *more: str, sets: list[str] | None = None) -> list[str]
     return ["train", "digits-rse", "--out", str(out), *overrides, *more]
 
 
-def command(out: Path, *more: str, sets: list[str] | None = None) -> list[str]:
-    return [sys.executable, "-m", "selfensemble", *arguments(out, *more, sets=sets)]
-
-
 def train(out: Path, *more: str, sets: list[str] | None = None) -> subprocess.CompletedProcess[str]:
     """In a process of its own, whose weights are compared with those of others to the last bit."""
-    return subprocess.run(
-        command(out, *more, sets=sets), env=ENVIRONMENT, capture_output=True, text=True, check=False
-    )
+    return run_forked(*arguments(out, *more, sets=sets))
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -82,20 +73,14 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
         assert not (tmp_path / "run").exists()
 
 
-def start_and_wait_for_checkpoint(out: Path, after: float) -> subprocess.Popen[str]:
+def start_and_wait_for_checkpoint(out: Path, after: float) -> Forked:
     """Start (or resume) the run and return `after` seconds behind its next checkpoint."""
     before = (out / CHECKPOINT).stat().st_mtime_ns if (out / CHECKPOINT).exists() else 0
-    process = subprocess.Popen(
-        command(out, "--resume"),
-        env=ENVIRONMENT,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    process = Forked(*arguments(out, "--resume"))
     for _ in range(6000):
         if (out / CHECKPOINT).exists() and (out / CHECKPOINT).stat().st_mtime_ns > before:
             break
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     time.sleep(after)
     return process
@@ -225,13 +210,13 @@ def test_no_room_to_save_keeps_earlier_files(undisturbed: Path, tmp_path: Path) 
     out.mkdir()
     (out / CHECKPOINT).write_bytes(b"an earlier checkpoint")
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
-
-    finished = subprocess.run(
-        command(out, "--overwrite"), env=ENVIRONMENT, capture_output=True, text=True, check=False,
-        preexec_fn=limit,
-    )  # fmt: skip
+    limited = (
+        "import resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\n"
+        "from tests.forked import run_here\n"
+        "run_here(*sys.argv[1:])"
+    )
+    finished = run_forked("-c", limited, *arguments(out, "--overwrite"))
     assert finished.returncode == 2, finished.stderr
     assert "no room" in finished.stderr
     assert (out / CHECKPOINT).read_bytes() == b"an earlier checkpoint"
@@ -240,18 +225,8 @@ def test_no_room_to_save_keeps_earlier_files(undisturbed: Path, tmp_path: Path) 
 
 def test_two_processes_share_the_work(tmp_path: Path) -> None:
     """Gloo on this machine: both ranks end with the same weights, which one process would not have."""
-    launcher = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517",
-        "-m", "selfensemble",
-    ]  # fmt: skip
-    finished = subprocess.run(
-        [*launcher, *arguments(tmp_path / "run", "--json")],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
+    finished, other = run_ranks(*arguments(tmp_path / "run", "--json"))
+    assert finished.returncode == other.returncode == 0, finished.stderr + other.stderr
     assert json.loads(finished.stdout)["metrics"]["test"]["images"] == 450
     ensemble = rse.load(tmp_path / "run")
     assert ensemble.predict_proba(rse.load_data("digits", "test").inputs(slice(5))).shape == (5, 10)
@@ -309,10 +284,7 @@ def test_images_that_a_network_cannot_take(tmp_path: Path) -> None:
 
 def test_overwriting_removes_what_no_longer_belongs(undisturbed: Path, tmp_path: Path) -> None:
     shutil.copytree(undisturbed, tmp_path / "run")
-    process = subprocess.Popen(
-        command(tmp_path / "run", "--overwrite", sets=[*SMALL, "train.epochs=200"]), env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = Forked(*arguments(tmp_path / "run", "--overwrite", sets=[*SMALL, "train.epochs=200"]))
     before = (undisturbed / CHECKPOINT).stat().st_size, time.time_ns()
     while process.poll() is None and (tmp_path / "run" / CHECKPOINT).stat().st_mtime_ns < before[1]:
         time.sleep(0.01)

@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 
 from selfensemble.artefacts.storage import read_config
+from selfensemble.evaluation import protocol as protocols
+from selfensemble.networks.naming import network_from
 
 from ..command import call, error, run
 
@@ -137,7 +139,26 @@ def tiny_network() -> Any:
     return transformers.ResNetForImageClassification(config)
 
 
-def test_a_network_on_waveforms_by_commands_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def shorten(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """The protocol that is used where none is named has all of its attacks, and a hundredth of the steps."""
+    shipped = Path(protocols.__file__).parent / "protocols" / "honest.yaml"
+    less = re.sub(
+        r"(steps|queries): (\d+)",
+        lambda found: f"{found[1]}: {max(2, int(found[2]) // 100)}",
+        shipped.read_text(encoding="utf-8"),
+    )
+    (folder / "honest.yaml").write_text(less)
+    load = protocols.load_protocol
+
+    def shorter(source: str, overrides: dict[str, Any] | None = None) -> protocols.Protocol:
+        return load(str(folder / "honest.yaml") if source == "honest" else source, overrides)
+
+    monkeypatch.setattr(protocols, "load_protocol", shorter)
+
+
+@pytest.fixture
+def tones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working folder, with the files of the page."""
     monkeypatch.chdir(tmp_path)
     (code,) = blocks(AUDIO, "py ")
     few = code.replace("Tones(800", "Tones(160").replace("1024", "256")
@@ -145,23 +166,36 @@ def test_a_network_on_waveforms_by_commands_alone(tmp_path: Path, monkeypatch: p
     (tmp_path / "tones.py").write_text(few)
     recipe, protocol = blocks(AUDIO, "yaml")
     (tmp_path / "tones.yaml").write_text(recipe)
-    (tmp_path / "sounds.yaml").write_text(protocol.replace("steps: 100", "steps: 5").replace("300", "40"))
-    cheap = {
-        "train": ("--set", "train.epochs=8", "--set", "train.batch_size=32", "--set", "noise.draws=2"),
-        "evaluate": ("--n", 8), "doctor": ("--n", 5, "--steps", 2, "--eot", 2),
-        "certify": ("--n", 4, "--max-draws", 200), "calibrate": ("--epsilon", 0.9, "--most", 4),
-        "export": (), "validate": (),
-    }  # fmt: skip
-    commands = commands_of(AUDIO)
-    assert {command[0] for command in commands} == set(cheap)
-    for command in commands:
-        if "tones.pt" in command:
-            from selfensemble.networks.naming import network_from
+    for long, short in (
+        ("steps: 100", "steps: 5"),
+        ("queries: 300", "queries: 40"),
+        ("queries: 10}", "queries: 2}"),
+    ):
+        assert long in protocol
+        protocol = protocol.replace(long, short)
+    (tmp_path / "sounds.yaml").write_text(protocol)
 
-            torch.save(network_from("tones.py:network").state_dict(), "tones.pt")
+
+SOUNDS: dict[str, tuple[str | float, ...]] = {
+    "train": ("--set", "train.epochs=8", "--set", "train.batch_size=32", "--set", "noise.draws=2"),
+    "evaluate": ("--n", 8), "doctor": ("--n", 5, "--steps", 2, "--eot", 2),
+    "certify": ("--n", 4, "--max-draws", 200), "calibrate": ("--epsilon", 0.9, "--most", 4),
+    "export": (), "validate": (),
+}  # fmt: skip
+
+
+def run_on_sounds(*, heard: bool) -> set[str]:
+    """Those commands of the page that do, or do not, know the network by its folder."""
+    commands = [command for command in commands_of(AUDIO) if ("heard" in command) == heard]
+    for command in commands:
         written = [part.replace("1x1024", "1x256") for part in command]
-        finished = call(*written, *cheap[command[0]])
+        finished = call(*written, *SOUNDS[command[0]])
         assert finished.returncode in ((0, 3) if command[0] == "doctor" else (0,)), finished.stderr
+    return {command[0] for command in commands}
+
+
+def test_a_network_on_waveforms_by_commands_alone(tmp_path: Path, tones: None) -> None:
+    assert run_on_sounds(heard=True) == set(SOUNDS) - {"validate"}
     config = json.loads((tmp_path / "heard" / "config.json").read_text())
     assert (config["input_shape"], config["bounds"]) == ([1, 256], [-1.0, 1.0])
     assert config["metrics"]["test"]["accuracy"] > 0.4  # chance is 0.25, and 200 images tell them apart
@@ -173,3 +207,10 @@ def test_a_network_on_waveforms_by_commands_alone(tmp_path: Path, monkeypatch: p
     named = ("--network", "tones.py:network")
     assert "not images of 1 or 3 channels" in error("predict", "tones.py", "--model", "heard", *named)
     assert "not images of 1 or 3 channels" in error("serve", "heard", *named)
+
+
+def test_a_named_network_on_waveforms(tmp_path: Path, tones: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is evaluated by the protocol that is used where none is named."""
+    shorten(monkeypatch, tmp_path)
+    torch.save(network_from("tones.py:network").state_dict(), "tones.pt")
+    assert run_on_sounds(heard=False) == {"validate", "evaluate"}
