@@ -49,11 +49,10 @@ def fab(
 
     A step linearises the difference of two expected logits and moves to where it changes sign. It costs
     `eot` gradients for every wrong class, with `targets` or `targeted` only `eot`, and `eot` forwards.
-    Of a random model a step needs a boundary that is known well: the `steps * eot` draws of a run are spent
-    in fewer steps, each of about as many draws as there are steps, unless `eot` is more. An image counts as
-    adversarial if the mean softmax of these draws and `confirm_draws` fresh ones say so. Near the boundary
-    luck decides: raise `confirm_draws` for images that hold. Where no randomness is found, a bisection
-    between the best image and the original ends the search (the paper's final search, with halvings).
+    Of a random model the `steps * eot` draws of a run are spent in fewer steps, each of about as many draws
+    as there are steps, unless `eot` is more. An image counts as adversarial if the mean softmax of these
+    draws and `confirm_draws` fresh ones say so: raise that for images that hold. Where no randomness is
+    found, a bisection between the best image and the original ends the search (the paper's, with halvings).
 
     Args:
         targeted: reach `labels`: each step heads for the boundary between the wanted class and the
@@ -82,8 +81,7 @@ def fab(
     _check_numbers(inputs, norm, eps, alpha_max, eta, beta)
 
     def run(oracle: Oracle, x: Tensor, y: Tensor) -> Tensor:
-        count = _share_out(oracle, steps)
-        keep = _Near(oracle, x, y, targeted, norm, eps)
+        count, keep = _share_out(oracle, steps), _Near(oracle, x, y, targeted, norm, eps)
         for boundary in _boundaries(oracle, x, y, targeted, targets, norm):
             for restart in range(restarts):
                 _walk(keep, boundary, keep.start() if restart else x, count, alpha_max, eta, beta)
