@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,40 +44,45 @@ def make(width=4):
 NAME = "mynets.py:make"
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a network in a file, its trained weights, an image, and a saved ensemble of it."""
+    folder, path = tmp_path_factory.mktemp("made"), list(sys.path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        Path("mynets.py").write_text(FILE)
+        data = rse.load_data("digits", "test")
+        Image.fromarray(data.images[0, 0].numpy()).save("digit.png")
+        torch.save(_fitted(data).state_dict(), "weights.pt")
+        run("pack", NAME, "saved", *NAMED, "--data", "digits", "--precision", "float32")
+        Path("imported").unlink()
+    sys.modules.pop("mynets", None)
+    sys.path[:] = path
+    return folder
+
+
+@pytest.fixture
+def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Such a folder for one test, which works in it."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.chdir(tmp_path)
     path = list(sys.path)
-    (tmp_path / "mynets.py").write_text(FILE)
-    data = rse.load_data("digits", "test")
-    Image.fromarray(data.images[0, 0].numpy()).save("digit.png")
-    torch.save(_fitted(data).state_dict(), "weights.pt")
-    run("pack", NAME, "saved", *NAMED, "--data", "digits", "--precision", "float32")
-    (tmp_path / "imported").unlink()
-    sys.modules.pop("mynets", None)
     yield tmp_path
     sys.modules.pop("mynets", None)
     sys.path[:] = path
-
-
-_trained: dict[str, Any] = {}
 
 
 def _fitted(data: rse.ImageData) -> nn.Module:
     """Not at chance, which is all that commands need."""
     torch.manual_seed(0)
     network = rse.network_from(NAME, {"width": 8})
-    if not _trained:
-        adam = torch.optim.Adam(network.parameters(), lr=0.02)
-        inputs, labels = data.inputs(), data.labels
-        for _ in range(100):
-            logits = network((inputs + 0.1 * torch.randn_like(inputs) - 0.3) / 0.4)
-            adam.zero_grad()
-            nn.functional.cross_entropy(logits, labels).backward()
-            adam.step()
-        _trained.update(network.state_dict())
-    network.load_state_dict(_trained)
+    adam = torch.optim.Adam(network.parameters(), lr=0.02)
+    inputs, labels = data.inputs(), data.labels
+    for _ in range(100):
+        logits = network((inputs + 0.1 * torch.randn_like(inputs) - 0.3) / 0.4)
+        adam.zero_grad()
+        nn.functional.cross_entropy(logits, labels).backward()
+        adam.step()
     return network
 
 

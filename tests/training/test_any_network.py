@@ -2,7 +2,9 @@
 
 import json
 import signal
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +61,15 @@ def photos(root: Path, count: int = 100, splits: tuple[str, ...] = ("train", "te
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("own")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    root, path = tmp_path_factory.mktemp("own"), list(sys.path)
     photos(root / "photos")
     (root / "mynets.py").write_text(NETS)
     (root / "my.yaml").write_text(RECIPE.format(data=root / "photos", nets="mynets.py"))
-    return root
+    yield root
+    # Or it would be the module of this name in other tests too.
+    sys.modules.pop("mynets", None)
+    sys.path[:] = path
 
 
 def command(out: str, *more: str) -> list[str]:

@@ -186,7 +186,7 @@ def peak():
 root = Path(sys.argv[1])
 protocol = load_protocol(str(root / "quick.yaml"))
 model = nn.Sequential(
-    nn.Conv2d(3, 2, 9, stride=8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2))
+    nn.Conv2d(3, 2, 9, stride=8), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2))
 found = []
 for count in (20, 400):
     recipe = load_recipe("digits-rse", [f"data.source={root / str(count)}", "data.size=224", "train.epochs=1",
