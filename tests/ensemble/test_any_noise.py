@@ -298,6 +298,43 @@ def test_randomness_that_is_switched_on_later_is_found() -> None:
     assert ensemble.predict(x).spread.max() > 0
 
 
+class Switch:
+    on = False
+
+
+def test_a_seed_holds_for_noise_that_is_switched_on_behind_its_back() -> None:
+    """By what is no plain value of a module, after a prediction that found no such noise."""
+
+    class Switched(Dropped):
+        def __init__(self) -> None:
+            super().__init__()
+            self.switch = Switch()
+
+        def noisy(self, hidden: Tensor) -> Tensor:
+            return functional.dropout(hidden, 0.3, training=True) if self.switch.on else hidden
+
+    net, (x, _) = trained(Switched), images()
+    ensemble = rse.SelfEnsemble(net, rse.NoiseConfig(0.05, 0.05), draws=6)
+    quiet = ensemble.predict(x, seed=1).probabilities
+    net.switch.on = True  # type: ignore[union-attr]
+    state = torch.get_rng_state()
+    noisy = ensemble.predict(x, seed=1).probabilities
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(noisy, quiet)
+    torch.rand(3)
+    assert torch.equal(ensemble.predict(x, seed=1).probabilities, noisy)
+
+
+def test_a_network_that_did_not_change_is_not_asked_again(tiny: nn.Module, images: Tensor) -> None:
+    ensemble = rse.SelfEnsemble(tiny, draws=6).eval()
+    seen: list[int] = []
+    tiny.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    first = ensemble.predict(images[:1], seed=1).probabilities
+    seen.clear()
+    assert torch.equal(ensemble.predict(images[:1], seed=1).probabilities, first)
+    assert sum(seen) == 6
+
+
 def test_a_network_that_returns_nan_is_not_random_for_that() -> None:
     class Broken(Dropped):
         def noisy(self, hidden: Tensor) -> Tensor:

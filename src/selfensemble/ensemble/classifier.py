@@ -60,6 +60,7 @@ class RandomClassifier(nn.Module):
         self.model = model
         self.folds: dict[tuple[tuple[int, ...], int], bool] = {}
         self._others: dict[tuple[int, ...], bool] = {}
+        self._quiet: dict[tuple[int, ...], int] = {}  # settings with which no other noise was found
         self.sampling = sampling
 
     @property
@@ -113,7 +114,7 @@ class RandomClassifier(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         """What `nn.Module.train` does; beside calls that want eval mode, as soon as none does any more."""
-        self._others, self.folds = {}, {}
+        self._others, self._quiet, self.folds = {}, {}, {}
         switch_mode(self, mode)
         return self
 
@@ -144,16 +145,21 @@ class RandomClassifier(nn.Module):
         """
         return self._has_noise or self.has_other_noise(inputs)
 
-    def has_other_noise(self, inputs: Tensor) -> bool:
+    def has_other_noise(self, inputs: Tensor, *, trusting: bool = False) -> bool:
         """Whether they differ by anything but the random layers of this package.
 
         Dropout at test time, Bayesian layers, random transforms, noise of numpy. Passes are compared, over
         the first images and over random ones, for noise that multiplies shows nothing of black ones: some at
         first, two ever after where they were equal, for what is off may be switched on.
+
+        `trusting`: then only if a module, a mode or a plain value of the network has changed.
         """
         if len(inputs) == 0:
             return any(self._others.values())
         shape = tuple(inputs.shape[1:])
+        settings = self.settings()
+        if trusting and self._quiet.get(shape) == settings:
+            return False
         if not self._others.get(shape, False):
             passes, images = (2, 1) if shape in self._others else (PASSES, 2)
             asked = self._with_random_images(inputs[:images])
@@ -164,6 +170,8 @@ class RandomClassifier(nn.Module):
                     one = self.draw_logits
                     found = bool(draws_numbers(one, asked)) or draws_for_python(one, asked)
             self._others[shape] = found
+            if not found:
+                self._quiet[shape] = settings
         return self._others[shape]
 
     def _with_random_images(self, images: Tensor) -> Tensor:

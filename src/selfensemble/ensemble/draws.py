@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..data.images import Inputs
 from ..noise.streams import Sampling, derived_seed, fresh_seed, noise_draw
+from ..runtime.random_state import generator_states, same_states, set_generator_states
 from .checks import explain_shape
 from .classifier import RandomClassifier
 from .randomness import global_noise, other_seed
@@ -113,9 +114,11 @@ class Draws:
     def reseeds(self) -> bool:
         """Whether a seed has to hold for torch's global generators as well."""
         if self._reseeds is None:
-            few = self.prepared(self._example[:2])
-            self._reseeds = self._repeats and self.ensemble.has_other_noise(few)
+            self._reseeds = self._draw_others(trusting=True)
         return self._reseeds
+
+    def _draw_others(self, trusting: bool) -> bool:
+        return self.ensemble.has_other_noise(self.prepared(self._example[:2]), trusting=trusting)
 
     @torch.no_grad()
     def folds(self) -> bool:
@@ -175,20 +178,38 @@ class Draws:
             if own is not None and self._by_part:
                 own = derived_seed(own, group * _PASSES + part, 0)
             repeated = few if count == 1 else few.repeat(count, *[1] * (few.dim() - 1))
-            drawn = noise_draw(
-                own, index, self.sampling, count=count, antithetic=self._antithetic,
+            drawn = partial(
+                noise_draw, own, index, self.sampling, count=count, antithetic=self._antithetic,
                 portable=self._portable, repeatable=False,
             )  # fmt: skip
             with ExitStack() as stack:
                 stack.enter_context(_around.get()())
-                stack.enter_context(drawn)
                 stack.enter_context(self._explained(self._example))
-                if self.seed is not None and self.reseeds():
-                    own_seed = other_seed(derived_seed(self.seed, group * _PASSES + part, 1), index)
-                    stack.enter_context(global_noise(own_seed))
-                outputs = self.ensemble.draw_logits(repeated).float().softmax(dim=-1)
+                make = partial(self._outputs, repeated, drawn)
+                outputs = self._seeded(make, group * _PASSES + part, index) if self._repeats else make()
             passes.append(outputs.view(count, len(few), outputs.shape[-1]))
         return torch.cat(passes, dim=1)
+
+    def _outputs(self, images: Tensor, drawn: Callable[[], AbstractContextManager[object]]) -> Tensor:
+        with drawn():
+            return self.ensemble.draw_logits(images).float().softmax(dim=-1)
+
+    def _seeded(self, make: Callable[[], Tensor], part: int, index: int) -> Tensor:
+        """A pass whose seed holds for torch's global generators too, if the network draws from them.
+
+        Whether it does was found out earlier. What was switched on since by something that is no plain value
+        shows at the generators: a pass that moved them is made again, and they go back.
+        """
+        if not self.reseeds():
+            before = generator_states(self.device)
+            outputs = make()
+            if same_states(before, generator_states(self.device)) or not self._draw_others(trusting=False):
+                return outputs
+            set_generator_states(before)
+            self._reseeds = True
+        assert self.seed is not None
+        with global_noise(other_seed(derived_seed(self.seed, part, 1), index)):
+            return make()
 
 
 def moments(draws: Draws, group: Tensor, rule: Rule, number: int = 0) -> tuple[Tensor, Tensor, Tensor]:
