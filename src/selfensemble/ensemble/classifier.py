@@ -122,7 +122,7 @@ class RandomClassifier(nn.Module):
         return self.__dict__ | {"_copied": state_of_copy(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
+        state = {"_quiet": {}} | state
         own = state.pop("_copied", None)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if own is not None:
@@ -158,7 +158,7 @@ class RandomClassifier(nn.Module):
             return any(self._others.values())
         shape = tuple(inputs.shape[1:])
         settings = self.settings()
-        if trusting and self._quiet.get(shape) == settings:
+        if trusting and not self._others.get(shape, False) and self._quiet.get(shape) == settings:
             return False
         if not self._others.get(shape, False):
             passes, images = (2, 1) if shape in self._others else (PASSES, 2)

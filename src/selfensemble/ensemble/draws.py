@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..data.images import Inputs
 from ..noise.streams import Sampling, derived_seed, fresh_seed, noise_draw
-from ..runtime.random_state import generator_states, same_states, set_generator_states
 from .checks import explain_shape
 from .classifier import RandomClassifier
 from .randomness import global_noise, other_seed
@@ -96,6 +95,7 @@ class Draws:
         self.pairs_by_place = antithetic and not shared
         self._shared = shared
         self._reseeds: bool | None = None
+        self._watched = False  # whether a pass has shown if the network draws from torch's global generators
         self._folds: bool | None = None
 
     def groups(self, inputs: Tensor | Inputs) -> Iterator[Tensor]:
@@ -114,11 +114,9 @@ class Draws:
     def reseeds(self) -> bool:
         """Whether a seed has to hold for torch's global generators as well."""
         if self._reseeds is None:
-            self._reseeds = self._draw_others(trusting=True)
+            few = self.prepared(self._example[:2])
+            self._reseeds = self.ensemble.has_other_noise(few, trusting=True)
         return self._reseeds
-
-    def _draw_others(self, trusting: bool) -> bool:
-        return self.ensemble.has_other_noise(self.prepared(self._example[:2]), trusting=trusting)
 
     @torch.no_grad()
     def folds(self) -> bool:
@@ -195,21 +193,19 @@ class Draws:
             return self.ensemble.draw_logits(images).float().softmax(dim=-1)
 
     def _seeded(self, make: Callable[[], Tensor], part: int, index: int) -> Tensor:
-        """A pass whose seed holds for torch's global generators too, if the network draws from them.
+        """A pass whose seed holds for torch's global generators too, where the network draws from them.
 
-        Whether it does was found out earlier. What was switched on since by something that is no plain value
-        shows at the generators: a pass that moved them is made again, and they go back.
+        Whether it does is known, but what is no plain value may have switched its noise on since: so
+        the first pass takes such numbers from generators of its own, too, and tells whether it took any.
         """
-        if not self.reseeds():
-            before = generator_states(self.device)
-            outputs = make()
-            if same_states(before, generator_states(self.device)) or not self._draw_others(trusting=False):
-                return outputs
-            set_generator_states(before)
-            self._reseeds = True
-        assert self.seed is not None
-        with global_noise(other_seed(derived_seed(self.seed, part, 1), index)):
+        if self._watched and not self.reseeds():
             return make()
+        assert self.seed is not None
+        numbers = global_noise(other_seed(derived_seed(self.seed, part, 1), index))
+        with numbers:
+            outputs = make()
+        self._watched, self._reseeds = True, self.reseeds() or numbers.drew
+        return outputs
 
 
 def moments(draws: Draws, group: Tensor, rule: Rule, number: int = 0) -> tuple[Tensor, Tensor, Tensor]:

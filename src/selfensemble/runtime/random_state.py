@@ -56,28 +56,3 @@ def seeded_generators(seed: int) -> Iterator[None]:
 def states_of_others() -> tuple[object, ...]:
     """Where the generators of Python and of numpy stand, to be compared."""
     return random.getstate(), pickle.dumps(np.random.get_state(legacy=False))  # noqa: NPY002
-
-
-States = dict[torch.device, torch.Tensor]
-
-
-def generator_states(device: torch.device) -> States:
-    """Where torch's global generators of the CPU and of a device stand."""
-    states = {torch.device("cpu"): torch.default_generator.get_state()}
-    if device.type not in ("cpu", "meta"):
-        states[device] = torch.get_device_module(device).get_rng_state(device)
-    return states
-
-
-def same_states(one: States, other: States) -> bool:
-    """Whether nobody drew from them in between."""
-    return all(torch.equal(state, other[device]) for device, state in one.items())
-
-
-def set_generator_states(states: States) -> None:
-    """Bring them back; what other threads drew meanwhile they draw again."""
-    for device, state in states.items():
-        if device.type == "cpu":
-            torch.default_generator.set_state(state)
-        else:
-            torch.get_device_module(device).set_rng_state(state, device)
