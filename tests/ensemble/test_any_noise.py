@@ -1,6 +1,8 @@
 """Networks that are random by other means than our layers; networks with parts of images in the batch."""
 
+import pickle
 import random
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
 import selfensemble as rse
 from selfensemble import attacks
 from selfensemble.ensemble.stopping import Fixed
+from selfensemble.noise.own_numbers import OwnNumbers
 from selfensemble.serving.batching import Batcher
 
 
@@ -323,6 +327,77 @@ def test_a_seed_holds_for_noise_that_is_switched_on_behind_its_back() -> None:
     assert not torch.equal(noisy, quiet)
     torch.rand(3)
     assert torch.equal(ensemble.predict(x, seed=1).probabilities, noisy)
+
+
+def own_numbers(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output + torch.randn_like(output)
+
+
+def own_numbers_put_back(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+    with torch.random.fork_rng():
+        return output + torch.randn_like(output)
+
+
+@pytest.mark.parametrize("noise", [own_numbers, own_numbers_put_back])
+def test_a_seed_holds_for_hooks_that_came_later(tiny: nn.Sequential, images: Tensor, noise: Any) -> None:
+    """Also where a calculation has torch's numbers for itself, as a judge does; errors change no state."""
+    ensemble = rse.SelfEnsemble(tiny, draws=4).eval()
+    quiet = ensemble.predict(images, seed=1).probabilities
+    tiny[-1].register_forward_hook(noise)
+    found = []
+    for seed in (5, 6):
+        with OwnNumbers(seed):
+            found.append(ensemble.predict(images, seed=1).probabilities)
+    found.append(ensemble.predict(images, seed=1).probabilities)
+    assert all(torch.equal(each, found[0]) for each in found)
+    assert not torch.equal(found[0], quiet)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError
+
+    tiny[-1].register_forward_hook(fail)
+    state = torch.get_rng_state()
+    with pytest.raises(RuntimeError):
+        ensemble.predict(images, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_numbers_of_other_threads_stay_theirs(tiny: nn.Sequential, images: Tensor) -> None:
+    """Even where the network was once found random by mistake, because its weights moved meanwhile."""
+    ensemble = rse.SelfEnsemble(tiny, draws=4).eval()
+    ensemble.predict(images, seed=1)
+
+    def move(layer: nn.Linear, *_: Any) -> None:
+        layer.bias.data.add_(1e-3)
+
+    moving = tiny[-1].register_forward_hook(move)
+    ensemble.has_other_noise(images)
+    moving.remove()
+    drawn: list[float] = []
+
+    def draw(*_: Any) -> None:
+        thread = threading.Thread(target=lambda: drawn.append(torch.rand(1).item()))
+        thread.start()
+        thread.join()
+
+    tiny[-1].register_forward_hook(draw)
+    for _ in range(3):
+        ensemble.predict(images, seed=1)
+    assert len(set(drawn)) == len(drawn) >= 3
+
+
+def test_a_pickled_ensemble_keeps_its_noise_in_a_new_process(
+    tiny: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torch counts hooks from the number on that the noise has."""
+    ensemble = rse.SelfEnsemble(tiny, draws=4).eval()
+    pickled = pickle.dumps(ensemble)
+    wanted = ensemble.predict(images, seed=1).probabilities
+    first = min(number for module in tiny.modules() for number in module._forward_pre_hooks)
+    monkeypatch.setattr(RemovableHandle, "next_id", first)
+    found = pickle.loads(pickled)
+    for _ in range(2):
+        assert torch.equal(found.predict(images, seed=1).probabilities, wanted)
 
 
 def test_a_network_that_did_not_change_is_not_asked_again(tiny: nn.Module, images: Tensor) -> None:

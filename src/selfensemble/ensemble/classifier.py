@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from ..noise.calls import modules_of, restore_copy_, state_of_copy, switch_mode
+from ..noise.calls import keep_hooks_apart, modules_of, restore_copy_, state_of_copy, switch_mode
 from ..noise.graphs import is_recording
 from ..noise.injection import noise_disabled, random_layers
 from ..noise.streams import Sampling, check_sampling, noise_draw
@@ -125,6 +125,7 @@ class RandomClassifier(nn.Module):
         state = {"_quiet": {}} | state
         own = state.pop("_copied", None)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        keep_hooks_apart(*self.modules())
         if own is not None:
             restore_copy_(self, own)
 

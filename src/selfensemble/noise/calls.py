@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.hooks import RemovableHandle
 
 from .graphs import uncompiled
 
@@ -336,4 +337,12 @@ class OwnHooks:
     def add(self, register: Callable[..., _Handle], hook: Callable[..., Any], **options: Any) -> None:
         """Register `hook` by one of a module's methods, e.g. `module.register_forward_pre_hook`."""
         with _structure:
+            keep_hooks_apart(getattr(register, "__self__", None))
             self._stack.callback(register(_OwnHook(hook), **options).remove)
+
+
+def keep_hooks_apart(*modules: object) -> None:
+    """Give torch's next hook a number that none of theirs has, which pickled ones bring from another process."""
+    for module in (each for each in modules if isinstance(each, nn.Module)):
+        used = (*module._forward_pre_hooks, *module._forward_hooks)
+        RemovableHandle.next_id = max([RemovableHandle.next_id, *(number + 1 for number in used)])
