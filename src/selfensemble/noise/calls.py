@@ -342,7 +342,7 @@ class OwnHooks:
 
 
 def keep_hooks_apart(*modules: object) -> None:
-    """Give torch's next hook a number that none of theirs has, which pickled ones bring from another process."""
+    """Give torch's next hook a number that no hook of these has, for pickled ones bring those they had."""
     for module in (each for each in modules if isinstance(each, nn.Module)):
         used = (*module._forward_pre_hooks, *module._forward_hooks)
         RemovableHandle.next_id = max([RemovableHandle.next_id, *(number + 1 for number in used)])

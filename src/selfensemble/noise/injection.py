@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from .calls import OwnHooks, in_eval_mode, modules_of, switched_off
+from .calls import OwnHooks, in_eval_mode, keep_hooks_apart, modules_of, switched_off
 from .copies import with_originals
 from .filters import Filter, filter_named, matching
 from .filters import FilterFn as FilterFn
@@ -200,6 +200,7 @@ def attach_noise_(model: nn.Module, stds: Mapping[str, Std]) -> nn.Module:
         fqn: GaussianNoise(std, layer=layer).to(device_of_parameters(module, model))
         for layer, ((module, _), (fqn, std)) in enumerate(zip(modules, stds.items(), strict=True))
     }
+    keep_hooks_apart(*(module for module, _ in modules))
     for (module, _), noise in zip(modules, layers.values(), strict=True):
         noise.train(module.training)
         module.add_module(CHILD, noise)
