@@ -195,7 +195,7 @@ class Draws:
     def _seeded(self, make: Callable[[], Tensor], part: int, index: int) -> Tensor:
         """A pass whose seed holds for torch's global generators too, where the network draws from them.
 
-        Whether it does is known, but what is no plain value may have switched its noise on since: so the first
+        Whether it does is known, but what is no plain value may have switched it on since: so the first
         pass takes such numbers from other generators, too, and tells whether it took any.
         """
         if self._watched and not self.reseeds():
