@@ -5,7 +5,7 @@
 The aim is what the strongest attack of all leaves, and one point. Every attack runs with 5, 10, 20, ...
 gradients an image, each time in a process of its own, until a judge finds the aim reached; the time is the
 processor's for the attack alone, ours with the making of the optimised copy. `--aim` sets another: what
-the honest protocol leaves, say. Ours stops with images that are clearly fooled, as the honest protocol does, and
+the honest protocol leaves, say. Ours stops with images that are clearly fooled, as that protocol does, and
 takes its gradients in the precision of `optimize`. Libraries as in `equal_gradients.py`.
 """
 
