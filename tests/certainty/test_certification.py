@@ -66,6 +66,8 @@ def test_radii_of_a_linear_classifier(rivals: Rivals) -> None:
         assert (found.radius <= truth).all()
         assert (found.radius >= 0.97 * truth).all()
         assert (found.draws == 100_100).all()
+        exact = torch.special.ndtr(truth / STD)
+        assert ((found.estimate - exact).abs() <= 5 * (exact * (1 - exact) / 100_000).sqrt()).all()
 
 
 def test_soft_outputs_have_a_closed_form_too() -> None:
@@ -79,6 +81,7 @@ def test_soft_outputs_have_a_closed_form_too() -> None:
         outputs = 1 / (1 + np.exp(-2 * 3.0 * (distance + STD * grid)))
         truth = np.trapezoid(outputs * stats.norm.pdf(grid), grid)
         assert truth - 0.02 < lower <= truth
+    assert (found.lower <= found.estimate).all()
 
 
 def counted(counts: list[int], rivals: Rivals) -> Votes:
@@ -160,7 +163,7 @@ def test_overstated_certificates_are_as_rare_as_promised(
         seen = measure(torch.cat(list(passes(group, 0, 15))), alpha=alpha, n=60)
         chosen = seen.order[:, 0].clone()
         aims = Aims(STD, alpha, 60, radii)
-        ((label, radius, _, _, _, verdict),) = _certify(group, passes, [seen], 15, aims)
+        ((label, radius, *_, verdict),) = _certify(group, passes, [seen], 15, aims)
         wrong = radius > truth + 1e-6
         if truth > 0:
             wrong |= (label != best) & (label != ABSTAINED)
@@ -185,6 +188,7 @@ def test_two_methods_from_the_same_draws(wanted: float | None) -> None:
         alone = certify(ensemble, inputs, method=method, n=6_400, radius=wanted, seed=0)
         assert torch.equal(both[method].draws, alone.draws)
         assert torch.equal(both[method].label, alone.label)
+        assert torch.equal(both[method].estimate, alone.estimate)
         torch.testing.assert_close(both[method].radius, alone.radius, rtol=0, atol=0.02)
 
 

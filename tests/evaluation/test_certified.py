@@ -81,6 +81,7 @@ def test_wanted_radii_by_the_command(model: Path, tmp_path: Path) -> None:
     early = [row for row in rows if int(row["draws"]) < 2000 + 100]
     assert early
     assert all(row["lower"] == row["upper"] == "" for row in early)
+    assert all(0 <= float(row["estimate"]) <= 1 for row in rows)
     assert results["draws"] < 1000
     # What was written goes on, or is refused where it is of other radii.
     assert run(*arguments, "--radius", 0.3, "--radius", 0.1).stdout == text

@@ -19,7 +19,8 @@ from selfensemble.cli import experiments as commands  # noqa: F401  (adds its co
 from selfensemble.cli.base import app
 from selfensemble.experiments import EXPERIMENTS, Reproduction, networks, render_all
 from selfensemble.experiments.certainty import auroc, calibration_error
-from selfensemble.experiments.certificates import between, empirical, reach
+from selfensemble.experiments.certificates import between, empirical
+from selfensemble.experiments.certified_tables import reach
 from selfensemble.experiments.curvature import local_lipschitz, second_order_term
 from selfensemble.experiments.draws import COUNTS, right_groups
 from selfensemble.experiments.judged import accuracy, by_strength, rms

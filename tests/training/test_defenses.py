@@ -82,6 +82,9 @@ def test_cross_entropy_smoothing_and_consistency_are_their_formulas() -> None:
     divergence = (m * (m / p).log()).sum() + (m * (m / q).log()).sum()
     expected = -(p[0].log() + q[0].log()) / 2 + 0.7 * divergence / 2
     torch.testing.assert_close(both.loss(networks(answering(logits)), image, label), expected)
+    sure = defenses.CrossEntropy(draws=2, consistency=0.7, entropy=0.3)
+    expected = expected - 0.3 * (m * m.log()).sum()
+    torch.testing.assert_close(sure.loss(networks(answering(logits)), image, label), expected)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -175,7 +178,7 @@ def test_distillation_follows_the_teacher_and_ends_where_both_agree() -> None:
     "defense",
     [
         defenses.CrossEntropy(),
-        defenses.CrossEntropy(draws=2, consistency=1.0),
+        defenses.CrossEntropy(draws=2, consistency=1.0, entropy=0.5),
         defenses.Adversarial(norm="l2", eps=0.01, steps=2, eot=2),
         defenses.Trades(norm="l2", eps=0.01, steps=2),
         defenses.FgsmRetraining(smallest_eps=0.001, largest_eps=0.01),
@@ -249,6 +252,7 @@ def test_an_attack_on_noise_meets_the_ensemble() -> None:
         ("defense={name: adversarial, epsilon: 1}", "epsilon"),
         ("defense={name: trades, beta: 0}", "must be above 0"),
         ("defense={name: cross-entropy, consistency: 1.0}", "draws to 2"),
+        ("defense={name: cross-entropy, entropy: 1.0}", "draws to 2"),
         ("defense={name: distillation, temperature: .inf}", "finite"),
     ],
 )

@@ -50,6 +50,8 @@ class Certificate:
         radius: (B,) float64, L2 in the units of the image; 0 where nothing could be certified.
         lower: (B,) float64, lower bound of the answer's probability (of votes, or its mean).
         upper: (B,) float64, upper bound of every rival's.
+        estimate: (B,) float64, share of the votes, or mean of the probability, that the answer had in the
+            draws of estimation; it proves nothing.
         draws: (B,) int64, those of selection included.
         verdict: (B, R) int64, for each of R wanted radii, in rising order: 1 where the answer is certified
             within it, -1 where it is proven that it cannot be, 0 where neither is.
@@ -62,6 +64,7 @@ class Certificate:
     radius: Tensor
     lower: Tensor
     upper: Tensor
+    estimate: Tensor
     draws: Tensor
     verdict: Tensor
 
@@ -186,7 +189,7 @@ def certificates(
 
 def _of_no_images(radii: int) -> Certificate:
     none, zero = (torch.zeros(0, dtype=dtype, device="cpu") for dtype in (torch.int64, torch.float64))
-    return Certificate(none, zero, zero, zero, none, none.view(0, 1).expand(0, radii))
+    return Certificate(none, zero, zero, zero, zero, none, none.view(0, 1).expand(0, radii))
 
 
 def wanted_radii(radius: float | Sequence[float] | None) -> tuple[float, ...]:

@@ -47,7 +47,7 @@ class Search:
         self.seen, self.aims = seen, aims
         self.answer = seen.order[:, 0]
         self.used = torch.zeros(size, dtype=torch.int64, device="cpu")
-        self.figures = torch.zeros(3, size, dtype=torch.float64, device="cpu")  # radius, lower, upper
+        self.figures = torch.zeros(4, size, dtype=torch.float64, device="cpu")  # radius, bounds, estimate
         self.verdict = torch.zeros(size, len(aims.wanted), dtype=torch.int64, device="cpu")
         self.radii = [share * aims.wanted[0] for share in (_RUNGS if aims.wanted else ())] + [*aims.wanted]
         gaps = [2 * radius / aims.std for radius in aims.wanted]
@@ -85,7 +85,7 @@ class Search:
             for column, wanted in enumerate(self.aims.wanted):
                 self.verdict[active[going & (radius >= wanted)], column] = 1
         ended = going & ends
-        self.figures[:, active[ended]] = torch.stack([radius, low, high])[:, ended]
+        self.figures[:, active[ended]] = torch.stack([radius, low, high, self.seen.estimate()])[:, ended]
         self.used[active[ended]] = taken
 
     def _bets_won(self, images: Tensor, going: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,6 +63,10 @@ class Votes:
         self.order, self.counts = self.order[stay], self.counts[stay]
         self._pilot = self._pilot[stay]
 
+    def estimate(self) -> Tensor:
+        """(A,) share of the votes that the answer has."""
+        return self.counts.gather(1, self.order[:, :1])[:, 0].double() / self.counts.sum(dim=1)
+
     def bounds(self, alpha: float) -> tuple[np.ndarray, np.ndarray]:
         """(A,) lower bounds of the answer and upper bounds of its rivals, wrong with `alpha` together."""
         answer, classes = self.order[:, :1], self.counts.shape[1]
@@ -103,6 +107,7 @@ class Means:
         self.order = selection.mean(dim=0).argsort(dim=1, descending=True, stable=True)
         self._rivals, self._bound = rivals, bound
         self._samples: list[Tensor] = []
+        self._sum, self._taken = torch.zeros(len(self.order), dtype=torch.float64, device="cpu"), 0
         coins = fresh_seed() if seed is None else stream_seed(seed, 0, LAYERS - 1)
         self._generator = torch.Generator("cpu").manual_seed(coins)
         pilot = self._columns(selection).double()
@@ -130,13 +135,20 @@ class Means:
 
     def add(self, outputs: Tensor) -> None:
         """More draws, (c, A, K)."""
-        self._samples.append(self._columns(outputs.cpu()))
+        columns = self._columns(outputs.cpu())
+        self._samples.append(columns)
+        self._sum += columns[:, :, 0].double().sum(dim=0)
+        self._taken += len(columns)
 
     def keep(self, stay: Tensor) -> None:
         """Continue with some of the images."""
         self.order, self._binomial = self.order[stay], self._binomial[stay]
-        self._pilot = self._pilot[stay]
+        self._pilot, self._sum = self._pilot[stay], self._sum[stay]
         self._samples = [each[:, stay] for each in self._samples]
+
+    def estimate(self) -> Tensor:
+        """(A,) mean probability of the answer."""
+        return self._sum / self._taken
 
     def bounds(self, alpha: float) -> tuple[np.ndarray, np.ndarray]:
         """(A,) lower bounds of the answer and upper bounds of its rivals, wrong with `alpha` together."""

@@ -246,7 +246,8 @@ class Certification:
         names = list(Certificate.__dataclass_fields__)
         for shard in shards:  # of versions before there were verdicts
             shard.setdefault("verdict", [[] for _ in shard["label"]])
-        bounds = {"lower": float, "upper": float, "verdict": np.int64}
+            shard.setdefault("estimate", [None for _ in shard["label"]])
+        bounds = {"lower": float, "upper": float, "estimate": float, "verdict": np.int64}
         columns = {
             name: np.concatenate([np.asarray(shard[name], dtype=bounds.get(name)) for shard in shards])
             for name in names
@@ -299,10 +300,10 @@ def _table(truth: np.ndarray, columns: dict[str, np.ndarray]) -> str:
     """A row an image."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "truth", "answer", "radius", "lower", "upper", "draws", "verdict"])
+    writer.writerow(["image", "truth", "answer", "radius", "lower", "upper", "estimate", "draws", "verdict"])
     for index, row in enumerate(zip(truth, *columns.values(), strict=True)):
-        right, answer, radius, lower, upper, draws, verdict = row
-        bounds = ["" if np.isnan(bound) else f"{bound:.6f}" for bound in (lower, upper)]
+        right, answer, radius, lower, upper, estimate, draws, verdict = row
+        bounds = ["" if np.isnan(bound) else f"{bound:.6f}" for bound in (lower, upper, estimate)]
         words = " ".join(VERDICTS[int(each)] for each in verdict)
         writer.writerow([index, right, answer, f"{radius:.6f}", *bounds, draws, words])
     return text.getvalue()

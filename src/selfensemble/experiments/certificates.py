@@ -5,10 +5,9 @@ from functools import partial
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from ..certainty.certification import METHODS, Method, certificates
+from ..certainty.certification import METHODS, Certificate, Method, certificates
 from ..certainty.pixels import pixel_std
 from ..fast.optimize import precision_of
 from ..noise.streams import stream_seed
@@ -17,6 +16,17 @@ from ..report.intervals import mean, share
 from ..report.page import Page, Picture, Table
 from ..report.published import COHEN, is_theirs
 from .base import Beside, Experiment, Measured, Setting, inputs_of
+from .certified_tables import (
+    RADII,
+    against_votes,
+    draws,
+    is_looked_at,
+    points,
+    probabilities,
+    published,
+    reach,
+    row,
+)
 from .honest import worst_keys, worst_lines
 from .judged import accuracy
 from .networks import Network, network
@@ -25,7 +35,6 @@ from .records import Record, column
 from .scales import CertificateScale, Scale
 from .within_radius import attacked, withstood
 
-RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 _STEPS = 40  # of a curve
 _STD = 0.25  # of the noise on the image, where ways of training are compared, if the grid has it
 _CURVES = (
@@ -40,19 +49,21 @@ predictor, mostly of the same answers."""
 _ABOUT = """\
 Certified accuracy at a radius: the share of the first {images} test images that are classified correctly,
 with a certificate that no change within that L2 radius changes the infinite ensemble's answer. {n0} draws
-select the answer, {n:,} estimate, and each certificate is wrong with probability {alpha:g} at most. *vote* is
+select the answer, n estimate, and each certificate is wrong with probability {alpha:g} at most. *vote* is
 the certificate of Cohen et al. for the class that most single draws choose, *mean* that of the mean
 probability, which is what the ensemble predicts; both from the same draws, both with bounds of the runner-up.
 The network that is certified is the optimised one, in its precision. Intervals are 95 % Clopper-Pearson over
 the images; those of differences are paired."""
 
 
-# How images stopped before a wanted radius was looked for by bets, and now.
-_STOPPING = {
-    "looks": "Images draw until the radius is certified, which one of four looks finds, at most {n:,} times.",
-    "bets": "Images draw until the radius is certified, proven to be out of reach, or given up because the "
-    "last draw would hardly certify it, at most {n:,} times.",
-}
+_STOPPING = """\
+Images draw until the radius is certified, proven to be out of reach, or given up because the last draw would
+hardly certify it, at most n times."""
+_LOOKS = " Where n has an asterisk, one of four looks finds that the radius is certified; nothing else stops."
+_AT_ONCE = """\
+In per cent. Where draws are fewer than n, images stopped when each radius of the table was certified, proven
+to be out of reach or given up. Last rows: published, of other networks with noise of std on the image alone,
+by votes, n = 100,000."""
 
 
 class Certificates(Experiment):
@@ -99,31 +110,40 @@ class Certificates(Experiment):
         parts: list[Table | Picture] = [
             Table(
                 "Certified accuracy by radius",
-                "In per cent. The average radius counts 0 where the answer is wrong or missing. Last rows: "
-                "published, of other networks with noise of std on the image alone, by votes, n = 100,000.",
-                ["network", *(f"{radius:g}" for radius in RADII), "abstained", "average radius"],
-                [_row(record, method) for record in records for method in METHODS] + _published(records),
+                _AT_ONCE,
+                ["network", *(f"{radius:g}" for radius in RADII), "abstained", "n", "mean draws"],
+                [row(record, method) for record in records for method in METHODS] + published(records),
             ),
             Table(
                 f"Draws for a radius of {settings['wanted']:g}",
-                _STOPPING[settings.get("stopping", "looks")].format(n=settings["n"]),
-                ["network", "certified, vote", "mean draws, vote", "certified, mean", "mean draws, mean"],
-                [_draws(record) for record in records],
+                _STOPPING + (_LOOKS if any(is_looked_at(each) for each in records) else ""),
+                [
+                    "network",
+                    "n",
+                    "certified, vote",
+                    "mean draws, vote",
+                    "certified, mean",
+                    "mean draws, mean",
+                ],
+                [draws(record) for record in records],
             ),
             Table(
                 "Means against votes",
                 "Certified accuracy by means less that by votes, in points, of the same images and draws.",
                 ["network", *(f"{radius:g}" for radius in RADII)],
-                [[record.facts.title, *_against_votes(record)] for record in records],
+                [[record.facts.title, *against_votes(record)] for record in records],
             ),
         ]
+        estimated = [record for record in records if "vote.estimate" in record.columns]
+        if estimated:
+            parts.append(probabilities(estimated))
         if not self.names:
             parts += _compared(records)
         if settings["attacked"]:
             parts.append(withstood(records))
         lines = {
             method: [
-                Line(record.facts.title, look, _grid(records), _curve(record, method, _grid(records)))
+                Line(record.facts.title, look, *_curve(record, method, _grid(records)))
                 for look, record in enumerate(records)
             ]
             for method in METHODS
@@ -173,7 +193,7 @@ def _certified(
     """Certificates of a few images by both methods, then draws until a wanted radius."""
     found: dict[str, Tensor] = {}
     share_of_all = len(images) / settings.images
-    for place, wanted in enumerate((None, settings.wanted)):
+    for place, wanted in enumerate((settings.radii or None, settings.wanted)):
 
         def progress(drawn: int, total: int, place: int = place) -> None:
             setting.progress("certifying", done + share_of_all * (place + drawn / total) / 2)
@@ -184,44 +204,21 @@ def _certified(
             progress=progress,
         )  # fmt: skip
         for method, certificate in by_method.items():
-            if wanted is None:
-                found |= {f"{method}.answer": certificate.label, f"{method}.radius": certificate.radius}
+            if not place:
+                found |= {f"{method}.{name}": values for name, values in _parts(certificate).items()}
             else:
                 found[f"{method}.draws"] = certificate.draws
-                found[f"{method}.reached"] = (certificate.radius >= wanted).long()
+                found[f"{method}.reached"] = (certificate.radius >= settings.wanted).long()
     return found
 
 
-def reach(record: Record, method: Method) -> NDArray[np.float64]:
-    """(N,) certified radius of each image; -1 where the answer is wrong or missing."""
-    right = record.numbers(f"{method}.answer") == record.numbers("label")
-    radii: NDArray[np.float64] = np.where(right, record.numbers(f"{method}.radius"), -1.0)
-    return radii
-
-
-def _row(record: Record, method: Method) -> list[str]:
-    radii = reach(record, method)
-    accuracies = [share(radii >= radius).text for radius in RADII]
-    abstained = share(record.numbers(f"{method}.answer") < 0)
-    return [
-        f"{record.facts.title}, {method}",
-        *accuracies,
-        f"{100 * abstained.value:.1f}",
-        f"{np.maximum(radii, 0).mean():.3f}",
-    ]
-
-
-def _published(records: Sequence[Record]) -> list[list[str]]:
-    theirs = COHEN if is_theirs(records[0].facts.source) else {}
-    return [
-        [
-            f"Cohen et al., ResNet-110, std {std:g}",
-            *(f"{known[radius]}" if radius in known else "" for radius in RADII),
-            "",
-            "",
-        ]
-        for std, known in theirs.items()
-    ]
+def _parts(certificate: Certificate) -> dict[str, Tensor]:
+    return {
+        "answer": certificate.label,
+        "radius": certificate.radius,
+        "estimate": certificate.estimate,
+        "all-draws": certificate.draws,
+    }
 
 
 def empirical(records: Sequence[Record], honest: Sequence[Record]) -> list[Line]:
@@ -253,19 +250,6 @@ def between(record: Record, honest: Sequence[Record]) -> list[Table]:
     return [Table(f"Between certificate and attack: {record.facts.title}", _BETWEEN, head, rows)]
 
 
-def _draws(record: Record) -> list[str]:
-    cells = [record.facts.title]
-    for method in METHODS:
-        reached = share(record.numbers(f"{method}.reached") > 0)
-        cells += [reached.text, f"{record.numbers(f'{method}.draws').mean():,.0f}"]
-    return cells
-
-
-def _against_votes(record: Record) -> list[str]:
-    vote, means = (reach(record, method) for method in METHODS)
-    return [_points((means >= radius).astype(float) - (vote >= radius)) for radius in RADII]
-
-
 def _compared(records: Sequence[Record]) -> list[Table | Picture]:
     """Networks against the one of the grid with the same noise on the image and none inside."""
     plain = {
@@ -286,7 +270,7 @@ def _less(title: str, than: str, pairs: Sequence[tuple[Record, Record]]) -> list
     for record, other in pairs:
         for method in METHODS:
             ours, theirs = (reach(each, method) for each in (record, other))
-            points = [_points((ours >= radius).astype(float) - (theirs >= radius)) for radius in RADII]
+            points = [points((ours >= radius).astype(float) - (theirs >= radius)) for radius in RADII]
             further = mean(np.maximum(ours, 0) - np.maximum(theirs, 0))
             radius = f"{further.value:+z.3f} ({further.low:+z.3f} to {further.high:+z.3f})"
             rows.append([f"{record.facts.title}, {method}", *points, radius])
@@ -300,16 +284,13 @@ def _less(title: str, than: str, pairs: Sequence[tuple[Record, Record]]) -> list
     return [Table(title, caption, head, rows)]
 
 
-def _points(differences: NDArray[np.float64]) -> str:
-    figure = mean(differences)
-    return f"{100 * figure.value:+z.1f} ({100 * figure.low:+z.1f} to {100 * figure.high:+z.1f})"
-
-
 def _grid(records: Sequence[Record]) -> list[float]:
     largest = max(float(record.numbers(f"{method}.radius").max()) for record in records for method in METHODS)
     return [largest * step / _STEPS for step in range(_STEPS + 1)]
 
 
-def _curve(record: Record, method: Method, radii: Sequence[float]) -> list[float]:
+def _curve(record: Record, method: Method, radii: list[float]) -> tuple[list[float], list[float]]:
+    """Certified accuracy at radii, or at those that were looked for."""
+    at = list(RADII) if record.facts.settings.get("radii") else radii
     own = reach(record, method)
-    return [float((own >= radius).mean()) for radius in radii]
+    return at, [float((own >= radius).mean()) for radius in at]

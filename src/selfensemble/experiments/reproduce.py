@@ -40,7 +40,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         Honest(),
         Board(),
         Certainty(),
-        Certificates("certificates", "Certificates", "rse", "ours", "gaussian", "smoothadv"),
+        Certificates("certificates", "Certificates", "rse", "ours", "gaussian", "smoothadv", "consistency"),
         Certificates("certified-noise", "Does noise inside the network help a certificate?"),
         Curves("resnext", "resnext29_2x64d"),
         Curves("stl10", _STL10),

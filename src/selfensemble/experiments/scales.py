@@ -66,7 +66,9 @@ class TheoryScale(Section):
 class CertificateScale(Section):
     """What `certify` does to each image.
 
-    `wanted`: the radius until which draws are counted; `attacked`: images attacked within their radius.
+    `wanted`: the radius until which draws are counted; `radii`: those that are looked for at once, so that an
+    image stops when all of them are decided; none to draw n times. `attacked`: images attacked within
+    their radius.
     """
 
     images: Count
@@ -74,6 +76,7 @@ class CertificateScale(Section):
     n: Annotated[int, Field(ge=2)]
     alpha: Annotated[float, Field(gt=0, lt=1)] = 0.001
     wanted: Positive = 0.25
+    radii: tuple[Positive, ...] = ()
     attacked: Annotated[int, Field(ge=0)] = 0
 
 

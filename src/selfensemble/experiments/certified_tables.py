@@ -1,0 +1,93 @@
+"""Tables of certificates: accuracy by radius, probabilities, draws, means against votes."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..certainty.certification import METHODS, Method
+from ..report.intervals import mean, share
+from ..report.page import Table
+from ..report.published import CERTIFIED, COHEN, is_theirs
+from .records import Record
+
+RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25)
+_LEVELS = (0.5, 0.7, 0.9, 0.99, 0.999)  # probabilities
+
+
+def is_looked_at(record: Record) -> bool:
+    """Whether it is of the time when images stopped at one of four looks."""
+    return bool(record.facts.settings.get("stopping", "looks") == "looks")
+
+
+def reach(record: Record, method: Method) -> NDArray[np.float64]:
+    """(N,) certified radius of each image; -1 where the answer is wrong or missing."""
+    right = record.numbers(f"{method}.answer") == record.numbers("label")
+    radii: NDArray[np.float64] = np.where(right, record.numbers(f"{method}.radius"), -1.0)
+    return radii
+
+
+def row(record: Record, method: Method) -> list[str]:
+    """Certified accuracy of a network at each radius, and its draws."""
+    radii = reach(record, method)
+    accuracies = [share(radii >= radius).text for radius in RADII]
+    abstained = share(record.numbers(f"{method}.answer") < 0)
+    settings, drawn = record.facts.settings, f"{method}.all-draws"
+    draws = record.numbers(drawn).mean() if drawn in record.columns else settings["n0"] + settings["n"]
+    return [
+        f"{record.facts.title}, {method}",
+        *accuracies,
+        f"{100 * abstained.value:.1f}",
+        f"{settings['n']:,}",
+        f"{draws:,.0f}",
+    ]
+
+
+def published(records: Sequence[Record]) -> list[list[str]]:
+    """What others published of the same images."""
+    if not is_theirs(records[0].facts.source):
+        return []
+    theirs = {f"Cohen et al., ResNet-110, std {std:g}": known for std, known in COHEN.items()}
+    theirs |= {f"{name}, ResNet-110, std 0.25": known for name, known in CERTIFIED.items()}
+    return [
+        [name, *(f"{known[radius]}" if radius in known else "" for radius in RADII), "", "100,000", ""]
+        for name, known in theirs.items()
+    ]
+
+
+def probabilities(records: Sequence[Record]) -> Table:
+    """How sure the networks are of the right answer."""
+    rows = []
+    for record in records:
+        for method in METHODS:
+            right = record.numbers(f"{method}.answer") == record.numbers("label")
+            values = np.where(right, record.numbers(f"{method}.estimate"), 0.0)
+            rows.append(
+                [f"{record.facts.title}, {method}", *(f"{100 * (values >= p).mean():.1f}" for p in _LEVELS)]
+            )
+    caption = (
+        "Share of the images, in per cent, that are answered correctly and whose answer had at least that "
+        "share of the votes, or that mean probability, in the draws: estimates, not bounds."
+    )
+    return Table("Probability of the right answer", caption, ["network", *(f"{p:g}" for p in _LEVELS)], rows)
+
+
+def draws(record: Record) -> list[str]:
+    """Images of which the wanted radius is certified, and draws for it."""
+    cells = [record.facts.title, f"{record.facts.settings['n']:,}{'*' * is_looked_at(record)}"]
+    for method in METHODS:
+        reached = share(record.numbers(f"{method}.reached") > 0)
+        cells += [reached.text, f"{record.numbers(f'{method}.draws').mean():,.0f}"]
+    return cells
+
+
+def against_votes(record: Record) -> list[str]:
+    """Paired differences at each radius."""
+    vote, means = (reach(record, method) for method in METHODS)
+    return [points((means >= radius).astype(float) - (vote >= radius)) for radius in RADII]
+
+
+def points(differences: NDArray[np.float64]) -> str:
+    """Their mean with its interval, in points."""
+    figure = mean(differences)
+    return f"{100 * figure.value:+z.1f} ({100 * figure.low:+z.1f} to {100 * figure.high:+z.1f})"
