@@ -265,6 +265,11 @@ def print_certified(results: "Certified") -> None:
     for point in results.curve[::every]:
         table.add_row(f"{point.radius:.2f}", percent(point.model_dump()))
     out.print(table)
+    if results.wanted:
+        out.print(
+            "Images stopped when these radii were decided: at others more may be certified than the table "
+            "says. Add --radius 0.01 to know how many answers are certified at all."
+        )
     for each in results.wanted:
         out.print(
             f"within {each.radius:g}: {each.reached:.1%} certified, {each.out_of_reach:.1%} proven to be out "

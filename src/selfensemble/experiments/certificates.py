@@ -61,9 +61,9 @@ Images draw until the radius is certified, proven to be out of reach, or given u
 hardly certify it, at most n times."""
 _LOOKS = " Where n has an asterisk, one of four looks finds that the radius is certified; nothing else stops."
 _AT_ONCE = """\
-In per cent. Where draws are fewer than n, images stopped when each radius of the table was certified, proven
-to be out of reach or given up. Last rows: published, of other networks with noise of std on the image alone,
-by votes, n = 100,000."""
+In per cent. Where draws are fewer than n, images stopped when each radius of the table, .01 instead of 0, was
+certified, proven to be out of reach or given up. Last rows: published, of other networks with noise of std on
+the image alone, by votes, n = 100,000."""
 
 
 class Certificates(Experiment):
@@ -89,7 +89,7 @@ class Certificates(Experiment):
         inputs, labels = inputs_of(setting, settings.images)
         std = pixel_std(setting.attacked, inputs[:2].to(setting.device))
         own = {"std": std, "precision": precision_of(setting.attacked)}
-        said = settings.model_dump() | {"stopping": "bets"}
+        said = settings.model_dump(mode="json") | {"stopping": "bets"}
         units, size = setting.units(said | own), min(50, setting.scale.shard)
         parts = []
         for number, few in enumerate(inputs.split(size)):
@@ -270,10 +270,10 @@ def _less(title: str, than: str, pairs: Sequence[tuple[Record, Record]]) -> list
     for record, other in pairs:
         for method in METHODS:
             ours, theirs = (reach(each, method) for each in (record, other))
-            points = [points((ours >= radius).astype(float) - (theirs >= radius)) for radius in RADII]
+            cells = [points((ours >= radius).astype(float) - (theirs >= radius)) for radius in RADII]
             further = mean(np.maximum(ours, 0) - np.maximum(theirs, 0))
             radius = f"{further.value:+z.3f} ({further.low:+z.3f} to {further.high:+z.3f})"
-            rows.append([f"{record.facts.title}, {method}", *points, radius])
+            rows.append([f"{record.facts.title}, {method}", *cells, radius])
     if not rows:
         return []
     head = ["network", *(f"{radius:g}" for radius in RADII), "average radius"]
