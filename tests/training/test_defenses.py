@@ -85,6 +85,8 @@ def test_cross_entropy_smoothing_and_consistency_are_their_formulas() -> None:
     sure = defenses.CrossEntropy(draws=2, consistency=0.7, entropy=0.3)
     expected = expected - 0.3 * (m * m.log()).sum()
     torch.testing.assert_close(sure.loss(networks(answering(logits)), image, label), expected)
+    cool = sure.model_copy(update={"temperature": 8.0})
+    torch.testing.assert_close(cool.loss(networks(answering(8 * logits)), image, label), 8 * expected)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 
-from ...runtime.schema import Count, NonNegative
+from ...runtime.schema import Count, NonNegative, Positive
 from .base import Defense, Networks, logits_in_train_mode, targets
 
 
@@ -27,6 +27,9 @@ class CrossEntropy(Defense):
             needs two draws or more (Jeong & Shin, NeurIPS 2020, equation 6).
         entropy: weight of the entropy of that mean (same source): it makes single draws sure of what they
             agree on, without which consistency alone makes them unsure, and certificates of the mean small.
+        temperature: the loss is that of the logits divided by it, times it, so that those of the trained
+            network are larger by about as much: single draws are nearly votes, and what certificates of the
+            mean lose to those of votes is gained.
         input_std: Gaussian noise on the images only in training, as Zantedeschi et al. (AISec 2017)
             augment; a defense that answers without noise.
     """
@@ -36,6 +39,7 @@ class CrossEntropy(Defense):
     draws: Count = 1
     consistency: NonNegative = 0.0
     entropy: NonNegative = 0.0
+    temperature: Positive = 1.0
     input_std: NonNegative = 0.0
 
     @model_validator(mode="after")
@@ -52,14 +56,19 @@ class CrossEntropy(Defense):
         if self.input_std:
             noise = torch.randn(inputs.shape, dtype=inputs.dtype, device=inputs.device)
             inputs = inputs + self.input_std * noise
-        logits = logits_in_train_mode(networks, torch.cat([inputs] * self.draws))
-        labels = targets(labels, logits[: len(inputs)])
+        logits = logits_in_train_mode(networks, torch.cat([inputs] * self.draws)) / self.temperature
+        return self.temperature * self._loss(logits, labels)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Of the logits (draws * B, K) of an image's draws, one draw of all images after the other."""
+        count = len(logits) // self.draws
+        labels = targets(labels, logits[:count])
         loss = functional.cross_entropy(
             logits, labels.repeat(self.draws), label_smoothing=self.label_smoothing
         )
         if not self.consistency and not self.entropy:
             return loss
-        each = logits.log_softmax(dim=1).reshape(self.draws, len(inputs), -1)
+        each = logits.log_softmax(dim=1).reshape(self.draws, count, -1)
         mean = each.logsumexp(dim=0) - math.log(self.draws)
         divergence = (mean.exp() * (mean - each)).sum(dim=2).mean()
         entropy = -(mean.exp() * mean).sum(dim=1).mean()
