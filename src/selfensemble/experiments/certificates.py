@@ -20,7 +20,7 @@ from .certified_tables import (
     RADII,
     against_votes,
     draws,
-    is_looked_at,
+    draws_head,
     points,
     probabilities,
     published,
@@ -56,10 +56,12 @@ The network that is certified is the optimised one, in its precision. Intervals 
 the images; those of differences are paired."""
 
 
-_STOPPING = """\
-Images draw until the radius is certified, proven to be out of reach, or given up because the last draw would
-hardly certify it, at most n times."""
-_LOOKS = " Where n has an asterisk, one of four looks finds that the radius is certified; nothing else stops."
+# How images stopped before a wanted radius was looked for by bets, and now.
+_STOPPING = {
+    "looks": "Images draw until the radius is certified, which one of four looks finds, at most n times.",
+    "bets": "Images draw until the radius is certified, proven to be out of reach, or given up because the "
+    "last draw would hardly certify it, at most n times.",
+}
 _AT_ONCE = """\
 In per cent. Where draws are fewer than n, images stopped when each radius of the table, .01 instead of 0, was
 certified, proven to be out of reach or given up. Last rows: published, of other networks with noise of std on
@@ -116,15 +118,8 @@ class Certificates(Experiment):
             ),
             Table(
                 f"Draws for a radius of {settings['wanted']:g}",
-                _STOPPING + (_LOOKS if any(is_looked_at(each) for each in records) else ""),
-                [
-                    "network",
-                    "n",
-                    "certified, vote",
-                    "mean draws, vote",
-                    "certified, mean",
-                    "mean draws, mean",
-                ],
+                _STOPPING[settings.get("stopping", "looks")],
+                draws_head(),
                 [draws(record) for record in records],
             ),
             Table(
@@ -134,9 +129,7 @@ class Certificates(Experiment):
                 [[record.facts.title, *against_votes(record)] for record in records],
             ),
         ]
-        estimated = [record for record in records if "vote.estimate" in record.columns]
-        if estimated:
-            parts.append(probabilities(estimated))
+        parts += probabilities(records)
         if not self.names:
             parts += _compared(records)
         if settings["attacked"]:

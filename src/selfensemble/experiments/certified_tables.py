@@ -15,11 +15,6 @@ RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25)
 _LEVELS = (0.5, 0.7, 0.9, 0.99, 0.999)  # probabilities
 
 
-def is_looked_at(record: Record) -> bool:
-    """Whether it is of the time when images stopped at one of four looks."""
-    return bool(record.facts.settings.get("stopping", "looks") == "looks")
-
-
 def reach(record: Record, method: Method) -> NDArray[np.float64]:
     """(N,) certified radius of each image; -1 where the answer is wrong or missing."""
     right = record.numbers(f"{method}.answer") == record.numbers("label")
@@ -55,10 +50,10 @@ def published(records: Sequence[Record]) -> list[list[str]]:
     ]
 
 
-def probabilities(records: Sequence[Record]) -> Table:
-    """How sure the networks are of the right answer."""
+def probabilities(records: Sequence[Record]) -> list[Table]:
+    """How sure the networks are of the right answer; older records do not say."""
     rows = []
-    for record in records:
+    for record in (each for each in records if "vote.estimate" in each.columns):
         for method in METHODS:
             right = record.numbers(f"{method}.answer") == record.numbers("label")
             values = np.where(right, record.numbers(f"{method}.estimate"), 0.0)
@@ -69,12 +64,18 @@ def probabilities(records: Sequence[Record]) -> Table:
         "Share of the images, in per cent, that are answered correctly and whose answer had at least that "
         "share of the votes, or that mean probability, in the draws: estimates, not bounds."
     )
-    return Table("Probability of the right answer", caption, ["network", *(f"{p:g}" for p in _LEVELS)], rows)
+    head = ["network", *(f"{p:g}" for p in _LEVELS)]
+    return [Table("Probability of the right answer", caption, head, rows)] if rows else []
+
+
+def draws_head() -> list[str]:
+    """Names of the columns of `draws`."""
+    return ["network", "n", *(f"{what}, {by}" for by in METHODS for what in ("certified", "mean draws"))]
 
 
 def draws(record: Record) -> list[str]:
     """Images of which the wanted radius is certified, and draws for it."""
-    cells = [record.facts.title, f"{record.facts.settings['n']:,}{'*' * is_looked_at(record)}"]
+    cells = [record.facts.title, f"{record.facts.settings['n']:,}"]
     for method in METHODS:
         reached = share(record.numbers(f"{method}.reached") > 0)
         cells += [reached.text, f"{record.numbers(f'{method}.draws').mean():,.0f}"]

@@ -110,12 +110,14 @@ def _certificate(found: Certified) -> str:
     command = f"selfensemble certify {word(found.name)} --method {asked['method']} --max-draws {asked['n']}"
     command += "" if found.precision == "float32" else f" --precision {found.precision}"
     command += f" --n {found.data.images}"
+    command += "".join(f" --radius {each.radius:g}" for each in found.wanted)
+    stopped = "" if not found.wanted else ", images stopped when these radii were decided"
     rows = [f"| {point.radius:.2f} | {_share(point.model_dump())} |" for point in found.curve]
     return "\n".join(
         [
             f"{code(command)}, {_machine(found.provenance)}; share of the "
             f"{found.which} that are classified correctly with a certificate of at least that "
-            f"L2 radius, each wrong with probability {asked['alpha']:g} at most; nothing is certified of "
+            f"L2 radius, each wrong with probability {asked['alpha']:g} at most{stopped}; nothing is certified of "
             f"{100 * found.abstained:.1f} %:\n",
             "| radius | certified accuracy |\n|---|---|",
             *rows,
