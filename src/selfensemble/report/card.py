@@ -117,8 +117,8 @@ def _certificate(found: Certified) -> str:
         [
             f"{code(command)}, {_machine(found.provenance)}; share of the "
             f"{found.which} that are classified correctly with a certificate of at least that "
-            f"L2 radius, each wrong with probability {asked['alpha']:g} at most{stopped}; nothing is certified "
-            f"of {100 * found.abstained:.1f} %:\n",
+            f"L2 radius, each wrong with probability {asked['alpha']:g} at most{stopped}; nothing is "
+            f"certified of {100 * found.abstained:.1f} %:\n",
             "| radius | certified accuracy |\n|---|---|",
             *rows,
         ]
