@@ -25,8 +25,8 @@ class CrossEntropy(Defense):
         draws: noise draws of an image in one step; the method has 1.
         consistency: weight of the mean Kullback-Leibler divergence of the draws from their mean, which
             needs two draws or more (Jeong & Shin, NeurIPS 2020, equation 6).
-        entropy: weight of the entropy of that mean (same source): it makes single draws sure of what they
-            agree on, without which consistency alone makes them unsure, and certificates of the mean small.
+        entropy: weight of the entropy of that mean (same source), so that draws agree on something; it does
+            not make single draws sure enough for certificates of the mean, see `temperature`.
         temperature: the loss is that of the logits divided by it, times it, so that those of the trained
             network are larger by about as much: single draws are nearly votes, and what certificates of the
             mean lose to those of votes is gained.
