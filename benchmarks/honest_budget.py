@@ -34,10 +34,12 @@ def of_radius(source: str, norm: str, eps: str, factor: float, images: int, prec
     attacks: list[dict[str, Any]] = []
     for spec in protocol.attacks:
         values = spec.model_dump(exclude_none=True)
-        if values.get("norm") != norm or spec.everywhere:
+        if values.get("norm") != norm or spec.everywhere or spec.attack.startswith("autoattack"):
             continue
         more = {key: max(1, round(values[key] * factor)) for key in BUDGETS if key in values}
         attacks.append(values | more | {"eps": eps})
+    if not attacks:
+        raise SystemExit(f"{source} has no attack in {norm}: pass another --norm or --protocol")
     changes: dict[str, Any] = {"images": images, "attacks": attacks, "checks": False, "precision": precision}
     changes |= {"judge": {"seeds": protocol.judge.seeds, "queries": QUERIES}}
     return Protocol.model_validate(protocol.model_dump() | changes)

@@ -22,7 +22,6 @@ from selfensemble.training.defenses import (
     Defense,
     FgsmRetraining,
     Networks,
-    Temperature,
     Trades,
 )  # fmt: skip
 
@@ -57,7 +56,7 @@ DEFENSES: dict[str, Defense] = {
     "adversarial": Adversarial(steps=2),
     "trades": Trades(steps=2),
     "fgsm-retraining": FgsmRetraining(),
-    "temperature": Temperature(temperature=3.0),
+    "temperature": CrossEntropy(temperature=3.0),
 }
 
 

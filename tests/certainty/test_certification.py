@@ -207,6 +207,19 @@ def test_a_wanted_radius_stops_early() -> None:
     assert found.lower[0].isnan()
 
 
+@pytest.mark.parametrize("method", ["vote", "mean"])
+def test_the_estimate_of_an_image_that_stopped_is_of_its_own_draws(method: Method) -> None:
+    """Images that stop estimate what they would with no wanted radius and as many draws."""
+    ensemble = rse.SelfEnsemble(Linear(scale=3.0), bounds=None).eval()
+    inputs = at_distances(Linear(), [1.2, 0.9, 0.31, 0.02, -0.6])
+    found = certify(ensemble, inputs, method=method, n=6_400, radius=(0.1, 0.3), seed=0)
+    for index, drawn in enumerate((found.draws - 100).tolist()):
+        fixed = certify(ensemble, inputs, method=method, n=drawn, seed=0)
+        assert float(found.estimate[index]) == pytest.approx(float(fixed.estimate[index]), abs=1e-6)
+    assert len(set(found.draws.tolist())) > 2
+    assert len(set(found.estimate.tolist())) == len(inputs)
+
+
 # What may stand before the first noise
 
 

@@ -15,6 +15,7 @@ import selfensemble as rse
 from selfensemble.attacks import pgd
 from selfensemble.certainty.certification import certify
 from selfensemble.evaluation.certified import Certification, Settings, read_certified
+from selfensemble.report.card import _certificate
 from selfensemble.report.html import write_report
 
 from ..command import error, run
@@ -75,6 +76,9 @@ def test_wanted_radii_by_the_command(model: Path, tmp_path: Path) -> None:
             share = sum(words[column] == word for words in verdicts) / len(rows)
             assert wanted[word.replace("-", "_")] == pytest.approx(share)
         assert f"within {wanted['radius']:g}: {wanted['reached']:.1%} certified" in text
+    # The table has the wanted radii alone, for at others it would be a lower bound.
+    assert [line.split()[1] for line in text.splitlines() if line.startswith("│")] == ["0.1", "0.3"]
+    assert "at all, add --radius 0.01" in text
     for row, words in zip(rows, verdicts, strict=True):
         assert (words[1] == "reached") == (float(row["radius"]) >= 0.3)
     # Where bets ended the draws there are no bounds, and none are made up.
@@ -86,6 +90,42 @@ def test_wanted_radii_by_the_command(model: Path, tmp_path: Path) -> None:
     # What was written goes on, or is refused where it is of other radii.
     assert run(*arguments, "--radius", 0.3, "--radius", 0.1).stdout == text
     assert "untouched" in error(*arguments, "--radius", 0.3)
+
+
+def test_accuracy_at_the_wanted_radii_is_told_wherever_they_are(model: Path, tmp_path: Path) -> None:
+    """Also between those of the curve; and that more may be certified elsewhere."""
+    arguments = ("certify", model, "--n-images", 20, "--n", 1000, "--method", "vote", "--out", tmp_path)
+    text = run(*arguments, "--radius", 0.123, "--radius", 0.01).stdout
+    assert "certified at all" not in text
+    found = read_certified(tmp_path)
+    rows = list(csv.DictReader((tmp_path / "certificates.csv").read_text().splitlines()))
+    for radius, point in zip((0.01, 0.123), found.known, strict=True):
+        right = [row for row in rows if row["answer"] == row["truth"] and float(row["radius"]) >= radius]
+        assert (point.radius, point.accuracy) == (radius, len(right) / 20)
+        assert 0 < point.accuracy < 1 or radius == 0.01
+    card = _certificate(found)
+    assert "--radius 0.01 --radius 0.123" in card
+    assert f"| 0.123 | {100 * found.known[1].accuracy:.1f} %" in card
+    assert "| 0.10 |" not in card
+    assert "at most" in card
+    page = write_report([tmp_path], tmp_path / "report.html").read_text()
+    assert f"at least {found.mean_radius:.4g}"[:14] in page
+    assert "<li>0.123: " in page
+    whole = found.model_copy(update={"wanted": ()})
+    assert whole.known == found.curve
+
+
+def test_a_run_of_a_version_without_estimates_goes_on(model: Path, tmp_path: Path) -> None:
+    arguments = ("certify", model, "--n-images", 20, "--n", 200, "--shard", 10, "--out", tmp_path)
+    run(*arguments)
+    first, second = sorted(tmp_path.glob("shards/*.json"))
+    older = json.loads(first.read_text())
+    del older["estimate"]
+    first.write_text(json.dumps(older))
+    second.unlink()
+    run(*arguments)
+    rows = list(csv.DictReader((tmp_path / "certificates.csv").read_text().splitlines()))
+    assert [bool(row["estimate"]) for row in rows] == [False] * 10 + [True] * 10
 
 
 def test_killed_and_gone_on(model: Path, tmp_path: Path) -> None:

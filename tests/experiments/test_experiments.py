@@ -17,7 +17,7 @@ from selfensemble.artefacts.storage import read_config
 from selfensemble.certainty.certification import METHODS
 from selfensemble.cli import experiments as commands  # noqa: F401  (adds its commands to the app)
 from selfensemble.cli.base import app
-from selfensemble.experiments import EXPERIMENTS, Reproduction, networks, render_all
+from selfensemble.experiments import EXPERIMENTS, Reproduction, networks, render_all, reproduce
 from selfensemble.experiments.certainty import auroc, calibration_error
 from selfensemble.experiments.certificates import between, empirical
 from selfensemble.experiments.certified_tables import reach
@@ -370,6 +370,34 @@ def test_certificates_by_both_methods(done: Done) -> None:
     again = contents(done.out / "certificates")
     render_all(["certificates"], done.out)
     assert contents(done.out / "certificates") == again
+
+
+def test_certificates_that_look_for_radii_stop_and_are_kept_apart(
+    done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done.reproduction(only=("rse",)).run(["certificates"])
+    quick = load_scale("quick")
+    certificates = quick.certificates.model_copy(update={"radii": (0.01, 0.1), "n": 1000, "attacked": 0})
+    scale = quick.model_copy(update={"certificates": certificates})
+    monkeypatch.setattr(reproduce, "load_scale", lambda name: scale)
+    other = {"runs": tmp_path / "runs", "out": tmp_path / "out"}
+    (page,) = done.reproduction(only=("rse",), **other).run(["certificates"]).values()
+    record = read_record(tmp_path / "out" / "certificates", "rse")
+    assert record is not None
+    assert record.facts.settings["radii"] == [0.01, 0.1]
+    (sure,) = (table for table in page.tables if table.title.startswith("Probability of the right"))
+    right = record.numbers("vote.answer") == record.numbers("label")
+    share = 100 * (right & (record.numbers("vote.estimate") >= 0.9)).mean()
+    assert sure.rows[0][3] == f"{share:.1f}"
+    for row, method in zip(page.tables[0].rows, METHODS, strict=False):
+        drawn = record.numbers(f"{method}.all-draws")
+        assert drawn.min() < 1000 / 2
+        assert row[-1] == f"{drawn.mean():,.0f}"
+        assert row[2].startswith(f"{100 * (reach(record, method) >= 0.1).mean():.1f} ")
+    # Before another network is trained or measured, not after.
+    with pytest.raises(ValueError, match=r"results of rse .*different: attacked, n, radii\)"):
+        done.reproduction(only=("ours",), runs=tmp_path / "runs").run(["certificates"])
+    assert not (done.models / "cifar10-vgg16-rse-adversarial").exists()
 
 
 def test_ways_of_training_are_compared_at_the_same_noise(done: Done) -> None:

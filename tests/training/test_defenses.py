@@ -184,7 +184,7 @@ def test_distillation_follows_the_teacher_and_ends_where_both_agree() -> None:
         defenses.Adversarial(norm="l2", eps=0.01, steps=2, eot=2),
         defenses.Trades(norm="l2", eps=0.01, steps=2),
         defenses.FgsmRetraining(smallest_eps=0.001, largest_eps=0.01),
-        defenses.Temperature(),
+        defenses.CrossEntropy(temperature=10.0),
         defenses.Distillation(),
     ],
     ids=lambda defense: f"{defense.name}-{getattr(defense, 'draws', 1)}",
@@ -256,11 +256,21 @@ def test_an_attack_on_noise_meets_the_ensemble() -> None:
         ("defense={name: cross-entropy, consistency: 1.0}", "draws to 2"),
         ("defense={name: cross-entropy, entropy: 1.0}", "draws to 2"),
         ("defense={name: distillation, temperature: .inf}", "finite"),
+        ("defense.temperature=0", "0.001 or more"),
+        ("defense.temperature=1e30", "1000 or less"),
+        ("defense.eps=0.5", "known here: name, label_smoothing"),
     ],
 )
 def test_wrong_settings_are_named(setting: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_recipe("digits-rse", [setting])
+
+
+def test_settings_without_a_name_are_of_the_defense_that_a_recipe_has_by_default() -> None:
+    assert load_recipe("digits-rse", ["defense.temperature=10"]).defense == defenses.CrossEntropy(
+        temperature=10
+    )
+    assert load_recipe("digits-rse").defense == defenses.CrossEntropy()
 
 
 def test_a_teacher_is_trained_first_and_once(tmp_path: Path) -> None:
@@ -272,7 +282,8 @@ def test_a_teacher_is_trained_first_and_once(tmp_path: Path) -> None:
     assert (tmp_path / TEACHER / RESULTS).stat().st_mtime_ns == written
     saved = storage.read_config(tmp_path / TEACHER).recipe
     assert saved is not None
-    assert saved["defense"]["name"] == "temperature"
+    assert saved["defense"]["name"] == "cross-entropy"
+    assert saved["defense"]["temperature"] == 100
     Trainer(recipe, tmp_path, overwrite=True).run()
     assert (tmp_path / TEACHER / RESULTS).stat().st_mtime_ns > written
 

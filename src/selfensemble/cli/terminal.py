@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Names that users give to files and classes may hold brackets and colons: nothing that is printed is markup.
 _PLAIN: dict[str, Any] = {"markup": False, "emoji": False}
+_AT_ALL = 0.01  # a radius that says whether anything is certified
 out, err = Console(**_PLAIN), Console(stderr=True, **_PLAIN)
 
 
@@ -253,26 +254,30 @@ def print_certified(results: "Certified") -> None:
     from rich.table import Table
 
     settings = results.settings
+    most, least = ("at most ", "at least ") if results.wanted else ("", "")
     table = Table(
         title=f"{results.name}: {results.which}, {settings['method']}, alpha "
         f"{settings['alpha']:g}, at most {settings['n']} + {settings['n0']} draws",
-        caption=f"nothing certified: {results.abstained:.1%}; mean radius {results.mean_radius:.3f}; "
+        caption=f"nothing certified: {most}{results.abstained:.1%}; "
+        f"mean radius {least}{results.mean_radius:.3f}; "
         f"mean draws {results.draws:.0f}, the {settings['n0']} that select the answer included",
     )
     table.add_column("L2 radius", justify="right")
     table.add_column("certified accuracy (95 % interval)", justify="right")
-    every = max(1, math.ceil(len(results.curve) / 12))
-    for point in results.curve[::every]:
-        table.add_row(f"{point.radius:.2f}", percent(point.model_dump()))
+    every = 1 if results.wanted else max(1, math.ceil(len(results.curve) / 12))
+    for point in results.known[::every]:
+        radius = f"{point.radius:g}" if results.wanted else f"{point.radius:.2f}"
+        table.add_row(radius, percent(point.model_dump()))
     out.print(table)
-    if results.wanted:
-        out.print(
-            "Images stopped when these radii were decided: at others more may be certified than the table "
-            "says. Add --radius 0.01 to know how many answers are certified at all."
-        )
     for each in results.wanted:
         out.print(
             f"within {each.radius:g}: {each.reached:.1%} certified, {each.out_of_reach:.1%} proven to be out "
-            f"of reach, {each.open:.1%} given up",
+            f"of reach, {each.open:.1%} given up, whether the answers are right or wrong",
+            highlight=False,
+        )
+    if results.wanted and results.wanted[0].radius > _AT_ALL:
+        out.print(
+            "Images stopped when these radii were decided. To know how many answers are certified at all, "
+            f"add --radius {_AT_ALL:g}, in another --out.",
             highlight=False,
         )

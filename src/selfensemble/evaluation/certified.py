@@ -91,9 +91,11 @@ class Certified(Record):
     Attributes:
         precision: that the network computed in.
         std: of the noise on the image.
-        curve: certified accuracy by L2 radius, with 95 % intervals over images.
-        abstained: share of images of which nothing is certified.
-        mean_radius: over all images, 0 where the answer is wrong or missing (the average certified radius).
+        curve: certified accuracy by L2 radius, with 95 % intervals over images. Where images stopped at
+            wanted radii, more may be certified at the others.
+        abstained: share of images of which nothing is certified; an upper bound with wanted radii.
+        mean_radius: over all images, 0 where the answer is wrong or missing (the average certified radius);
+            a lower bound with wanted radii.
         draws: mean number an image, selection included.
         wanted: what became of the wanted radii.
         done: how many of the first images the figures are of, where the run has not ended; None for all.
@@ -119,6 +121,12 @@ class Certified(Record):
     def images(self) -> int:
         """How many images the figures are of."""
         return self.data.images if self.done is None else self.done
+
+    @property
+    def known(self) -> tuple[Point, ...]:
+        """The curve; where there were wanted radii, at these alone: between them it is a lower bound."""
+        wanted = {each.radius for each in self.wanted}
+        return tuple(point for point in self.curve if point.radius in wanted) if wanted else self.curve
 
     @property
     def which(self) -> str:
@@ -258,7 +266,8 @@ class Certification:
         radius = np.where(right, columns["radius"], 0.0)
         steps = int(columns["radius"].max(initial=0.0) / _STEP) + 2
         curve = []
-        for at in (round(step * _STEP, 10) for step in range(steps)):
+        grid = {round(step * _STEP, 10) for step in range(steps)}
+        for at in sorted(grid | set(wanted_radii(self.settings.radius))):
             count = int((right & (columns["radius"] >= at)).sum())
             curve.append(Point(radius=at, **_share(count, done)))
         about = provenance()

@@ -104,6 +104,10 @@ class Experiment:
         """Edition of the protocol that it measures by; figures of two of them are not comparable."""
         return 1
 
+    def known_settings(self, scale: Scale) -> dict[str, Any]:  # noqa: ARG002
+        """Those of `Measured.settings` that are known before anything is measured."""
+        return {}
+
     def measure(self, setting: Setting) -> Measured:
         """Measure one network; units of work that are done are not repeated."""
         raise NotImplementedError

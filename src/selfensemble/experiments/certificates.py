@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,12 +87,18 @@ class Certificates(Experiment):
         """Those of this experiment."""
         return scale.certificates if self.names else scale.certified_noise
 
+    def known_settings(self, scale: Scale) -> dict[str, Any]:
+        said = self.settings(scale).model_dump(mode="json")
+        if not said["radii"]:
+            del said["radii"]  # which earlier records and units of work do not name
+        return said | {"stopping": "bets"}
+
     def measure(self, setting: Setting) -> Measured:
         settings = self.settings(setting.scale)
         inputs, labels = inputs_of(setting, settings.images)
         std = pixel_std(setting.attacked, inputs[:2].to(setting.device))
         own = {"std": std, "precision": precision_of(setting.attacked)}
-        said = settings.model_dump(mode="json") | {"stopping": "bets"}
+        said = self.known_settings(setting.scale)
         units, size = setting.units(said | own), min(50, setting.scale.shard)
         parts = []
         for number, few in enumerate(inputs.split(size)):

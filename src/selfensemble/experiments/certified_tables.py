@@ -39,7 +39,7 @@ def row(record: Record, method: Method) -> list[str]:
 
 
 def published(records: Sequence[Record]) -> list[list[str]]:
-    """What others published of the same images."""
+    """What others published, of all or every 20th of the test images."""
     if not is_theirs(records[0].facts.source):
         return []
     theirs = {f"Cohen et al., ResNet-110, std {std:g}": known for std, known in COHEN.items()}

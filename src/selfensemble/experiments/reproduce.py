@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -123,7 +124,7 @@ class Reproduction:
         _, recipe = recipe_of(network, experiment.family, scale, source)
         test = _test_data(recipe.data.source, recipe.data.size)
         data = _digest(test, scale)
-        self._check_stored(experiment, scale, data)
+        self._check_stored(experiment, network, scale, data)
         models = self.models or Path("runs/models") / scale.name
         found = trained(
             network, experiment.family, scale, source, models,
@@ -164,9 +165,10 @@ class Reproduction:
         )
         _store(self.out, experiment, Record(facts, measured.columns))
 
-    def _check_stored(self, experiment: Experiment, scale: Scale, data: str) -> None:
-        """Raise before results of two scales, seeds or sets of images come into one table."""
+    def _check_stored(self, experiment: Experiment, network: Network, scale: Scale, data: str) -> None:
+        """Raise before results of two scales, seeds, settings or sets of images come into one table."""
         folder = self.out / experiment.name
+        known = experiment.known_settings(scale)
         for record in _stored(folder, experiment):
             facts = record.facts
             differing = {
@@ -179,6 +181,9 @@ class Reproduction:
                 raise ValueError(
                     f"{folder} holds results of {' and '.join(what)}; they are untouched: pass another --out"
                 )
+            own = {key: value for key, value in facts.settings.items() if key in known}
+            if known and facts.network != network.name:
+                _check_settings(folder, facts.network, own, known)
 
 
 def _edition(record: Record) -> int:
@@ -244,6 +249,15 @@ def _stored(folder: Path, experiment: Experiment) -> list[Record]:
     return [found[each.name] for each in experiment.networks(scale) if each.name in found]
 
 
+def _check_settings(folder: Path, other: str, theirs: dict[str, Any], own: dict[str, Any]) -> None:
+    """Raise where the stored results of another network were measured with other settings."""
+    if keys := [key for key in differing_keys(theirs, own) if key != "levels"]:
+        raise ValueError(
+            f"{folder} holds results of {other} that were measured with other settings "
+            f"(different: {', '.join(keys[:6])}); they are untouched: pass another --out, or remove them"
+        )
+
+
 def _store(out: Path, experiment: Experiment, record: Record) -> None:
     """Write the record, unless the same is there already, measured earlier.
 
@@ -252,12 +266,8 @@ def _store(out: Path, experiment: Experiment, record: Record) -> None:
     """
     folder = out / experiment.name
     for other in _stored(folder, experiment):
-        keys = differing_keys(other.facts.settings, record.facts.settings)
-        if other.facts.network != record.facts.network and (keys := [key for key in keys if key != "levels"]):
-            raise ValueError(
-                f"{folder} holds results of {other.facts.network} that were measured with other settings "
-                f"(different: {', '.join(keys[:6])}); they are untouched: pass another --out, or remove them"
-            )
+        if other.facts.network != record.facts.network:
+            _check_settings(folder, other.facts.network, other.facts.settings, record.facts.settings)
     before = read_record(folder, record.facts.network)
     if before is not None and before.columns == record.columns:
         now = record.facts.model_copy(update={"provenance": before.facts.provenance})

@@ -110,19 +110,26 @@ def _certificate(found: Certified) -> str:
     command = f"selfensemble certify {word(found.name)} --method {asked['method']} --max-draws {asked['n']}"
     command += "" if found.precision == "float32" else f" --precision {found.precision}"
     command += f" --n {found.data.images}"
-    command += "".join(f" --radius {each.radius:g}" for each in found.wanted)
-    stopped = "" if not found.wanted else ", images stopped when these radii were decided"
-    rows = [f"| {point.radius:.2f} | {_share(point.model_dump())} |" for point in found.curve]
+    command += "".join(f" --radius {each.radius!r}" for each in found.wanted)
+    stopped, most = (
+        ("; images stopped when these radii were decided", "at most ") if found.wanted else ("", "")
+    )
+    rows = [f"| {_radius(point.radius)} | {_share(point.model_dump())} |" for point in found.known]
     return "\n".join(
         [
             f"{code(command)}, {_machine(found.provenance)}; share of the "
             f"{found.which} that are classified correctly with a certificate of at least that "
             f"L2 radius, each wrong with probability {asked['alpha']:g} at most{stopped}; nothing is "
-            f"certified of {100 * found.abstained:.1f} %:\n",
+            f"certified of {most}{100 * found.abstained:.1f} %:\n",
             "| radius | certified accuracy |\n|---|---|",
             *rows,
         ]
     )
+
+
+def _radius(radius: float) -> str:
+    """With two decimals, or as many as it has."""
+    return f"{radius:.2f}" if round(radius, 2) == radius else f"{radius!r}"
 
 
 def _command(result: Results) -> str:

@@ -63,7 +63,7 @@ def certified_plot(certified: Mapping[str, Certified], runs: Mapping[str, Result
     lines = [
         line(
             number, 0, f"{label}, certified by {each.settings.get('method', 'mean')}",
-            tuple(Point(point.radius, point.accuracy, point.low, point.high) for point in each.curve),
+            tuple(Point(point.radius, point.accuracy, point.low, point.high) for point in each.known),
             2, thick=True,
         )
         for number, (label, each) in enumerate(certified.items())

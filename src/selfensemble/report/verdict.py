@@ -32,7 +32,7 @@ class Verdict:
     nearest: list[Entry] = field(default_factory=list)
     weak: list[str] = field(default_factory=list)
     masked: list[str] = field(default_factory=list)
-    certified: list[tuple[Certified, list[CertifiedPoint]]] = field(default_factory=list)
+    certified: list[tuple[Certified, Sequence[CertifiedPoint]]] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     passed: list[str] = field(default_factory=list)
 
@@ -51,7 +51,7 @@ def verdicts(runs: Mapping[str, Results], certified: Mapping[str, Certified]) ->
     for label, each in certified.items():
         verdict = found.setdefault(each.model.digest, Verdict())
         verdict.labels.append(label)
-        verdict.certified.append((each, _some(each.curve)))
+        verdict.certified.append((each, each.known if each.wanted else _some(each.curve)))
     return list(found.values())
 
 

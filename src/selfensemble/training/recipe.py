@@ -4,12 +4,13 @@ A recipe is a file, or the name of one shipped in `training/recipes/`.
 """
 
 import functools
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import ValidationError, model_validator
+from pydantic import ValidationError, field_validator, model_validator
 
 from ..networks.models import MODELS
 from ..noise.randomness import AnyRandomness
@@ -41,6 +42,13 @@ class Recipe(Section):
     noise: NoiseSection = NoiseSection()
     defense: AnyDefense = CrossEntropy()
     train: TrainSection = TrainSection()
+
+    @field_validator("defense", mode="before")
+    @classmethod
+    def _is_cross_entropy(cls, values: Any) -> Any:
+        """A defense without a name is the one that a recipe without a defense has."""
+        named = not isinstance(values, Mapping) or "name" in values
+        return values if named else {"name": CrossEntropy().name} | dict(values)
 
     @model_validator(mode="after")
     def _has_what_its_defense_trains(self) -> Self:

@@ -9,7 +9,7 @@ from .alignment import AlignmentTraining
 from .base import Defense, Networks
 from .bayesian import BayesianTraining
 from .cross_entropy import CrossEntropy
-from .distillation import Distillation, Temperature
+from .distillation import Distillation
 from .fgsm_retraining import FgsmRetraining
 from .parametric_noise import ParametricNoiseTraining
 from .perturbation import PerturbationTraining
@@ -20,7 +20,6 @@ AnyDefense = Annotated[
     | Trades
     | FgsmRetraining
     | Distillation
-    | Temperature
     | ParametricNoiseTraining
     | BayesianTraining
     | PerturbationTraining
@@ -40,6 +39,5 @@ __all__ = [
     "Networks",
     "ParametricNoiseTraining",
     "PerturbationTraining",
-    "Temperature",
     "Trades",
 ]

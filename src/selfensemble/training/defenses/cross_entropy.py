@@ -13,8 +13,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 
-from ...runtime.schema import Count, NonNegative, Positive
+from ...runtime.schema import Count, NonNegative
 from .base import Defense, Networks, logits_in_train_mode, targets
+
+Temperature = Annotated[float, Field(ge=1e-3, le=1e3, allow_inf_nan=False)]
 
 
 class CrossEntropy(Defense):
@@ -39,7 +41,7 @@ class CrossEntropy(Defense):
     draws: Count = 1
     consistency: NonNegative = 0.0
     entropy: NonNegative = 0.0
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     input_std: NonNegative = 0.0
 
     @model_validator(mode="after")

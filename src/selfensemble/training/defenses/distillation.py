@@ -13,24 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...runtime.schema import Positive
-from .base import Defense, Networks, logits_in_train_mode, targets
-
-
-class Temperature(Defense):
-    """Cross-entropy of `softmax(logits / temperature)`; the teacher of `Distillation`."""
-
-    name: Literal["temperature"] = "temperature"
-    temperature: Positive = 100.0
-
-    @property
-    def shows_images_once(self) -> bool:
-        return True
-
-    def loss(self, networks: Networks, inputs: Tensor, labels: Tensor) -> Tensor:
-        logits = logits_in_train_mode(networks, inputs)
-        labels = targets(labels, logits)
-        return self.temperature * functional.cross_entropy(logits / self.temperature, labels)
+from .base import Defense, Networks, logits_in_train_mode
+from .cross_entropy import CrossEntropy, Temperature
 
 
 class Distillation(Defense):
@@ -40,10 +24,10 @@ class Distillation(Defense):
     """
 
     name: Literal["distillation"] = "distillation"
-    temperature: Positive = 100.0
+    temperature: Temperature = 100.0
 
-    def teacher(self) -> Temperature:
-        return Temperature(temperature=self.temperature)
+    def teacher(self) -> CrossEntropy:
+        return CrossEntropy(temperature=self.temperature)
 
     @property
     def shows_images_once(self) -> bool:
