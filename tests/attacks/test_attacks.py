@@ -24,7 +24,7 @@ from selfensemble.attacks import (
     random_noise,
     transfer,
 )
-from selfensemble.attacks.driver import attacked
+from selfensemble.attacks.driver import attacked, looks_like_probabilities
 from selfensemble.attacks.expectation import Average, Estimate, Oracle
 from selfensemble.attacks.losses import LOSSES, dlr
 from selfensemble.attacks.nearest import Nearest
@@ -454,6 +454,21 @@ def test_models_that_cannot_be_attacked(
         apgd(Broken(), grey, torch.zeros(8, dtype=torch.int64))
     with pytest.raises(ValueError, match="true labels"):
         apgd_targeted(linear, grey, torch.zeros(8, dtype=torch.int64), targeted=True)
+
+
+def test_probabilities_are_told_from_logits_that_add_up_to_one() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(16, 10)
+    for answers in (logits.softmax(dim=1), logits.bfloat16().softmax(dim=1), logits.half().softmax(dim=1)):
+        assert looks_like_probabilities(answers)
+        assert looks_like_probabilities(answers.float())
+        assert looks_like_probabilities(answers[:1])
+    assert looks_like_probabilities(torch.randn(16, 1000).softmax(dim=1))
+    # Of a network whose answers hardly depend on the image: seen in a training of one epoch.
+    alike = torch.tensor([0.46, 0.54]) + 3e-4 * torch.randn(16, 2)
+    assert ((alike.sum(dim=1) - 1).abs() < 1.5e-3).all()
+    assert not looks_like_probabilities(alike)
+    assert not looks_like_probabilities(logits.softmax(dim=1) * 1.01)
 
 
 def test_a_model_without_gradients_is_refused(linear: LinearClassifier, grey: Tensor) -> None:

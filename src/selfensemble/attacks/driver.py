@@ -165,6 +165,14 @@ def _room(model: nn.Module, example: Tensor, max_batch: int | None) -> int:
 
 
 def looks_like_probabilities(outputs: Tensor) -> bool:
-    """Whether every row of outputs (B, K) is a distribution."""
-    sums = outputs.float().sum(dim=1)
-    return bool((outputs >= 0).all() and torch.allclose(sums, torch.ones_like(sums), atol=1e-3))
+    """Whether every row of outputs (B, K) is a distribution.
+
+    Sums may differ from 1 by what half precision rounds, unless rows differ by little more than sums do:
+    logits that hardly depend on the image may happen to add up to 1.
+    """
+    alone = len(outputs) == 1 and (1e-3 if outputs.dtype.itemsize > 2 else 1e-2)
+    outputs = outputs.float()
+    away = float((outputs.sum(dim=1) - 1).abs().max())
+    apart = float((outputs.amax(dim=0) - outputs.amin(dim=0)).max())
+    is_one = away <= 1e-5 or away <= (alone or min(1e-2, 0.1 * apart))
+    return bool((outputs >= 0).all()) and is_one
