@@ -170,9 +170,9 @@ def looks_like_probabilities(outputs: Tensor) -> bool:
     Sums may differ from 1 by what half precision rounds, unless rows differ by little more than sums do:
     logits that hardly depend on the image may happen to add up to 1.
     """
-    alone = len(outputs) == 1 and (1e-3 if outputs.dtype.itemsize > 2 else 1e-2)
+    rounding = 1e-2 if outputs.dtype.itemsize == 2 else 1e-3
     outputs = outputs.float()
     away = float((outputs.sum(dim=1) - 1).abs().max())
     apart = float((outputs.amax(dim=0) - outputs.amin(dim=0)).max())
-    is_one = away <= 1e-5 or away <= (alone or min(1e-2, 0.1 * apart))
-    return bool((outputs >= 0).all()) and is_one
+    room = rounding if len(outputs) == 1 else min(1e-2, 0.1 * apart)
+    return bool((outputs >= 0).all()) and away <= max(1e-5, room)
