@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import signal
 import time
 from pathlib import Path
@@ -88,7 +89,8 @@ def test_wanted_radii_by_the_command(model: Path, tmp_path: Path) -> None:
     assert all(0 <= float(row["estimate"]) <= 1 for row in rows)
     assert results["draws"] < 1000
     # What was written goes on, or is refused where it is of other radii.
-    assert run(*arguments, "--radius", 0.3, "--radius", 0.1).stdout == text
+    for radii in ((0.3, 0.1), (0.1, 0.3), (0.3, 0.1, 0.3)):
+        assert run(*arguments, *(part for radius in radii for part in ("--radius", radius))).stdout == text
     assert "untouched" in error(*arguments, "--radius", 0.3)
 
 
@@ -113,6 +115,50 @@ def test_accuracy_at_the_wanted_radii_is_told_wherever_they_are(model: Path, tmp
     assert "<li>0.123: " in page
     whole = found.model_copy(update={"wanted": ()})
     assert whole.known == found.curve
+
+
+def test_files_and_table_say_the_same_of_any_radius(model: Path, tmp_path: Path) -> None:
+    """A third is no number of six decimals; the command on the card makes the same figures."""
+    out, again = tmp_path / "run", tmp_path / "again"
+    given = ("--method", "vote", "--max-draws", 400, "--alpha", 0.05, "--seed", 7, "--n0", 50, "--shard", 7)
+    given += ("--n", 20, "--radius", 0.123456789, "--radius", 0.01, "--grid")
+    run("certify", model, "--out", out, *given)
+    found = read_certified(out)
+    rows = list(csv.DictReader((out / "certificates.csv").read_text().splitlines()))
+    (near, far) = found.known
+    for point in (near, far):
+        right = [
+            row for row in rows if row["answer"] == row["truth"] and float(row["radius"]) >= point.radius
+        ]
+        assert len(right) / 20 == point.accuracy
+    (command,) = re.findall(r"`selfensemble (certify [^`]*)`", _certificate(found))
+    name, *rest = command.split()[1:]
+    assert name == model.name
+    run("certify", model, *rest, "--out", again)
+    assert (again / "certificates.csv").read_bytes() == (out / "certificates.csv").read_bytes()
+
+
+def test_what_is_refused_leaves_its_folder_free(model: Path, tmp_path: Path) -> None:
+    few = ("certify", model, "--n", 2, "--out", tmp_path / "run")
+    assert "1,048,576 draws at most" in error(*few, "--max-draws", 99_999_999)
+    assert "no image can be certified within 50" in error(*few, "--max-draws", 200, "--radius", 50)
+    assert not (tmp_path / "run").exists()
+    run(*few, "--max-draws", 200)
+    # As many images as there are, however many were asked for.
+    run(*few, "--max-draws", 200)
+    (shard,) = (tmp_path / "run" / "shards").iterdir()
+    shard.write_text("{}")
+    assert "holds no certificates, it is damaged: delete it" in error(*few, "--max-draws", 200)
+
+
+def test_a_grid_that_cannot_be_is_refused_before_the_folder_is_taken(tmp_path: Path) -> None:
+    network = rse.Normalized(rse.create_model("small-cnn", channels=1), (0.5,), (0.25,))
+    ensemble = rse.SelfEnsemble(network, rse.NoiseConfig(0.2, 0), draws=2).eval()
+    data, settings = rse.load_data("digits", "test"), {"images": 2, "n0": 5, "n": 20}
+    with pytest.raises(ValueError, match="grid"):
+        Certification(ensemble, data, Settings(**settings, grid=True), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert Certification(ensemble, data, Settings(**settings), tmp_path / "run").run().images == 2
 
 
 def test_a_run_of_a_version_without_estimates_goes_on(model: Path, tmp_path: Path) -> None:

@@ -398,6 +398,15 @@ def test_certificates_that_look_for_radii_stop_and_are_kept_apart(
     with pytest.raises(ValueError, match=r"results of rse .*different: attacked, n, radii\)"):
         done.reproduction(only=("ours",), runs=tmp_path / "runs").run(["certificates"])
     assert not (done.models / "cifar10-vgg16-rse-adversarial").exists()
+    # Nor are a network's own results replaced, or those of an experiment that is measured before.
+    before = contents(done.out / "certificates")
+    with pytest.raises(ValueError, match=r"results of rse .*different: attacked, n, radii\)"):
+        done.reproduction(only=("rse",), runs=tmp_path / "runs").run(["certificates"])
+    measured = contents(done.out)
+    with pytest.raises(ValueError, match=r"results of rse .*different: attacked, n, radii\)"):
+        done.reproduction(only=("rse", "resnext29"), runs=tmp_path / "runs").run(["draws", "certificates"])
+    assert contents(done.out / "certificates") == before
+    assert contents(done.out) == measured
 
 
 def test_ways_of_training_are_compared_at_the_same_noise(done: Done) -> None:

@@ -11,16 +11,16 @@ classifiers, NeurIPS 2019, lemma 2.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
-from ..ensemble.checks import check_count, check_images
+from ..ensemble.checks import check_count, check_images, is_number
 from ..ensemble.draws import Draws, check_finite
 from ..ensemble.ensemble import SelfEnsemble
 from ..noise.injection import eval_mode
@@ -29,7 +29,7 @@ from .bounds import MeanBound
 from .decision import check_alpha
 from .grid import grid_noise
 from .pixels import pixel_std
-from .search import Aims, Search
+from .search import Aims, Search, largest_radius
 from .statistics import APART, Means, Rivals, Votes
 
 Method = Literal["vote", "mean"]
@@ -54,7 +54,7 @@ class Certificate:
             draws of estimation; it proves nothing.
         draws: (B,) int64, those of selection included.
         verdict: (B, R) int64, for each of R wanted radii, in rising order: 1 where the answer is certified
-            within it, -1 where it is proven that it cannot be, 0 where neither is.
+            within it, -1 where it is proven that no answer is certain within it, 0 where neither is.
 
     Label and radius are wrong with probability alpha at most, for each image, and so is a verdict of -1.
     Where bets on a wanted radius ended the draws, they prove that radius, and `lower` and `upper` are NaN.
@@ -104,9 +104,10 @@ def certify(
         bound: for "mean", how means are bounded, see `mean_lower`. By default "betting" or "binomial", for
             each mean the one that its draws of selection say is narrower.
         radius: a target radius, or several: an image stops when each of them is certified, proven to be out
-            of reach, or given up. Half of alpha is spent on stopping early, see `anytime`.
-        give_up: how often, at most, an image is given up that n draws would have certified; 0 to draw until
-            a wanted radius is decided.
+            of reach of the answer that selection chose, or given up. Half of alpha is spent on stopping
+            early, see `anytime`.
+        give_up: risk that an image is given up whose answer n draws would likely certify; 0 to draw until
+            each wanted radius is decided for that answer.
         grid: draw the noise on the image on a grid that holds 8-bit images, so that the radius holds for all
             8-bit images within it in floating-point arithmetic, not only for real numbers; see `grid_noise`.
             A seed gives different draws.
@@ -154,6 +155,7 @@ def certificates(
     if len(inputs) == 0:
         return dict.fromkeys(methods, _of_no_images(len(wanted)))
     std = pixel_std(ensemble, inputs) if std is None else std
+    check_reach(wanted, std, alpha, n)
     aims = partial(Aims, std, alpha, n, wanted, give_up=give_up)
     measures: dict[Method, Callable[..., Votes | Means]]
     measures = {"vote": Votes, "mean": partial(Means, bound=bound, seed=seed)}
@@ -196,10 +198,21 @@ def wanted_radii(radius: float | Sequence[float] | None) -> tuple[float, ...]:
     """The wanted radii in rising order."""
     if radius is None:
         return ()
-    radii = [radius] if isinstance(radius, int | float) else list(radius)
-    if not radii or not all(each > 0 and math.isfinite(each) for each in radii):
-        raise ValueError(f"radius must be > 0 and finite, one or several, got {radius}")
+    several = isinstance(radius, Iterable) and not is_number(radius) and not isinstance(radius, str | bytes)
+    radii = list(cast("Iterable[float]", radius)) if several else [cast("float", radius)]
+    if not radii or not all(is_number(each) and each > 0 and math.isfinite(each) for each in radii):
+        raise ValueError(f"radius must be > 0 and finite, one or several, got {radius!r}")
     return tuple(sorted({float(each) for each in radii}))
+
+
+def check_reach(wanted: Sequence[float], std: float, alpha: float, n: int) -> None:
+    """Refuse radii of which n draws cannot certify a single one, whatever the network answers."""
+    most = largest_radius(std, alpha, n)
+    if wanted and wanted[0] > most:
+        raise ValueError(
+            f"no image can be certified within {wanted[0]:g}: with noise of std {std:.3g} and alpha "
+            f"{alpha:g}, {n:,} draws certify {most:.3g} at most, so take a smaller radius or more draws"
+        )
 
 
 def _looks(n: int, wanted: Sequence[float]) -> Iterator[int]:
@@ -223,7 +236,7 @@ def _check_names(methods: Sequence[Method], rivals: Rivals, bound: MeanBound | N
 
 def _check_numbers(alpha: float, n0: int, n: int, seed: int | None, give_up: float) -> None:
     check_alpha(alpha)
-    if not 0 <= give_up < 1:
+    if not (is_number(give_up) and 0 <= give_up < 1):
         raise ValueError(f"give_up must be in [0, 1), got {give_up!r}")
     check_count("n0", n0)
     if check_count("n", n) < 2:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ensemble.checks import check_count, check_images
+from ..ensemble.checks import check_count, check_images, is_number
 from ..ensemble.draws import Draws, check_finite
 from ..ensemble.ensemble import SelfEnsemble
 from ..noise.injection import eval_mode, noise_disabled
@@ -203,6 +203,6 @@ def _interval(seen: Tensor, leader: Tensor, alpha: float) -> tuple[Tensor, Tenso
 
 def check_alpha(alpha: float) -> float:
     """Return `alpha`, or raise a ValueError unless it is a risk."""
-    if not 0 < alpha < 1:
+    if not (is_number(alpha) and 0 < alpha < 1):
         raise ValueError(f"alpha must lie between 0 and 1 (0.001 is usual), got {alpha!r}")
     return alpha

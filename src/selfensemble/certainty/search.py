@@ -8,6 +8,7 @@ import torch
 from scipy import special
 from torch import Tensor
 
+from .anytime import Bets
 from .decision import ABSTAINED
 from .statistics import Means, Votes
 
@@ -23,7 +24,7 @@ class Aims:
         alpha, n: risk and draws.
         wanted: radii in rising order; none to draw n times.
         slack: by how much probabilities may differ from those under the noise that the radius is about.
-        give_up: how often, at most, an image is given up that n draws would have certified.
+        give_up: see `certify`.
     """
 
     std: float
@@ -51,20 +52,22 @@ class Search:
         self.verdict = torch.zeros(size, len(aims.wanted), dtype=torch.int64, device="cpu")
         self.radii = [share * aims.wanted[0] for share in (_RUNGS if aims.wanted else ())] + [*aims.wanted]
         gaps = [2 * radius / aims.std for radius in aims.wanted]
-        needed = [_needed(gap, aims.alpha, aims.n) for gap in gaps] if aims.give_up else []
+        most = 2 / aims.std * largest_radius(aims.std, aims.alpha, aims.n, aims.slack)
+        self._possible = torch.tensor([gap <= most for gap in gaps], dtype=torch.bool, device="cpu")
+        needed = [_needed(gap, aims.alpha, aims.n, seen.spread) for gap in gaps] if aims.give_up else []
         self.reached = [seen.reached(2 * each / aims.std, aims.slack, aims.n) for each in self.radii]
         self.failed = [seen.out_of_reach(gap, aims.slack, aims.n) for gap in gaps]
-        self.hopeless = [seen.out_of_reach(gap, aims.slack, aims.n) for gap in needed]
+        self.hopeless = [seen.unlikely(gap, aims.slack, aims.n) for gap in needed]
+        self._bets: list[Bets] = [*self.reached, *sum(self.failed, ()), *self.hopeless]
 
     def add(self, outputs: Tensor) -> None:
         """More draws of the active images, (c, A, K)."""
         self.seen.add(outputs)
-        for bets in (*self.reached, *self.failed, *self.hopeless):
-            self.seen.bet(bets, outputs)
+        self.seen.bet(self._bets, outputs)
 
     def keep(self, stay: Tensor) -> None:
         """Continue with some of the active images."""
-        for each in (self.seen, *self.reached, *self.failed, *self.hopeless):
+        for each in (self.seen, *self._bets):
             each.keep(stay)
 
     def look(self, active: Tensor, taken: int) -> None:
@@ -93,9 +96,13 @@ class Search:
         aims = self.aims
         # Claims are nested, so that one wrong bet is behind all wrong claims.
         reached = _all_until([bets.sure(aims.alpha / 2) for bets in self.reached])
-        failed = _all_until([bets.sure(aims.alpha) for bets in self.failed[::-1]]).flip(0)
+        mine, others = (
+            torch.stack([bets.sure(aims.alpha) for bets in column])
+            for column in zip(*self.failed, strict=True)
+        )
+        failed = _all_until([*(mine & others).flip(0)]).flip(0)
         there = reached[-len(aims.wanted) :]
-        over = there | failed
+        over = there | mine | ~self._possible[:, None]
         if self.hopeless:
             over |= torch.stack([bets.sure(aims.give_up) for bets in self.hopeless])
         self.verdict[images] = torch.where(there, 1, torch.where(failed, -1, 0)).T[going]
@@ -124,9 +131,14 @@ def _all_until(sure: list[Tensor]) -> Tensor:
     return torch.stack(sure).int().cummin(dim=0).values.bool()
 
 
-def _needed(gap: float, alpha: float, n: int) -> float:
-    """The gap that n draws are likely to certify as `gap`: some standard errors more."""
-    least = float(special.ndtr(gap / 2))
-    errors = -float(special.ndtri(alpha / 4))
-    needed = least + errors * math.sqrt(least * (1 - least) / n)
-    return 2 * float(special.ndtri(min(needed, (least + 1) / 2)))
+def largest_radius(std: float, alpha: float, n: int, slack: float = 0.0) -> float:
+    """What n draws certify of an image of which all of them agree, and no method certifies more."""
+    return std * float(special.ndtri(max((alpha / 2) ** (1 / n) - slack, 0.5)))
+
+
+def _needed(gap: float, alpha: float, n: int, spread: Tensor) -> Tensor:
+    """(A,) the gaps that n draws are likely to certify as `gap`: some standard errors more."""
+    least = special.ndtr(gap / 2)
+    errors = -special.ndtri(alpha / 4) * math.sqrt(least * (1 - least) / n) * spread
+    quantile: Tensor = torch.special.ndtri((least + errors).clamp_max((least + 1) / 2))
+    return 2 * quantile

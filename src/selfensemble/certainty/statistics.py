@@ -3,6 +3,8 @@
 All of it on the CPU, wherever the draws are: bounds need float64, which not every device has.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -10,45 +12,75 @@ import torch
 from torch import Tensor
 
 from ..noise.streams import LAYERS, fresh_seed, stream_seed
-from .anytime import Bets, OutOfReach, Reached
+from .anytime import Against, Bets, OutOfReach, Reached
 from .bounds import MeanBound, clopper_pearson_lower, clopper_pearson_upper, mean_lower, narrower
 
 Rivals = Literal["all", "runner_up"]
 APART = 8  # rivals with a bound each; the others share one
 
 
-class Votes:
+class Seen:
+    """What the draws of selection say of some images, and the bets that follow from it.
+
+    Args:
+        order: (A, K) classes, the answer first, then its likely rivals.
+        columns: (A, C) what the answer and its rivals have of all draws of selection.
+        draws: how many these are.
+        rivals: see `certify`.
+
+    Attributes:
+        order: see there.
+        spread: (A,) how far single draws differ at least, as a share of what votes would; 1 for votes.
+    """
+
+    def __init__(self, order: Tensor, columns: Tensor, draws: int, rivals: Rivals) -> None:
+        self.order, self._rivals = order, rivals
+        self._against: Against = "all" if rivals == "all" else "each"
+        others = columns[:, 1:].sum(dim=1, keepdim=True) if rivals == "all" else columns[:, 1:]
+        self._pilot = (others.double() + 0.5) / (draws + 1)
+        self._classes = columns.shape[1] - 1
+        self.spread = torch.ones(len(order), dtype=torch.float64, device="cpu")
+
+    def keep(self, stay: Tensor) -> None:
+        """Continue with some of the images."""
+        self.order, self._pilot, self.spread = self.order[stay], self._pilot[stay], self.spread[stay]
+
+    def reached(self, gap: float, slack: float, horizon: int) -> Reached:
+        """Bets that a radius is reached, which `bet` settles."""
+        return Reached(self._pilot, gap, slack, horizon, self._against)
+
+    def unlikely(self, gap: Tensor, slack: float, horizon: int) -> OutOfReach:
+        """Bets that the answer is too unlikely for (A,) gaps."""
+        return OutOfReach(len(self.order), self._classes, gap, slack, horizon, self._against)
+
+    def out_of_reach(self, gap: float, slack: float, horizon: int) -> tuple[OutOfReach, OutOfReach]:
+        """Bets that a radius is out of reach of the answer, and that it is so of all other classes."""
+        each, others = (
+            OutOfReach(len(self.order), self._classes, gap, slack, horizon, against)
+            for against in ("each", "others")
+        )
+        return each, others
+
+
+class Votes(Seen):
     """Counts of the classes that single draws choose.
 
     Args:
         selection: (n0, A, K) outputs that say which class is the answer and which are its rivals.
         rivals: see `certify`.
-
-    Attributes:
-        order: (A, K) classes, the answer first, then its likely rivals.
     """
 
     def __init__(self, selection: Tensor, rivals: Rivals, alpha: float, n: int) -> None:  # noqa: ARG002
-        self.order = self._votes(selection).argsort(dim=1, descending=True, stable=True)
-        self.counts = torch.zeros_like(self.order)
-        self._rivals = rivals
+        votes = self._votes(selection)
+        order = votes.argsort(dim=1, descending=True, stable=True)
+        super().__init__(order, _columns(votes[None], order)[0], len(selection), rivals)
+        self.counts = torch.zeros_like(order)
 
-        self._pilot = (_columns(self._votes(selection)[None], self.order, rivals)[0].double() + 0.5) / (
-            len(selection) + 1
-        )
-
-    def reached(self, gap: float, slack: float, horizon: int) -> Reached:
-        """Bets that a radius is reached, which `bet` settles."""
-        return Reached(self._pilot[:, 1:], gap, slack, horizon)
-
-    def out_of_reach(self, gap: float, slack: float, horizon: int) -> OutOfReach:
-        """Bets that it is not. Rivals that are counted together show nothing."""
-        return OutOfReach(self._pilot[:, 1 : 1 + APART], gap, slack, horizon)
-
-    def bet(self, bets: Bets, outputs: Tensor) -> None:
-        """Settle the bets on more draws, (c, A, K)."""
-        columns = _columns(self._votes(outputs)[None], self.order, self._rivals)[0].double()
-        bets.add_votes(len(outputs), columns)
+    def bet(self, bets: Sequence[Bets], outputs: Tensor) -> None:
+        """Settle bets on more draws, (c, A, K)."""
+        columns = _columns(self._votes(outputs)[None], self.order)[0].double()
+        for each in bets:
+            each.add_votes(len(outputs), columns)
 
     @staticmethod
     def _votes(outputs: Tensor) -> Tensor:
@@ -60,8 +92,8 @@ class Votes:
 
     def keep(self, stay: Tensor) -> None:
         """Continue with some of the images."""
-        self.order, self.counts = self.order[stay], self.counts[stay]
-        self._pilot = self._pilot[stay]
+        super().keep(stay)
+        self.counts = self.counts[stay]
 
     def estimate(self) -> Tensor:
         """(A,) share of the votes that the answer has."""
@@ -82,16 +114,13 @@ class Votes:
         return low, np.minimum(high, 1 - low)
 
 
-class Means:
+class Means(Seen):
     """Softmax outputs of the answer, of its first rivals one by one, and of the others together.
 
     Args:
         selection: (n0, A, K) outputs that say which class is the answer and which are its rivals.
         rivals, alpha, n, bound: see `certify`.
         seed: of coins, see `mean_lower`.
-
-    Attributes:
-        order: (A, K) classes, the answer first, then its likely rivals.
     """
 
     def __init__(
@@ -104,33 +133,30 @@ class Means:
         seed: int | None = None,
     ) -> None:
         selection = selection.cpu()
-        self.order = selection.mean(dim=0).argsort(dim=1, descending=True, stable=True)
-        self._rivals, self._bound = rivals, bound
+        order = selection.mean(dim=0).argsort(dim=1, descending=True, stable=True)
+        columns = _columns(selection, order).double()
+        super().__init__(order, columns.sum(dim=0), len(selection), rivals)
+        self._bound = bound
         self._samples: list[Tensor] = []
-        self._sum, self._taken = torch.zeros(len(self.order), dtype=torch.float64, device="cpu"), 0
+        self._sum, self._taken = torch.zeros(len(order), dtype=torch.float64, device="cpu"), 0
         coins = fresh_seed() if seed is None else stream_seed(seed, 0, LAYERS - 1)
         self._generator = torch.Generator("cpu").manual_seed(coins)
-        pilot = self._columns(selection).double()
-        both = _columns(selection, self.order, rivals).double().mean(dim=0)
-        self._pilot = (both * len(selection) + 0.5) / (len(selection) + 1)
-        variance = pilot.var(dim=0) if len(pilot) > 1 else torch.zeros_like(pilot[0])
-        self._binomial = narrower(pilot.mean(dim=0), variance, alpha / 2, n)
+        mean = columns.mean(dim=0)
+        variance = columns.var(dim=0) if len(columns) > 1 else torch.zeros_like(mean)
+        self._binomial = narrower(mean, variance, alpha / 2, n)
+        # The variance is known within a factor of some two standard errors, if at all.
+        shares = (variance / (mean * (1 - mean)).clamp_min(1e-12)).sqrt()[:, :2].amin(dim=1)
+        self.spread = (shares * (1 - math.sqrt(min(1.0, 2 / len(columns))))).clamp(0, 1)
 
-    def reached(self, gap: float, slack: float, horizon: int) -> Reached:
-        """Bets that a radius is reached, which `bet` settles."""
-        return Reached(self._pilot[:, 1:], gap, slack, horizon)
-
-    def out_of_reach(self, gap: float, slack: float, horizon: int) -> OutOfReach:
-        """Bets that it is not. Rivals that are counted together show nothing."""
-        return OutOfReach(self._pilot[:, 1 : 1 + APART], gap, slack, horizon)
-
-    def bet(self, bets: Bets, outputs: Tensor) -> None:
-        """Settle the bets on more draws, (c, A, K)."""
-        bets.add(_columns(outputs.cpu(), self.order, self._rivals).double())
+    def bet(self, bets: Sequence[Bets], outputs: Tensor) -> None:
+        """Settle bets on more draws, (c, A, K)."""
+        columns = _columns(outputs.cpu(), self.order).double()
+        for each in bets:
+            each.add(columns)
 
     def _columns(self, outputs: Tensor) -> Tensor:
         """(c, A, C), the answer's first; all rivals together are what it has not."""
-        columns = _columns(outputs, self.order, self._rivals)
+        columns = _columns(outputs, self.order)
         return columns[:, :, :1] if self._rivals == "all" else columns
 
     def add(self, outputs: Tensor) -> None:
@@ -142,8 +168,8 @@ class Means:
 
     def keep(self, stay: Tensor) -> None:
         """Continue with some of the images."""
-        self.order, self._binomial = self.order[stay], self._binomial[stay]
-        self._pilot, self._sum = self._pilot[stay], self._sum[stay]
+        super().keep(stay)
+        self._binomial, self._sum = self._binomial[stay], self._sum[stay]
         self._samples = [each[:, stay] for each in self._samples]
 
     def estimate(self) -> Tensor:
@@ -178,12 +204,11 @@ class Means:
         return low
 
 
-def _columns(outputs: Tensor, order: Tensor, rivals: Rivals) -> Tensor:
-    """(c, A, 1 + R) of what all classes have, (c, A, K): the answer's, then its rivals'."""
+def _columns(outputs: Tensor, order: Tensor) -> Tensor:
+    """(c, A, 1 + R) of what all classes have, (c, A, K): the answer's, rivals', the last ones' together."""
     ordered = outputs.gather(2, order.expand_as(outputs))
-    apart = 0 if rivals == "all" else APART
-    if ordered.shape[2] == 1 or (apart and ordered.shape[2] <= apart + 1):
+    if ordered.shape[2] <= APART + 1:
         return ordered
-    together = ordered[:, :, apart + 1 :].sum(dim=2, keepdim=True)
-    columns = torch.cat([ordered[:, :, : apart + 1], together], dim=2)
+    together = ordered[:, :, APART + 1 :].sum(dim=2, keepdim=True)
+    columns = torch.cat([ordered[:, :, : APART + 1], together], dim=2)
     return columns.clamp(0, 1) if columns.is_floating_point() else columns

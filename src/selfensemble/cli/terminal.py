@@ -271,8 +271,8 @@ def print_certified(results: "Certified") -> None:
     out.print(table)
     for each in results.wanted:
         out.print(
-            f"within {each.radius:g}: {each.reached:.1%} certified, {each.out_of_reach:.1%} proven to be out "
-            f"of reach, {each.open:.1%} given up, whether the answers are right or wrong",
+            f"within {each.radius:g}: {each.reached:.1%} certified, whether the answers are right or wrong, "
+            f"{each.out_of_reach:.1%} proven to be out of reach of any answer, {each.open:.1%} neither",
             highlight=False,
         )
     if results.wanted and results.wanted[0].radius > _AT_ALL:

@@ -156,6 +156,13 @@ def is_of_inputs(error: Exception) -> bool:
     return bool(_OF_SHAPES.search(text.partition("\n")[0]) or _OF_TYPES.search(text))
 
 
+def is_number(value: object) -> bool:
+    """Whether it is a real number, of NumPy or torch as well, and neither text nor truth value."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def check_count(name: str, value: object) -> int:
     """Return `value` as an int, or raise a ValueError unless it is an integer >= 1."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:

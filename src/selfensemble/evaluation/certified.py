@@ -18,13 +18,16 @@ import numpy as np
 from pydantic import BeforeValidator, Field
 
 from ..certainty.bounds import MeanBound
-from ..certainty.certification import VERDICTS, Certificate, Method, certify, wanted_radii
+from ..certainty.certification import VERDICTS, Certificate, Method, certify, check_reach, wanted_radii
+from ..certainty.grid import grid_noise
 from ..certainty.pixels import pixel_std
 from ..certainty.statistics import Rivals
 from ..data.images import ImageData, Inputs
+from ..ensemble.checks import is_number
 from ..ensemble.ensemble import SelfEnsemble
 from ..fast.ensemble import precision_of
-from ..noise.streams import stream_seed
+from ..noise.injection import eval_mode
+from ..noise.streams import DRAWS, stream_seed
 from ..runtime.files import atomic_write, read_versioned, write_json
 from ..runtime.ownership import owned
 from ..runtime.processes import wait_for_all
@@ -42,8 +45,9 @@ _STEP = 0.05  # between the radii of the curve
 
 
 def _one_or_several(radius: object) -> object:
-    """One radius is stored as a number, as before there could be several; none as null."""
-    if isinstance(radius, list | tuple):
+    """In rising order; one is stored as a number, as before there could be several; none as null."""
+    if isinstance(radius, list | tuple) and all(map(is_number, radius)):
+        radius = sorted(set(radius))
         return radius[0] if len(radius) == 1 else radius or None
     return radius
 
@@ -74,9 +78,9 @@ class Point(Record):
 
 
 class WantedRadius(Record):
-    """Shares of the images of which a wanted radius is certified, proven to be out of reach, or neither.
+    """Shares of the images whose answer, right or wrong, is certified within a radius, and others.
 
-    Of the answer that was certified, be it right or wrong.
+    `out_of_reach`: those of which it is proven that no answer is certain there; `open`: the rest.
     """
 
     radius: float
@@ -166,8 +170,10 @@ class Certification:
 
     def __post_init__(self) -> None:
         self.images = min(self.settings.images, len(self.data))
+        self.settings = self.settings.model_copy(update={"images": self.images})
         self.inputs, self.labels = Inputs(self.data, self.images), self.data.labels[: self.images].cpu()
         self.std, self.precision = pixel_std(self.ensemble, self.inputs[:2]), precision_of(self.ensemble)
+        self._check()
         self.model = model_record(self.ensemble, self.name, self.architecture)
         self.data_record = data_record(self.inputs, self.labels)
         identity = {
@@ -179,8 +185,18 @@ class Certification:
             "device": next((p.device.type for p in self.ensemble.parameters()), "cpu"),
         }
         if self.settings.radius is not None:
-            identity["stopping"] = "bets"  # earlier versions looked four times
+            identity["stopping"] = "bets against all"  # earlier versions had other rules
         claim(self.out / RUN, identity)
+
+    def _check(self) -> None:
+        """Raise what `certify` would, before a folder is the run's own."""
+        settings = self.settings
+        if settings.n0 + settings.n > DRAWS:
+            raise ValueError(f"n0 + n is {settings.n0 + settings.n:,}, but a run has {DRAWS:,} draws at most")
+        check_reach(wanted_radii(settings.radius), self.std, settings.alpha, settings.n)
+        if settings.grid:
+            with eval_mode(self.ensemble), grid_noise(self.ensemble, self.inputs[:2]):
+                pass
 
     def run(self) -> Certified:
         """Do what is not done yet, then write the results; may be stopped at any time.
@@ -252,12 +268,14 @@ class Certification:
         if not shards:
             return
         names = list(Certificate.__dataclass_fields__)
-        for shard in shards:  # of versions before there were verdicts
-            shard.setdefault("verdict", [[] for _ in shard["label"]])
+        for start, shard in zip(range(0, self.images, self.settings.shard), shards, strict=False):
+            if not isinstance(shard, dict) or not {"label", "radius", "draws"} <= shard.keys():
+                raise ValueError(f"{self._path(start)} holds no certificates, it is damaged: {_AGAIN}")
+            shard.setdefault("verdict", [[] for _ in shard["label"]])  # of earlier versions
             shard.setdefault("estimate", [None for _ in shard["label"]])
-        bounds = {"lower": float, "upper": float, "estimate": float, "verdict": np.int64}
+        kinds = {"lower": float, "upper": float, "estimate": float, "verdict": np.int64}
         columns = {
-            name: np.concatenate([np.asarray(shard[name], dtype=bounds.get(name)) for shard in shards])
+            name: np.concatenate([np.asarray(each[name], kinds.get(name)) for each in shards])
             for name in names
         }
         done = len(columns["label"])
@@ -265,8 +283,7 @@ class Certification:
         right = columns["label"] == truth
         radius = np.where(right, columns["radius"], 0.0)
         steps = int(columns["radius"].max(initial=0.0) / _STEP) + 2
-        curve = []
-        grid = {round(step * _STEP, 10) for step in range(steps)}
+        curve, grid = [], {round(step * _STEP, 10) for step in range(steps)}
         for at in sorted(grid | set(wanted_radii(self.settings.radius))):
             count = int((right & (columns["radius"] >= at)).sum())
             curve.append(Point(radius=at, **_share(count, done)))
@@ -312,9 +329,9 @@ def _table(truth: np.ndarray, columns: dict[str, np.ndarray]) -> str:
     writer.writerow(["image", "truth", "answer", "radius", "lower", "upper", "estimate", "draws", "verdict"])
     for index, row in enumerate(zip(truth, *columns.values(), strict=True)):
         right, answer, radius, lower, upper, estimate, draws, verdict = row
-        bounds = ["" if np.isnan(bound) else f"{bound:.6f}" for bound in (lower, upper, estimate)]
+        bounds = ["" if np.isnan(bound) else repr(float(bound)) for bound in (lower, upper, estimate)]
         words = " ".join(VERDICTS[int(each)] for each in verdict)
-        writer.writerow([index, right, answer, f"{radius:.6f}", *bounds, draws, words])
+        writer.writerow([index, right, answer, repr(float(radius)), *bounds, draws, words])
     return text.getvalue()
 
 

@@ -143,7 +143,7 @@ class Certificates(Experiment):
             parts.append(withstood(records))
         lines = {
             method: [
-                Line(record.facts.title, look, *_curve(record, method, _grid(records)))
+                Line(record.facts.title, look, *_curve(record, method, _grid(records)), steps=True)
                 for look, record in enumerate(records)
             ]
             for method in METHODS

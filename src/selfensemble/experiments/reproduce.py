@@ -2,7 +2,8 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ class Reproduction:
     seed: int = 0
     device: torch.device = torch.device("cpu")  # noqa: RUF009
     progress: Report = lambda text, done: None
+    _tests: dict[tuple[str, int | None], ImageData] = field(default_factory=dict, init=False, repr=False)
 
     def run(self, names: Sequence[str]) -> dict[str, Page]:
         """Do what is not done yet of the named experiments; may be stopped at any time.
@@ -101,6 +103,10 @@ class Reproduction:
         known = {network.name for experiment in chosen for network in experiment.networks(scale)}
         if unknown := [name for name in self.only if name not in known]:
             raise ValueError(f"no network {unknown[0]!r} here: choose among {', '.join(sorted(known))}")
+        for experiment in chosen:  # before hours of training
+            for network in wanted[experiment.name]:
+                with suppress(ConnectionError, FileNotFoundError):  # said when it is its turn
+                    self._check_stored(experiment, scale, self._test(experiment, network, scale)[1])
         pages: dict[str, Page] = {}
         total, done = max(1, sum(map(len, wanted.values()))), 0
         for experiment in chosen:
@@ -122,9 +128,7 @@ class Reproduction:
         progress("preparing", 0.0)
         source = self.stl10 if experiment.kin == _STL10 else self.data
         _, recipe = recipe_of(network, experiment.family, scale, source)
-        test = _test_data(recipe.data.source, recipe.data.size)
-        data = _digest(test, scale)
-        self._check_stored(experiment, network, scale, data)
+        test, data = self._test(experiment, network, scale)
         models = self.models or Path("runs/models") / scale.name
         found = trained(
             network, experiment.family, scale, source, models,
@@ -165,7 +169,17 @@ class Reproduction:
         )
         _store(self.out, experiment, Record(facts, measured.columns))
 
-    def _check_stored(self, experiment: Experiment, network: Network, scale: Scale, data: str) -> None:
+    def _test(self, experiment: Experiment, network: Network, scale: Scale) -> tuple[ImageData, str]:
+        """The test set of a network, and the digest of its first images."""
+        source = self.stl10 if experiment.kin == _STL10 else self.data
+        _, recipe = recipe_of(network, experiment.family, scale, source)
+        asked = (recipe.data.source, recipe.data.size)
+        if asked not in self._tests:
+            self._tests.clear()  # one at a time: they are large
+            self._tests[asked] = _test_data(*asked)
+        return self._tests[asked], _digest(self._tests[asked], scale)
+
+    def _check_stored(self, experiment: Experiment, scale: Scale, data: str) -> None:
         """Raise before results of two scales, seeds, settings or sets of images come into one table."""
         folder = self.out / experiment.name
         known = experiment.known_settings(scale)
@@ -182,7 +196,7 @@ class Reproduction:
                     f"{folder} holds results of {' and '.join(what)}; they are untouched: pass another --out"
                 )
             own = {key: value for key, value in facts.settings.items() if key in known}
-            if known and facts.network != network.name:
+            if known:
                 _check_settings(folder, facts.network, own, known)
 
 
@@ -250,7 +264,7 @@ def _stored(folder: Path, experiment: Experiment) -> list[Record]:
 
 
 def _check_settings(folder: Path, other: str, theirs: dict[str, Any], own: dict[str, Any]) -> None:
-    """Raise where the stored results of another network were measured with other settings."""
+    """Raise where stored results, of this network or another, were measured with other settings."""
     if keys := [key for key in differing_keys(theirs, own) if key != "levels"]:
         raise ValueError(
             f"{folder} holds results of {other} that were measured with other settings "
@@ -266,8 +280,7 @@ def _store(out: Path, experiment: Experiment, record: Record) -> None:
     """
     folder = out / experiment.name
     for other in _stored(folder, experiment):
-        if other.facts.network != record.facts.network:
-            _check_settings(folder, other.facts.network, other.facts.settings, record.facts.settings)
+        _check_settings(folder, other.facts.network, other.facts.settings, record.facts.settings)
     before = read_record(folder, record.facts.network)
     if before is not None and before.columns == record.columns:
         now = record.facts.model_copy(update={"provenance": before.facts.provenance})

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artefacts.config import ArtefactConfig
-from ..evaluation.certified import Certified
+from ..evaluation.certified import Certified, Settings
 from ..evaluation.results import Entry, Impossible, Results
 from ..runtime.packages import needs
 from ..training.recipe import public_recipe
@@ -111,6 +111,11 @@ def _certificate(found: Certified) -> str:
     command += "" if found.precision == "float32" else f" --precision {found.precision}"
     command += f" --n {found.data.images}"
     command += "".join(f" --radius {each.radius!r}" for each in found.wanted)
+    usual = Settings()
+    for key in ("alpha", "n0", "rivals", "seed", "shard"):
+        if (value := asked.get(key, getattr(usual, key))) != getattr(usual, key):
+            command += f" --{key} {value}"
+    command += " --grid" if asked.get("grid") else ""
     stopped, most = (
         ("; images stopped when these radii were decided", "at most ") if found.wanted else ("", "")
     )

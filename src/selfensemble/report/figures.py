@@ -20,12 +20,13 @@ _DASHES = ("-", "--", ":", "-.")
 
 @dataclass(frozen=True)
 class Line:
-    """One line; `look` numbers its colour, marker and dash."""
+    """One line; `look` numbers its colour, marker and dash; `steps`: between points it has the next y."""
 
     label: str
     look: int
     x: Sequence[float]
     y: Sequence[Share | float]
+    steps: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def _draw_line(axes: matplotlib.axes.Axes, line: Line, unit: float) -> Any:
         list(line.x), y, yerr=[below, above] if any(below + above) else None, label=line.label,
         color=_COLORS[line.look % len(_COLORS)], marker=_MARKERS[line.look % len(_MARKERS)],
         linestyle=_DASHES[line.look // len(_COLORS) % len(_DASHES)],
+        drawstyle="steps-pre" if line.steps else "default",
         markersize=4, markevery=max(1, len(y) // 12), linewidth=1.4, elinewidth=0.8, capsize=2,
     )  # fmt: skip
 

@@ -64,7 +64,7 @@ def certified_plot(certified: Mapping[str, Certified], runs: Mapping[str, Result
         line(
             number, 0, f"{label}, certified by {each.settings.get('method', 'mean')}",
             tuple(Point(point.radius, point.accuracy, point.low, point.high) for point in each.known),
-            2, thick=True,
+            2, thick=True, steps=True,
         )
         for number, (label, each) in enumerate(certified.items())
     ]  # fmt: skip
@@ -85,7 +85,8 @@ def certified_plot(certified: Mapping[str, Certified], runs: Mapping[str, Result
             points = tuple(Point(radius, share / 100) for radius, share in known.items())
             lines.append(line(number, 2, f"Cohen et al., std {std:g} (published, ResNet-110)", points, 2))
     caption = (
-        "Share of images that are classified correctly with a certificate of at least that radius. "
+        "Share of images that are classified correctly with a certificate of at least that radius; between "
+        "two radii, what is certified at the larger one. "
         f"{dashed}Bars: 95 % intervals."
     )
     return Plot("Certified accuracy", caption, "L2 radius (images in [0, 1])", "accuracy", tuple(lines))

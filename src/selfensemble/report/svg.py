@@ -63,7 +63,10 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Line:
-    """One line and its look; `kind` is the number of its attack among the attacks of the plot."""
+    """One line and its look; `kind` is the number of its attack among the attacks of the plot.
+
+    `steps`: between two points it has the second one's y.
+    """
 
     kind: int
     label: str
@@ -71,6 +74,7 @@ class Line:
     color: str
     width: float
     dash: str
+    steps: bool = False
 
     @property
     def marker(self) -> str:
@@ -148,6 +152,7 @@ class Plot:
             axes.errorbar(
                 x, y, yerr=bars, color=line.color, marker=line.marker, markersize=4.5, capsize=2,
                 linewidth=line.width, elinewidth=1, linestyle=dash, zorder=2 + line.width,
+                drawstyle="steps-pre" if line.steps else "default",
             )  # fmt: skip
         self._scale(axes)
         axes.set_xlabel(self.x_label)
@@ -182,9 +187,10 @@ def line(
     *,
     thick: bool = False,
     dash: str | None = None,
+    steps: bool = False,
 ) -> Line:
     """Colours tell runs apart, or kinds where there is one run; dashes where the colours are used up."""
     chosen = run if runs > 1 else kind
     if dash is None:
         dash = _DASHES[chosen // len(_COLORS) % len(_DASHES)]
-    return Line(kind, label, points, _COLORS[chosen % len(_COLORS)], 2.8 if thick else 1.3, dash)
+    return Line(kind, label, points, _COLORS[chosen % len(_COLORS)], 2.8 if thick else 1.3, dash, steps)

@@ -77,7 +77,7 @@ class DecisionAnswer(BaseModel):
 class CertificateAnswer(BaseModel):
     """Label that no change within the L2 radius changes, or null; images in [0, 1].
 
-    `verdict` on a wanted radius: certified, proven to be out of reach of any number of draws, or neither.
+    `verdict` on a wanted radius: certified, proven to be out of reach of any answer, or neither.
     """
 
     label: str | None
