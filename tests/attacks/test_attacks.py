@@ -220,7 +220,7 @@ def test_average_of_probabilities_is_the_gradient_of_the_ensemble(tiny: nn.Modul
             (expected,) = torch.autograd.grad(values.sum(), leaf)
         torch.testing.assert_close(found.gradient, expected, rtol=1e-3, atol=1e-6)
         torch.testing.assert_close(found.loss, values.detach(), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found.probabilities, mean.detach().exp(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found.probabilities.float(), mean.detach().exp(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("average", ["losses", "probabilities"])
@@ -244,7 +244,7 @@ def test_draws_of_one_pass_are_those_of_several(
     for index in range(eot):
         with torch.no_grad(), rse.noise_draw(oracle._seed, index, "shared", antithetic=eot == 4):
             drawn.append(model(images).softmax(dim=1))
-    torch.testing.assert_close(found[0].probabilities, torch.stack(drawn).mean(dim=0))
+    torch.testing.assert_close(found[0].probabilities.float(), torch.stack(drawn).mean(dim=0))
 
 
 def test_what_only_the_copy_takes_for_a_success_is_moved_on() -> None:

@@ -120,7 +120,20 @@ def test_accuracy_at_the_wanted_radii_is_told_wherever_they_are(model: Path, tmp
 def test_files_and_table_say_the_same_of_any_radius(model: Path, tmp_path: Path) -> None:
     """A third is no number of six decimals; the command on the card makes the same figures."""
     out, again = tmp_path / "run", tmp_path / "again"
-    given = ("--method", "vote", "--max-draws", 400, "--alpha", 0.05, "--seed", 7, "--n0", 50, "--shard", 7)
+    given: tuple[str | float, ...] = (
+        "--method",
+        "vote",
+        "--max-draws",
+        400,
+        "--alpha",
+        0.05,
+        "--seed",
+        7,
+        "--n0",
+        50,
+        "--shard",
+        7,
+    )
     given += ("--n", 20, "--radius", 0.123456789, "--radius", 0.01, "--grid")
     run("certify", model, "--out", out, *given)
     found = read_certified(out)
@@ -154,11 +167,11 @@ def test_what_is_refused_leaves_its_folder_free(model: Path, tmp_path: Path) -> 
 def test_a_grid_that_cannot_be_is_refused_before_the_folder_is_taken(tmp_path: Path) -> None:
     network = rse.Normalized(rse.create_model("small-cnn", channels=1), (0.5,), (0.25,))
     ensemble = rse.SelfEnsemble(network, rse.NoiseConfig(0.2, 0), draws=2).eval()
-    data, settings = rse.load_data("digits", "test"), {"images": 2, "n0": 5, "n": 20}
+    data, few = rse.load_data("digits", "test"), Settings(images=2, n0=5, n=20)
     with pytest.raises(ValueError, match="grid"):
-        Certification(ensemble, data, Settings(**settings, grid=True), tmp_path / "run")
+        Certification(ensemble, data, few.model_copy(update={"grid": True}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    assert Certification(ensemble, data, Settings(**settings), tmp_path / "run").run().images == 2
+    assert Certification(ensemble, data, few, tmp_path / "run").run().images == 2
 
 
 def test_a_run_of_a_version_without_estimates_goes_on(model: Path, tmp_path: Path) -> None:

@@ -16,7 +16,17 @@ from .driver import run_attack
 from .expectation import Estimate, Noise, NoiseOptions, Oracle
 from .keeper import Keeper
 from .losses import LossName, check_loss, targeted_dlr
-from .norms import Norm, check_eps, check_norm, per_image, project, random_start, size, steepest
+from .norms import (
+    Norm,
+    check_eps,
+    check_norm,
+    movable,
+    per_image,
+    project,
+    random_start,
+    size,
+    steepest,
+)  # fmt: skip
 from .targets import Order, check_order, wrong_classes
 from .units import in_own_units
 
@@ -226,7 +236,8 @@ class _Run:
 
     def step(self, number: int) -> None:
         """Move to the next images."""
-        ahead = per_image(self.length, self.x) * steepest(self.gradient, self.norm, self.share)
+        gradient = movable(self.gradient, self.x + self.change) if self.norm == "l1" else self.gradient
+        ahead = per_image(self.length, self.x) * steepest(gradient, self.norm, self.share)
         new = project(self.change + ahead, self.norm, self.eps, self.x)
         if self.norm != "l1" and number > 0:
             mixed = self.change + _ALPHA * (new - self.change) + (1 - _ALPHA) * (self.change - self.previous)

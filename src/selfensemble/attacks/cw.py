@@ -25,6 +25,7 @@ from .units import in_own_units
 
 _TRAVEL = 8.0  # how far all steps together reach, in distances of a linear network
 _GROWTH = 4.0  # of c until it succeeds, and of its fall while it does
+_LARGEST = 1e30  # c that float32 holds with whatever it multiplies
 _LONGER = 1.5  # of the steps, each time c grows
 _MEAN, _SQUARE = 0.9, 0.99  # Adam's decays
 # The box that tanh spans reaches this far beyond [0, 1], and the image is clamped into [0, 1]. Without
@@ -165,7 +166,10 @@ def _search(
 ) -> None:
     """Binary search over c, and what each of them found."""
     c, length = _natural(nearest, kappa)
-    c, length = initial_c * c, 2 * _TRAVEL / steps * length if lr is None else torch.full_like(c, lr)
+    c, length = (
+        (initial_c * c).clamp(max=_LARGEST),
+        2 * _TRAVEL / steps * length if lr is None else torch.full_like(c, lr),
+    )
     low, high = torch.zeros_like(c), torch.full_like(c, torch.inf)
     for _ in range(searches):
         active = nearest.active()
@@ -180,7 +184,7 @@ def _search(
         if lr is None:
             length = torch.where(high.isinf(), _LONGER * length, length)
         bisected = torch.where(low > 0, (low * high).sqrt(), high / _GROWTH)
-        c = torch.where(high.isinf(), c * _GROWTH, bisected)
+        c = torch.where(high.isinf(), c * _GROWTH, bisected).clamp(max=_LARGEST)
 
 
 def _gain(c: Tensor, labels: Tensor, targeted: bool, kappa: float) -> Callable[[Tensor], Tensor]:

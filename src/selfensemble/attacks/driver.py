@@ -19,7 +19,9 @@ from ..noise.own_numbers import OwnNumbers
 from ..noise.streams import Sampling, fresh_seed, stream_seed
 from .expectation import Forward, Noise, Oracle
 from .masking import are_labels
-from .units import bounds_of, from_units
+from .units import bounds_of, from_units, rounded_towards
+
+_HALF = (torch.bfloat16, torch.float16)
 
 
 def run_attack(
@@ -57,7 +59,7 @@ def run_attack(
             # In float32, whatever the model computes in: smaller types cannot hold small changes.
             part = run(oracle, _prepared(x, device), y.to(device, copy=True))
             # To the device first: that of the model may not know the dtype.
-            parts.append(part.detach().clamp(0.0, 1.0).to(inputs.device).to(inputs.dtype))
+            parts.append(rounded_towards(x, part.detach().clamp(0.0, 1.0).to(inputs.device)))
     return torch.cat(parts)
 
 
@@ -121,7 +123,7 @@ def _probe(model: nn.Module, forward: Forward, inputs: Tensor) -> tuple[int, boo
         first = forward(inputs)
     if not torch.isfinite(first).all():
         raise ValueError("the model returns NaN or infinite logits: fix it before attacking it")
-    if looks_like_probabilities(first) and not (are_labels(first) and _is_masked(forward, inputs)):
+    if _are_probabilities(first, forward, inputs) and not (are_labels(first) and _is_masked(forward, inputs)):
         raise ValueError(
             "the model returns probabilities, and attacks need logits: leave out its final softmax, or wrap "
             "it in a module that returns their logarithm"
@@ -129,6 +131,18 @@ def _probe(model: nn.Module, forward: Forward, inputs: Tensor) -> tuple[int, boo
     reseed = numbers.drew
     noise = any(layer.is_active for layer in random_layers(model))
     return first.shape[1], reseed or noise or answers_differ(forward, inputs, PASSES), reseed
+
+
+@torch.no_grad()
+def _are_probabilities(first: Tensor, forward: Forward, inputs: Tensor) -> bool:
+    """Whether the model returns probabilities, of other images as well: logits may add up to 1 by chance."""
+    if not looks_like_probabilities(first):
+        return False
+    image = inputs[:1]
+    others = torch.cat([1 - image, torch.zeros_like(image), torch.ones_like(image), image.flip(-1) * 0.5])
+    with OwnNumbers():
+        more = torch.cat([forward(each) for each in others.split(1)])
+    return looks_like_probabilities(torch.cat([first, more[more.isfinite().all(dim=1)]]))
 
 
 def _is_masked(forward: Forward, inputs: Tensor) -> bool:
@@ -167,12 +181,12 @@ def _room(model: nn.Module, example: Tensor, max_batch: int | None) -> int:
 def looks_like_probabilities(outputs: Tensor) -> bool:
     """Whether every row of outputs (B, K) is a distribution.
 
-    Sums may differ from 1 by what half precision rounds, unless rows differ by little more than sums do:
-    logits that hardly depend on the image may happen to add up to 1.
+    Sums may differ from 1 by what float32 rounds, or a little more where rows differ by far more than sums
+    do; where half precision could hold all outputs, by what that rounds.
     """
-    rounding = 1e-2 if outputs.dtype.itemsize == 2 else 1e-3
+    half = any(torch.equal(outputs.to(dtype).to(outputs.dtype), outputs) for dtype in _HALF)
     outputs = outputs.float()
     away = float((outputs.sum(dim=1) - 1).abs().max())
     apart = float((outputs.amax(dim=0) - outputs.amin(dim=0)).max())
-    room = rounding if len(outputs) == 1 else min(1e-2, 0.1 * apart)
-    return bool((outputs >= 0).all()) and away <= max(1e-5, room)
+    room = 1e-2 if half else max(1e-5, min(1e-3, 0.1 * apart))
+    return bool((outputs >= 0).all()) and away <= room

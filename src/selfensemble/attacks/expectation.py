@@ -11,11 +11,11 @@ from typing import Literal, TypedDict, get_args
 import torch
 from torch import Tensor
 
-from ..ensemble.checks import check_count
+from ..ensemble.checks import check_count, check_seed
 from ..ensemble.randomness import global_noise, other_seed
 from ..noise.streams import Sampling, noise_draw, stream_seed
 from .budget import spend
-from .leads import lead_of, mean_log, side_of
+from .leads import check_answers, lead_of, mean_log, probabilities, side_of
 from .masking import NoGradientError
 
 Forward = Callable[[Tensor], Tensor]
@@ -60,6 +60,7 @@ class Noise:
         check_count("eot", self.eot)
         if self.confirm_draws is not None:
             check_count("confirm_draws", self.confirm_draws)
+        check_seed(self.seed)
         if self.average not in get_args(Average):
             raise ValueError(f"average must be one of {', '.join(get_args(Average))}, got {self.average!r}")
 
@@ -162,17 +163,11 @@ class Oracle:
         seed, count = self._confirm_seed if confirm else self._seed, len(draws)
         antithetic = pairs if confirm else self._pairs
         repeated = inputs if count == 1 else inputs.repeat(count, *[1] * (inputs.dim() - 1))
-        with (
-            noise_draw(
-                seed,
-                draws.start,
-                self._sampling,
-                count=count,
-                antithetic=antithetic,
-                portable=self.noise.frozen,
-            ),
-            global_noise(other_seed(seed, draws.start)) if self._reseed else nullcontext(),
-        ):
+        numbers = global_noise(other_seed(seed, draws.start)) if self._reseed else nullcontext()
+        drawn = noise_draw(
+            seed, draws.start, self._sampling, count=count, antithetic=antithetic, portable=self.noise.frozen
+        )
+        with drawn, numbers:
             logits = forward(repeated)
         return logits.float().view(count, len(inputs), -1)
 
@@ -221,7 +216,8 @@ class Oracle:
                     raise NoGradientError
                 gradient += torch.autograd.grad(values.sum(), leaf, materialize_grads=True)[0]
             total += values.detach()
-            softmax.append(drawn.detach().exp())
+            softmax.append(probabilities(logits.detach()))
+        check_answers(gradient)
         spend(gradients=len(inputs) * len(indices))
         if over is not None:
             total = loss(over.detach()) * len(indices)
@@ -237,7 +233,8 @@ class Oracle:
             value = loss(mean_log(each))
         else:
             value = torch.stack([loss(logits) for logits in each]).mean(dim=0)
-        return Estimate(value, self._units(each.softmax(dim=2)), inputs.new_empty(0))
+        check_answers(each)
+        return Estimate(value, self._units(probabilities(each)), inputs.new_empty(0))
 
     @torch.no_grad()
     def answers(self, inputs: Tensor) -> Tensor:
@@ -246,7 +243,9 @@ class Oracle:
         self._confirmed += 1
         spend(forwards=len(inputs))
         draw = range(start, start + 1)
-        return self._logits(inputs, draw, confirm=not self.noise.frozen)[0].argmax(dim=1)
+        logits = self._logits(inputs, draw, confirm=not self.noise.frozen)[0]
+        check_answers(logits)
+        return logits.argmax(dim=1)
 
     def _units(self, each: Tensor) -> Tensor:
         """Of single draws (N, B, K), those that are independent: as they are, or the means of pairs."""
@@ -274,9 +273,9 @@ class Oracle:
             draws, start = self.confirm_draws, self._confirmed
             self._confirmed += draws
         fresh = range(start, start + draws)
-        each = self._each(inputs, fresh, follow=follow, confirm=not self.noise.frozen).softmax(dim=2)
+        each = self._each(inputs, fresh, follow=follow, confirm=not self.noise.frozen)
         spend(forwards=len(inputs) * draws)
-        return lead_of(each, labels, targeted, errors if self.is_random else 0.0)
+        return lead_of(probabilities(each), labels, targeted, errors if self.is_random else 0.0)
 
     @torch.no_grad()
     def side(
@@ -314,7 +313,7 @@ class Oracle:
                 inputs[pending], range(start, start + draws), follow=follow, confirm=True, pairs=True
             )
             spend(forwards=len(pending) * draws)
-            fresh = each.softmax(dim=2).unflatten(0, (-1, 2)).mean(dim=1)
+            fresh = probabilities(each).unflatten(0, (-1, 2)).mean(dim=1)
             units = torch.cat([units, fresh]) if len(units) else fresh
             sides[pending] = side_of(units, labels[pending], targeted, errors)
             undecided = sides[pending] == 0

@@ -6,6 +6,26 @@ import torch
 from torch import Tensor
 
 
+def probabilities(logits: Tensor) -> Tensor:
+    """Softmax over the last dimension in float64, where the device has it: logits may be almost alike."""
+    has_float64 = logits.device.type in ("cpu", "cuda")
+    return (logits.double() if has_float64 else logits).softmax(dim=-1)
+
+
+def check_answers(outputs: Tensor) -> None:
+    """Raise where a model has no answer.
+
+    Raises:
+        ValueError: outputs are NaN; the message says what to do.
+    """
+    if outputs.isnan().any():
+        raise ValueError(
+            "the model returns NaN, for its logits or their gradient, at an image that the attack has "
+            "reached, so nobody can say which class it answers with: fix the model (a division by 0, the "
+            "root or the logarithm of 0, an overflow in half precision)"
+        )
+
+
 def mean_log(each: Tensor) -> Tensor:
     """Log of the mean softmax (B, K), from the logits of single draws (N, B, K)."""
     return each.log_softmax(dim=2).logsumexp(dim=0) - math.log(len(each))
@@ -13,6 +33,7 @@ def mean_log(each: Tensor) -> Tensor:
 
 def lead_of(each: Tensor, labels: Tensor, targeted: bool, errors: float) -> tuple[Tensor, Tensor]:
     """(B,) the lead of an attack in the mean of independent draws (N, B, K), and whether it is sure."""
+    check_answers(each)
     mean = each.mean(dim=0)
     rival = mean.scatter(1, labels[:, None], -torch.inf).argmax(dim=1)
     image = torch.arange(len(labels), device=labels.device)
@@ -21,17 +42,18 @@ def lead_of(each: Tensor, labels: Tensor, targeted: bool, errors: float) -> tupl
     lead, success = leads.mean(dim=0), fooled(mean, labels, targeted)
     if errors and len(each) > 1:
         success &= lead > errors * leads.std(dim=0) / math.sqrt(len(each))
-    return lead, success
+    return lead.float(), success
 
 
 def side_of(each: Tensor, labels: Tensor, targeted: bool, errors: float) -> Tensor:
     """(B,) 1, -1 or 0, see `Oracle.side`, from the softmax of independent draws (N, B, K)."""
     won = lead_of(each, labels, targeted, errors)[1]
     lost = lead_of(each, labels, not targeted, errors)[1]
-    return won.to(each.dtype) - lost.to(each.dtype)
+    return won.float() - lost.float()
 
 
 def fooled(probabilities: Tensor, labels: Tensor, targeted: bool) -> Tensor:
     """(B,) whether the largest probability is what the attack wants."""
     answers = probabilities.argmax(dim=1)
-    return answers == labels if targeted else answers != labels
+    wanted = answers == labels if targeted else answers != labels
+    return wanted & ~probabilities.isnan().any(dim=1)

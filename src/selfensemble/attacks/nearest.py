@@ -5,11 +5,12 @@ from torch import Tensor
 
 from .boundary import Lines
 from .expectation import Estimate, Oracle
-from .losses import margin, of_labels
-from .norms import dual_size, largest_eps, per_image, size, steepest
+from .losses import LOSSES, margin, of_labels
+from .norms import ascent, dual_size, largest_eps, per_image, project, size
 
 # Steps where nothing was confirmed, each in shares of the distance, and standard errors that end them.
 _ASCENT, _STEP, _SURE = 30, 0.2, 4.0
+_TURNS, _PACE = 20, 0.2  # steps at the same length, the first of them in shares of it
 
 
 class Nearest:
@@ -128,9 +129,18 @@ class Nearest:
             ahead = estimate.loss[stay].abs() / dual_size(gradient, self.norm).clamp(min=1e-12)
             length = torch.maximum(size(images - origin, self.norm), ahead)
             length = length.clamp(max=largest_eps(self.norm, origin[:1].numel()))
-            images = images + per_image(_STEP * length, images) * steepest(gradient, self.norm)
-            images = images.clamp(0.0, 1.0)
+            gradient = self._anywhere(gradient)
+            images = (images + ascent(gradient, self.norm, _STEP * length, images)).clamp(0.0, 1.0)
         self.last[:] = self.best
+
+    def _anywhere(self, gradient: Tensor) -> Tensor:
+        """The gradient, random where it is 0: no direction is known to be better than another."""
+        flat = gradient.flatten(1).abs().amax(dim=1) == 0
+        if not flat.any():
+            return gradient
+        drawn = torch.empty(gradient.shape, dtype=torch.float32, device=self.oracle.generator.device)
+        drawn.normal_(generator=self.oracle.generator)
+        return torch.where(per_image(flat, gradient), drawn.to(gradient.device, gradient.dtype), gradient)
 
     def _lines(self, chosen: Tensor) -> Lines:
         """Of each of the images `chosen`, the better of two lines."""
@@ -145,7 +155,21 @@ class Nearest:
                 for each in (confirmed, last)
             ]
             change = torch.where(per_image(moved & (leads[1] > leads[0]), last), last, confirmed)
+            change = self._turned(origin, change, labels, leads[0].maximum(leads[1]))
         return Lines(self.oracle, origin, change, labels, self.targeted)
+
+    def _turned(self, origin: Tensor, change: Tensor, labels: Tensor, lead: Tensor) -> Tensor:
+        """Changes (C, ...) of the same length that lead more in mean probability, or those that were."""
+        length = size(change, self.norm)
+        climbed = of_labels(LOSSES["probability-margin"], labels, self.targeted)
+        turned, turns = change, max(2, _TURNS // self.oracle.eot)
+        for step in range(turns):
+            gradient = self.oracle.gradient((origin + turned).clamp(0, 1), climbed).gradient
+            pace = _PACE * (1 - step / turns) * length
+            ahead = ascent(gradient, self.norm, pace, (origin + turned).clamp(0, 1))
+            turned = project(turned + ahead, self.norm, length, origin)
+        now = self.oracle.lead((origin + turned).clamp(0, 1), labels, self.targeted, follow=True)[0]
+        return torch.where(per_image(now > lead, change), turned, change)
 
 
 def at_length(change: Tensor, length: Tensor, norm: str) -> Tensor:

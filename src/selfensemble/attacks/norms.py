@@ -6,9 +6,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ..ensemble.checks import is_number
+
 Norm = Literal["linf", "l2", "l1"]
 _ORDER = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
 _TINY = 1e-12
+_HALVINGS = 25
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
@@ -20,6 +23,8 @@ def check_norm(norm: str, known: tuple[str, ...] = get_args(Norm)) -> None:
 
 def check_eps(eps: float, norm: str, inputs: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) -> None:
     """Raise a ValueError unless `0 < eps <=` the diameter of the box of the inputs, in their units."""
+    if not is_number(eps):
+        raise TypeError(f"eps must be a number, got {eps!r}: 8 / 255 without quotes, say")
     low, high = bounds
     largest = (high - low) * largest_eps(norm, math.prod(inputs.shape[1:]))
     if not (math.isfinite(eps) and 0 < eps <= largest):
@@ -85,6 +90,48 @@ def steepest(gradient: Tensor, norm: str, share: Tensor | float = 0.05) -> Tenso
     threshold = flat.sort(dim=1).values.gather(1, rank[:, None])
     sparse = gradient.sign() * (gradient.abs() >= per_image(threshold.squeeze(1), gradient))
     return sparse / per_image(sparse.abs().flatten(1).sum(dim=1).clamp(min=_TINY), gradient)
+
+
+def movable(gradient: Tensor, images: Tensor) -> Tensor:
+    """The gradient without what points out of the box [0, 1] where `images` are at its end."""
+    return torch.where(gradient > 0, images < 1, images > 0) * gradient
+
+
+def ascent(
+    gradient: Tensor, norm: str, length: Tensor | float, images: Tensor, share: Tensor | float = 0.05
+) -> Tensor:
+    """Changes of norm `length` along which the loss grows fastest, from images in the box.
+
+    For L1 pixels that are at the end of the box, or would be moved beyond it, leave their part to others: at
+    least the `share` of the pixels with the largest gradients, and as many as the length needs.
+
+    Args:
+        gradient: (B, ...).
+        norm: of the changes.
+        length: (B,) or a number.
+        images: (B, ...) in [0, 1], where the step begins.
+        share: (B,) or a number, see `steepest`.
+    """
+    lengths = torch.as_tensor(length, dtype=images.dtype, device=images.device).expand(len(images))
+    if norm != "l1":
+        return per_image(lengths, images) * steepest(gradient, norm)
+    slope = gradient.flatten(1)
+    room = torch.where(slope > 0, 1 - images.flatten(1), images.flatten(1)).clamp(min=0) * (slope != 0)
+    order = torch.where(room > 0, slope.abs(), -1.0).argsort(dim=1, descending=True)
+    ordered = room.gather(1, order)
+    count = (
+        torch.as_tensor(share, dtype=images.dtype, device=images.device).expand(len(images)) * room.shape[1]
+    )
+    rank = torch.arange(room.shape[1], device=images.device)
+    before = ordered.cumsum(dim=1) - ordered
+    chosen = (rank < count.clamp(min=1)[:, None]) | (before < lengths[:, None])
+    room = torch.zeros_like(room).scatter(1, order, torch.where(chosen, ordered, 0.0))
+    bottom, top = torch.zeros_like(lengths), torch.ones_like(lengths)
+    for _ in range(_HALVINGS):  # of the level up to which all of them move, where there is room
+        middle = (bottom + top) / 2
+        short = torch.minimum(room, middle[:, None]).sum(dim=1) < lengths
+        bottom, top = torch.where(short, middle, bottom), torch.where(short, top, middle)
+    return (slope.sign() * torch.minimum(room, top[:, None])).view_as(images)
 
 
 def project(change: Tensor, norm: str, eps: Tensor | float, inputs: Tensor) -> Tensor:

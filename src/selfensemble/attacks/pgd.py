@@ -15,7 +15,7 @@ from .driver import run_attack
 from .expectation import Noise, NoiseOptions, Oracle
 from .keeper import Keeper
 from .losses import Loss, LossName, check_loss, of_labels
-from .norms import Norm, check_eps, check_norm, project, random_start, steepest
+from .norms import Norm, ascent, check_eps, check_norm, project, random_start
 from .units import in_own_units
 
 
@@ -133,6 +133,6 @@ def _ascend(
         climbed = of_labels(objective, keep.y[active], keep.targeted)
         estimate = keep.oracle.gradient(images + change, climbed)
         stay = keep.visit(active, images + change, estimate, stop=early_stop, step=step)
-        change = project(change + length * steepest(estimate.gradient, norm), norm, eps, images)
+        change = project(change + ascent(estimate.gradient, norm, length, images + change), norm, eps, images)
         active, change = active[stay], change[stay]
     keep.finish(active, keep.x[active] + change, of_labels(objective, keep.y[active], keep.targeted))

@@ -9,8 +9,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from ..ensemble.checks import check_images
+from ..ensemble.checks import check_images, is_number
 from ..ensemble.ensemble import SelfEnsemble
+from .norms import check_eps, check_norm
 
 Bounds = tuple[float, float]
 _UNIT: Bounds = (0.0, 1.0)
@@ -43,6 +44,10 @@ def in_own_units(*lengths: str) -> Callable[[_Attack], _Attack]:
             check_images(inputs, (low, high))
             for name in lengths:
                 value = settings.get(name, defaults[name].default)
+                if name == "eps" and is_number(value):
+                    norm = settings.get("norm", defaults["norm"].default)
+                    check_norm(norm)
+                    check_eps(value, norm, inputs, (low, high))
                 if isinstance(value, int | float) and not isinstance(value, bool):
                     settings[name] = value / (high - low)
             exact = inputs if inputs.dtype == torch.float64 else inputs.float()
@@ -52,12 +57,30 @@ def in_own_units(*lengths: str) -> Callable[[_Attack], _Attack]:
                 found = attack(model, unit, labels, **settings)
             finally:
                 _bounds.reset(token)
-            moved = (low + (high - low) * found).clamp(low, high).to(inputs.dtype)
+            moved = rounded_towards(inputs, (low + (high - low) * found).clamp(low, high))
             return torch.where(found == unit, inputs, moved)
 
         return cast("_Attack", in_units)
 
     return decorate
+
+
+def rounded_towards(origin: Tensor, found: Tensor) -> Tensor:
+    """Attacked images in the dtype of their originals, no number of them farther away than before rounding.
+
+    Args:
+        origin: (B, ...) in any floating dtype.
+        found: (B, ...) in a dtype that holds at least as much, on the same device.
+    """
+    rounded = found.to(origin.dtype)
+    if origin.dtype.itemsize > 2:
+        return rounded
+    wide, before = rounded.to(found.dtype), origin.to(found.dtype)
+    farther = (wide - before).abs() > (found - before).abs()
+    # Numbers of one sign are in the order of their bits, and those of the other in the opposite one.
+    bits = rounded.view(torch.int16)
+    nearer = torch.where((wide > before) == (wide > 0), bits - 1, bits + 1).view(origin.dtype)
+    return torch.where(farther & (wide != 0), nearer, rounded)
 
 
 def from_units(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -4,7 +4,7 @@ import inspect
 import math
 import numbers
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -106,6 +106,28 @@ def _cure(logits: Tensor) -> str:
 def floating_dtype(model: nn.Module) -> torch.dtype | None:
     """That of a model's first floating-point parameter; None where it has none."""
     return next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), None)
+
+
+def check_seed(seed: object) -> None:
+    """Raise a TypeError unless `seed` is an integer or None."""
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, numbers.Integral)):
+        raise TypeError(f"seed must be an integer or None, got {seed!r}")
+
+
+def check_bounds(bounds: tuple[float, float] | None) -> tuple[float, float] | None:
+    """Return the range of inputs, or raise a ValueError unless it is None or two numbers in rising order."""
+    if bounds is None:
+        return None
+    values = list(bounds) if isinstance(bounds, Iterable) and not isinstance(bounds, str) else []
+    if len(values) != 2 or not all(is_number(each) and math.isfinite(each) for each in values):
+        raise ValueError(
+            f"bounds must be two numbers, (low, high), or None for no range, got {bounds!r}; what differs "
+            "between channels belongs into the model: see Normalized"
+        )
+    low, high = map(float, values)
+    if not low < high:
+        raise ValueError(f"bounds must be (low, high) with low below high, got {bounds!r}")
+    return low, high
 
 
 def check_images(inputs: Tensor, bounds: tuple[float, float] | None = (0.0, 1.0)) -> None:

@@ -17,7 +17,7 @@ from ..noise.injection import FilterFn, eval_mode, inject_noise_, is_convolution
 from ..noise.layer import NoiseConfig
 from ..noise.streams import Sampling
 from ..runtime.remarks import Remark
-from .checks import check_call, check_count, check_images
+from .checks import check_bounds, check_call, check_count, check_images
 from .draws import Draws, moments
 from .observation import check_answer
 from .order import is_by_registration
@@ -97,7 +97,7 @@ class SelfEnsemble(Promising):
         super().__init__(model, sampling)
         self.watches_order = is_by_registration(model)
         self.draws = check_count("draws", draws)
-        self.bounds = bounds
+        self.bounds = check_bounds(bounds)
         self.training = model.training
         for layer in random_layers(model):  # wherever in the network they are, and whatever its parts' modes
             layer.training = model.training

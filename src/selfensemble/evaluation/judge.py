@@ -132,7 +132,7 @@ def judge(
     if adversarial.shape != inputs.shape:
         raise ValueError(f"adversarial is {tuple(adversarial.shape)}, inputs {tuple(inputs.shape)}")
     check_batch(adversarial, labels, model)
-    change = adversarial - inputs
+    change = adversarial.to(wide := torch.promote_types(inputs.dtype, torch.float32)) - inputs.to(wide)
     if eps is not None and (farthest := float(size(change, norm).max())) > eps * (1 + 1e-4) + 1e-6:
         raise ValueError(
             f"an adversarial image is {farthest:g} from its original ({norm}), beyond eps = {eps:g}: "

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...attacks.norms import per_image
 from .library import LibraryAttack, LibraryClassifier, check_settings, choose, import_library
 
 # torchattacks: they attack several models, or train one.
@@ -93,7 +94,7 @@ def foolbox_attack(name: str, *, eps: float | None = None, **settings: Any) -> L
         model = library.PyTorchModel(classifier, bounds=(0, 1), device=x.device)
         goal = library.criteria.TargetedMisclassification if targeted else library.criteria.Misclassification
         _, images, success = build(**settings)(model, x, goal(y), epsilons=eps)
-        adversarial: Tensor = images if fixed else torch.where(success[:, None, None, None], images, x)
+        adversarial: Tensor = images if fixed else torch.where(per_image(success, x), images, x)
         return adversarial
 
     return LibraryAttack("foolbox", name, settings if eps is None else settings | {"eps": eps}, run)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...attacks import norms
-from ...attacks.norms import Norm, project, steepest
+from ...attacks.norms import Norm, ascent, project
 from ...ensemble.ensemble import SelfEnsemble
 from ...noise.injection import eval_mode
 from ...runtime.schema import Count, NonNegative, Positive
@@ -73,7 +73,7 @@ def maximise(
             each = [ensemble.draw_logits(seen).float().log_softmax(dim=1) for _ in range(draws)]
             over = torch.stack(each).logsumexp(dim=0) - math.log(draws)
             (gradient,) = torch.autograd.grad(loss(over), leaf)
-            change = change + step_size * steepest(gradient.float(), norm)
+            change = change + ascent(gradient.float(), norm, step_size, inputs + change)
             change = project(change, norm, eps, inputs) if projected else change.clamp(-inputs, 1 - inputs)
     found = (inputs + change).detach()
     return found if inputs is given else (low + scale * found).clamp(low, high)
