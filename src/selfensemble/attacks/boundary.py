@@ -18,8 +18,9 @@ _REACH = (1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0)
 # apart: hence the large ones.
 _SETTLE = (1.0, 1.01, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0, 1000.0)
 _SETTLE_HALVINGS, _FAR = 8, 0.03  # of the way from the last that did not, where that is far
-# Standard errors of the lead with which each answer settles: fourteen together err for 5 % of images at most.
-_SETTLED = 2.7
+# Standard errors of the lead with which each answer settles: fourteen together err for 5 % of images at most,
+# and the others, which few images need, hardly ever.
+_SETTLED, _SETTLED_FAR, _USUAL, _USUAL_HALVINGS = 2.7, 4.0, 5.0, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,21 +87,23 @@ class Lines:
 
     def _settled(self, high: Tensor) -> Tensor:
         """(C,) shares of which the network itself is sure: from `high` on, or infinite."""
-        asking: dict[str, Any] = {"most": _MOST_SETTLED, "errors": _SETTLED, "follow": False, "at_once": True}
+        asking: dict[str, Any] = {"most": _MOST_SETTLED, "follow": False, "at_once": True}
         low, settled = high.clone(), torch.full_like(high, torch.inf)
         for part in _SETTLE:
             pending = settled.isinf() & high.isfinite()
             if not pending.any():
                 break
             share = torch.where(pending, part * high, 1.0)
-            verdict = self._ask(share, pending, **asking)
+            errors = _SETTLED if part <= _USUAL else _SETTLED_FAR
+            verdict = self._ask(share, pending, errors=errors, **asking)
             settled = torch.where(pending & (verdict > 0), share, settled)
             low = torch.where(pending & (verdict <= 0), share, low)
-        for _ in range(_SETTLE_HALVINGS):
+        for number in range(_SETTLE_HALVINGS):
             pending = settled.isfinite() & (settled - low > _FAR * settled)
             if not pending.any():
                 break
-            self._halve(low, settled, pending, **asking)
+            errors = _SETTLED if number < _USUAL_HALVINGS else _SETTLED_FAR
+            self._halve(low, settled, pending, errors=errors, **asking)
         return settled
 
     def _ask(

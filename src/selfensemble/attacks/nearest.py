@@ -23,12 +23,14 @@ class Nearest:
         best: (B, ...) the images; the original where nothing was found.
         distance: (B,) their distances by `norm`, infinite where nothing was found.
         last: (B, ...) the last iterates.
+        turns: gradient steps that `refined` takes of a random model; attacks take them from their own.
     """
 
     def __init__(self, oracle: Oracle, x: Tensor, y: Tensor, targeted: bool, norm: str) -> None:
         self.oracle, self.x, self.y, self.targeted, self.norm = oracle, x, y, targeted, norm
         self.best, self.last = x.clone(), x.clone()
         self.distance = x.new_full((len(x),), torch.inf)
+        self.turns = max(2, _TURNS // oracle.eot) if oracle.is_random else 0
         # Images that the model surely gets wrong as they are need no attack.
         self.distance[oracle.side(x, y, targeted, _SURE, most=1) > 0] = 0.0
 
@@ -155,17 +157,18 @@ class Nearest:
                 for each in (confirmed, last)
             ]
             change = torch.where(per_image(moved & (leads[1] > leads[0]), last), last, confirmed)
-            change = self._turned(origin, change, labels, leads[0].maximum(leads[1]))
+            if self.turns:
+                change = self._turned(origin, change, labels, leads[0].maximum(leads[1]))
         return Lines(self.oracle, origin, change, labels, self.targeted)
 
     def _turned(self, origin: Tensor, change: Tensor, labels: Tensor, lead: Tensor) -> Tensor:
         """Changes (C, ...) of the same length that lead more in mean probability, or those that were."""
         length = size(change, self.norm)
         climbed = of_labels(LOSSES["probability-margin"], labels, self.targeted)
-        turned, turns = change, max(2, _TURNS // self.oracle.eot)
-        for step in range(turns):
+        turned = change
+        for step in range(self.turns):
             gradient = self.oracle.gradient((origin + turned).clamp(0, 1), climbed).gradient
-            pace = _PACE * (1 - step / turns) * length
+            pace = _PACE * (1 - step / self.turns) * length
             ahead = ascent(gradient, self.norm, pace, (origin + turned).clamp(0, 1))
             turned = project(turned + ahead, self.norm, length, origin)
         now = self.oracle.lead((origin + turned).clamp(0, 1), labels, self.targeted, follow=True)[0]
