@@ -48,6 +48,9 @@ def fixed(norm: Norm, eps: float, budget: int, images: int) -> dict[str, Make]:
         f"{OURS}, PGD on the margin of probabilities": lambda: partial(
             attacks.pgd, norm=norm, eps=eps, steps=budget, loss="probability-margin"
         ),
+        f"{OURS}, APGD-T, 3 near targets": lambda: partial(
+            attacks.apgd_targeted, norm=norm, eps=eps, steps=max(1, budget // 3 - 4), targets=3, order="near"
+        ),
         "torchattacks PGD": lambda: torchattacks_attack("PGDL2" if norm == "l2" else "PGD", **own),
         "torchattacks APGD": lambda: torchattacks_attack(
             "APGD", norm="L2" if norm == "l2" else "Linf", eps=eps, steps=budget

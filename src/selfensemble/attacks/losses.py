@@ -39,6 +39,23 @@ def margin(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
     return own - rival if targeted else rival - own
 
 
+def soft_margin(logits: Tensor, labels: Tensor, targeted: bool, temperature: Tensor) -> Tensor:
+    """`t logsumexp_j(z_j / t) - z_y`, j != y, or its negative if targeted: a margin that minds all rivals.
+
+    Its gradient has the direction of the cross-entropy's at the temperature t. Which class is nearest shows
+    on the way only, and the margin's gradient follows the one that is likeliest at the moment.
+
+    Args:
+        logits: (B, K).
+        labels, targeted: what the attack wants.
+        temperature: (B,) above 0, in units of the logits.
+    """
+    own = logits.gather(1, labels[:, None]).squeeze(1)
+    scaled = logits.scatter(1, labels[:, None], -torch.inf) / temperature[:, None]
+    rivals = scaled.logsumexp(dim=1) * temperature
+    return own - rivals if targeted else rivals - own
+
+
 def probability_margin(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
     """`max p_j - p_y`, j != y, of the softmax, or its negative if targeted: the lead that the judge measures.
 

@@ -6,6 +6,7 @@ NeurIPS 2021.
 """
 
 import math
+from collections.abc import Callable
 from typing import Unpack
 
 import torch
@@ -15,10 +16,12 @@ from ..ensemble.checks import check_count
 from .driver import run_attack
 from .expectation import Noise, NoiseOptions, Oracle
 from .leads import fooled
-from .losses import margin, of_labels
+from .losses import margin, of_labels, soft_margin
 from .nearest import Nearest
 from .norms import Norm, check_norm, dual_size, largest_eps, per_image, project, size, unit_l2
 from .units import in_own_units
+
+_SOFT = 8.0  # temperatures that the margin of an original image is
 
 
 @in_own_units("initial_norm")
@@ -37,7 +40,8 @@ def ddn(
     """Decoupled direction and norm: the L2 norm shrinks by `gamma` after a success, else grows by it.
 
     A step's own draws steer the norm; an image is kept only when fresh draws confirm it. The loss is the
-    margin, where the paper has the cross-entropy: no scale of the logits matters then.
+    cross-entropy at a temperature of an eighth of each original's margin, so that no scale of the logits
+    matters.
 
     Args:
         model, inputs, labels, targeted, max_batch, noise: see `pgd`.
@@ -59,8 +63,9 @@ def ddn(
         active, last = nearest.active(), steps - nearest.turns
         images, own = x[active], y[active]
         change, norm = torch.zeros_like(images), images.new_full((len(images),), initial_norm)
+        climbed = _climbed(oracle, images, own, targeted)
         for step in range(last + 1 if len(active) else 0):
-            estimate = oracle.gradient(images + change, of_labels(margin, own, targeted))
+            estimate = oracle.gradient(images + change, climbed)
             nearest.visit(active, images + change, estimate)
             if step == last:
                 break
@@ -89,7 +94,7 @@ def fmn(
     max_batch: int | None = None,
     **noise: Unpack[NoiseOptions],
 ) -> Tensor:
-    """Fast minimum norm: ascent of the margin within a ball whose radius follows the boundary.
+    """Fast minimum norm: ascent within a ball whose radius follows the boundary; for the loss see `ddn`.
 
     Args:
         model, inputs, labels, targeted, max_batch, noise: see `pgd`.
@@ -117,8 +122,9 @@ def fmn(
         largest = largest_eps(norm, images[:1].numel())
         radius, smallest = images.new_full((len(images),), largest), images.new_full((len(images),), largest)
         found = torch.zeros(len(images), dtype=torch.bool, device=x.device)
+        climbed = _climbed(oracle, images, own, targeted)
         for step in range(last + 1 if len(active) else 0):
-            estimate = oracle.gradient(images + change, of_labels(margin, own, targeted))
+            estimate = oracle.gradient(images + change, climbed)
             nearest.visit(active, images + change, estimate)
             if step == last:
                 break
@@ -137,6 +143,15 @@ def fmn(
         return nearest.refined()
 
     return run_attack(model, inputs, labels, run, Noise(**noise), max_batch)
+
+
+def _climbed(oracle: Oracle, images: Tensor, labels: Tensor, targeted: bool) -> Callable[[Tensor], Tensor]:
+    """The soft margin (see there), at a temperature in proportion to the margin of the original images."""
+    if len(images) == 0:
+        return of_labels(margin, labels, targeted)
+    first = oracle.evaluate(images, of_labels(margin, labels, targeted))
+    temperature = (first.loss.abs() / _SOFT).clamp(min=1e-20)
+    return lambda logits: soft_margin(logits, labels, targeted, temperature)
 
 
 def _half_cosine(first: float, last: float, step: int, steps: int) -> float:
