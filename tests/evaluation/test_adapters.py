@@ -255,6 +255,18 @@ def test_foolbox_failure_is_the_original(linear: LinearClassifier, inner: Tensor
     assert torch.equal(found, inner)
 
 
+@pytest.mark.parametrize("shape", [(12,), (1, 12), (3, 2, 2)])
+def test_foolbox_takes_inputs_of_any_shape(shape: tuple[int, ...]) -> None:
+    pytest.importorskip("foolbox")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    inputs = torch.rand(5, *shape)
+    labels = classes_of(model, inputs)
+    found = foolbox_attack("DDNAttack", steps=20)(model, inputs, labels)
+    assert found.shape == inputs.shape
+    assert (classes_of(model, found) != labels).all()
+
+
 def test_attacks_without_targets(tiny: nn.Sequential, images: Tensor) -> None:
     labels = torch.zeros(len(images), dtype=torch.int64)
     for library, name in (("torchattacks", "DeepFool"), ("art", "SquareAttack")):

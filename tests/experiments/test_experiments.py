@@ -404,7 +404,8 @@ def test_certificates_that_look_for_radii_stop_and_are_kept_apart(
         done.reproduction(only=("rse",), runs=tmp_path / "runs").run(["certificates"])
     measured = contents(done.out)
     with pytest.raises(ValueError, match=r"results of rse .*different: attacked, n, radii\)"):
-        done.reproduction(only=("rse", "resnext29"), runs=tmp_path / "runs").run(["draws", "certificates"])
+        done.reproduction(only=("ours", "rse"), runs=tmp_path / "runs").run(["draws", "certificates"])
+    assert not (done.models / "cifar10-vgg16-rse-adversarial").exists()
     assert contents(done.out / "certificates") == before
     assert contents(done.out) == measured
 

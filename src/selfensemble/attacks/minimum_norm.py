@@ -100,8 +100,7 @@ def fmn(
         model, inputs, labels, targeted, max_batch, noise: see `pgd`.
         norm: "linf", "l2" or "l1": the distance to be small.
         steps: gradient steps; of a random model up to 20 of them, at most a fifth, at the same distance.
-        step_size: L2 length of the first step; by default 1, for L1 2. It falls to 1/100
-            of that by half a cosine.
+        step_size: L2 length of the first step, by default 1, for L1 2; it falls to 1/100 by half a cosine.
         gamma: relative change of the radius in the first step; it falls to 0.001.
 
     Returns:
@@ -129,8 +128,7 @@ def fmn(
             if step == last:
                 break
             shrink = _half_cosine(gamma, 0.001, step, last)
-            success = fooled(estimate.probabilities, own, targeted)
-            now = size(change, norm)
+            success, now = fooled(estimate.probabilities, own, targeted), size(change, norm)
             found |= success
             # Of a random model the smallest distance of a success is that of its luckiest draws.
             smallest = torch.where(success & oracle.exact, torch.minimum(smallest, now), smallest)
