@@ -45,10 +45,12 @@ if TYPE_CHECKING:
     from .data.images import ImageData
     from .data.sources import load_data
     from .ensemble.ensemble import Prediction, SelfEnsemble
+    from .ensemble.flipping import flip_averaged
     from .ensemble.validators import Issue, validate
     from .evaluation.judge import judge
     from .experiments.tuning import Sweep, tune
     from .fast.optimize import optimize
+    from .networks.flipping import FlipAveraged
     from .networks.models import create_model
     from .networks.naming import network_from
     from .networks.normalized import Normalized
@@ -102,6 +104,8 @@ __all__ = [
     "create_model",
     "network_from",
     "Normalized",
+    "FlipAveraged",
+    "flip_averaged",
     "ImageData",
     "load_data",
 ]
@@ -118,10 +122,12 @@ _MODULES = {
     "data.images": ("ImageData",),
     "data.sources": ("load_data",),
     "ensemble.ensemble": ("Prediction", "SelfEnsemble"),
+    "ensemble.flipping": ("flip_averaged",),
     "ensemble.validators": ("Issue", "validate"),
     "evaluation": ("judge",),
     "experiments.tuning": ("Sweep", "tune"),
     "fast.optimize": ("optimize",),
+    "networks.flipping": ("FlipAveraged",),
     "networks.models": ("create_model",),
     "networks.naming": ("network_from",),
     "networks.normalized": ("Normalized",),

@@ -306,3 +306,23 @@ def test_networks_that_store_what_they_compute_are_folded(colour: Tensor) -> Non
         assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
     ours, theirs = (each.predict_proba(colour, seed=7) for each in (fast, ensemble))
     torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("in_front", [False, True], ids=["noise inside", "noise before mean and std"])
+def test_networks_that_standardise_their_images_are_folded_like_others(
+    tiny: nn.Module, images: Tensor, in_front: bool
+) -> None:
+    """Their forward takes more than the image, and noise before the whole network is a hook of its root."""
+    network = rse.Normalized(copy.deepcopy(tiny), 0.5, 0.25)
+    wanted = ("", "model.3") if in_front else ("model.0", "model.3")
+    ensemble = rse.SelfEnsemble(
+        network, rse.NoiseConfig(0.1, 0.05), filter_fn=lambda module, fqn: fqn in wanted
+    )
+    fast = optimize(ensemble.eval(), images, "float32")
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
+    ours, theirs = (each.predict_proba(images, seed=3) for each in (fast, ensemble))
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert not torch.allclose(ours, fast.predict_proba(images, seed=4), atol=1e-5)
+    with rse.noise_disabled(fast):
+        quiet = fast.predict_proba(images, seed=3)
+    assert torch.allclose(quiet, tiny((images - 0.5) / 0.25).softmax(dim=1), atol=1e-5)

@@ -11,6 +11,7 @@ from torch import nn
 from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.sets import SetRule
 from ..ensemble.stopping import Calibrated
+from ..networks.flipping import FlipAveraged
 from ..networks.models import CREATED_AS, create_model
 from ..networks.normalized import Normalized
 from ..noise.graphs import plain_name, unwrapped
@@ -40,7 +41,8 @@ class Normalization(NormalizationRecord):
 
     @classmethod
     def of(cls, model: nn.Module) -> Self | None:
-        """Of a network that is a `Normalized`."""
+        """Of a network that is a `Normalized`, or of flips of one."""
+        model = without_flips(model)
         if type(model) is not Normalized:
             return None
         return cls(mean=tuple(model.mean.tolist()), std=tuple(model.std.tolist()))
@@ -50,8 +52,14 @@ class Normalization(NormalizationRecord):
         return Normalized(network, self.mean, self.std)
 
 
+def without_flips(model: nn.Module) -> nn.Module:
+    """What a `FlipAveraged` averages; any other network itself."""
+    return unwrapped(model.model) if type(model) is FlipAveraged else model
+
+
 def inner_network(model: nn.Module) -> nn.Module:
-    """What a `Normalized` normalises for; any other network itself."""
+    """What a `FlipAveraged` averages and a `Normalized` normalises for; any other network itself."""
+    model = without_flips(model)
     return unwrapped(model.model) if type(model) is Normalized else model
 
 
@@ -69,6 +77,8 @@ class Architecture(ArchitectureRecord):
             fresh = create_model(**arguments)
         if normalisation is not None:
             fresh = normalisation.around(fresh)
+        if type(model) is FlipAveraged:
+            fresh = FlipAveraged(fresh)
         with torch.device("meta"):
             if (randomness := randomness_of(model)) is not None:
                 randomise_(fresh, randomness)
@@ -117,6 +127,7 @@ class ArtefactConfig(Outline):
         transformers: how to build a network of transformers.
         network: what another network was made by. Code of the user's own is imported when the caller says so.
         normalize: mean and standard deviation before it, if any.
+        flip_average: whether it answers by the mean of an image and its mirror image, see `FlipAveraged`.
         noise: standard deviation by fully qualified module name, in the order of the layers; a list
             holds one for each channel.
         resize_pad: random resize-and-pad before the network, if any.
@@ -171,6 +182,7 @@ def config_of(
         transformers=transformers,
         network=NamedNetwork.of(inner_network(model)) if other else None,
         normalize=Normalization.of(model),
+        flip_average=type(model) is FlipAveraged,
         noise={plain_name(fqn): layer.std for fqn, layer in noise_layers(model).items()},
         resize_pad=resize_pad,
         randomness=randomness_of(model),

@@ -11,6 +11,7 @@ from ..ensemble.checks import check_call, explain_shape, logits_of
 from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.observation import failed
 from ..networks.expected import expected_images
+from ..networks.flipping import FlipAveraged
 from ..networks.naming import network_from
 from ..networks.normalized import Normalized
 from ..noise.calls import to_eval_mode_
@@ -22,6 +23,7 @@ from ..noise.streams import Sampling
 from ..runtime.random_state import kept_random_state
 
 Channels = float | Sequence[float]
+IN_FRONT = (Normalized, FlipAveraged)  # networks around a network, before which noise is noise on the image
 
 
 def seeded_network(
@@ -74,7 +76,7 @@ def ensemble_of(
     network = with_mean_and_std(network, name, mean, std)
     if example_inputs is not None:
         check_runs(network, example_inputs)
-    if isinstance(network, Normalized):
+    if isinstance(network, IN_FRONT):
         chosen = in_pixels(network, chosen, example_inputs)
     ensemble = SelfEnsemble(
         network, noise, draws=draws or 10, filter_fn=chosen, example_inputs=example_inputs,
@@ -133,8 +135,8 @@ def check_runs(network: nn.Module, example_inputs: Tensor) -> None:
         raise ValueError("{}. {}".format(*failed(network, example_inputs, error))) from error
 
 
-def in_pixels(network: Normalized, chosen: FilterFn, example_inputs: Tensor | None) -> FilterFn:
-    """The same with the `Normalized` instead of the first layer behind it."""
+def in_pixels(network: nn.Module, chosen: FilterFn, example_inputs: Tensor | None) -> FilterFn:
+    """The same with the network, one of those `IN_FRONT`, instead of the first layer in it."""
     names = matching(network, chosen)
     called = names if example_inputs is None else execution_order(network, names, example_inputs)
     first = called[0] if called else None

@@ -91,6 +91,7 @@ class Outline(BaseModel):
     transformers: TransformersRecord | None = None
     network: NamedRecord | None = None
     normalize: NormalizationRecord | None = None
+    flip_average: bool = False
     noise: dict[str, _Level | Annotated[tuple[_Level, ...], Field(min_length=1)]]
     resize_pad: _Part = None
     randomness: _Part = None

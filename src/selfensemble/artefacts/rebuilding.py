@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..networks.flipping import FlipAveraged
 from ..networks.models import create_model
 from ..networks.naming import network_from
 from ..networks.normalized import Normalized
@@ -87,8 +88,11 @@ def misfit(mine: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor])
 
 def wrapped(model: nn.Module, config: ArtefactConfig) -> nn.Module:
     """The network with the first layer and the random layers that it was saved with, where it has none."""
-    if config.normalize is not None and type(model) is not Normalized:
-        model = config.normalize.around(model)
+    if type(model) is not FlipAveraged:
+        if config.normalize is not None and type(model) is not Normalized:
+            model = config.normalize.around(model)
+        if config.flip_average:
+            model = FlipAveraged(model)
     if config.randomness is None or randomness_of(model) == config.randomness:
         return model
     return randomise_(model, config.randomness)

@@ -129,23 +129,34 @@ def pack(
     precision: Annotated[
         str, typer.Option(help="Precision of the stored weights: bf16 or float32.")
     ] = "bf16",
+    flip_average: Annotated[
+        bool,
+        typer.Option(
+            "--flip-average",
+            help="Answer by the mean of an image and its mirror image: larger certificates, two passes.",
+        ),
+    ] = False,
     network: NetworkOptions = OPTIONS,
 ) -> None:
     """Copy a saved ensemble with small weights and a model card; test accuracy is measured again."""
     import torch
 
+    from ..ensemble.flipping import flip_averaged
     from ..report.packing import pack as write
 
     known = {"bf16": torch.bfloat16, "float32": None}
     if precision not in known:
         raise InputError(f"--precision must be one of {', '.join(known)}, got {precision!r}")
     opened = open_network(model, network, data, with_data=True)
+    ensemble = opened.ensemble
+    if flip_average:
+        ensemble = flip_averaged(ensemble, opened.test.inputs(slice(2)))
     write(
         opened.folder,
         out,
         opened.test,
         dtype=known[precision],
-        ensemble=opened.ensemble,
+        ensemble=ensemble,
         config=opened.config,
     )
     terminal.out.print(f"Written to {out}: model.safetensors, config.json, README.md", soft_wrap=True)

@@ -120,9 +120,8 @@ def open_bare(
 
     A named one has got no noise yet, and may be one that cannot get any.
     """
-    from ..artefacts.opening import in_pixels, seeded_network, with_mean_and_std
+    from ..artefacts.opening import IN_FRONT, in_pixels, seeded_network, with_mean_and_std
     from ..networks.names import is_network_name
-    from ..networks.normalized import Normalized
     from ..noise.filters import filter_named
     from ..noise.injection import is_convolution, noise_layers
 
@@ -144,7 +143,7 @@ def open_bare(
         with_mean_and_std(network, model, mean, std),
         filter_named(options.filter_name or "conv"),
     )
-    if isinstance(network, Normalized):
+    if isinstance(network, IN_FRONT):
         with suppress(Exception):  # it may fail in any way, which is then what is found
             chosen = in_pixels(network, chosen, example)
     return network, example, chosen, sampling_of(options)

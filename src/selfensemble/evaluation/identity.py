@@ -11,6 +11,7 @@ from torch import Tensor
 from ..data.images import Inputs
 from ..ensemble.ensemble import SelfEnsemble
 from ..fast.ensemble import original_of, precision_of
+from ..networks.flipping import FlipAveraged
 from ..noise.injection import noise_layers, random_layers
 from ..runtime.files import write_json
 from ..runtime.texts import read_json
@@ -77,6 +78,8 @@ def model_record(ensemble: SelfEnsemble, name: str, architecture: dict[str, Any]
     others = [layer for layer in random_layers(original.model) if layer not in injected]
     randomness = tuple(repr(layer) for layer in others)
     text = json.dumps(noise, sort_keys=True) + "".join(randomness)
+    if any(isinstance(module, FlipAveraged) for module in original.modules()):
+        text += "flip-averaged"  # which has no weights of its own
     return ModelRecord(
         name=name,
         digest=_digest(list(original.state_dict().values()), text),

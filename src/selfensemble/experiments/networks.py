@@ -15,6 +15,7 @@ from ..artefacts import storage
 from ..artefacts.zoo import zoo
 from ..data.tables import HUB_IDS
 from ..ensemble.ensemble import SelfEnsemble
+from ..ensemble.flipping import flip_averaged
 from ..noise.injection import set_levels_
 from ..noise.layer import NoiseConfig
 from ..runtime.packages import needs
@@ -51,6 +52,7 @@ class Network(Section):
     digits: dict[str, Any] = Field(default_factory=dict)
     folder: str | None = None
     logit_scale: float = 1.0
+    flip_average: bool = False
     test_noise: tuple[float, float] | None = None
     after: str | None = None
 
@@ -59,6 +61,8 @@ class Network(Section):
         """What is changed after training, for people."""
         if self.test_noise is not None:
             return f"noise {self.test_noise[0]:g}, {self.test_noise[1]:g} in testing"
+        if self.flip_average:
+            return "mean of an image and its mirror image"
         return f"logits times {self.logit_scale:g}" if self.logit_scale != 1 else ""
 
 
@@ -168,7 +172,8 @@ def trained(
     results = folder / RESULTS
     training = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
     own = Recipe.model_validate(config.recipe)
-    return Trained(changed(storage.load(folder), wanted), own, training, config.classes)
+    changed_one = changed(storage.load(folder), wanted, config.input_shape)
+    return Trained(changed_one, own, training, config.classes)
 
 
 def _place_of(folder: Path, recipe: Recipe) -> Path:
@@ -195,8 +200,14 @@ def _differing(saved: dict[str, Any], wanted: Recipe) -> list[str]:
     return keys if sources <= {"digits", *HUB_IDS} else [key for key in keys if key != "data.source"]
 
 
-def changed(ensemble: SelfEnsemble, network: Network) -> SelfEnsemble:
-    """The ensemble with what the network changes of it after training, in place."""
+def changed(ensemble: SelfEnsemble, network: Network, shape: tuple[int, ...] | None) -> SelfEnsemble:
+    """The ensemble, of inputs of that shape, with what the network changes of it after training."""
+    if network.flip_average:
+        if shape is None:
+            raise ValueError(
+                f"the folder of {network.name} does not say the shape of its images: train it again"
+            )
+        ensemble = flip_averaged(ensemble, torch.zeros(2, *shape, dtype=torch.float32, device="cpu"))
     if network.logit_scale != 1:
         ensemble.model = ScaledLogits(ensemble.model, network.logit_scale)
     if network.test_noise is not None:

@@ -51,6 +51,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "smoothadv",
             "consistency",
             "consistency-sharp",
+            "consistency-flipped",
         ),
         Certificates("certified-noise", "Does noise inside the network help a certificate?"),
         Curves("resnext", "resnext29_2x64d"),

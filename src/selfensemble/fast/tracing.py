@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from ..ensemble.checks import logits_of
 from ..ensemble.randomness import PASSES, answers_differ
 from ..ensemble.settings import as_text, settings_of
+from ..noise.injection import keep_noise_in_front_
 from ..noise.layer import RandomLayer
 from ..noise.own_numbers import OwnNumbers
 from ..noise.streams import noise_draw
@@ -45,6 +46,20 @@ class _Tracer(fx.Tracer):
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """Those of a call with images alone: `*args` and `**kwargs` of its forward are empty."""
+        forward, found = super().create_args_for_root(root_fn, is_module, concrete_args)
+        args: list[Any] = []
+        for each in found:
+            name = str(each.node.target) if isinstance(each, fx.Proxy) else ""
+            if name.startswith("*"):
+                self.graph.erase_node(each.node)
+                each = {} if name.startswith("**") else ()
+            args.append(each)
+        return forward, args
+
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return isinstance(module, RandomLayer) or super().is_leaf_module(module, qualified_name)
 
@@ -74,6 +89,7 @@ def rewritten(
         rewrite_(graph)
         graph.recompile()
         graph.delete_all_unused_submodules()
+        keep_noise_in_front_(graph, network)
         with torch.autocast(example_inputs.device.type, torch.bfloat16, enabled=half):
             kept = _same(network, graph, example_inputs, tolerance)
     except Exception:  # of a stranger's code, which may do what no tracer can follow

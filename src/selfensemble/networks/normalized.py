@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..noise.injection import device_of_parameters
 
@@ -52,20 +52,25 @@ class Normalized(nn.Module):
         return len(self.mean)
 
     def forward(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
-        count = len(self.mean)
-        if not inputs.is_floating_point():
-            raise TypeError(f"inputs must be floating point, got {inputs.dtype}; for uint8: x.float() / 255")
-        if inputs.dim() < 2 or count not in (1, inputs.shape[1]):
-            raise ValueError(
-                f"mean and std are of {count} channels, inputs have the shape {tuple(inputs.shape)}: their "
-                "second dimension must be that of the channels"
-            )
-        shape = (1, -1, *[1] * (inputs.dim() - 2))
-        mean, std = (each.to(inputs.dtype).view(shape) for each in (self.mean, self.std))
-        return self.model((inputs - mean) / std, *args, **kwargs)
+        return self.model(_standardised(inputs, self.mean, self.std), *args, **kwargs)
 
     def extra_repr(self) -> str:
         return f"mean={self.mean.tolist()}, std={self.std.tolist()}"
+
+
+@fx.wrap  # one step of a graph, for its checks depend on the inputs
+def _standardised(inputs: Tensor, means: Tensor, stds: Tensor) -> Tensor:
+    count = len(means)
+    if not inputs.is_floating_point():
+        raise TypeError(f"inputs must be floating point, got {inputs.dtype}; for uint8: x.float() / 255")
+    if inputs.dim() < 2 or count not in (1, inputs.shape[1]):
+        raise ValueError(
+            f"mean and std are of {count} channels, inputs have the shape {tuple(inputs.shape)}: their "
+            "second dimension must be that of the channels"
+        )
+    shape = (1, -1, *[1] * (inputs.dim() - 2))
+    mean, std = (each.to(inputs.dtype).view(shape) for each in (means, stds))
+    return (inputs - mean) / std
 
 
 def _channels(name: str, values: object) -> list[float]:

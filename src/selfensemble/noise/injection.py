@@ -202,13 +202,25 @@ def attach_noise_(model: nn.Module, stds: Mapping[str, Std]) -> nn.Module:
     }
     keep_hooks_apart(*(module for module, _ in modules))
     for (module, _), noise in zip(modules, layers.values(), strict=True):
-        noise.train(module.training)
-        module.add_module(CHILD, noise)
-        module.register_forward_pre_hook(_pre_hook, with_kwargs=True)
+        _hook_(module, noise)
     model.register_load_state_dict_pre_hook(_on_load)
     remember_(model, layers)
     forget_graphs()
     return model
+
+
+def _hook_(module: nn.Module, noise: GaussianNoise) -> None:
+    noise.train(module.training)
+    module.add_module(CHILD, noise)
+    module.register_forward_pre_hook(_pre_hook, with_kwargs=True)
+
+
+def keep_noise_in_front_(rewritten: nn.Module, network: nn.Module) -> None:
+    """Give a graph the noise before the whole `network` that it was traced from, of which it has no hooks."""
+    noise = dict(network.named_children()).get(CHILD)
+    if isinstance(noise, GaussianNoise):
+        keep_hooks_apart(rewritten)
+        _hook_(rewritten, noise)
 
 
 def _on_load(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:

@@ -69,6 +69,10 @@ def facts(config: ArtefactConfig, pixels: float | None = None) -> str:
     if config.normalize is not None:
         mean, std = (", ".join(f"{value:.4g}" for value in each) for each in _mean_and_std(config))
         lines.append(f"standardised by its first layer: mean {mean}, std {std}")
+    if config.flip_average:
+        lines.append(
+            "a draw averages the logits of the image and of its mirror image, with the same noise: two passes"
+        )
     if config.classes is not None:
         lines.append(f"classes: {', '.join(map(plain, config.classes))}")
     source = (config.recipe or {}).get("data", {}).get("source")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..artefacts.config import Architecture
 from ..artefacts.named import UntrustedNetwork
-from ..artefacts.opening import in_pixels, with_mean_and_std
+from ..artefacts.opening import IN_FRONT, in_pixels, with_mean_and_std
 from ..artefacts.storage import WEIGHTS, copy_weights_
 from ..data.images import ImageData
 from ..ensemble.ensemble import SelfEnsemble
@@ -117,7 +117,7 @@ def _places(recipe: Recipe, model: nn.Module, example: Tensor) -> FilterFn:
     if recipe.noise.first == "features":
         return _behind_first(model, example)
     chosen = filter_named(recipe.noise.filter)
-    return in_pixels(model, chosen, example) if isinstance(model, Normalized) else chosen
+    return in_pixels(model, chosen, example) if isinstance(model, IN_FRONT) else chosen
 
 
 def _behind_first(model: nn.Module, example: Tensor) -> FilterFn:
