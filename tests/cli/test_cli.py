@@ -312,3 +312,16 @@ def test_options_that_do_not_fit_are_explained_in_our_words() -> None:
     """typer checks some by pydantic, whose text it shows."""
     finished = run("evaluate", "digits-rse", "--n", "0", expect=2)
     assert "Invalid value for '--n': it must be 1 or more, got '0'" in finished.stderr
+
+
+def test_a_copy_that_averages_over_flips(model: Path, tmp_path: Path) -> None:
+    """Its card says so, and what was learned of the original's answers is not taken for its own."""
+    packed, one_image = tmp_path / "flipped", ("--data", "digits", "--n", "2")
+    run("pack", model, packed, "--data", "digits", "--flip-average")
+    assert "of its mirror image, with the same noise" in (packed / "README.md").read_text()
+    run("certify", packed, *one_image, "--max-draws", "500", "--out", tmp_path / "certified")
+    found = json.loads((tmp_path / "certified" / "certified.json").read_text())
+    levels, original = (list(rse.noise_layers(rse.load(each)).values()) for each in (packed, model))
+    assert found["model"]["noise"][""] == levels[0].std == original[0].std
+    again = error("pack", packed, tmp_path / "twice", "--data", "digits", "--flip-average")
+    assert "averages over flips already" in again
