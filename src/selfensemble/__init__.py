@@ -42,10 +42,10 @@ if TYPE_CHECKING:
     from .certainty.certification import Certificate, certify
     from .certainty.conformal import ConformalSets, conformal_sets
     from .certainty.decision import Decision, decide
+    from .certainty.flipping import flip_averaged
     from .data.images import ImageData
     from .data.sources import load_data
     from .ensemble.ensemble import Prediction, SelfEnsemble
-    from .ensemble.flipping import flip_averaged
     from .ensemble.validators import Issue, validate
     from .evaluation.judge import judge
     from .experiments.tuning import Sweep, tune
@@ -118,11 +118,11 @@ _MODULES = {
     "certainty.calibration": ("calibrate",),
     "certainty.certification": ("Certificate", "certify"),
     "certainty.conformal": ("ConformalSets", "conformal_sets"),
+    "certainty.flipping": ("flip_averaged",),
     "certainty.decision": ("Decision", "decide"),
     "data.images": ("ImageData",),
     "data.sources": ("load_data",),
     "ensemble.ensemble": ("Prediction", "SelfEnsemble"),
-    "ensemble.flipping": ("flip_averaged",),
     "ensemble.validators": ("Issue", "validate"),
     "evaluation": ("judge",),
     "experiments.tuning": ("Sweep", "tune"),

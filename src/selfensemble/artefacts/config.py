@@ -77,12 +77,10 @@ class Architecture(ArchitectureRecord):
             fresh = create_model(**arguments)
         if normalisation is not None:
             fresh = normalisation.around(fresh)
-        if type(model) is FlipAveraged:
-            fresh = FlipAveraged(fresh)
         with torch.device("meta"):
-            if (randomness := randomness_of(model)) is not None:
+            if (randomness := randomness_of(without_flips(model))) is not None:
                 randomise_(fresh, randomness)
-        return cls.model_validate(arguments) if _layers(fresh) == _layers(model) else None
+        return cls.model_validate(arguments) if _layers(fresh) == _layers(without_flips(model)) else None
 
 
 class TransformersNetwork(TransformersRecord):
@@ -174,6 +172,8 @@ def config_of(
         architecture: by default what `create_model` was asked for.
         about: what else is known, see `ArtefactConfig`.
     """
+    if type(inner_network(model)) is FlipAveraged:
+        raise ValueError("FlipAveraged goes around Normalized, and around no other FlipAveraged")
     architecture = Architecture.of(model) if architecture is None else architecture
     transformers = TransformersNetwork.of(model) if architecture is None else None
     other = architecture is None and transformers is None
@@ -185,7 +185,7 @@ def config_of(
         flip_average=type(model) is FlipAveraged,
         noise={plain_name(fqn): layer.std for fqn, layer in noise_layers(model).items()},
         resize_pad=resize_pad,
-        randomness=randomness_of(model),
+        randomness=randomness_of(without_flips(model)),
         draws=ensemble.draws,
         sampling=ensemble.sampling,
         bounds=ensemble.bounds,

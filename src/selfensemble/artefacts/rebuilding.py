@@ -88,14 +88,13 @@ def misfit(mine: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor])
 
 def wrapped(model: nn.Module, config: ArtefactConfig) -> nn.Module:
     """The network with the first layer and the random layers that it was saved with, where it has none."""
-    if type(model) is not FlipAveraged:
-        if config.normalize is not None and type(model) is not Normalized:
-            model = config.normalize.around(model)
-        if config.flip_average:
-            model = FlipAveraged(model)
-    if config.randomness is None or randomness_of(model) == config.randomness:
+    if type(model) is FlipAveraged:
         return model
-    return randomise_(model, config.randomness)
+    if config.normalize is not None and type(model) is not Normalized:
+        model = config.normalize.around(model)
+    if config.randomness is not None and randomness_of(model) != config.randomness:
+        model = randomise_(model, config.randomness)
+    return FlipAveraged(model) if config.flip_average else model
 
 
 def in_float32_(model: nn.Module) -> None:

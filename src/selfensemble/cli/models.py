@@ -141,7 +141,7 @@ def pack(
     """Copy a saved ensemble with small weights and a model card; test accuracy is measured again."""
     import torch
 
-    from ..ensemble.flipping import flip_averaged
+    from ..certainty.flipping import flip_averaged
     from ..report.packing import pack as write
 
     known = {"bf16": torch.bfloat16, "float32": None}

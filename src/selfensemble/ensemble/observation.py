@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
+from ..networks.flipping import FlipAveraged
 from ..noise.calls import OwnHooks
 from ..noise.graphs import as_recorded
 from ..noise.injection import CHILD, call, eval_mode
@@ -185,6 +186,14 @@ def parts_in_batch(batches: Mapping[str, int], inputs: int | None) -> tuple[str,
     return None
 
 
+def without_flips(model: nn.Module, batches: Mapping[str, int]) -> dict[str, int]:
+    """Batches by the name of a module, without the flips of images, which may share the noise of those."""
+    flipping = tuple(
+        f"{fqn}." if fqn else "" for fqn, module in model.named_modules() if isinstance(module, FlipAveraged)
+    )
+    return {fqn: size // 2 if fqn and fqn.startswith(flipping) else size for fqn, size in batches.items()}
+
+
 def check_answer(model: nn.Module, example_inputs: Any, noisy: Sequence[str] = ()) -> str | None:
     """Raise an `OutputError` unless the answer to an example is logits, as `validate` says it.
 
@@ -221,7 +230,7 @@ def check_answer(model: nn.Module, example_inputs: Any, noisy: Sequence[str] = (
         raise kind("{}. {}".format(*failed(model, example_inputs, error))) from error
     count = batch_of(example_inputs)
     logits_of(output, count)
-    found = parts_in_batch(batches, count)
+    found = parts_in_batch(without_flips(model, batches), count)
     return None if found is None else f"{found[0] or 'the model'}: {found[1]}; {PER_IMAGE}"
 
 

@@ -31,6 +31,7 @@ from .observation import (
     images_of,
     observe,
     parts_in_batch,
+    without_flips,
 )
 from .order import CURE, wrong_first
 
@@ -206,14 +207,15 @@ def _first_noise(trace: Trace, matched: list[str]) -> Iterator[Issue]:
 
 
 def _partly_noisy(model: nn.Module, trace: Trace) -> Iterator[Issue]:
-    """Modules without noise beside others that have; behind noise on the whole input the first needs none."""
+    """Modules without noise beside others that have; behind noise on a whole network the first needs none."""
     noisy = noise_layers(model)
     try:
         lost = set(lost_noise(model))
     except ValueError:  # which another rule says
         return
     inside = [fqn for fqn in trace.called if fqn]
-    excused = inside[:1] if "" in noisy and noisy[""].varies else []
+    in_front = [f"{fqn}." if fqn else "" for fqn, noise in noisy.items() if noise.varies]
+    excused = [next((fqn for fqn in inside if fqn.startswith(each)), "") for each in in_front]
     for fqn in inside if noisy else []:
         if fqn not in noisy and fqn not in lost and fqn not in excused:
             yield Issue(
@@ -305,7 +307,7 @@ def _folded(model: nn.Module, trace: Trace, batch: int | None, sampling: Samplin
         for fqn, size in trace.batches.items()
         if (sampling or (noisy[fqn].sampling if fqn in noisy else "shared")) == "shared"
     }
-    if found := parts_in_batch(shared, batch):
+    if found := parts_in_batch(without_flips(model, shared), batch):
         yield Issue("folded-batch", "warning", *found, PER_IMAGE[0].upper() + PER_IMAGE[1:])
 
 

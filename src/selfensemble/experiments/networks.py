@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ..artefacts import storage
 from ..artefacts.zoo import zoo
+from ..certainty.flipping import flip_averaged
 from ..data.tables import HUB_IDS
 from ..ensemble.ensemble import SelfEnsemble
-from ..ensemble.flipping import flip_averaged
 from ..noise.injection import set_levels_
 from ..noise.layer import NoiseConfig
 from ..runtime.packages import needs

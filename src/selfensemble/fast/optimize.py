@@ -4,13 +4,11 @@ import functools
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn import functional
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..ensemble.checks import floating_dtype
@@ -23,6 +21,7 @@ from ..noise.injection import execution_order, is_convolution
 from ..noise.layer import GaussianNoise, RandomLayer
 from .ensemble import FastEnsemble, Precision, original_of, precision_of
 from .exact import exact_float32 as exact_float32  # for those who import it from here
+from .parts import Parts
 from .prepacked import FEW, PrepackedConvolution, can_prepack
 from .tracing import repeats_itself, rewritten
 
@@ -31,7 +30,6 @@ __all__ = [  # with what other files look for here
     "precision_of",
 ]  # fmt: skip
 _DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16}
-_RELUS = (torch.relu, torch.relu_, functional.relu, functional.relu_)
 # Layers whose weights autocast casts; others may do with theirs what it does not know.
 _HALVED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -143,74 +141,48 @@ def _in_half(
     return network, convolution
 
 
-def _calls(graph: fx.GraphModule) -> Iterator[tuple[fx.Node, nn.Module]]:
-    """Calls of modules that are called once."""
-    nodes = [node for node in graph.graph.nodes if node.op == "call_module"]
-    times = Counter(node.target for node in nodes)
-    modules = dict(graph.named_modules())
-    for node in nodes:
-        if times[node.target] == 1:
-            yield node, modules[str(node.target)]
-
-
-def _fold_(graph: fx.GraphModule) -> None:
+def _fold_(parts: Parts) -> None:
     """Batch norm into the convolutions before it."""
-    once = dict(_calls(graph))
-    for norm, batch_norm in once.items():
-        before = norm.args[0] if norm.args else None
-        if not (isinstance(before, fx.Node) and before in once and len(before.users) == 1):
-            continue
-        convolution = once[before]
-        kinds = is_convolution(convolution) and isinstance(batch_norm, nn.modules.batchnorm._BatchNorm)
+    for name, convolution in list(parts.modules.items()):
+        batch_norm = parts.modules.get(parts.followers.get(name, ""))
         # Of random weights the levels would have to be folded as well.
-        if not (kinds and batch_norm.track_running_stats) or isinstance(convolution, RandomLayer):
+        if not is_convolution(convolution) or isinstance(convolution, RandomLayer):
             continue
+        if not (isinstance(batch_norm, nn.modules.batchnorm._BatchNorm) and batch_norm.track_running_stats):
+            continue
+        if convolution._forward_hooks or batch_norm._forward_hooks or batch_norm._forward_pre_hooks:
+            continue  # what sees them would see something else
         transposed = isinstance(convolution, nn.modules.conv._ConvTransposeNd)
-        fused = fuse_conv_bn_eval(convolution, batch_norm, transpose=transposed)  # type: ignore[type-var,arg-type]
-        graph.set_submodule(str(before.target), fused)
-        norm.replace_all_uses_with(before)
-        graph.graph.erase_node(norm)
+        fused = fuse_conv_bn_eval(convolution, batch_norm, transpose=transposed)  # type: ignore[type-var]
+        parts.replace(name, fused)
+        parts.drop_follower(name)
 
 
-def _prepack_(graph: fx.GraphModule, first: str) -> None:
+def _prepack_(parts: Parts, first: str) -> None:
     """Convolutions, and the ReLUs behind them, by those whose weights are laid out ahead.
 
     Args:
-        graph: changed in place.
+        parts: changed in place.
         first: name of the convolution that sees pixels.
     """
-    once = dict(_calls(graph))
-    uses = Counter(parameter for module in graph.modules() for parameter in module._parameters.values())
-    for node, convolution in once.items():
+    modules = dict(parts.modules)
+    uses = Counter(parameter for module in parts.root.modules() for parameter in module._parameters.values())
+    for name, convolution in modules.items():
         if not can_prepack(convolution) or any(uses[each] > 1 for each in convolution.parameters()):
             continue
-        (after,) = node.users if len(node.users) == 1 else (node,)
-        relu = after is not node and (_is_relu(after) or _is_plain_relu(once.get(after)))
-        name = str(node.target)
-        graph.set_submodule(name, PrepackedConvolution(convolution, relu, exact_inputs=name == first))
+        relu = _is_plain_relu(modules.get(parts.followers.get(name, "")))
+        parts.replace(name, PrepackedConvolution(convolution, relu, exact_inputs=name == first))
         if relu:
-            after.replace_all_uses_with(node)
-            graph.graph.erase_node(after)
-    _overwrite_(graph)
-
-
-def _overwrite_(graph: fx.GraphModule) -> None:
-    """Noise in place, where it is all that becomes of what a layer returns: no memory has to be found."""
-    once = dict(_calls(graph))
-    for node, noise in once.items():
-        before = node.args[0]
-        if isinstance(noise, GaussianNoise) and isinstance(before, fx.Node) and len(before.users) == 1:
-            noise.overwrites = isinstance(once.get(before), (PrepackedConvolution, nn.MaxPool2d))
+            parts.drop_follower(name)
+    for name, after in parts.followers.items():  # noise in place: no memory has to be found
+        noise = parts.modules[after]
+        if isinstance(noise, GaussianNoise):
+            noise.overwrites = isinstance(parts.modules[name], (PrepackedConvolution, nn.MaxPool2d))
 
 
 def _is_plain_relu(module: nn.Module | None) -> bool:
     """Whether nothing is called with it: a random layer before it or behind it would be lost."""
     return isinstance(module, nn.ReLU) and not (module._forward_pre_hooks or module._forward_hooks)
-
-
-def _is_relu(node: fx.Node) -> bool:
-    names = {"call_function": _RELUS, "call_method": ("relu", "relu_")}
-    return node.target in names.get(node.op, ())
 
 
 def _halve_weights(network: nn.Module, first: nn.Module | None) -> None:

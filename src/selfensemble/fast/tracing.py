@@ -3,6 +3,7 @@
 import copy
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from torch.utils._pytree import tree_leaves
 from ..ensemble.checks import logits_of
 from ..ensemble.randomness import PASSES, answers_differ
 from ..ensemble.settings import as_text, settings_of
-from ..noise.injection import keep_noise_in_front_
+from ..noise.injection import CHILD, _pre_hook
 from ..noise.layer import RandomLayer
 from ..noise.own_numbers import OwnNumbers
 from ..noise.streams import noise_draw
 from ..runtime.random_state import states_of_others
+from .parts import GraphParts, Parts, WatchedParts
 
 _TRIES = 3  # other threads may draw from Python's generators meanwhile
 
@@ -66,39 +68,63 @@ class _Tracer(fx.Tracer):
 
 def rewritten(
     network: nn.Module,
-    rewrite_: Callable[[fx.GraphModule], None],
+    rewrite_: Callable[[Parts], None],
     example_inputs: Tensor,
     tolerance: float,
     half: bool = False,
 ) -> nn.Module:
-    """The network after `rewrite_`; as it is where tracing fails or answers change by more than rounding.
+    """The network after `rewrite_`; as it is where answers change by more than rounding.
 
-    A graph holds what Python computed while it was traced: a network whose Python draws numbers from global
-    generators, or counts its passes in attributes or buffers, is left as it is. Generators and counters in
-    objects of its own are known only by answers that differ, see `repeats_itself`.
+    As a graph, where it can be traced. A graph holds what Python computed while it was traced: of a network
+    whose Python draws numbers from global generators, or counts its passes in attributes or buffers, only
+    layers are exchanged, and so where tracing fails. Generators and counters in objects of its own are known
+    only by answers that differ, see `repeats_itself`.
 
     Args:
         network: in eval mode.
-        rewrite_: changes a graph in place.
+        rewrite_: changes parts in place.
         example_inputs: to compare the answers on.
         tolerance: of outputs, against the largest of them.
         half: whether the answers are to be compared under autocast.
     """
-    try:
-        graph = _graph_of(network)
-        rewrite_(graph)
-        graph.recompile()
-        graph.delete_all_unused_submodules()
-        keep_noise_in_front_(graph, network)
-        with torch.autocast(example_inputs.device.type, torch.bfloat16, enabled=half):
-            kept = _same(network, graph, example_inputs, tolerance)
-    except Exception:  # of a stranger's code, which may do what no tracer can follow
-        kept = False
-    return graph if kept else network
+    for rewrite in (_as_graph, _as_it_stands):
+        with suppress(Exception):  # of a stranger's code, which may do what no tracer can follow
+            other = rewrite(network, rewrite_, example_inputs[:2])
+            with torch.autocast(example_inputs.device.type, torch.bfloat16, enabled=half):
+                if _same(network, other, example_inputs, tolerance):
+                    return other
+    return network
+
+
+def _as_graph(network: nn.Module, rewrite_: Callable[[Parts], None], images: Tensor) -> nn.Module:
+    graph = _graph_of(network)
+    rewrite_(GraphParts(graph))
+    if network._forward_pre_hooks:
+        _put_in_front_(graph, copy.deepcopy(dict(network.named_children())[CHILD]))
+    graph.recompile()
+    graph.delete_all_unused_submodules()
+    return graph
+
+
+def _put_in_front_(graph: fx.GraphModule, noise: nn.Module) -> None:
+    """Noise before the whole network, as a part of the graph, whose copies would lose its hooks."""
+    graph.add_module(CHILD, noise)
+    inputs = next(node for node in graph.graph.nodes if node.op == "placeholder")
+    with graph.graph.inserting_after(inputs):
+        noisy = graph.graph.call_module(CHILD, (inputs,))
+    inputs.replace_all_uses_with(noisy, delete_user_cb=lambda user: user is not noisy)
+
+
+def _as_it_stands(network: nn.Module, rewrite_: Callable[[Parts], None], images: Tensor) -> nn.Module:
+    apart = copy.deepcopy(network)
+    rewrite_(WatchedParts(apart, images))
+    return apart
 
 
 def _graph_of(network: nn.Module) -> fx.GraphModule:
     """A graph of a copy of the network, or a ValueError where passes would differ from it."""
+    if network._forward_hooks or any(each is not _pre_hook for each in network._forward_pre_hooks.values()):
+        raise ValueError("hooks of a root are not in its graph")
     for _ in range(_TRIES):
         apart, others = copy.deepcopy(network), states_of_others()
         state, before = _state_of(apart), {module: dict(vars(module)) for module in apart.modules()}

@@ -16,7 +16,8 @@ class FlipAveraged(nn.Module):
     about that noise. Noise inside acts on both halves.
 
     Args:
-        model: a classifier of images, trained on images flipped at random.
+        model: a classifier of images, trained on images flipped at random. Mean and std go inside:
+            `FlipAveraged(Normalized(...))`.
 
     Shape: (B, C, H, W) to logits (B, K).
 
@@ -43,7 +44,8 @@ def _with_flips(inputs: Tensor) -> Tensor:
         raise ValueError(
             f"FlipAveraged flips images (B, C, H, W) from left to right, got the shape {tuple(inputs.shape)}"
         )
-    return torch.cat([inputs, inputs.flip(3)])
+    # Both of an image beside each other: several draws in one batch stay behind each other.
+    return torch.stack([inputs, inputs.flip(3)], dim=1).flatten(0, 1)
 
 
 @fx.wrap
@@ -54,5 +56,5 @@ def _mean_of_halves(output: Any) -> Tensor:
             f"FlipAveraged averages a tensor, or `.logits` of an output, got {type(output).__name__}: "
             "wrap the network so that it returns its logits"
         )
-    of_images, of_flips = logits.chunk(2)
-    return (of_images + of_flips) / 2
+    mean: Tensor = logits.unflatten(0, (-1, 2)).mean(dim=1)
+    return mean

@@ -137,6 +137,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model._modules.get("_orig_mod") or model
 
 
+def leave_out_(graph: fx.GraphModule, name: str) -> None:
+    """Take the calls of a module of one input out of a graph."""
+    for node in list(graph.graph.nodes):
+        if node.op == "call_module" and node.target == name:
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+    graph.recompile()
+
+
 def is_recording() -> bool:
     """Whether a graph is being recorded: noise must be an operator in it, not the numbers of one draw."""
     return (

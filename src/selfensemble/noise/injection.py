@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .calls import OwnHooks, in_eval_mode, keep_hooks_apart, modules_of, switched_off
@@ -17,7 +17,7 @@ from .copies import with_originals
 from .filters import Filter, filter_named, matching
 from .filters import FilterFn as FilterFn
 from .filters import is_convolution as is_convolution
-from .graphs import closed_parts, forget_graphs
+from .graphs import closed_parts, forget_graphs, leave_out_
 from .layer import CHILD as CHILD
 from .layer import GaussianNoise, RandomLayer
 from .levels import NoiseConfig, Std
@@ -202,25 +202,13 @@ def attach_noise_(model: nn.Module, stds: Mapping[str, Std]) -> nn.Module:
     }
     keep_hooks_apart(*(module for module, _ in modules))
     for (module, _), noise in zip(modules, layers.values(), strict=True):
-        _hook_(module, noise)
+        noise.train(module.training)
+        module.add_module(CHILD, noise)
+        module.register_forward_pre_hook(_pre_hook, with_kwargs=True)
     model.register_load_state_dict_pre_hook(_on_load)
     remember_(model, layers)
     forget_graphs()
     return model
-
-
-def _hook_(module: nn.Module, noise: GaussianNoise) -> None:
-    noise.train(module.training)
-    module.add_module(CHILD, noise)
-    module.register_forward_pre_hook(_pre_hook, with_kwargs=True)
-
-
-def keep_noise_in_front_(rewritten: nn.Module, network: nn.Module) -> None:
-    """Give a graph the noise before the whole `network` that it was traced from, of which it has no hooks."""
-    noise = dict(network.named_children()).get(CHILD)
-    if isinstance(noise, GaussianNoise):
-        keep_hooks_apart(rewritten)
-        _hook_(rewritten, noise)
 
 
 def _on_load(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
@@ -267,7 +255,10 @@ def remove_noise_(model: nn.Module) -> nn.Module:
             remove_noise_(network)
     layers = noise_layers(model)
     for fqn in layers:
-        delattr(model.get_submodule(fqn), CHILD)
+        module = model.get_submodule(fqn)
+        if isinstance(module, fx.GraphModule):
+            leave_out_(module, CHILD)
+        delattr(module, CHILD)
     for module in model.modules():
         # By function, not by handle: handles do not survive deepcopy.
         for key, hook in list(module._forward_pre_hooks.items()):
