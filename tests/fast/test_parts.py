@@ -1,5 +1,6 @@
 """Networks that no tracer follows: their layers are exchanged where one feeds another alone."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -153,3 +154,40 @@ def test_hooks_of_a_root_stay() -> None:
     assert kinds(fast, nn.BatchNorm2d) == 0
     ours, theirs = (each.predict_proba(COLOUR, seed=1) for each in (fast, ensemble))
     assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "network", [Checked(), nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 5, 3))]
+)
+def test_noise_is_added_in_place_where_nothing_else_reads_what_it_overwrites(network: nn.Module) -> None:
+    if not can_prepack(nn.Conv2d(3, 4, 3)):
+        pytest.skip("no convolutions with weights laid out ahead")
+    if isinstance(network, nn.Sequential):
+        network = nn.Sequential(*network, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    ensemble = ensemble_of(copy.deepcopy(network))
+    fast = optimize(ensemble, COLOUR, "bf16")
+    assert [layer.overwrites for layer in rse.noise_layers(fast).values()] == [False, True]
+    before, expected = COLOUR.clone(), fast.predict_proba(COLOUR, seed=1)
+    assert torch.equal(COLOUR, before)
+    for layer in rse.noise_layers(fast).values():
+        layer.overwrites = False
+    assert torch.equal(fast.predict_proba(COLOUR, seed=1), expected)
+
+
+def test_noise_does_not_overwrite_what_a_shortcut_reads() -> None:
+    class Shortcut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+            self.linear = nn.Linear(8, 5)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            hidden = self.first(inputs)
+            logits: Tensor = self.linear((hidden + self.second(hidden)).mean(dim=(2, 3)))
+            return logits
+
+    ensemble = ensemble_of(Shortcut())
+    fast = optimize(ensemble, COLOUR, "bf16")
+    assert not any(layer.overwrites for layer in rse.noise_layers(fast).values())
+    ours, theirs = (each.predict_proba(COLOUR, seed=1) for each in (fast, ensemble))
+    assert torch.allclose(ours, theirs, atol=0.02)

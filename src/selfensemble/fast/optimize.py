@@ -17,7 +17,7 @@ from ..noise import kernel
 from ..noise.calls import copied, to_eval_mode_
 from ..noise.copies import OptimizedCopy
 from ..noise.graphs import original_modules
-from ..noise.injection import execution_order, is_convolution
+from ..noise.injection import CHILD, execution_order, is_convolution
 from ..noise.layer import GaussianNoise, RandomLayer
 from .ensemble import FastEnsemble, Precision, original_of, precision_of
 from .exact import exact_float32 as exact_float32  # for those who import it from here
@@ -30,6 +30,7 @@ __all__ = [  # with what other files look for here
     "precision_of",
 ]  # fmt: skip
 _DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16}
+_FRESH = (PrepackedConvolution, nn.MaxPool2d)  # layers whose outputs are memory of their own
 # Layers whose weights autocast casts; others may do with theirs what it does not know.
 _HALVED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -176,8 +177,9 @@ def _prepack_(parts: Parts, first: str) -> None:
             parts.drop_follower(name)
     for name, after in parts.followers.items():  # noise in place: no memory has to be found
         noise = parts.modules[after]
-        if isinstance(noise, GaussianNoise):
-            noise.overwrites = isinstance(parts.modules[name], (PrepackedConvolution, nn.MaxPool2d))
+        noise = getattr(noise, CHILD, noise)  # by a hook, of which a graph knows nothing
+        if isinstance(noise, GaussianNoise) and isinstance(parts.modules[name], _FRESH):
+            noise.overwrites = True
 
 
 def _is_plain_relu(module: nn.Module | None) -> bool:
