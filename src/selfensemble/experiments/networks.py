@@ -172,8 +172,8 @@ def trained(
     results = folder / RESULTS
     training = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
     own = Recipe.model_validate(config.recipe)
-    changed_one = changed(storage.load(folder), wanted, config.input_shape)
-    return Trained(changed_one, own, training, config.classes)
+    ensemble = changed(storage.load(folder), wanted, config.input_shape)
+    return Trained(ensemble, own, training, config.classes)
 
 
 def _place_of(folder: Path, recipe: Recipe) -> Path:

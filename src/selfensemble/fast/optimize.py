@@ -176,8 +176,8 @@ def _prepack_(parts: Parts, first: str) -> None:
         if relu:
             parts.drop_follower(name)
     for name, after in parts.followers.items():  # noise in place: no memory has to be found
-        noise = parts.modules[after]
-        noise = getattr(noise, CHILD, noise)  # by a hook, of which a graph knows nothing
+        taker = parts.modules[after]
+        noise = dict(taker.named_children()).get(CHILD, taker)  # by a hook, of which a graph knows nothing
         if isinstance(noise, GaussianNoise) and isinstance(parts.modules[name], _FRESH):
             noise.overwrites = True
 
