@@ -22,11 +22,13 @@ from .certified_tables import (
     against_votes,
     draws,
     draws_head,
+    looked_for,
     points,
     probabilities,
     published,
     reach,
     row,
+    sought,
 )
 from .honest import worst_keys, worst_lines
 from .judged import accuracy
@@ -65,8 +67,9 @@ _STOPPING = {
 }
 _AT_ONCE = """\
 In per cent. Where draws are fewer than n, images stopped when each radius of the table, .01 instead of 0, was
-certified, proven to be out of reach or given up. Last rows: published, of other networks with noise of std on
-the image alone, by votes, n = 100,000."""
+certified, proven to be out of reach or given up. Radii that a tenth of n draws cannot certify, whatever the
+network answers, are not looked for and left blank. Last rows: published, of other networks with noise of std
+on the image alone, by votes, n = 100,000."""
 
 
 class Certificates(Experiment):
@@ -97,12 +100,15 @@ class Certificates(Experiment):
         settings = self.settings(setting.scale)
         inputs, labels = inputs_of(setting, settings.images)
         std = pixel_std(setting.attacked, inputs[:2].to(setting.device))
-        own = {"std": std, "precision": precision_of(setting.attacked)}
+        own: dict[str, Any] = {"std": std, "precision": precision_of(setting.attacked)}
+        radii = sought(settings.radii, std, settings.alpha, settings.n)
+        if settings.radii:
+            own["sought"] = radii
         said = self.known_settings(setting.scale)
         units, size = setting.units(said | own), min(50, setting.scale.shard)
         parts = []
         for number, few in enumerate(inputs.split(size)):
-            work = partial(_certified, setting, settings, few, number, number * size / len(inputs))
+            work = partial(_certified, setting, settings, radii, few, number, number * size / len(inputs))
             parts.append(units.compute(f"{number:05d}", work))
         columns = {"label": column(labels.numpy())}
         found = {name: torch.cat([part[name] for part in parts]) for name in sorted(parts[0])}
@@ -188,12 +194,17 @@ def trained_for_certificates(scale: Scale) -> list[Network]:
 
 
 def _certified(
-    setting: Setting, settings: CertificateScale, images: Tensor, number: int, done: float
+    setting: Setting,
+    settings: CertificateScale,
+    radii: tuple[float, ...],
+    images: Tensor,
+    number: int,
+    done: float,
 ) -> dict[str, Tensor]:
     """Certificates of a few images by both methods, then draws until a wanted radius."""
     found: dict[str, Tensor] = {}
     share_of_all = len(images) / settings.images
-    for place, wanted in enumerate((settings.radii or None, settings.wanted)):
+    for place, wanted in enumerate((radii or None, settings.wanted)):
 
         def progress(drawn: int, total: int, place: int = place) -> None:
             setting.progress("certifying", done + share_of_all * (place + drawn / total) / 2)
@@ -243,7 +254,10 @@ def between(record: Record, honest: Sequence[Record]) -> list[Table]:
             most = accuracy(attacked_one, key)
             mean_least, vote_least = (share(reach(record, method) >= radius) for method in ("mean", "vote"))
             left = f"{100 * (most.value - mean_least.value):.1f}"
-            rows.append([f"{radius:g}", mean_least.text, most.text, left, vote_least.text])
+            if looked_for(record, radius):
+                rows.append([f"{radius:g}", mean_least.text, most.text, left, vote_least.text])
+            else:
+                rows.append([f"{radius:g}", "", most.text, "", ""])
     if not rows:
         return []
     head = ["L2 radius", "at least: certified, mean", "at most: under attack", "open", "certified, vote"]
@@ -270,7 +284,12 @@ def _less(title: str, than: str, pairs: Sequence[tuple[Record, Record]]) -> list
     for record, other in pairs:
         for method in METHODS:
             ours, theirs = (reach(each, method) for each in (record, other))
-            cells = [points((ours >= radius).astype(float) - (theirs >= radius)) for radius in RADII]
+            cells = [
+                points((ours >= radius).astype(float) - (theirs >= radius))
+                if looked_for(record, radius) and looked_for(other, radius)
+                else ""
+                for radius in RADII
+            ]
             further = mean(np.maximum(ours, 0) - np.maximum(theirs, 0))
             radius = f"{further.value:+z.3f} ({further.low:+z.3f} to {further.high:+z.3f})"
             rows.append([f"{record.facts.title}, {method}", *cells, radius])
@@ -291,6 +310,6 @@ def _grid(records: Sequence[Record]) -> list[float]:
 
 def _curve(record: Record, method: Method, radii: list[float]) -> tuple[list[float], list[float]]:
     """Certified accuracy at radii, or at those that were looked for."""
-    at = list(RADII) if record.facts.settings.get("radii") else radii
+    at = [each for each in RADII if looked_for(record, each)] if record.facts.settings.get("radii") else radii
     own = reach(record, method)
     return at, [float((own >= radius).mean()) for radius in at]

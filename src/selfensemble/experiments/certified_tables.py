@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..certainty.certification import METHODS, Method
+from ..certainty.search import largest_radius
 from ..report.intervals import mean, share
 from ..report.page import Table
 from ..report.published import CERTIFIED, COHEN, is_theirs
@@ -13,6 +14,22 @@ from .records import Record
 
 RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25)
 _LEVELS = (0.5, 0.7, 0.9, 0.99, 0.999)  # probabilities
+_SHARE = 10  # a radius is looked for if this part of n draws can certify it
+
+
+def sought(radii: Sequence[float], std: float, alpha: float, n: int) -> tuple[float, ...]:
+    """Those of the radii that are looked for.
+
+    Not those for which most of n draws have to agree: the images that are certified draw nearly to the end.
+    """
+    most = largest_radius(std, alpha, max(2, n // _SHARE))
+    return tuple(radius for radius in radii if radius <= most)
+
+
+def looked_for(record: Record, radius: float) -> bool:
+    """Whether the certificates of a record can tell anything about a radius."""
+    radii = record.facts.entries["certificate"].get("sought")
+    return not radii or radius <= max(radii)
 
 
 def reach(record: Record, method: Method) -> NDArray[np.float64]:
@@ -25,7 +42,7 @@ def reach(record: Record, method: Method) -> NDArray[np.float64]:
 def row(record: Record, method: Method) -> list[str]:
     """Certified accuracy of a network at each radius, and its draws."""
     radii = reach(record, method)
-    accuracies = [share(radii >= radius).text for radius in RADII]
+    accuracies = [share(radii >= radius).text if looked_for(record, radius) else "" for radius in RADII]
     abstained = share(record.numbers(f"{method}.answer") < 0)
     settings, drawn = record.facts.settings, f"{method}.all-draws"
     draws = record.numbers(drawn).mean() if drawn in record.columns else settings["n0"] + settings["n"]
@@ -85,7 +102,10 @@ def draws(record: Record) -> list[str]:
 def against_votes(record: Record) -> list[str]:
     """Paired differences at each radius."""
     vote, means = (reach(record, method) for method in METHODS)
-    return [points((means >= radius).astype(float) - (vote >= radius)) for radius in RADII]
+    return [
+        points((means >= radius).astype(float) - (vote >= radius)) if looked_for(record, radius) else ""
+        for radius in RADII
+    ]
 
 
 def points(differences: NDArray[np.float64]) -> str:
