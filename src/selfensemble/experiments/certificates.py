@@ -67,7 +67,7 @@ _STOPPING = {
 }
 _AT_ONCE = """\
 In per cent. Where draws are fewer than n, images stopped when each radius of the table, .01 instead of 0, was
-certified, proven to be out of reach or given up. Radii that a tenth of n draws cannot certify, whatever the
+certified, proven to be out of reach or given up. Radii that half of n draws cannot certify, whatever the
 network answers, are not looked for and left blank. Last rows: published, of other networks with noise of std
 on the image alone, by votes, n = 100,000."""
 

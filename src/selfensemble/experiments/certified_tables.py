@@ -14,7 +14,7 @@ from .records import Record
 
 RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25)
 _LEVELS = (0.5, 0.7, 0.9, 0.99, 0.999)  # probabilities
-_SHARE = 10  # a radius is looked for if this part of n draws can certify it
+_SHARE = 2  # a radius is looked for if this part of n draws can certify it
 
 
 def sought(radii: Sequence[float], std: float, alpha: float, n: int) -> tuple[float, ...]:
