@@ -377,14 +377,16 @@ def test_certificates_that_look_for_radii_stop_and_are_kept_apart(
 ) -> None:
     done.reproduction(only=("rse",)).run(["certificates"])
     quick = load_scale("quick")
-    certificates = quick.certificates.model_copy(update={"radii": (0.01, 0.1), "n": 1000, "attacked": 0})
+    radii = (0.01, 0.1, 0.75)  # the last one takes 80,000 draws of which all agree: it is not looked for
+    certificates = quick.certificates.model_copy(update={"radii": radii, "n": 1000, "attacked": 0})
     scale = quick.model_copy(update={"certificates": certificates})
     monkeypatch.setattr(reproduce, "load_scale", lambda name: scale)
     other = {"runs": tmp_path / "runs", "out": tmp_path / "out"}
     (page,) = done.reproduction(only=("rse",), **other).run(["certificates"]).values()
     record = read_record(tmp_path / "out" / "certificates", "rse")
     assert record is not None
-    assert record.facts.settings["radii"] == [0.01, 0.1]
+    assert record.facts.settings["radii"] == list(radii)
+    assert record.facts.entries["certificate"]["sought"] == [0.01, 0.1]
     (sure,) = (table for table in page.tables if table.title.startswith("Probability of the right"))
     right = record.numbers("vote.answer") == record.numbers("label")
     share = 100 * (right & (record.numbers("vote.estimate") >= 0.9)).mean()
@@ -394,6 +396,7 @@ def test_certificates_that_look_for_radii_stop_and_are_kept_apart(
         assert drawn.min() < 1000 / 2
         assert row[-1] == f"{drawn.mean():,.0f}"
         assert row[2].startswith(f"{100 * (reach(record, method) >= 0.1).mean():.1f} ")
+        assert row[3:8] == [""] * 5
     # Before another network is trained or measured, not after.
     with pytest.raises(ValueError, match=r"results of rse .*different: attacked, n, radii\)"):
         done.reproduction(only=("ours",), runs=tmp_path / "runs").run(["certificates"])
