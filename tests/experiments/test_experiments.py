@@ -143,6 +143,19 @@ def test_pages_come_from_stored_results_alone(done: Done, tmp_path: Path) -> Non
         render_all(["draws"], tmp_path / "out")
 
 
+def test_each_scale_has_a_folder_of_its_own(
+    done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a clone has results of another scale as well, in docs/results."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(done.out, tmp_path / "runs" / "results" / "quick")
+    shutil.copytree(done.out, tmp_path / "docs" / "results")
+    assert Reproduction("wide").folder == Path("runs/results/wide")
+    assert not app(["reproduce", "headline", "--quick", "--render"], standalone_mode=False)
+    with pytest.raises(FileNotFoundError, match=r"runs/results/half"):
+        app(["reproduce", "headline", "--render"], standalone_mode=False)
+
+
 def test_started_again_it_repeats_nothing(done: Done, capsys: pytest.CaptureFixture[str]) -> None:
     before = contents(done.out)
     said: list[str] = []

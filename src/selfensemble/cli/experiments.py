@@ -19,7 +19,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for results and pictures.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights, noise, attack and judge.")] = 0,
     n: Annotated[
-        int | None, typer.Option(min=10, max=450, help="Test images to attack; by default 200 and 100.")
+        int | None, typer.Option(min=10, max=450, help="Test images to attack; by default 100.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -82,9 +82,12 @@ def reproduce(
     runs: Annotated[
         Path | None, typer.Option(help="Folder of finished work; runs/experiments/SCALE by default.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of results, with a folder for each experiment.")] = Path(
-        "docs/results"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of results, with a folder for each experiment; runs/results/SCALE by default."
+        ),
+    ] = None,
     only: Annotated[list[str] | None, typer.Option(help="Only this network; repeat for more.")] = None,
     only_render: Annotated[
         bool, typer.Option("--render", help="Only write pages and plots again, from the stored results.")
@@ -94,15 +97,17 @@ def reproduce(
     as_json: Json = False,
 ) -> None:
     """Run the paper's experiments and ours; run again, it continues where it stopped."""
-    from ..experiments import Reproduction, render_all
+    from ..experiments import Reproduction, render_all, results_folder
 
+    scale = "quick" if quick else scale
+    folder = results_folder(out, scale)
     if only_render:
-        pages = render_all(names, out)
+        pages = render_all(names, folder)
     else:
         try:
             with terminal.progress() as update:
                 pages = Reproduction(
-                    "quick" if quick else scale, data, stl10, models, runs, out, tuple(only or ()), seed,
+                    scale, data, stl10, models, runs, out, tuple(only or ()), seed,
                     device_named(device), update,
                 ).run(names)  # fmt: skip
         except (KeyboardInterrupt, Interrupted) as stop:
@@ -113,4 +118,4 @@ def reproduce(
         return
     for name, page in pages.items():
         terminal.print_page(page)
-        terminal.out.print(f"Written to {out / name}: index.md and its plots", soft_wrap=True)
+        terminal.out.print(f"Written to {folder / name}: index.md and its plots", soft_wrap=True)

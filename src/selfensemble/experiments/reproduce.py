@@ -70,7 +70,7 @@ class Reproduction:
             `stl10` is the only experiment, `data` means it as well.
         models: folder of the trained networks, by default runs/models/SCALE.
         runs: folder of units of work, by default runs/experiments/SCALE.
-        out: folder of the results, a folder of its own for each experiment.
+        out: folder of the results, a folder of its own for each experiment; by default runs/results/SCALE.
         only: short names of networks to train and measure; none for all.
         seed: of attacks and judge.
         device: where networks are measured.
@@ -82,12 +82,16 @@ class Reproduction:
     stl10: str | None = None
     models: Path | None = None
     runs: Path | None = None
-    out: Path = Path("docs/results")
+    out: Path | None = None
     only: Sequence[str] = ()
     seed: int = 0
     device: torch.device = torch.device("cpu")  # noqa: RUF009
     progress: Report = lambda text, done: None
+    folder: Path = field(init=False)
     _tests: dict[tuple[str, int | None], ImageData] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", results_folder(self.out, self.scale))
 
     def run(self, names: Sequence[str]) -> dict[str, Page]:
         """Do what is not done yet of the named experiments; may be stopped at any time.
@@ -118,7 +122,7 @@ class Reproduction:
 
                 self._network(experiment, network, scale, inner)
                 done += 1
-                pages[experiment.name] = render(experiment.name, self.out)
+                pages[experiment.name] = render(experiment.name, self.folder)
         return pages
 
     def _wanted(self, experiment: Experiment, scale: Scale) -> list[Network]:
@@ -168,7 +172,7 @@ class Reproduction:
             entries=measured.entries,
             provenance=measured_on(),
         )
-        _store(self.out, experiment, Record(facts, measured.columns))
+        _store(self.folder, experiment, Record(facts, measured.columns))
 
     def _test(self, experiment: Experiment, network: Network, scale: Scale) -> tuple[ImageData, str]:
         """The test set of a network, and the digest of its first images."""
@@ -182,7 +186,7 @@ class Reproduction:
 
     def _check_stored(self, experiment: Experiment, scale: Scale, data: str) -> None:
         """Raise before results of two scales, seeds, settings or sets of images come into one table."""
-        folder = self.out / experiment.name
+        folder = self.folder / experiment.name
         known = experiment.known_settings(scale)
         for record in _stored(folder, experiment):
             facts = record.facts
@@ -212,6 +216,11 @@ def experiments(names: Sequence[str]) -> list[Experiment]:
         said = f"no experiment {unknown[0]!r}" if unknown else "no experiment named"
         raise ValueError(f"{said}: choose among {', '.join(EXPERIMENTS)}, all")
     return [EXPERIMENTS[name] for name in EXPERIMENTS if name in names or "all" in names]
+
+
+def results_folder(out: Path | None, scale: str) -> Path:
+    """Where results of a scale lie; those of two scales never lie in one folder."""
+    return Path("runs/results") / scale if out is None else out
 
 
 def render_all(names: Sequence[str], out: Path) -> dict[str, Page]:

@@ -20,7 +20,7 @@ class PhotoSection(Section):
     `scale`, `ratio`: share of the area and proportions of the part that is cut out and resized, at random
     (Szegedy et al., 2015). `jitter`: how far brightness, contrast and saturation change, as a share.
     `rand_augment`: how many changes a photo gets, of strength `magnitude` of 30 (Cubuk et al., 2020). The
-    last two need the package kornia: pip install selfensemble[photos].
+    last two need the package timm: pip install selfensemble[photos].
     """
 
     scale: tuple[Share, Share] = (0.08, 1.0)
