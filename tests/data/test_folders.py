@@ -1,5 +1,6 @@
 """Folders as people have them: hidden and linked files, odd and damaged ones, no splits, sorted by class."""
 
+import errno
 import io
 import os
 import random
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from selfensemble.data.decoding import size_upright
 from selfensemble.data.images import ImageData
 from selfensemble.data.order import is_shuffled, mixed_order
 from selfensemble.data.sources import load_data
@@ -44,6 +46,37 @@ def test_hidden_files_and_folders_are_no_classes(tmp_path: Path) -> None:
     (tmp_path / "train" / "cat" / "Thumbs.db").write_bytes(b"of Windows")
     data = load_data(tmp_path, "train")
     assert (data.classes, len(data), data.skipped) == (("cat", "dog"), 6, ())
+
+
+def test_splits_of_other_names_are_no_classes(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    for split in ("train", "test"):
+        (tmp_path / split).rename(tmp_path / f"seg_{split}")
+    with pytest.raises(ValueError, match="--train-split seg_train --test-split seg_test"):
+        load_data(tmp_path, "train")
+    data = load_data(tmp_path, "test", train_split="seg_train", test_split="seg_test")
+    assert (data.classes, len(data), data.cut) == (("cat", "dog"), 6, None)
+    # Classes whose names have such words are classes.
+    for number in range(5):
+        for name in ("bullet_train", "test_tube"):
+            picture(tmp_path / "classes" / name / f"{number}.png")
+    assert load_data(tmp_path / "classes", "train").classes == ("bullet_train", "test_tube")
+
+
+def test_trouble_that_passes_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two_classes(tmp_path)
+    left = [1]
+
+    def busy(image: Any) -> tuple[int, int]:
+        if left:
+            left.pop()
+            raise OSError(errno.EMFILE, "Too many open files")
+        return size_upright(image)
+
+    monkeypatch.setattr("selfensemble.data.survey.size_upright", busy)
+    with pytest.warns(UserWarning, match="Too many open files"):
+        assert len(load_data(tmp_path, "train")) == 5
+    assert len(load_data(tmp_path, "train")) == 6
 
 
 def test_links_are_followed_but_for_circles(tmp_path: Path) -> None:

@@ -70,6 +70,56 @@ def test_lists_beside_each_other_and_one_that_is_cut(tmp_path: Path, digits: Ima
     assert load_data(whole, "test").classes == ("0", "1", "2")
 
 
+@pytest.mark.parametrize(
+    ("written", "classes"),
+    [
+        (["1_1", "11"], ("11", "1_1")),
+        (["2_10", "21_0"], ("21_0", "2_10")),
+        (["01", "1"], ("01", "1")),
+        (["07", " 02"], tuple(map(str, range(8)))),
+    ],
+)
+def test_labels_in_a_list_that_differ_are_different_classes(
+    written: list[str], classes: tuple[str, ...], tmp_path: Path, digits: ImageData
+) -> None:
+    rows = [{"file": f"files/{number}.png", "label": written[number % 2]} for number in range(20)]
+    data = load_data(write_list(tmp_path, digits, rows), "train")
+    assert data.classes == classes
+    assert len(set(data.labels.tolist())) == 2
+
+
+def test_labels_that_are_none_or_no_class_numbers_are_refused(tmp_path: Path, digits: ImageData) -> None:
+    rows = [{"file": f"files/{number}.png", "label": str(number % 2)} for number in range(20)]
+    rows[3]["label"] = " "
+    with pytest.raises(ValueError, match=r"files/3.png .* has no label"):
+        load_data(write_list(tmp_path, digits, rows), "train")
+    rows[3]["label"] = "254837009"
+    with pytest.raises(ValueError, match="go up to 254,837,009 for 20 images"):
+        load_data(write_list(tmp_path, digits, rows, "ids.csv"), "train", test_share=0.01)
+    rows[3]["label"] = "h\N{LATIN SMALL LETTER O WITH DIAERESIS}h"
+    table = write_list(tmp_path, digits, rows, "umlauts.csv")
+    table.write_text(table.read_text(encoding="utf-8"), encoding="cp1252")
+    with pytest.raises(ValueError, match="save it in that encoding"):
+        load_data(table, "train")
+    np.savez(tmp_path / "ids.npz", images=np.zeros((4, 8, 8), np.uint8), labels=np.arange(4) + 10**9)
+    with pytest.raises(ValueError, match="write their names"):
+        load_data(tmp_path / "ids.npz", "train")
+
+
+def test_damaged_arrays_are_told_from_pickles(tmp_path: Path) -> None:
+    file, images = tmp_path / "a.npz", np.zeros((4, 8, 8), np.uint8)
+    np.savez(file, images=images, labels=np.arange(4))
+    whole = file.read_bytes()
+    for damaged in (whole[:200], b"", whole.replace(bytes(100), b"x" + bytes(99), 1)):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match="damaged"):
+            load_data(file, "train")
+    with file.open("wb") as opened:
+        np.save(opened, images)
+    with pytest.raises(ValueError, match=r"is one array .* np.savez"):
+        load_data(file, "train")
+
+
 def test_a_list_in_parquet_and_columns_that_are_named(tmp_path: Path, digits: ImageData) -> None:
     pandas = pytest.importorskip("pandas")
     rows = [{"where": f"files/{n}.png", "a": n % 2, "b": "x", "path": "no.png"} for n in range(20)]
@@ -295,6 +345,51 @@ def test_items_of_other_kinds_are_refused() -> None:
     mixed = from_dataset(of((grey, 0), (colour, 1)), "s")
     assert mixed.shape == (3, 4, 4)
     assert from_dataset(of({"img": colour, "label": 1}), "s").labels.tolist() == [1]
+
+
+class Shifted(Floats):
+    """Its raw labels begin at 1, those of its items at 0; `classes` in any form."""
+
+    def __init__(self, classes: Any = None) -> None:
+        super().__init__()
+        self.targets = [1 + place % 2 for place in range(self.count)]
+        self.classes = classes
+
+
+def test_items_say_what_their_labels_are() -> None:
+    data = from_dataset(Shifted(), "shifted")
+    assert data.labels.tolist() == [0, 1] * 100
+    assert data.classes == ("0", "1")
+
+
+@pytest.mark.parametrize("classes", [["a", "b"], ("a", "b"), np.array(["a", "b"]), {"a": 0, "b": 1}])
+def test_classes_of_a_data_set_in_any_form(classes: Any) -> None:
+    assert from_dataset(Shifted(classes), "shifted").classes == ("a", "b")
+
+
+def test_classes_that_are_no_names_in_order() -> None:
+    assert from_dataset(Shifted(2), "shifted").classes == ("0", "1")
+    with pytest.raises(TypeError, match="order changes from run to run"):
+        from_dataset(Shifted({"a", "b"}), "shifted")
+
+
+def test_photos_of_a_data_set_are_compared_upright() -> None:
+    upright = Image.new("RGB", (40, 20))
+    turned = Image.new("RGB", (40, 20))
+    turned.getexif()[0x112] = 6
+    with pytest.raises(ValueError, match=r"differ in size \(20x40, item 1, and 40x20\)"):
+        _ = from_dataset(Pairs([(upright, 0), (turned, 1)]), "photos").images[:]
+
+
+class Pairs(Dataset[Any]):
+    def __init__(self, pairs: list[Any]) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, place: int) -> Any:
+        return self.pairs[place]
 
 
 def test_parts_of_data_sets_have_the_labels_of_their_part() -> None:

@@ -216,6 +216,41 @@ def test_validation_files_are_not_mixed_into_the_test_split(tmp_path: Path, digi
     assert len(load_data(str(tmp_path), "test")) == 5
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("mnist_train", "mnist_test"),
+        ("Train", "Test"),
+        ("train/shard0/0", "test/shard0/0"),
+        ("a-train.v2", "a-val.v2"),
+        ("st*r[1]/train", "st*r[1]/test"),
+    ],
+)
+def test_the_names_of_files_and_folders_tell_the_splits(
+    names: tuple[str, str], tmp_path: Path, digits: ImageData
+) -> None:
+    """However they are written, and whatever a folder beside them is called."""
+    for name, count in zip(names, (12, 5), strict=True):
+        source = write_parquet(tmp_path / "source", digits, count=count) / "test-00000-of-00001.parquet"
+        place = tmp_path / "data" / f"{name}.parquet"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        source.rename(place)
+    train, test = (load_data(str(tmp_path / "data"), split) for split in ("train", "test"))
+    assert (len(train), len(test), train.cut, test.cut) == (12, 5, None, None)
+
+
+def test_a_file_that_may_be_of_both_splits_is_refused(tmp_path: Path, digits: ImageData) -> None:
+    folder = write_parquet(tmp_path, digits, count=12)
+    (folder / "test-00000-of-00001.parquet").rename(folder / "mnist_train_test.parquet")
+    with pytest.raises(ValueError, match="both splits"):
+        load_data(str(tmp_path), "train")
+    found = [
+        load_data(str(tmp_path), split, train_split="train", test_split="train")
+        for split in ("train", "test")
+    ]
+    assert sum(map(len, found)) == 24  # of both files
+
+
 def test_files_written_by_other_tools(tmp_path: Path, digits: ImageData) -> None:
     """No metadata of the datasets library; labels as text."""
     pandas = pytest.importorskip("pandas")

@@ -1,18 +1,23 @@
 """Arrays of images and labels in an npz file."""
 
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .images import ImageData, Split
-from .labels import class_names
+from .labels import class_names, number_names
 from .order import test_part
 from .reading import Reading
 
 _IMAGES = ("images", "image", "x", "X", "data", "arr_0")
+_DAMAGES = (zipfile.BadZipFile, zlib.error, EOFError)
 _LABELS = ("labels", "label", "y", "Y", "target", "arr_1")
 
 
@@ -23,7 +28,7 @@ def arrays(file: Path, split: Split, reading: Reading) -> ImageData:
         FileNotFoundError: there is no such split.
         ValueError: arrays of other shapes or types than images and labels have.
     """
-    with np.load(file, allow_pickle=False) as found:
+    with _opened(file) as found:
         columns: list[tuple[str, ...]] = [
             (reading.image_column,) if reading.image_column else _IMAGES,
             (reading.label_column,) if reading.label_column else _LABELS,
@@ -47,13 +52,8 @@ def arrays(file: Path, split: Split, reading: Reading) -> ImageData:
             )
         trained = _key(found.files, columns[1], reading.names("train"))
         trained = trained if split == "test" and not cut else None
-        try:
-            pixels, labels = found[keys[0]], found[keys[1]]
-            training = None if trained is None else found[trained]
-        except ValueError as error:
-            raise ValueError(
-                f"{file} holds pickled objects, which are never read: save plain arrays"
-            ) from error
+        pixels, labels = _read(file, found, keys[0]), _read(file, found, keys[1])
+        training = None if trained is None else _read(file, found, trained)
     images = as_images(pixels, str(file), reading.shape)
     numbers, classes = _classes(labels, str(file), training)
     if len(images) != len(numbers):
@@ -61,6 +61,33 @@ def arrays(file: Path, split: Split, reading: Reading) -> ImageData:
     check_wanted(tuple(images.shape[1:]), reading, str(file))
     data = ImageData(str(file), images, numbers, classes)
     return cut_off(data, split, reading) if cut else data
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    with file.open("rb") as stream:  # numpy leaves its own open where the file is damaged
+        yield _archive(file, stream)
+
+
+def _archive(file: Path, stream: BinaryIO) -> Any:
+    try:
+        found = np.load(stream, allow_pickle=False)
+    except (*_DAMAGES, ValueError) as error:  # numpy takes what it does not know for a pickle
+        raise ValueError(f"{file} is no npz file, or damaged: write or download it again") from error
+    if not isinstance(found, np.lib.npyio.NpzFile):
+        raise ValueError(
+            f"{file} is one array under the name of an npz file: save images and labels with np.savez"
+        )
+    return found
+
+
+def _read(file: Path, found: Any, key: str) -> Any:
+    try:
+        return found[key]
+    except _DAMAGES as error:
+        raise ValueError(f"{file} is damaged ({error}): write or download it again") from error
+    except ValueError as error:
+        raise ValueError(f"{file} holds pickled objects, which are never read: save plain arrays") from error
 
 
 def cut_off(data: ImageData, split: Split, reading: Reading) -> ImageData:
@@ -152,7 +179,7 @@ def _classes(labels: Any, source: str, training: Any = None) -> tuple[Tensor, tu
     numbers, most = labels.astype(np.int64), int(labels.max())
     if training is not None and training.dtype.kind in "iub" and training.size:
         most = max(most, int(training.max()))
-    return torch.from_numpy(numbers), tuple(str(k) for k in range(most + 1))
+    return torch.from_numpy(numbers), tuple(number_names(most, len(numbers), source))
 
 
 def _in_a_row(labels: Any) -> Any:

@@ -1,6 +1,7 @@
 """Folders: which files are of a split, and images in one folder a class."""
 
 import os
+import re
 import stat
 import sys
 from collections import Counter
@@ -79,16 +80,40 @@ def tables_of(folder: Path, files: Sequence[Path], split: Split, reading: Readin
 
     Raises:
         FileNotFoundError: none is.
+        ValueError: a file may be of both.
     """
+    named = {path: _splits_in(path.relative_to(folder), reading) for path in files}
+    kinds = [{each.casefold() for each in reading.names(kind)} for kind in KNOWN_SPLITS]
+    if both := [path for path in files if not reading.cuts and all(named[path] & names for names in kinds)]:
+        raise ValueError(f"{both[0]} may be of both splits, by its name: rename it")
     for name in reading.names(split):
-        chosen = [path for path in files if path.name.startswith(name) or path.parent.name == name]
-        if chosen:
+        if chosen := [path for path in files if name.casefold() in named[path]]:
             return chosen, reading.cuts
-    known = [each for names in KNOWN_SPLITS.values() for each in names]
-    named = [path for path in files if path.name.startswith(tuple(known)) or path.parent.name in known]
-    if named or reading.names(split) != KNOWN_SPLITS[split]:
+    if any(named.values()) or reading.names(split) != KNOWN_SPLITS[split]:
         raise _no_split(folder, split, reading)
     return list(files), True
+
+
+def _split_names(reading: Reading) -> set[str]:
+    """All that a split may be called, as usual or here."""
+    usual = {each for names in KNOWN_SPLITS.values() for each in names}
+    return usual | {each.casefold() for kind in KNOWN_SPLITS for each in reading.names(kind)}
+
+
+def _words(name: str) -> set[str]:
+    """A name, and what stands between its hyphens, underscores, points and spaces."""
+    return {name, *re.split(r"[-_. ]+", name)}
+
+
+def _splits_in(path: Path, reading: Reading) -> set[str]:
+    """The names of splits in the name of a file, or of the nearest folder of it that has one."""
+    known, stem = _split_names(reading), path.stem.casefold()
+    if begins := {name for name in known if stem.startswith(name)}:
+        return begins
+    for name in (stem, *(part.casefold() for part in reversed(path.parent.parts))):
+        if found := known & _words(name):
+            return found
+    return set()
 
 
 def class_folders(folder: Path, split: Split, reading: Reading) -> Rows:
@@ -99,6 +124,7 @@ def class_folders(folder: Path, split: Split, reading: Reading) -> Rows:
         ValueError: an image is in no class.
     """
     splits = {each.casefold() for kind in KNOWN_SPLITS for each in reading.names(kind)}
+    _check_names(folder, reading)
     root = _root_of(folder, split, reading)
     if root is not None:
         rows = _by_class(folder, root, _found(root), reading.cuts, _beside(folder, splits))
@@ -112,6 +138,27 @@ def class_folders(folder: Path, split: Split, reading: Reading) -> Rows:
     if not _has_images(found.files):
         raise _no_split(folder, split, reading)
     return _by_class(folder, folder, found, True)
+
+
+def _check_names(folder: Path, reading: Reading) -> None:
+    """Refuse folders like seg_train and seg_test, which would be two classes, unless they are named."""
+    if any(_root_of(folder, split, reading) is not None for split in KNOWN_SPLITS):
+        return
+    alike = [
+        [
+            path for path in _folders_in(folder)
+            if _words(path.name.casefold()) & set(names)
+            and any(_has_images(files_below(below, closed=[])) for below in _folders_in(path))
+        ]
+        for names in KNOWN_SPLITS.values()
+    ]  # fmt: skip
+    if all(alike):
+        (train, *_), (test, *_) = alike
+        raise ValueError(
+            f"{folder} holds {train.name} and {test.name}, which look like splits: say so "
+            f"(--train-split {train.name} --test-split {test.name}, data.train_split and data.test_split), "
+            "or rename them"
+        )
 
 
 def _folders_in(folder: Path) -> list[Path]:

@@ -45,6 +45,23 @@ def class_numbers(
     return numbers
 
 
+_NUMBERS = 100_000  # classes that no more than ten times as many as images may be
+
+
+def number_names(most: int, images: int, source: str) -> list[str]:
+    """Names of the classes 0 to `most`, where labels are numbers.
+
+    Raises:
+        ValueError: numbers so large that they stand for something else.
+    """
+    if most >= max(_NUMBERS, 10 * images):
+        raise ValueError(
+            f"the labels of {source} go up to {most:,} for {images:,} images, which would make as many "
+            "classes: number the classes from 0, or write their names"
+        )
+    return [str(number) for number in range(most + 1)]
+
+
 def class_names(own: Collection[str], training: Collection[str] | None, source: str) -> list[str]:
     """The names of the classes, in the order of their numbers, where labels are names.
 

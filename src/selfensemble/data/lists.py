@@ -1,6 +1,7 @@
 """Lists of files: a csv or parquet table of the paths of images and their labels."""
 
 import csv
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -117,11 +118,12 @@ def _table(file: Path) -> Mapping[str, Sequence[Any]]:
             raise ValueError(f"{file} holds no paths of images: pass the folder that holds the data")
         return {name: table.column(name).to_pylist() for name in table.column_names}
     with file.open(encoding="utf-8-sig", newline="") as text:
-        head = text.readline()
-        text.seek(0)
-        delimiter = max(",;\t", key=head.count)
         try:
+            delimiter = max(",;\t", key=text.readline().count)
+            text.seek(0)
             rows = list(csv.DictReader(text, delimiter=delimiter, strict=True))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not in UTF-8 ({error}): save it in that encoding") from error
         except csv.Error as error:
             raise ValueError(f"{file} cannot be read as a table ({error})") from error
     if not rows:
@@ -132,11 +134,13 @@ def _table(file: Path) -> Mapping[str, Sequence[Any]]:
 
 
 def _numbers(labels: list[Any]) -> list[Any]:
-    """Texts that are all whole numbers as such."""
-    try:
-        return [int(label) if isinstance(label, str) else label for label in labels]
-    except ValueError:
+    """Texts that are all whole numbers as such, and empty ones as None: no label."""
+    labels = [(label.strip() or None) if isinstance(label, str) else label for label in labels]
+    texts = {label for label in labels if isinstance(label, str)}
+    whole = all(re.fullmatch(r"-?[0-9]+", text) for text in texts)
+    if not whole or len({int(text) for text in texts}) < len(texts):  # 1 and 01 are two names
         return labels
+    return [int(label) if isinstance(label, str) else label for label in labels]
 
 
 def _beside(file: Path, split: Split, reading: Reading) -> Path:

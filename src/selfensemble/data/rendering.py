@@ -58,6 +58,7 @@ def images_of(rows: Rows, split: Split, reading: Reading) -> ImageData:
         images: Tensor | Streamed = Streamed(reader, places, (channels, *size))
     else:
         identity = [rows.identity, split, cut, channels, size, reading.centre]
+        identity += [sorted(found.bad)] if found.bad else []  # another time other images may fail
         images = memory_mapped(identity, lambda: _decoded(rows, places, channels, size, reading.centre))
     return ImageData(
         rows.source,

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ..runtime.files import cache_dir, write_json
+from ..runtime.packages import needs
 from .decoding import assumed, in_8_bits, is_grey, reason, size_upright, undecoded
-from .labels import class_names
+from .labels import class_names, number_names
 from .rows import Cell, Rows
 
 _VERSION = 2
@@ -63,7 +64,7 @@ class Survey:
         training = None if beside is None else {_plain(label) for label in beside} - {None}
         known = [*labels.values(), *(training or ())]
         if classes is None and all(isinstance(label, int) for label in known):
-            classes = [str(label) for label in range(max(known, default=-1) + 1)]
+            classes = number_names(max(known, default=-1), len(known), rows.source)
         elif classes is None:
             labels = {place: str(label) for place, label in labels.items()}
             theirs = None if training is None else {str(label) for label in training}
@@ -85,7 +86,10 @@ def _plain(label: Any) -> Any:
 
 def survey(rows: Rows) -> Survey:
     """Look at all rows, or at what is known of them from before."""
-    key = json.dumps([_VERSION, rows.identity])
+    with needs("selfensemble[data]"):
+        import PIL
+
+    key = json.dumps([_VERSION, PIL.__version__, rows.identity])
     path = cache_dir() / "surveys" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
@@ -94,7 +98,9 @@ def survey(rows: Rows) -> Survey:
         assumed = {int(place): what for place, what in known["assumed"].items()}
         return Survey(known["labels"], sizes, known["grey"], bad, assumed)
     except (OSError, ValueError, KeyError, TypeError, IndexError):
-        found = _look_at_all(rows)
+        found, passing = _look_at_all(rows)
+        if passing:
+            return found
     if all(each is None or isinstance(each, int | str | float) for each in found.labels):  # not bytes, say
         known = {"labels": found.labels, "sizes": found.sizes, "grey": found.grey, "bad": found.bad}
         known["assumed"] = found.assumed
@@ -102,19 +108,21 @@ def survey(rows: Rows) -> Survey:
     return found
 
 
-def _look_at_all(rows: Rows) -> Survey:
-    found = Survey([], [], [], {}, {})
+def _look_at_all(rows: Rows) -> tuple[Survey, bool]:
+    """What there is, and whether some of it failed for a reason that may pass."""
+    found, passing = Survey([], [], [], {}, {}), False
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         for group in _groups(rows.each()):
             for (_, label), seen in zip(group, pool.map(_look, (cell for cell, _ in group)), strict=True):
-                if isinstance(seen, str):
-                    found.bad[len(found.labels)] = seen
+                if isinstance(seen, _Bad):
+                    found.bad[len(found.labels)] = seen.why
+                    passing |= seen.passing
                 elif seen[2]:
                     found.assumed[len(found.labels)] = seen[2]
-                found.sizes.append(None if isinstance(seen, str) else seen[0])
-                found.grey.append(not isinstance(seen, str) and seen[1])
+                found.sizes.append(None if isinstance(seen, _Bad) else seen[0])
+                found.grey.append(not isinstance(seen, _Bad) and seen[1])
                 found.labels.append(_plain(label))
-    return found
+    return found, passing
 
 
 def _groups(each: Iterable[tuple[Cell, Any]]) -> Iterator[list[tuple[Cell, Any]]]:
@@ -123,10 +131,18 @@ def _groups(each: Iterable[tuple[Cell, Any]]) -> Iterator[list[tuple[Cell, Any]]
         yield group
 
 
-def _look(cell: Cell) -> tuple[tuple[int, int], bool, str] | str:
+@dataclass(frozen=True, slots=True)
+class _Bad:
+    """Why an image cannot be used, and whether that may pass without a change of its file."""
+
+    why: str
+    passing: bool = False
+
+
+def _look(cell: Cell) -> tuple[tuple[int, int], bool, str] | _Bad:
     """Size and greyness of an image, and what is taken for granted of it, or why it cannot be used."""
     if cell is None:
-        return "missing"
+        return _Bad("missing")
     try:
         image = undecoded(cell)
         size, grey = size_upright(image), is_grey(image)
@@ -136,4 +152,8 @@ def _look(cell: Cell) -> tuple[tuple[int, int], bool, str] | str:
         in_8_bits(image)
         return size, grey, assumed(image)
     except Exception as error:  # Pillow raises many kinds for damaged files
-        return reason(error)
+        # Pillow's own have no number; who may read a file is part of what it is known again by.
+        system = (
+            isinstance(error, OSError) and error.errno is not None and not isinstance(error, PermissionError)
+        )
+        return _Bad(reason(error), system or isinstance(error, MemoryError | ImportError))

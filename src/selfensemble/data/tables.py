@@ -1,5 +1,6 @@
 """Tables of images and labels: data sets of the Hugging Face Hub, saved ones, and parquet files."""
 
+import glob
 import hashlib
 import json
 import re
@@ -37,8 +38,8 @@ def open_parquet(
 
     def open_table(streaming: bool) -> Any:
         return load_dataset(
-            "parquet", data_files=[str(path) for path in files], split="train", streaming=streaming,
-            cache_dir=str(cache_dir() / "tables"),
+            "parquet", data_files=[glob.escape(str(path)) for path in files], split="train",
+            streaming=streaming, cache_dir=str(cache_dir() / "tables"),
         )  # fmt: skip
 
     def labels(column: str) -> Iterable[Any] | None:

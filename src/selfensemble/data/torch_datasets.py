@@ -1,7 +1,7 @@
 """Images of any torch `Dataset`."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +13,15 @@ from torch.utils.data import IterableDataset, Subset
 from ..noise.streams import stream_seed
 from ..runtime.random_state import seeded_generators
 from .arrays import check_wanted, cut_off
-from .decoding import is_grey, prepare_image
+from .decoding import is_grey, prepare_image, size_upright
 from .images import ImageData, Split
-from .labels import class_names
+from .labels import class_names, number_names
 from .reading import Reading
 from .streaming import ITEM_SEED, Streamed, each_of
 
 _IMAGES = ("image", "img", "pixel_values", "images", "input", "inputs", "x")
 _LABELS = ("label", "labels", "target", "targets", "y", "class")
-_LOOKED_AT = 32  # items that say whether there are colours
+_LOOKED_AT = 32  # items that say whether there are colours, and whether labels are those of the attribute
 
 
 def dataset_named(name: str, found: Any, split: Split, reading: Reading) -> ImageData:
@@ -135,12 +135,14 @@ def from_dataset(dataset: Any, name: str, reading: Reading | None = None) -> Ima
     labels = _labels(items)
     classes = _names_in(dataset, items.label_key)
     if classes is None or len(classes) <= int(labels.max()):
-        classes = range(int(labels.max()) + 1)
+        classes = number_names(int(labels.max()), len(labels), name)
     first = items.image(0)
     if hasattr(first, "convert"):  # of PIL
         channels = reading.channels or _channels(items)
-        size = reading.sides or (first.height, first.width)
-        one, dtype = (channels, *size), torch.uint8
+        width, height = size_upright(first)
+        high, wide = reading.sides or (height, width)
+        shape: tuple[int, ...] = (channels, high, wide)
+        one, dtype = shape, torch.uint8
     else:
         example = _array(first, name, 0, reading.shape)
         one, dtype = tuple(example.shape), example.dtype
@@ -215,11 +217,10 @@ class DatasetReader:
                 )
             return found
         height, width = self.one[1:]
-        if not self.sized and image.size != (width, height):
+        if not self.sized and (upright := size_upright(image)) != (width, height):
             raise ValueError(
-                f"images of {self.items.name} differ in size ({image.width}x{image.height}, item {place}, "
-                "and "
-                f"{width}x{height}): set a size, e.g. --size {min(height, width)} (data.size in a recipe)"
+                f"images of {self.items.name} differ in size ({upright[0]}x{upright[1]}, item {place}, "
+                f"and {width}x{height}): set a size, e.g. --size {min(height, width)} (data.size in a recipe)"
             )
         return prepare_image(self._checked(image, place), self.one[0], (height, width), self.centre)
 
@@ -239,9 +240,20 @@ class DatasetReader:
 
 
 def _names_in(dataset: Any, key: str | None) -> Any:
-    """Names of the classes of a data set, one of the library `datasets` too; None where it has none."""
-    if found := getattr(_root(dataset), "classes", None):
-        return found
+    """Names of the classes of a data set, one of the library `datasets` too; None where it has none.
+
+    Raises:
+        TypeError: they are in no order.
+    """
+    found = getattr(_root(dataset), "classes", None)
+    if isinstance(found, set | frozenset):
+        raise TypeError(
+            f"{type(_root(dataset)).__name__}.classes is a set, whose order changes from run to run: make it "
+            "a list, in the order of the class numbers"
+        )
+    found = found.tolist() if isinstance(found, np.ndarray | Tensor) else found
+    if isinstance(found, Sequence | Mapping) and not isinstance(found, str | bytes) and len(found) > 0:
+        return list(found)
     features = getattr(dataset, "features", None)
     if not isinstance(features, Mapping):
         return None
@@ -254,7 +266,7 @@ def _root(dataset: Any) -> Any:
 
 
 def _labels(items: Items) -> Tensor:
-    """(N,), from the attribute that says them, or item by item."""
+    """(N,), from the attribute that says them, if items bear it out, or item by item."""
     dataset = items.dataset
     known = next((getattr(dataset, key) for key in ("targets", "labels") if hasattr(dataset, key)), None)
     plain = getattr(dataset, "target_transform", None) is None and items.label_key is None
@@ -263,15 +275,20 @@ def _labels(items: Items) -> Tensor:
             labels = torch.as_tensor(np.asarray(known), device="cpu")
         except (TypeError, ValueError):
             labels = torch.empty(0, device="cpu")
-        if labels.dim() == 1 and not labels.is_floating_point() and int(labels.min()) >= 0:
+        whole = labels.dim() == 1 and not labels.is_floating_point() and int(labels.min()) >= 0
+        if whole and all(items.label(place) == int(labels[place]) for place in _some(len(dataset))):
             return labels.long()
     return torch.tensor(each_of(items.label, len(dataset)), dtype=torch.int64, device="cpu")
 
 
 def _channels(items: Items) -> int:
-    count = min(_LOOKED_AT, len(items.dataset))
-    places = [round(step * (len(items.dataset) - 1) / max(1, count - 1)) for step in range(count)]
-    return 1 if all(is_grey(items.image(place)) for place in places) else 3
+    return 1 if all(is_grey(items.image(place)) for place in _some(len(items.dataset))) else 3
+
+
+def _some(length: int) -> list[int]:
+    """Places over all of a data set, the first and the last among them."""
+    count = min(_LOOKED_AT, length)
+    return [round(step * (length - 1) / max(1, count - 1)) for step in range(count)]
 
 
 def _array(image: Any, name: str, place: int, shape: tuple[int, ...] | None) -> Tensor:
