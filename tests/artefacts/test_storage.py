@@ -471,3 +471,11 @@ def test_a_network_of_a_library_is_built_again_without_its_weights(
     with pytest.raises(ValueError, match="was not imported"):
         rse.load(tmp_path / "net")
     assert len(asked) == 2
+
+
+def test_an_ensemble_in_double_precision_comes_back_so(tmp_path: Path) -> None:
+    ensemble = rse.SelfEnsemble(rse.create_model("small-cnn", channels=1)).eval().double()
+    rse.save(ensemble, tmp_path / "net", architecture=Architecture(name="small-cnn", channels=1, classes=10))
+    images = torch.rand(3, 1, 8, 8, dtype=torch.float64)
+    loaded = rse.load(tmp_path / "net")
+    assert torch.equal(loaded.predict_proba(images, seed=1), ensemble.predict_proba(images, seed=1))

@@ -14,7 +14,7 @@ import selfensemble as rse
 from selfensemble.artefacts.storage import read_config
 from selfensemble.artefacts.zoo import locate, zoo
 from selfensemble.report.card import model_card
-from selfensemble.report.packing import pack, write_card
+from selfensemble.report.packing import licence_of, pack, write_card
 
 NAMES = list(zoo())
 
@@ -112,6 +112,42 @@ def test_packing_halves_weights_and_measures_what_is_written(tmp_path: Path) -> 
     with pytest.raises(FileExistsError, match="exists"):
         pack(run, out, data)
     assert (out / "README.md").read_bytes() == before
+    assert sorted(tmp_path.iterdir()) == [out, run]
+    pack(run, tmp_path / "given", data, licence="mit")
+    assert 'license: "mit"' in (tmp_path / "given" / "README.md").read_text()
+    assert b"license" not in before
+
+
+def test_packing_that_fails_leaves_nothing_and_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ensemble, config = rse.load("digits-rse"), read_config("digits-rse")
+    images = rse.load_data("digits", "test").inputs(slice(None))
+    ensemble.stopping = stopping = rse.calibrate(ensemble, images, epsilon=0.1)
+
+    def fails(*args: object, **kwargs: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("selfensemble.report.packing.count_correct", fails)
+    with pytest.raises(KeyboardInterrupt):
+        pack(None, tmp_path / "out", rse.load_data("digits", "test"), ensemble=ensemble, config=config)
+    assert list(tmp_path.iterdir()) == []
+    assert ensemble.stopping is stopping
+
+
+def test_cards_say_of_weights_and_inputs_what_is_known(tmp_path: Path) -> None:
+    network = torch.nn.Sequential(
+        torch.nn.Conv1d(1, 2, 3), torch.nn.AdaptiveAvgPool1d(1), torch.nn.Flatten(), torch.nn.Linear(2, 2)
+    )
+    ensemble = rse.SelfEnsemble(network, rse.NoiseConfig(0.1, 0.1), bounds=(-1.0, 1.0)).eval()
+    ensemble.save_pretrained(tmp_path / "mine", input_shape=(1, 800), metrics={"test": {"accuracy": 0.9}})
+    card = (tmp_path / "mine" / "README.md").read_text()
+    for text in ("audio-classification", "values in [-1, 1]", "on the input", "Test accuracy 90.0 %."):
+        assert text in card
+    for text in ("license", "image-classification", "pixels", "on the image"):
+        assert text not in card
+    card = write_card(tmp_path / "mine", ensemble=ensemble, licence="cc-by-4.0").read_text()
+    assert licence_of(tmp_path / "mine" / "README.md") == "cc-by-4.0"
 
 
 def test_cards_take_evaluations_of_the_same_network_only(tmp_path: Path) -> None:

@@ -105,6 +105,35 @@ def test_cw_fools_its_target_in_a_file(target: str) -> None:
             assert 0.05 < found["l2"] < 4
 
 
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (-1.0, 1.0), (0.0, 255.0)])
+def test_attacks_may_go_as_far_as_the_page_says(bounds: tuple[float, float], digit: bytes) -> None:
+    ensemble = rse.SelfEnsemble(rse.create_model("small-cnn", channels=1), bounds=bounds).eval()
+    app = create_app(ensemble, CLASSES, (1, 8, 8), Settings(attacks=True))
+    with TestClient(app) as session:
+        plain, *_ = stream(session.post("/v1/votes", json={"image": encoded(digit), "draws": 1}))
+        asked = {"image": encoded(digit), "target": "plain", "eps": plain["reach"]}
+        assert session.post("/v1/attack", json=asked).status_code == 200
+        farther = session.post("/v1/attack", json=asked | {"eps": 1.01 * plain["reach"]})
+    assert farther.status_code == 422
+    assert 5.6 < plain["reach"] <= 8  # of 64 pixels in [0, 1], each half as far at the least
+
+
+def test_samples_are_upright_and_of_any_kind(tmp_path: Path) -> None:
+    turned = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 40, 3), dtype=np.uint8))
+    turned.getexif()[0x112] = 6
+    turned.save(tmp_path / "a.jpg", exif=turned.getexif())
+    Image.new("CMYK", (2000, 1000)).save(tmp_path / "print.jpg")
+    (tmp_path / "._a.jpg").write_bytes(b"of a Mac")
+    app = create_app(rse.load("digits-rse"), CLASSES, (1, 8, 8), Settings(samples=tmp_path))
+    with TestClient(app) as session:
+        upright, printed = session.get("/v1/model").json()["page"]["samples"]
+    pictures = [Image.open(io.BytesIO(base64.b64decode(each["image"]))) for each in (upright, printed)]
+    assert [each.size for each in pictures] == [(20, 40), (768, 384)]
+    (tmp_path / "b.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"b\.png cannot be read"):
+        create_app(rse.load("digits-rse"), CLASSES, (1, 8, 8), Settings(samples=tmp_path))
+
+
 def test_what_the_page_may_not_do(digit: bytes, tmp_path: Path) -> None:
     with client(page=False) as session:
         assert session.get("/").status_code == 404

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,17 +19,23 @@ import pytest
 import torch
 from PIL import Image
 from scipy import stats
+from torch import Tensor
 
 import selfensemble as rse
+from selfensemble.artefacts.storage import read_config
 from selfensemble.ensemble.stopping import Calibrated
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient  # noqa: E402
 
+from selfensemble.cli import serving as commands  # noqa: E402, F401  (adds its command to the app)
+from selfensemble.cli.base import app as app_of_commands  # noqa: E402
 from selfensemble.serving.app import create_app  # noqa: E402
+from selfensemble.serving.batching import Batcher  # noqa: E402
 from selfensemble.serving.keyed import keyed_seed  # noqa: E402
 from selfensemble.serving.settings import Settings  # noqa: E402
+from selfensemble.serving.turns import BusyError  # noqa: E402
 
 from ..command import error  # noqa: E402
 
@@ -308,12 +315,23 @@ def test_bodies_and_images_have_a_size(digits: tuple[list[bytes], list[int]]) ->
         assert http.post("/v1/predict", json={"images": [encoded(digits[0][0])]}).status_code == 200
 
 
-def test_a_full_queue_and_a_slow_answer(digits: tuple[list[bytes], list[int]]) -> None:
+def test_a_full_queue_and_a_slow_answer(
+    digits: tuple[list[bytes], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = encoded(digits[0][0])
     with client(max_waiting=4) as http:
-        answer = http.post("/v1/predict", json={"images": [one] * 5})
-        assert (answer.status_code, answer.headers["Retry-After"]) == (429, "1")
+        answer = http.post("/v1/predict", json={"images": [one] * 5})  # for which there is never room
+        assert (answer.status_code, "at most 4" in answer.json()["error"]) == (413, True)
+        assert "Retry-After" not in answer.headers
         assert http.post("/v1/predict", json={"images": [one] * 4}).status_code == 200
+
+        def full(batcher: Batcher, images: Tensor, rule: object) -> None:
+            raise BusyError("4 images wait, at most 4 may")
+
+        monkeypatch.setattr(Batcher, "submit", full)
+        answer = http.post("/v1/predict", json={"images": [one]})
+        assert (answer.status_code, answer.headers["Retry-After"]) == (429, "1")
+        monkeypatch.undo()
     with client(timeout=0.001) as http:
         answer = http.post("/v1/predict", json={"images": [one] * 40, "draws": 1000})
         assert answer.status_code == 504
@@ -321,6 +339,35 @@ def test_a_full_queue_and_a_slow_answer(digits: tuple[list[bytes], list[int]]) -
         for extra in ({"draws": 11}, {"decide": {"max_draws": 11}}, {"certify": {"n": 51}}):
             answer = http.post("/v1/predict", json={"images": [one]} | extra)
             assert (answer.status_code, "at most" in answer.json()["error"]) == (422, True)
+
+
+def test_the_centre_of_images_is_that_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32), dtype=np.uint8))
+    silent = rse.SelfEnsemble(rse.create_model("small-cnn", channels=1), rse.NoiseConfig(0, 0)).eval()
+    framed = Image.new("L", (64, 64), 255)
+    framed.paste(inner, (16, 16))
+    answers = []
+    for image, centre in ((inner, 1.0), (framed, 0.5), (framed, 1.0)):
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        app = create_app(silent, CLASSES, (1, 8, 8), Settings(), centre=centre)
+        with TestClient(app) as http:
+            body = {"images": [encoded(buffer.getvalue())]}
+            answers.append(http.post("/v1/predict", json=body).json()["images"][0]["classes"])
+    wanted, same, other = ([each["probability"] for each in classes] for classes in answers)
+    assert same == pytest.approx(wanted, abs=1e-4)  # a pixel is rounded another way
+    assert other != pytest.approx(wanted, abs=1e-3)
+
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("selfensemble.serving.run.run", lambda *args, **about: given.update(about))
+    config = read_config("digits-rse")
+    assert config.recipe is not None
+    rse.save(
+        rse.load("digits-rse"), tmp_path / "mine", architecture=config.architecture, classes=CLASSES,
+        input_shape=(1, 8, 8), recipe=config.recipe | {"data": config.recipe["data"] | {"centre": 0.875}},
+    )  # fmt: skip
+    assert not app_of_commands(["serve", str(tmp_path / "mine"), "--device", "cpu"], standalone_mode=False)
+    assert given["centre"] == 0.875
 
 
 def test_a_request_that_took_too_long_ends(digits: tuple[list[bytes], list[int]]) -> None:

@@ -337,4 +337,5 @@ def _planned(
     with torch.device("cpu"):  # whatever the program's default is
         model = rebuilt(config, folder, trust_network=trust_network)
     in_float32_(model)
-    return model
+    saved = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
+    return model.double() if saved and set(saved) == {torch.float64} else model

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from ..ensemble.ensemble import SelfEnsemble
 
 _SOME_UNREADABLE = 2
+Licence = Annotated[
+    str | None, typer.Option(help="Licence of the weights, for the card, as hubs name it: mit, apache-2.0.")
+]
 
 
 @app.command()
@@ -51,9 +54,8 @@ def predict(
     bad, records = list[tuple[Path, str]](), list[dict[str, Any]]()
     files, others = image_files(paths, bad)
     ensemble = opened.ensemble.to(device_named(device))
-    centre = (opened.config.recipe or {}).get("data", {}).get("centre", 1.0)
     assumed: list[str] = []
-    for group, inputs in inputs_of(files, shape, centre, bad, ensemble.bounds, assumed):
+    for group, inputs in inputs_of(files, shape, opened.centre, bad, ensemble.bounds, assumed):
         if not records:
             ensemble = _as_calibrated(ensemble, inputs, stop, sets)
         asked = {"draws": draws, "seed": seed, "stop": stop}
@@ -136,6 +138,7 @@ def pack(
             help="Answer by the mean of an image and its mirror image: larger certificates, two passes.",
         ),
     ] = False,
+    licence: Licence = None,
     network: NetworkOptions = OPTIONS,
 ) -> None:
     """Copy a saved ensemble with small weights and a model card; test accuracy is measured again."""
@@ -158,6 +161,7 @@ def pack(
         dtype=known[precision],
         ensemble=ensemble,
         config=opened.config,
+        licence=licence,
     )
     terminal.out.print(f"Written to {out}: model.safetensors, config.json, README.md", soft_wrap=True)
 
@@ -199,12 +203,13 @@ def card(
         Path | None,
         typer.Option("--out", "-o", help="The file to write; README.md in the folder by default."),
     ] = None,
+    licence: Licence = None,
     network: NetworkOptions = OPTIONS,
 ) -> None:
     """Write the model card README.md of a saved ensemble from its evaluations and certifications."""
     from ..evaluation.certified import read_certified
     from ..evaluation.results import read_results
-    from ..report.packing import write_card
+    from ..report.packing import CARD, licence_of, write_card
 
     folder = saved_folder(model, "gets a card", written=out is None, instead=", or pass --out card.md")
     written = write_card(
@@ -212,6 +217,7 @@ def card(
         [read_results(folder) for folder in evaluation or ()],
         certificates=[read_certified(folder) for folder in certificate or ()],
         ensemble=open_network(model, network).ensemble,
+        licence=licence or licence_of(folder / CARD),
         out=out,
     )
     terminal.out.print(f"Written to {written}", soft_wrap=True)

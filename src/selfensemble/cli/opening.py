@@ -69,6 +69,11 @@ class Opened:
         return self.config.input_shape
 
     @property
+    def centre(self) -> float:
+        """Side of the central part of an image that it was trained to look at, as a share."""
+        return float((self.config.recipe or {}).get("data", {}).get("centre", 1.0))
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of a command that reads image files.
 

@@ -102,7 +102,10 @@ def serve(
     )  # fmt: skip
     opened = open_network(model, network)
     ensemble, classes, shape = _loaded(opened, device, precision)
-    run(ensemble, classes, shape, settings, host, port, name=opened.name, metrics=opened.config.metrics)
+    run(
+        ensemble, classes, shape, settings, host, port, name=opened.name, metrics=opened.config.metrics,
+        centre=opened.centre,
+    )  # fmt: skip
 
 
 _KEPT = 8 * 2**20  # bytes of the largest block of memory that is kept for the next request
@@ -123,7 +126,10 @@ def _loaded(
     # Rules are about a precision; without --precision it is theirs, first of all that of the stops.
     rules = [rule.precision for rule in (ensemble.stopping, ensemble.sets) if rule is not None]
     ensemble = in_precision(ensemble, example, precision or [*rules, faster_precision(target)][0])
-    classes = opened.config.classes or tuple(
-        map(str, range(ensemble.eval().predict(example).probabilities.shape[1]))
-    )
+    count = ensemble.eval().predict(example).probabilities.shape[1]
+    classes = opened.config.classes or tuple(map(str, range(count)))
+    if len(classes) != count:
+        raise InputError(
+            f"{opened.name} has {count} outputs and the names of {len(classes)} classes: save it with as many"
+        )
     return ensemble, classes, shape

@@ -56,6 +56,11 @@ def train(
         return
     train, test = trainer.batches.train, trainer.batches.test
     if train.cut is not None:  # out of the same images
+        share, seed = train.cut
+        terminal.note(
+            f"{train.name}: training and test split are cut out of one, {share:.0%} of each class "
+            f"for the test (data.test_share, data.split_seed={seed})"
+        )
         terminal.note_left_out(train)
     else:
         terminal.note_left_out(train, " (training split)")

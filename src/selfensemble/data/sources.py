@@ -38,7 +38,7 @@ def load_data(
 
     Args:
         source: "digits", a known name (`HUB_IDS`), a hub id ("owner/name"); a folder of parquet files whose
-            names (or sub-folders) begin with the split; a folder with one sub-folder a split and one folder
+            names (or sub-folders) name the split; a folder with one sub-folder a split and one folder
             of images a class in it, or with the folders of the classes alone; a folder that `save_to_disk`
             of the datasets library wrote; a csv or parquet file of paths and labels; an npz file of arrays;
             or "package.module:attribute", "file.py:attribute" of a torch `Dataset` or what returns one,

@@ -19,6 +19,8 @@ EXPERIMENTS = (
     "certified-noise", "resnext", "stl10",
 )  # fmt: skip
 SCALES = ("quick", "quarter", "half", "wide", "full")  # protocols of other names are files, as `honest-1`
+# Of hubs, by the dimensions of an input; what else there is has no name there.
+_TASKS = {1: "audio-classification", 2: "audio-classification", 3: "image-classification"}
 _NOISE = """\
 The noise must stay on at test time and be fresh: the defense is weaker against an attacker who can send many
 queries or predict the noise. """
@@ -37,7 +39,7 @@ def model_card(
     name: str,
     config: ArtefactConfig,
     results: Sequence[Results] = (),
-    licence: str | None = "apache-2.0",
+    licence: str | None = None,
     certificates: Sequence[Certified] = (),
     pixels: float | None = None,
 ) -> str:
@@ -55,7 +57,7 @@ def model_card(
     front: dict[str, Any] = {} if licence is None else {"license": licence}
     front |= {
         "library_name": "selfensemble",
-        "pipeline_tag": "image-classification",
+        "pipeline_tag": _TASKS.get(len(config.input_shape or (0, 0, 0)), "image-classification"),
         "tags": ["random-self-ensemble", "adversarial-robustness"],
     }
     parts = [
@@ -90,7 +92,10 @@ def _measured(config: ArtefactConfig, results: Sequence[Results]) -> str:
     lines = []
     for split, record in config.metrics.items():
         if isinstance(record, dict) and "accuracy" in record:
-            lines.append(f"{split.capitalize()} accuracy {_share(record)}, {record['images']} images.")
+            known = {"accuracy", "low", "high"} <= record.keys()
+            share = _share(record) if known else f"{100 * record['accuracy']:.1f} %"
+            images = f", {record['images']} images" if "images" in record else ""
+            lines.append(f"{split.capitalize()} accuracy {share}{images}.")
     for result in results:
         lines += [
             f"\n{code(_command(result))}, seed {result.protocol['seed']}, {_machine(result.provenance)}; "

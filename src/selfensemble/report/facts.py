@@ -64,7 +64,9 @@ def facts(config: ArtefactConfig, pixels: float | None = None) -> str:
     lines = [_network(config)]
     if config.input_shape is not None:
         low, high = config.bounds or (None, None)
-        scale = "" if low is None else f", pixels in [{low:g}, {high:g}]"
+        scale = (
+            "" if low is None else f", {'pixels' if _is_image(config) else 'values'} in [{low:g}, {high:g}]"
+        )
         lines.append(f"inputs {' x '.join(map(str, config.input_shape))}{scale}")
     if config.normalize is not None:
         mean, std = (", ".join(f"{value:.4g}" for value in each) for each in _mean_and_std(config))
@@ -83,6 +85,10 @@ def facts(config: ArtefactConfig, pixels: float | None = None) -> str:
         lines.append(f"random layers: {config.randomness.name}")
     lines.append(f"a prediction averages {config.draws} noise draw{'s' * (config.draws != 1)}")
     return "\n".join(f"- {line}" for line in lines if line)
+
+
+def _is_image(config: ArtefactConfig) -> bool:
+    return config.input_shape is None or len(config.input_shape) == 3
 
 
 def _network(config: ArtefactConfig) -> str:
@@ -105,7 +111,11 @@ def _noise(config: ArtefactConfig, pixels: float | None) -> list[str]:
         return []
     inner = [describe_std(level) for level in levels[1:]]
     inside = f", {', '.join(dict.fromkeys(inner))} inside" if inner else ""
-    lines = [f"noise: std {describe_std(levels[0])} {_place(config, levels[0], pixels)}{inside}"]
+    place = _place(config, levels[0], pixels)
+    place = (
+        place if _is_image(config) else place.replace("the image", "the input").replace("in pixels", "there")
+    )
+    lines = [f"noise: std {describe_std(levels[0])} {place}{inside}"]
     if len(active) == 1:
         lines.append("noise in one place alone: smoothing by one Gaussian rather than a self-ensemble")
     return lines

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
@@ -39,6 +40,7 @@ def pack(
     dtype: torch.dtype | None = torch.bfloat16,
     ensemble: SelfEnsemble | None = None,
     config: ArtefactConfig | None = None,
+    licence: str | None = None,
 ) -> None:
     """Write a copy of a saved ensemble with smaller weights, the record of its training, and its card.
 
@@ -47,10 +49,11 @@ def pack(
 
     Args:
         run: the saved ensemble; None for one that was not saved.
-        out: a new folder; its name is the network's.
+        out: a new folder, which is there when all of it is; its name is the network's.
         test: all test images.
         dtype: of the stored weights; None keeps float32.
         ensemble, config: what `run` holds, where it cannot be read without help, or there is none.
+        licence: of the weights, see `model_card`.
 
     Raises:
         FileExistsError: `out` exists.
@@ -61,8 +64,28 @@ def pack(
         if run is None:
             raise TypeError("pack needs a folder, or an ensemble and its config")
         config, ensemble = read_config(run), load(run)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent, ignore_cleanup_errors=True) as beside:
+        partial_folder = Path(beside) / out.name
+        rules, (ensemble.stopping, ensemble.sets) = (ensemble.stopping, ensemble.sets), (None, None)
+        try:  # the rules were calibrated on other weights
+            stored = _copied(run, partial_folder, test, dtype, ensemble, config)
+        finally:
+            ensemble.stopping, ensemble.sets = rules
+        write_card(partial_folder, ensemble=stored, licence=licence)
+        partial_folder.rename(out)
+
+
+def _copied(
+    run: str | Path | None,
+    out: Path,
+    test: ImageData,
+    dtype: torch.dtype | None,
+    ensemble: SelfEnsemble,
+    config: ArtefactConfig,
+) -> SelfEnsemble:
+    """Write weights and records; what was written."""
     is_known = config.architecture is not None or config.transformers is not None
-    ensemble.stopping = ensemble.sets = None  # calibrated on other weights
     recipe = None if config.recipe is None else public_recipe(config.recipe)
     write = partial(
         save, folder=out, architecture=config.architecture, classes=config.classes,
@@ -78,7 +101,7 @@ def pack(
         made = read_json(trained, "restore it, or take it away")
         kept = {key: made[key] for key in ("history", "training_seconds", "provenance") if key in made}
         write_json(out / RESULTS, {"recipe": recipe, "metrics": metrics} | kept)
-    write_card(out, ensemble=stored)
+    return stored
 
 
 def _without_noise(ensemble: SelfEnsemble) -> nn.Module:
@@ -88,12 +111,25 @@ def _without_noise(ensemble: SelfEnsemble) -> nn.Module:
     return remove_noise_(copy.deepcopy(network))
 
 
+def licence_of(card: Path) -> str | None:
+    """What the front matter of a card says of the weights."""
+    try:
+        lines = card.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None
+    if lines[:1] != ["---"] or "---" not in lines[1:]:
+        return None
+    front = lines[1 : lines.index("---", 1)]
+    said = [line.partition(":")[2].strip().strip("\"'") for line in front if line.startswith("license:")]
+    return said[0] or None if said else None
+
+
 def write_card(
     model: Path,
     results: Sequence[Results] = (),
     *,
     ensemble: SelfEnsemble | None = None,
-    licence: str | None = "apache-2.0",
+    licence: str | None = None,
     certificates: Sequence[Certified] = (),
     out: Path | None = None,
 ) -> Path:

@@ -32,6 +32,7 @@ def create_app(
     *,
     name: str = "",
     metrics: Mapping[str, Any] | None = None,
+    centre: float = 1.0,
 ) -> FastAPI:
     """An application that answers with `ensemble`.
 
@@ -41,11 +42,12 @@ def create_app(
         shape: (channels, height, width) of its images.
         settings: limits.
         name, metrics: of the network, see `ArtefactConfig`, for those who ask what answers.
+        centre: side of the central part of an image that is looked at, as a share; as in training.
     """
     # The gate holds a body in memory; a form in it is not to be written to a disk, which may be full.
     MultiPartParser.spool_max_size = max(MultiPartParser.spool_max_size, settings.max_body)
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, settings.max_pixels)
-    service = Service(ensemble, tuple(classes), shape, settings, name, metrics)
+    service = Service(ensemble, tuple(classes), shape, settings, name, metrics, centre)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

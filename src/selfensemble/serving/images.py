@@ -46,8 +46,8 @@ def cost_of(data: bytes, max_pixels: int) -> int:
     return cost
 
 
-def open_image(data: bytes, shape: tuple[int, int, int], max_pixels: int) -> Tensor:
-    """(C, H, W) uint8 of that shape.
+def open_image(data: bytes, shape: tuple[int, int, int], max_pixels: int, centre: float = 1.0) -> Tensor:
+    """(C, H, W) uint8 of that shape, of the central part whose side is that share.
 
     Raises:
         TooLargeError, ImageError: the size is looked at before a pixel is decoded.
@@ -55,7 +55,7 @@ def open_image(data: bytes, shape: tuple[int, int, int], max_pixels: int) -> Ten
     cost_of(data, max_pixels)
     with _opened(data) as image:
         check_one_page(image)
-        return prepare_image(image, shape[0], (shape[1], shape[2]))
+        return prepare_image(image, shape[0], (shape[1], shape[2]), centre)
 
 
 @contextmanager

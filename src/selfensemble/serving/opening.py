@@ -31,10 +31,11 @@ class Opener:
     Args:
         shape: (channels, height, width) of what the network takes.
         max_pixels: of an image as it is sent; of all images of a request, eight times as many.
+        centre: side of the central part of an image that is looked at, as a share.
     """
 
-    def __init__(self, shape: tuple[int, int, int], max_pixels: int) -> None:
-        self.shape, self.max_pixels = shape, max_pixels
+    def __init__(self, shape: tuple[int, int, int], max_pixels: int, centre: float = 1.0) -> None:
+        self.shape, self.max_pixels, self.centre = shape, max_pixels, centre
         self._small, self._large = (
             ThreadPoolExecutor(1, thread_name_prefix=f"selfensemble-{name}") for name in ("small", "large")
         )
@@ -81,7 +82,8 @@ class Opener:
         for place in range(first, len(files)):
             if place > first and (costs[place] > _SMALL or monotonic() - began > _TURN):
                 break
-            found.append(_placed(place, open_image, files[place], self.shape, self.max_pixels))
+            known = self.shape, self.max_pixels, self.centre
+            found.append(_placed(place, open_image, files[place], *known))
             if costs[place] > _SMALL:
                 break
         return found

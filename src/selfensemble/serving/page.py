@@ -20,6 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from .. import attacks
+from ..data import decoding
+from ..data.folders import is_hidden
 from ..data.images import in_bounds
 from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.stopping import Fixed
@@ -49,6 +51,7 @@ _HEADERS = {
 _SHOWN = 5  # classes
 _DRAWS = 20  # that vote where the request does not say
 _SAMPLES = 12
+_SAMPLE_SIDE, _SAMPLE_PIXELS = 768, 2**20  # of larger ones, which every visitor of the page gets
 # Shares of a minimum-norm attack's change that are tried for one that survives rounding to 8 bits.
 _FARTHER = (1.0, 1.02, 1.05, 1.1, 1.2, 1.5)
 
@@ -87,15 +90,12 @@ def samples(folder: Path | None, shape: tuple[int, int, int]) -> list[dict[str, 
     """Names and PNG files in base64 of images to try: of a folder, or digits where those are read."""
     if folder is not None:
         kinds = (".png", ".jpg", ".jpeg")
-        chosen = sorted(each for each in folder.iterdir() if each.suffix.lower() in kinds)
+        chosen = sorted(
+            each for each in folder.iterdir() if each.suffix.lower() in kinds and not is_hidden(each.name)
+        )
         if not chosen:
             raise ValueError(f"{folder} holds no PNG or JPEG file to show as a sample")
-        found = []
-        for each in chosen[:_SAMPLES]:
-            with Image.open(each) as image:
-                about = f"sample from the file {each.name}"
-                found.append({"name": each.stem, "caption": about, "image": _png(image)})
-        return found
+        return [_sample(each, shape[0]) for each in chosen[:_SAMPLES]]
     if shape == (1, 8, 8):
         from ..data.sources import load_data
 
@@ -109,6 +109,22 @@ def samples(folder: Path | None, shape: tuple[int, int, int]) -> list[dict[str, 
             for place in range(_SAMPLES)
         ]
     return []
+
+
+def _sample(file: Path, channels: int) -> dict[str, str]:
+    """An image to try, upright and of moderate size.
+
+    Raises:
+        ValueError: it cannot be read; the message names it.
+    """
+    try:
+        with Image.open(file) as opened:
+            image = decoding.plain(opened, channels)
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise ValueError(f"the sample {file} cannot be read ({decoding.reason(error)}): remove it") from error
+    if image.width * image.height > _SAMPLE_PIXELS:
+        image.thumbnail((_SAMPLE_SIDE, _SAMPLE_SIDE))
+    return {"name": file.stem, "caption": f"sample from the file {file.name}", "image": _png(image)}
 
 
 class _Page:
@@ -129,7 +145,7 @@ class _Page:
     async def _votes(self, inputs: Tensor, seed: int | None, draws: int) -> AsyncIterator[schemas.Vote]:
         service, ends = self.service, monotonic() + self.service.settings.timeout
         plain = await service.run(lambda: self._without_noise(inputs))
-        yield schemas.Vote(plain=self._answer(plain), reach=_reach(inputs))
+        yield schemas.Vote(plain=self._answer(plain), reach=_reach(self.pixels(inputs)))
         total = votes = torch.zeros(len(service.classes), dtype=torch.float32, device="cpu")
         for number in range(1, draws + 1):
             if monotonic() > ends:

@@ -23,13 +23,14 @@ def run(
     *,
     name: str = "",
     metrics: Mapping[str, Any] | None = None,
+    centre: float = 1.0,
 ) -> None:
     """Serve until SIGINT or SIGTERM; requests that were taken are answered first.
 
     Raises:
         OSError: the address cannot be listened at.
     """
-    app = create_app(ensemble, classes, shape, settings, name=name, metrics=metrics)
+    app = create_app(ensemble, classes, shape, settings, name=name, metrics=metrics, centre=centre)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -42,13 +42,14 @@ class Service:
         settings: Settings,
         name: str = "",
         metrics: Mapping[str, Any] | None = None,
+        centre: float = 1.0,
     ) -> None:
-        self.name, self.metrics = name, dict(metrics or {})
+        self.name, self.metrics, self.centre = name, dict(metrics or {}), centre
         self.ensemble, self.classes, self.shape, self.settings = ensemble, classes, shape, settings
         rule_for(settings.stop, settings.draws or ensemble.draws, False, ensemble)  # says what is wrong
         self.batcher: Batcher | None = None
         self._certifier = Certifier(ensemble, self._name)
-        self.opener = Opener(shape, settings.max_pixels)
+        self.opener = Opener(shape, settings.max_pixels, centre)
         self.samples: list[dict[str, str]] = []  # that the page offers
         self.registry = CollectorRegistry()
         self.requests = Counter(
@@ -68,7 +69,7 @@ class Service:
 
     def start(self) -> None:
         """Begin to take requests."""
-        self.opener = Opener(self.shape, self.settings.max_pixels)
+        self.opener = Opener(self.shape, self.settings.max_pixels, self.centre)
         self.batcher = Batcher(self.ensemble, self._example, self.settings.max_waiting)
 
     def stop(self) -> None:
@@ -131,10 +132,9 @@ class Service:
 
     def check_count(self, images: int) -> None:
         """Raise unless a request may have as many images."""
-        if images > self.settings.max_images:
-            raise HTTPException(
-                413, f"{images} images, at most {self.settings.max_images} a request are taken"
-            )
+        most = min(self.settings.max_images, self.settings.max_waiting)  # more would never find room
+        if images > most:
+            raise HTTPException(413, f"{images} images, at most {most} a request are taken")
 
     async def answer(self, files: list[bytes] | list[str], options: schemas.Options) -> schemas.Response:
         """Open files (or their base64), compute, and name the classes."""
