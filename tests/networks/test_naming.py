@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import selfensemble as rse
+from selfensemble.artefacts.opening import with_mean_and_std
 from selfensemble.networks.expected import expected_images
 from selfensemble.networks.importing import is_importable
 from selfensemble.networks.names import is_network_name
@@ -383,3 +384,12 @@ def test_images_that_do_not_fit_mean_and_std() -> None:
         network(torch.rand(2, 1, 4, 4))
     with pytest.raises(TypeError, match="uint8"):
         network(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (-1.0, 1.0), (0.0, 255.0)])
+def test_mean_and_std_are_of_pixels_whatever_the_bounds(bounds: tuple[float, float]) -> None:
+    low, high = bounds
+    network, pixels = nn.Flatten(), torch.rand(3, 2, 4, 4)
+    found = with_mean_and_std(network, "mine:net", (0.5, 0.4), (0.25, 0.2), bounds)
+    mean, std = torch.tensor([0.5, 0.4]).view(2, 1, 1), torch.tensor([0.25, 0.2]).view(2, 1, 1)
+    torch.testing.assert_close(found(low + (high - low) * pixels), ((pixels - mean) / std).flatten(1))

@@ -73,7 +73,7 @@ def ensemble_of(
     is_wanted = noise is None or noise.init_std > 0 or noise.inner_std > 0
     if is_wanted and not any(chosen(module, fqn) for fqn, module in network.named_modules()):
         _refuse_nothing(network, name, filter_name)
-    network = with_mean_and_std(network, name, mean, std)
+    network = with_mean_and_std(network, name, mean, std, bounds)
     if example_inputs is not None:
         check_runs(network, example_inputs)
     if isinstance(network, IN_FRONT):
@@ -87,14 +87,28 @@ def ensemble_of(
 
 
 def with_mean_and_std(
-    network: nn.Module, name: str, mean: Channels | None, std: Channels | None
+    network: nn.Module,
+    name: str,
+    mean: Channels | None,
+    std: Channels | None,
+    bounds: tuple[float, float] | None = None,
 ) -> nn.Module:
-    """A `Normalized` of it where both are given, or it is known to want them."""
+    """A `Normalized` of it where both are given, or it is known to want them.
+
+    Both are of pixels in [0, 1], and become those of inputs in the bounds.
+    """
     if mean is None and std is None:
         mean, std = expected_images(network, name).mean_and_std or (None, None)
     if (mean is None) != (std is None):
         raise ValueError(f"{'std' if std is None else 'mean'} is missing: mean and std go together")
-    return network if mean is None or std is None else Normalized(network, mean, std)
+    if mean is None or std is None:
+        return network
+    found = Normalized(network, mean, std)
+    if bounds is not None:
+        low, high = bounds
+        found.mean.mul_(high - low).add_(low)
+        found.std.mul_(high - low)
+    return found
 
 
 def _as_it_is(ensemble: SelfEnsemble, name: str, draws: int | None, is_asked_nothing: bool) -> SelfEnsemble:

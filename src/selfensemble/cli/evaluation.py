@@ -61,7 +61,7 @@ def evaluate(
     network: NetworkOptions = OPTIONS,
 ) -> None:
     """Attack a model by a protocol, judge it on fresh noise; run again, it continues where it stopped."""
-    from ..evaluation.eight_bits import write_images
+    from ..evaluation.eight_bits import check_png, write_images
     from ..evaluation.runner import Evaluation
     from ..noise.injection import make_static_
 
@@ -77,6 +77,8 @@ def evaluate(
         make_static_(ensemble.model)
         name += "-static"
     folder = out or Path("runs") / f"{name}-{plan.name}"
+    if save_images:
+        check_png(opened.test)
     with resumable(folder), terminal.progress() as update:
         update("preparing", 0.0)
         evaluation = Evaluation(
@@ -158,7 +160,7 @@ def doctor(
             steps=steps,
             eot=eot,
             images=n,
-            expect_random=opened.config.is_random,
+            expect_random=opened.config.is_random or None,  # a network may have randomness of its own
             max_batch=max_batch or batch_size(200, test.shape),
             seed=seed,
             progress=update,

@@ -145,7 +145,7 @@ def open_bare(
     _, example = _examples(network, model, options, data, data.data is not None)
     mean, std = channels_of(options.mean, "--mean"), channels_of(options.std, "--std")
     network, chosen = (
-        with_mean_and_std(network, model, mean, std),
+        with_mean_and_std(network, model, mean, std, bounds_of(options)),
         filter_named(options.filter_name or "conv"),
     )
     if isinstance(network, IN_FRONT):

@@ -34,7 +34,7 @@ from ..runtime.processes import wait_for_all
 from ..runtime.provenance import accuracy_record, provenance
 from ..runtime.schema import Count, Positive, Section, Seed
 from ..runtime.texts import read_json
-from .identity import claim, data_record, duration, model_record
+from .identity import behaviour, claim, data_record, duration, model_record
 from .results import DataRecord, ModelRecord, Record
 
 RUN, CERTIFIED, CERTIFICATES, SHARDS = "run.json", "certified.json", "certificates.csv", "shards"
@@ -177,7 +177,7 @@ class Certification:
         self.model = model_record(self.ensemble, self.name, self.architecture)
         self.data_record = data_record(self.inputs, self.labels)
         identity = {
-            "model": {"digest": self.model.digest},
+            "model": {"digest": self.model.digest} | behaviour(self.ensemble),
             "data": {"digest": self.data_record.digest},
             "settings": self.settings.model_dump(mode="json"),
             "precision": self.precision,

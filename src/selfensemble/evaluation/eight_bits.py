@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..attacks.norms import per_image, size
-from ..data.images import in_bounds
+from ..data.images import ImageData, in_bounds
 from ..runtime.files import atomic_write
 from ..runtime.packages import needs
 from .balls import UNIT, Bounds, in_units
@@ -58,19 +58,19 @@ def in_8_bits(
     return best
 
 
-def write_images(shards: Shards, folder: Path, bounds: Bounds = UNIT) -> None:
-    """PNG files of all attacked images: `ENTRY/IMAGE.png`, numbered as in the table of a run.
+def check_png(data: ImageData) -> None:
+    """Raise a ValueError unless PNG holds such images as they are."""
+    if len(data.shape) != 3 or data.shape[0] not in _CHANNELS:
+        raise ValueError(f"PNG holds images (C, H, W) of 1, 3 or 4 channels, not {data.shape}")
+    if data.images.dtype != torch.uint8:
+        raise ValueError(f"PNG holds 256 levels, and {data.name} has floating-point numbers")
 
-    Raises:
-        ValueError: images that PNG does not hold.
-    """
+
+def write_images(shards: Shards, folder: Path, bounds: Bounds = UNIT) -> None:
+    """PNG files of all attacked images: `ENTRY/IMAGE.png`, numbered as in the table of a run."""
     with needs("selfensemble[report]"):
         from PIL import Image
 
-    channels = shards.inputs.shape[1]
-    if len(shards.inputs.shape) != 4 or channels not in _CHANNELS:
-        shape = tuple(shards.inputs.shape[1:])
-        raise ValueError(f"PNG holds images (C, H, W) of 1, 3 or 4 channels, not {shape}")
     for plan in shards.plans:
         for start in shards.starts if plan.key != CLEAN else ():
             for row, image in enumerate(in_units(shards.read(start, plan.key).adversarial, bounds)):

@@ -1,20 +1,26 @@
 """What a run is of, and the folder that is its own."""
 
 import hashlib
+import inspect
 import json
+import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..artefacts.config import Architecture
 from ..data.images import Inputs
 from ..ensemble.ensemble import SelfEnsemble
 from ..fast.ensemble import original_of, precision_of
 from ..networks.flipping import FlipAveraged
+from ..networks.naming import name_of
 from ..noise.injection import noise_layers, random_layers
 from ..runtime.files import write_json
 from ..runtime.texts import read_json
+from .balls import UNIT
 from .results import DataRecord, ModelRecord
 
 
@@ -89,6 +95,47 @@ def model_record(ensemble: SelfEnsemble, name: str, architecture: dict[str, Any]
         randomness=randomness,
         architecture=architecture,
     )
+
+
+def behaviour(ensemble: SelfEnsemble) -> dict[str, Any]:
+    """What answers depend on beside weights and noise, where it is not as usual.
+
+    Of a network that `create_model` did not make: what made it, its settings, and the code of its classes.
+    """
+    original = original_of(ensemble)
+    assert isinstance(original, SelfEnsemble)
+    found: dict[str, Any] = {}
+    if original.bounds != UNIT:
+        found["bounds"] = None if original.bounds is None else list(original.bounds)
+    if original.sampling != "shared":
+        found["sampling"] = original.sampling
+    if Architecture.of(original.model) is None:
+        lines = [line for fqn, module in original.model.named_modules() for line in _about(fqn, module)]
+        found["network"] = f"sha256:{hashlib.sha256(chr(10).join(lines).encode()).hexdigest()}"
+    return found
+
+
+def _about(fqn: str, module: nn.Module) -> list[str]:
+    """What a module is, in texts that are the same in another process."""
+    kind = type(module)
+    try:
+        shown = re.sub(r" at 0x[0-9a-f]+", "", module.extra_repr())
+    except Exception:  # code of a user
+        shown = ""
+    lines = [f"{fqn} {kind.__qualname__} {shown}", json.dumps(name_of(module), default=repr)]
+    if kind.__module__.partition(".")[0] in ("torch", "selfensemble"):
+        return lines
+    plain = {key: value for key, value in vars(module).items() if key[0] != "_" and key != "training"}
+    lines += [f"{key}={value!r}" for key, value in sorted(plain.items()) if _is_plain(value)]
+    with suppress(OSError, TypeError):  # of what was typed in, or made at run time
+        lines.append(inspect.getsource(kind))
+    return lines
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _digest(tensors: list[Tensor], text: str = "") -> str:

@@ -38,7 +38,7 @@ from . import collect
 from .balls import within
 from .eight_bits import in_8_bits
 from .estimate import FORWARD, Clock, gradients, seconds_per_gradient
-from .identity import claim, data_record, model_record
+from .identity import behaviour, claim, data_record, model_record
 from .judge import judge
 from .masked import possible
 from .protocol import MINIMUM_NORM, Protocol, Run, expand
@@ -96,6 +96,8 @@ class Evaluation:
         self.attacked = self.ensemble
         if self.protocol.precision != "float32":
             self.attacked = optimize(self.ensemble, self.inputs[:2], self.protocol.precision)
+        if self.data.images.dtype != torch.uint8:  # of no file of 256 levels
+            self.protocol = self.protocol.model_copy(update={"bits": None})
         self.runs = expand(self.protocol)
         self._try_settings()
         planned = possible(self.protocol, self.runs, self._models(), self.inputs[:4], self.labels[:4])
@@ -127,7 +129,8 @@ class Evaluation:
         """What tells the answers of one model from those of another."""
         identity: dict[str, Any] = {"digest": self.model.digest, "draws": self.model.draws}
         # Only where it says something: folders of earlier runs go on being those of their models.
-        return identity | ({} if self.model.precision == "float32" else {"precision": self.model.precision})
+        identity |= {} if self.model.precision == "float32" else {"precision": self.model.precision}
+        return identity | behaviour(self.ensemble)
 
     def _try_settings(self) -> None:
         """Every attack on no images: settings that it would refuse are found before any work is done."""
@@ -226,7 +229,7 @@ class Evaluation:
     def _attack(self, run: Run, start: int, x: Tensor, y: Tensor, seed: int) -> Tensor:
         """The images of one attack; where they go in turn, those that need no more as they were found."""
         found, rows = x, torch.arange(len(x), device="cpu")
-        if self.protocol.in_turn and not run.everywhere:
+        if self.protocol.in_turn and not run.everywhere and run.attack not in MINIMUM_NORM:
             keys = earlier(self.plans, self.runs, run, x[0].numel())
             members = [self.shards.read(start, key) for key in keys]
             left = left_over(members, y, self.protocol.judge.seeds)

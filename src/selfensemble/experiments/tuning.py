@@ -230,7 +230,8 @@ def training(
 
     def fine_tune(candidate: SelfEnsemble) -> SelfEnsemble:
         stds = [float(np.max(layer.std)) for layer in noise_layers(candidate.model).values()]
-        place = f"{stds[0]:g}-{stds[-1]:g}"
+        digest = model_record(candidate, "", None).digest.rpartition(":")[2][:8]  # of its first weights
+        place = f"{stds[0]:g}-{stds[-1]:g}-{digest}"
         levels: dict[str, Any] = {"init_std": stds[0], "inner_std": stds[-1], "learn": None}
         levels["sampling"] = candidate.sampling
         own = base.replaced("noise", **levels).replaced("train", epochs=epochs)
@@ -240,7 +241,6 @@ def training(
         else:
             network = _without_noise(candidate, base)
             own = own.replaced("model", weights=None)
-            place += f"-{model_record(candidate, '', None).digest.rpartition(':')[2][:8]}"  # of its weights
         Trainer(own, folder / place, data=data, model=network, resume=True).run()
         return load(folder / place, copy.deepcopy(network))
 

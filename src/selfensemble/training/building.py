@@ -15,8 +15,9 @@ from ..ensemble.ensemble import SelfEnsemble
 from ..networks.models import create_model
 from ..networks.naming import network_from
 from ..networks.normalized import Normalized
-from ..noise.filters import filter_named
-from ..noise.injection import FilterFn, eval_mode, execution_order, is_convolution
+from ..networks.weights import load_weights_
+from ..noise.filters import filter_named, matching
+from ..noise.injection import FilterFn, eval_mode, execution_order
 from ..noise.learned import learn_noise_
 from ..noise.randomness import randomise_
 from ..noise.resize_pad import ResizePadNetwork, pad_to
@@ -74,15 +75,17 @@ def fresh_network(recipe: Recipe, data: ImageData, given: nn.Module | None = Non
         ValueError, TypeError, FileNotFoundError: it cannot be made; the message says what to do.
     """
     config = recipe.model
+    weights = config.weights if config.weights is not None and _is_file(config.weights) else None
     if given is not None:
         model = copy.deepcopy(given)
     elif config.network is not None:
-        weights = config.weights if config.weights is not None and _is_file(config.weights) else None
         model = network_from(config.network, config.arguments, weights)
         if config.normalize is None:  # of weights of a library, what they were trained with
-            model = with_mean_and_std(model, config.network, None, None)
+            model = with_mean_and_std(model, config.network, None, None, recipe.data.bounds)
     else:
         model = create_model(**architecture(recipe, data).model_dump())
+    if weights is not None and (given is not None or config.network is None):
+        load_weights_(model, Path(weights).expanduser())
     if config.normalize is not None and not isinstance(model, Normalized):
         each = [
             value if isinstance(value, tuple) else (value,) * data.shape[0]  # of every channel its own
@@ -114,17 +117,25 @@ def _check_answers(ensemble: SelfEnsemble, example: Tensor, data: ImageData) -> 
 
 def _places(recipe: Recipe, model: nn.Module, example: Tensor) -> FilterFn:
     """Before what noise goes. Where mean and std come first, the first noise is before them."""
-    if recipe.noise.first == "features":
-        return _behind_first(model, example)
     chosen = filter_named(recipe.noise.filter)
+    if recipe.noise.first == "features":
+        return _behind_first(model, chosen, example)
     return in_pixels(model, chosen, example) if isinstance(model, IN_FRONT) else chosen
 
 
-def _behind_first(model: nn.Module, example: Tensor) -> FilterFn:
-    """All convolutions but the first that a pass calls, which sees the image."""
-    names = [fqn for fqn, module in model.named_modules() if is_convolution(module)]
-    first = execution_order(model, names, example)[0]
-    return lambda module, fqn: is_convolution(module) and fqn != first
+def _behind_first(model: nn.Module, chosen: FilterFn, example: Tensor) -> FilterFn:
+    """All chosen layers but the first that a pass calls, which sees the image.
+
+    Raises:
+        ValueError: there is none behind it.
+    """
+    names = execution_order(model, matching(model, chosen), example)
+    if len(names) < 2:
+        raise ValueError(
+            f"noise.first: features puts no noise before the first layer of noise.filter, and there are "
+            f"{len(names)} in the network: set noise.first: image, or another noise.filter"
+        )
+    return lambda module, fqn: chosen(module, fqn) and fqn != names[0]
 
 
 def architecture(recipe: Recipe, data: ImageData) -> Architecture:

@@ -83,6 +83,6 @@ def _warmed_up(config: TrainSection, steps: int) -> Callable[[int], float]:
         done = step - rise
         if config.schedule == "stages":
             return float(0.1 ** sum(done >= end for end in ends))
-        return 0.5 * (1 + math.cos(math.pi * done / (steps - rise)))
+        return 0.5 * (1 + math.cos(math.pi * done / max(1, steps - rise)))
 
     return factor

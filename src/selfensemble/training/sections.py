@@ -100,9 +100,9 @@ class ModelSection(Section):
     of the same architecture. Noise levels are the recipe's, not those it was trained with.
 
     `network`: another one instead, "package.module:attribute", "file.py:attribute" or of a library, see
-    `networks.naming.network_from`, which imports it, with `arguments`. `weights` may then be a file of
-    weights, too. `normalize`: mean and std of the pixels that it wants taken off and divided by; by default
-    those of pretrained weights of a library, else none.
+    `networks.naming.network_from`, which imports it, with `arguments`. `weights` may be a file of
+    weights, too. `normalize`: mean and std of the inputs, in the units of `data.bounds`, that it wants taken
+    off and divided by; by default those of pretrained weights of a library, else none.
     """
 
     name: str = "small-cnn"

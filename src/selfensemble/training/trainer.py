@@ -39,6 +39,7 @@ from .records import Clock, curves, data_record, fingerprint
 from .step import TrainingStep
 
 Progress = Callable[[int, int, str], None]
+_RUN = "run.json"  # of an evaluation, or of certificates
 
 
 class Trainer:
@@ -77,7 +78,8 @@ class Trainer:
         given = given_data(train_data, test_data, data)
         if data is not None:
             # Recorded, so that resuming and evaluating read the same images without being told.
-            source = str(Path(data).expanduser().resolve()) if Path(data).expanduser().exists() else data
+            folder = None if data == "digits" else Path(data).expanduser()
+            source = str(folder.resolve()) if folder is not None and folder.exists() else data
             recipe = recipe.replaced("data", source=source)
         elif given is not None:
             recipe = recipe.replaced("data", source=given[0].name)
@@ -108,8 +110,13 @@ class Trainer:
     def _check_folder(self, resume: bool, overwrite: bool) -> bool:
         """Whether an earlier run in the folder is to be replaced; an error unless the user said so."""
         existing = {name for name in (CHECKPOINT, storage.CONFIG) if (self.out / name).exists()}
+        measured = (self.out / _RUN).exists()
         # Every rank must have looked before one of them writes.
         self.accelerator.wait_for_everyone()
+        if measured:
+            raise FileExistsError(
+                f"{self.out} holds an evaluation or certificates: pass another --out to train into"
+            )
         if existing and not (resume or overwrite):
             raise FileExistsError(
                 f"{self.out} holds a run already: pass --resume to continue it, --overwrite to start "

@@ -43,7 +43,8 @@ def _share(values: Tensor) -> str:
 def grows_with_eps(subject: Subject) -> CheckRecord:
     """Accuracy falls as eps grows, and to nothing at a large eps."""
     large = _large_eps(subject)
-    radii = [subject.eps / 2, subject.eps, 2 * subject.eps, large]
+    most = subject.width * largest_eps(subject.norm, subject.all_inputs[:1].numel())
+    radii = sorted({min(eps, most) for eps in (subject.eps / 2, subject.eps, 2 * subject.eps, large)})
     found = [subject.base_line if eps == subject.eps else subject.white_box(eps=eps) for eps in radii]
     figure = ", ".join(f"{_share(value)} at {eps:.3g}" for eps, value in zip(radii, found, strict=True))
     for before, after in itertools.pairwise(found):
@@ -53,8 +54,8 @@ def grows_with_eps(subject: Subject) -> CheckRecord:
     if float(found[-1].mean()) > max(MARGIN, 2 / len(found[-1])):
         return failed(
             figure,
-            f"at eps = {large:.3g} almost any image is within reach, so accuracy must be near 0: the attack "
-            "does not see the model's real gradients",
+            f"at eps = {radii[-1]:.3g} almost any image is within reach, so accuracy must be near 0: the "
+            "attack does not see the model's real gradients",
         )
     return passed(figure)
 

@@ -20,7 +20,7 @@ from ...attacks import norms
 from ...attacks.norms import Norm, ascent, project
 from ...ensemble.ensemble import SelfEnsemble
 from ...noise.injection import eval_mode
-from ...runtime.schema import Count, NonNegative, Positive
+from ...runtime.schema import Count, Positive
 from .base import Defense, Networks, logits_in_train_mode, targets
 
 
@@ -154,7 +154,7 @@ class Adversarial(Attacking):
     """
 
     name: Literal["adversarial"] = "adversarial"
-    label_smoothing: NonNegative = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @property
     def shows_images_once(self) -> bool:

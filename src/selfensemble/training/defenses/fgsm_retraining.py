@@ -4,9 +4,10 @@ Source: Liu et al., ECCV 2018, section 4.1, after Kurakin et al., Adversarial Ma
 ICLR 2017.
 """
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
 from torch.nn import functional
 
@@ -27,6 +28,13 @@ class FgsmRetraining(Defense):
     name: Literal["fgsm-retraining"] = "fgsm-retraining"
     smallest_eps: Positive = 0.1
     largest_eps: Positive = 0.3
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Self:
+        if self.smallest_eps > self.largest_eps:
+            both = f"{self.smallest_eps:g} and {self.largest_eps:g}"
+            raise ValueError(f"smallest_eps must be at most largest_eps, got {both}")
+        return self
 
     @property
     def shows_images_once(self) -> bool:

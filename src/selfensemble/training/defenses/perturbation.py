@@ -25,7 +25,8 @@ class PerturbationTraining(Attacking):
 
     Attributes:
         gamma: weight of the reward.
-        period: steps that make one term of the harmonic number; an epoch of CIFAR-10 has 391.
+        period: passes (steps times `train.accumulate`) that make one term of the harmonic number; an epoch of
+            CIFAR-10 has 391 steps.
     """
 
     trains: ClassVar[str | None] = "learned-perturbation"

@@ -1,0 +1,119 @@
+"""What a folder of results is of: the same weights can answer in more than one way."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import selfensemble as rse
+from selfensemble.evaluation.identity import behaviour
+from selfensemble.evaluation.protocol import Protocol
+from selfensemble.evaluation.runner import Evaluation
+
+ATTACKS = [{"attack": "fgsm", "eps": 0.1, "eot": 1}]
+CODE = """
+from torch import nn
+class Rounded(nn.Module):
+    def __init__(self, levels=7):
+        super().__init__()
+        self.levels = levels
+        self.layer = nn.Linear(64, 10)
+    def forward(self, x):
+        return self.layer((x * self.levels).round().flatten(1))
+def deep(dropout=0.0):
+    return nn.Sequential(nn.Flatten(), nn.Dropout(dropout), nn.Linear(64, 10))
+"""
+
+
+class Unlike(nn.Module):
+    """A network with settings that are in no weights."""
+
+    def __init__(self, levels: int = 7) -> None:
+        super().__init__()
+        self.levels = levels
+        self.conv = nn.Conv2d(1, 10, 8)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        found: Tensor = self.conv((inputs * self.levels).round() / self.levels)
+        return found.flatten(1)
+
+
+def protocol(**changes: Any) -> Protocol:
+    values = {"name": "one", "images": 6, "shard": 6, "attacks": ATTACKS, "judge": {"seeds": 1, "queries": 1}}
+    return Protocol.model_validate(values | changes)
+
+
+def evaluate(ensemble: rse.SelfEnsemble, out: Path) -> None:
+    Evaluation(ensemble, rse.load_data("digits", "test"), protocol(), out).run()
+
+
+def test_a_folder_is_of_one_behaviour(tmp_path: Path) -> None:
+    first = Unlike()
+
+    def ensemble(levels: int = 7, **changes: Any) -> rse.SelfEnsemble:
+        network = Unlike(levels)
+        network.load_state_dict(first.state_dict())
+        return rse.SelfEnsemble(network, rse.NoiseConfig(0, 0), **changes).eval()
+
+    evaluate(ensemble(), tmp_path / "run")
+    evaluate(ensemble(), tmp_path / "run")
+    for other in (ensemble(levels=1), ensemble(bounds=(-1.0, 2.0)), ensemble(sampling="per_image")):
+        with pytest.raises(ValueError, match=r"differs in model\."):
+            evaluate(other, tmp_path / "run")
+
+
+def test_names_arguments_and_code_are_part_of_a_network(tmp_path: Path) -> None:
+    file = tmp_path / "nets.py"
+
+    def found(attribute: str = "Rounded", **arguments: Any) -> Any:
+        network = rse.network_from(f"{file}:{attribute}", arguments)
+        return behaviour(rse.SelfEnsemble(network, filter_fn="linear"))["network"]
+
+    file.write_text(CODE)
+    assert found(levels=7) == found(levels=7) != found(levels=1)
+    assert found("deep") != found("deep", dropout=0.5)
+    before = found(levels=7)
+    file.write_text(CODE.replace(".round()", ""))
+    assert found(levels=7) != before
+
+
+def test_networks_of_the_package_are_known_as_before() -> None:
+    assert behaviour(rse.load("digits-rse")) == {}
+
+
+def test_floating_point_data_are_not_judged_as_files_of_256_levels(tmp_path: Path) -> None:
+    """Whose levels may all lie outside of the ball, so that the originals were judged."""
+    torch.manual_seed(0)
+    inputs = torch.rand(60, 16, generator=torch.Generator().manual_seed(1)) * 8 - 4
+    network = nn.Linear(16, 2)
+    labels = network(inputs).argmax(dim=1)
+    data = rse.ImageData("waves", inputs, labels, ("0", "1"), bounds=(-4.0, 4.0))
+    ensemble = rse.SelfEnsemble(network, rse.NoiseConfig(0, 0), filter_fn="linear", bounds=(-4.0, 4.0)).eval()
+    accuracies = []
+    for bits in (8, None):
+        attacks = [{"attack": "pgd", "norm": "linf", "eps": [0.01], "steps": 5}]
+        found = Evaluation(
+            ensemble, data, protocol(images=60, bits=bits, attacks=attacks), tmp_path / str(bits)
+        ).run()
+        accuracies.append([entry.accuracy for entry in found.attacks])
+        assert found.protocol.get("bits") is None
+    assert accuracies[0] == accuracies[1]
+
+
+def test_attacks_for_the_nearest_image_begin_anew(tmp_path: Path) -> None:
+    """Their distances are not those of an attack before them, whose images are as far as its ball goes."""
+    distances = []
+    for in_turn in (True, False):
+        attacks = [
+            {"attack": "pgd", "norm": "l2", "eps": [3.0], "steps": 5},
+            {"attack": "ddn", "steps": 20},
+        ]
+        run = Evaluation(
+            rse.load("digits-rse"), rse.load_data("digits", "test"),
+            protocol(in_turn=in_turn, attacks=attacks), tmp_path / str(in_turn),
+        ).run()  # fmt: skip
+        (nearest,) = (entry for entry in run.attacks if "ddn" in entry.key)
+        distances.append(nearest.rms_l2)
+    assert distances[0] == pytest.approx(distances[1], rel=0.2)
