@@ -420,3 +420,15 @@ def test_a_network_keeps_hooks_keys_and_aliases(images: Tensor) -> None:
     assert len(set(numbers)) == len(numbers)
     with torch.no_grad():
         assert not torch.equal(network.eval()(images), network(images))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_networks_in_other_precisions_draw_too(kind: str, dtype: torch.dtype) -> None:
+    network, images = rse.create_model("small-cnn", channels=1, width=0.25), torch.rand(4, 1, 8, 8)
+    randomise_(network, read_randomness({"name": kind}), images)
+    ensemble = rse.SelfEnsemble(network, draws=2).eval().to(dtype)
+    answers = ensemble.predict_proba(images.to(dtype))
+    assert answers.isfinite().all()
+    with rse.noise_disabled(ensemble):
+        assert ensemble.predict_proba(images.to(dtype)).isfinite().all()

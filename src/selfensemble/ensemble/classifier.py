@@ -1,11 +1,12 @@
 """A classifier whose passes may differ, one noise draw at a time."""
 
 from typing import Any, Literal, NamedTuple, Self
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from ..noise.calls import keep_hooks_apart, modules_of, restore_copy_, state_of_copy, switch_mode
+from ..noise.calls import keep_hooks_apart, modules_of, restore_copy_, set_modes, state_of_copy, switch_mode
 from ..noise.graphs import is_recording
 from ..noise.injection import noise_disabled, random_layers
 from ..noise.streams import Sampling, check_sampling, noise_draw
@@ -15,6 +16,7 @@ from .order import order_watched
 from .randomness import PASSES, answers_differ, draws_for_python, draws_numbers
 
 Precision = Literal["float32", "bf16"]
+_SPARING = WeakSet[nn.Module]()  # networks of which a pass in eval mode left its inputs as they were
 _PLAIN = frozenset({type(None), bool, int, float, str, type})
 
 
@@ -98,9 +100,15 @@ class RandomClassifier(nn.Module):
             OutputError: the model returns something else, see `logits_of`.
         """
         # Compilers see neither the attribute nor the pass that changes it.
-        if not torch.compiler.is_compiling() and self.watches_order and not is_recording():
+        if torch.compiler.is_compiling() or is_recording() or torch._C._get_tracing_state() is not None:
+            return logits_of(self.model(inputs), inputs.shape[0])
+        if self.training or self.model in _SPARING:
             return self._watched_logits(inputs)
-        return logits_of(self.model(inputs), inputs.shape[0])
+        own = inputs.clone()  # for the network may write into it
+        logits = self._watched_logits(own)
+        if not own.is_inference() and own._version == 0:
+            _SPARING.add(self.model)
+        return logits
 
     def _watched_logits(self, inputs: Tensor) -> Tensor:
         if vars(self).pop("watches_order", False):  # by one thread
@@ -116,7 +124,13 @@ class RandomClassifier(nn.Module):
         """What `nn.Module.train` does; beside calls that want eval mode, as soon as none does any more."""
         self._others, self._quiet, self.folds = {}, {}, {}
         switch_mode(self, mode)
+        self._lead_layers(mode)
         return self
+
+    def _lead_layers(self, mode: bool) -> None:
+        """Random layers draw as the ensemble is, whatever the mode of the part that they are in."""
+        if other := [layer for layer in random_layers(self.model) if layer.training != mode]:
+            set_modes((layer, mode) for layer in other)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_copied": state_of_copy(self)}

@@ -104,6 +104,8 @@ class SelfEnsemble(Promising):
 
     def forward(self, inputs: Tensor) -> Tensor:
         if self.training and (is_recording() or not in_eval_mode_now(self)):
+            if not (torch.compiler.is_compiling() or is_recording()):
+                self._lead_layers(True)  # parts may have been put into eval mode since
             return self.draw_logits(inputs)
         draws = self.draws if self.is_random or self._asks(inputs) else 1
         each = [self.draw_logits(inputs).float().log_softmax(dim=-1) for _ in range(draws)]

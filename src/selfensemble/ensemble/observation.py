@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..networks.flipping import FlipAveraged
 from ..noise.calls import OwnHooks
@@ -255,7 +255,8 @@ def observe(model: nn.Module, example_inputs: Any, matched: list[str]) -> Trace:
         model, example_inputs: see `validate`.
         matched: names of the modules that noise goes before.
     """
-    trace = Trace()
+    trace, given = Trace(), example_inputs
+    example_inputs = _copied(given)  # the network may write into them
     observer = _Observer(trace, set(matched), example_inputs)
     with ExitStack() as stack:
         hooks = stack.enter_context(OwnHooks())
@@ -275,8 +276,12 @@ def observe(model: nn.Module, example_inputs: Any, matched: list[str]) -> Trace:
         except Exception as error:  # whatever the user's network raises is a finding, not a crash
             trace.failure = error
     if trace.failure is None:
-        _run_by_itself(model, example_inputs, trace, numbers.drew)
+        _run_by_itself(model, _copied(given), trace, numbers.drew)
     return trace
+
+
+def _copied(example_inputs: Any) -> Any:
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, example_inputs)
 
 
 def _run_by_itself(model: nn.Module, example_inputs: Any, trace: Trace, drew: bool) -> None:

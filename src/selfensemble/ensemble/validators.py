@@ -97,7 +97,10 @@ def validate(
         issues += [issue for rule in _TRACE_RULES for issue in rule(trace, matched)]
         issues += [issue for rule in _NOISE_RULES for issue in rule(model, trace)]
         images = images_of(example_inputs)
-        issues += [*_output(trace, batch_of(example_inputs)), *_range(images)]
+        issues += [
+            *_output(trace, batch_of(example_inputs)),
+            *_range(images, getattr(model, "bounds", (0.0, 1.0))),
+        ]
         issues += _folded(model, trace, batch_of(example_inputs), sampling)
     return sorted(issues, key=lambda issue: issue.severity)
 
@@ -311,11 +314,11 @@ def _folded(model: nn.Module, trace: Trace, batch: int | None, sampling: Samplin
         yield Issue("folded-batch", "warning", *found, PER_IMAGE[0].upper() + PER_IMAGE[1:])
 
 
-def _range(images: list[Tensor]) -> Iterator[Issue]:
+def _range(images: list[Tensor], bounds: tuple[float, float] | None) -> Iterator[Issue]:
     for leaf in images:
         if leaf.dim() >= 3:
             try:
-                check_images(leaf)
+                check_images(leaf, bounds)
             except (TypeError, ValueError) as error:
                 yield Issue("input-range", "warning", "", str(error), "The published levels are for [0, 1]")
 

@@ -1,7 +1,6 @@
 """The fast path: the same network with batch norm folded, laid out and computed as the device likes it."""
 
 import functools
-import threading
 import time
 from collections import Counter
 from functools import partial
@@ -18,7 +17,7 @@ from ..noise.calls import copied, to_eval_mode_
 from ..noise.copies import OptimizedCopy
 from ..noise.graphs import original_modules
 from ..noise.injection import CHILD, execution_order, is_convolution
-from ..noise.layer import GaussianNoise, RandomLayer
+from ..noise.layer import GaussianNoise
 from .ensemble import FastEnsemble, Precision, original_of, precision_of
 from .exact import exact_float32 as exact_float32  # for those who import it from here
 from .parts import Parts
@@ -30,6 +29,10 @@ __all__ = [  # with what other files look for here
     "precision_of",
 ]  # fmt: skip
 _DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16}
+_CONVOLUTIONS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _FRESH = (PrepackedConvolution, nn.MaxPool2d)  # layers whose outputs are memory of their own
 # Layers whose weights autocast casts; others may do with theirs what it does not know.
 _HALVED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -143,13 +146,15 @@ def _in_half(
 
 
 def _fold_(parts: Parts) -> None:
-    """Batch norm into the convolutions before it."""
+    """Batch norm into the convolutions before it; those of torch alone, for others may do more."""
     for name, convolution in list(parts.modules.items()):
         batch_norm = parts.modules.get(parts.followers.get(name, ""))
         # Of random weights the levels would have to be folded as well.
-        if not is_convolution(convolution) or isinstance(convolution, RandomLayer):
+        if type(convolution) not in _CONVOLUTIONS:
             continue
-        if not (isinstance(batch_norm, nn.modules.batchnorm._BatchNorm) and batch_norm.track_running_stats):
+        if not isinstance(batch_norm, _BATCH_NORMS) or type(batch_norm) not in _BATCH_NORMS:
+            continue
+        if not batch_norm.track_running_stats:
             continue
         if convolution._forward_hooks or batch_norm._forward_hooks or batch_norm._forward_pre_hooks:
             continue  # what sees them would see something else
@@ -210,9 +215,7 @@ class _Fast(OptimizedCopy, nn.Module):
         self.network = network
         self.dtype = dtype
         if dtype is not None and first is not None:
-            first.register_forward_pre_hook(_leave_autocast)
-            first.register_forward_hook(_enter_autocast, always_call=True)
-            first.register_forward_hook(_halve)
+            first.forward = partial(_without_autocast, first)
 
     def forward(self, inputs: Tensor) -> Any:
         if inputs.dim() == 4:
@@ -223,24 +226,9 @@ class _Fast(OptimizedCopy, nn.Module):
             return self.network(inputs)
 
 
-class _Outside(threading.local):
-    """Contexts without autocast that first convolutions are in, of each thread."""
-
-    def __init__(self) -> None:
-        self.contexts: list[torch.autocast] = []
-
-
-_outside = _Outside()
-
-
-def _leave_autocast(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    _outside.contexts.append(torch.autocast(args[0].device.type, enabled=False))
-    _outside.contexts[-1].__enter__()
-
-
-def _enter_autocast(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-    _outside.contexts.pop().__exit__(None, None, None)
-
-
-def _halve(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return output.to(torch.bfloat16)  # as the next convolution does, and what lies between is done in half
+def _without_autocast(convolution: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """Its forward in float32. The next layer computes in half, as does what lies between."""
+    kind = next(each.device.type for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
+    with torch.autocast(kind, enabled=False):
+        output: Tensor = type(convolution).forward(convolution, *args, **kwargs)
+    return output.to(torch.bfloat16)

@@ -170,7 +170,8 @@ class PrepackedConvolution(nn.Conv2d):
     def _reads_outside(self, shape: torch.Size) -> bool:
         """Whether torch's bfloat16 convolutions read outside of such inputs: what is NaN there stays it."""
         padding, stride, _ = self._settings
-        return shape[-1] == 1 and padding[1] > 0 and stride[1] > 1
+        multiplies = self.groups == shape[1] < self.out_channels  # several filters for each channel
+        return stride[1] > 1 and (multiplies or (shape[-1] == 1 and padding[1] > 0))
 
     def _is_over_patches(self, shape: torch.Size) -> bool:
         pixels = shape[-2] * shape[-1]

@@ -6,7 +6,7 @@ same sums. Outputs and gradients of inputs are as slow where a core's cache does
 are read again for each image. See docs/decisions/0016 and 0020.
 """
 
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,8 +32,16 @@ def speed_up_small_maps_(model: nn.Module) -> int:
     """
     convolutions = [module for module in model.modules() if type(module) is nn.Conv2d and _keeps_size(module)]
     for convolution in convolutions:
-        convolution._conv_forward = MethodType(_forward, convolution)  # type: ignore[method-assign]
+        # No method: pickle looks for those on the class.
+        convolution._conv_forward = partial(_forward, convolution)  # type: ignore[method-assign]
     return len(convolutions)
+
+
+def as_before_(model: nn.Module) -> None:
+    """Undo `speed_up_small_maps_`, which only training needs."""
+    for module in model.modules():
+        if getattr(vars(module).get("_conv_forward"), "func", None) is _forward:
+            del module._conv_forward
 
 
 def _keeps_size(convolution: nn.Conv2d) -> bool:

@@ -61,7 +61,7 @@ class AlignedNoise(PlacedLayer):
             return inputs
         source = source_of(self, inputs, self.sampling == "shared" and not self.training)
         noise = per_image(gaussian(source, inputs.shape[1:], len(inputs)), inputs)
-        return inputs + (noise @ self.lower().T).to(inputs.dtype)
+        return inputs + (noise @ self.lower().T.to(noise.dtype)).to(inputs.dtype)
 
     def extra_repr(self) -> str:
         return f"features={len(self.factor)}, {self.state()}"

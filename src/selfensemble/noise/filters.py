@@ -36,13 +36,22 @@ def matching(model: nn.Module, filter_fn: FilterFn) -> list[str]:
     Of a layer that an adapter wraps (LoRA of peft: `base_layer` beside what it learns) the adapter itself,
     once: all that is in it reads the same input.
     """
-    adapters = [fqn for fqn, module in model.named_modules() if "base_layer" in module._modules]
+    adapters = [fqn for fqn, module in model.named_modules() if _is_adapter(module)]
     found: dict[str, None] = {}
     for fqn, module in model.named_modules():
         if filter_fn(module, fqn):
             within = (each for each in adapters if each == "" or fqn.startswith(f"{each}."))
             found[next(within, fqn)] = None
     return list(found)
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    """Whether it is one of peft, or made like those; other networks have a `base_layer` too (DLA)."""
+    if "base_layer" not in module._modules:
+        return False
+    if any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__):
+        return True
+    return any(name.startswith("lora_") for name in (*module._modules, *module._parameters))
 
 
 def filter_named(wanted: str | FilterFn) -> FilterFn:

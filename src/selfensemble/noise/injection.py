@@ -32,6 +32,7 @@ def noise_layers(model: nn.Module) -> dict[str, GaussianNoise]:
         for fqn, module in model.named_modules()
         # Not by getattr, which wrappers (of torch.compile, FSDP) answer for what they wrap.
         if isinstance(child := dict(module.named_children()).get(CHILD), GaussianNoise)
+        and (isinstance(module, fx.GraphModule) or _pre_hook in module._forward_pre_hooks.values())
     }
     return dict(sorted(found.items(), key=lambda item: item[1].layer))
 

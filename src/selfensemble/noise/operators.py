@@ -35,8 +35,7 @@ def noise_like(inputs: Tensor, std: float, source: Source) -> Tensor:
         source.fill_shared_(noise, std)
         return noise
     # In float32 and logical order, so that neither dtype nor memory format changes the draw.
-    dtype = torch.promote_types(inputs.dtype, torch.float32)
-    noise = torch.empty((source.count, *inputs.shape[1:]), dtype=dtype, device=inputs.device)
+    noise = torch.empty((source.count, *inputs.shape[1:]), dtype=torch.float32, device=inputs.device)
     source.fill_shared_(noise, std)
     if ordered:
         noise = noise.contiguous(memory_format=torch.channels_last)

@@ -45,17 +45,23 @@ class RandomWeights(PlacedLayer):
 
     def forward(self, inputs: Tensor) -> Tensor:
         if not self.is_active or inputs.is_meta:
-            weight, bias = self.mean()
+            weight, bias = self._cast(self.mean())
             return self._applied(inputs, weight.unsqueeze(0), bias)
         batched = inputs if inputs.dim() > self._unbatched() else inputs.unsqueeze(0)
         source = source_of(self, batched, self.sampling == "shared" or self.training)
         room = _ROOM_ON_CPU if batched.device.type == "cpu" else _ROOM
         at_once = len(batched) if source.shared else room // self.weight.numel()
         parts = [
-            self._applied(part, *self.drawn(source, len(part))) for part in batched.split(max(1, at_once))
+            self._applied(part, *self._cast(self.drawn(source, len(part))))
+            for part in batched.split(max(1, at_once))
         ]
         outputs = parts[0] if len(parts) == 1 else torch.cat(parts)
         return outputs if batched is inputs else outputs.squeeze(0)
+
+    def _cast(self, drawn: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        """In the dtype of the layer, whatever the numbers had."""
+        weight, bias = drawn
+        return weight.to(self.weight.dtype), None if bias is None else bias.to(self.weight.dtype)
 
     def _applied(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer with the weights (G, ...) of as many equal parts of the batch."""

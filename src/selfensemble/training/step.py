@@ -11,7 +11,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..ensemble.ensemble import SelfEnsemble
 from ..fast.replay import StepGradients
-from ..fast.small_maps import speed_up_small_maps_
 from ..noise import kernel
 from ..noise.learned import distance_from_start
 from ..noise.own_numbers import OwnNumbers
@@ -62,7 +61,6 @@ class TrainingStep:
             average = get_ema_multi_avg_fn(recipe.train.average)
             with torch.device("cpu"):  # of the count of its updates, which names none
                 self._averaged = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
-        speed_up_small_maps_(self.network)
         if accelerator.device.type == "cpu" and recipe.train.precision == "bf16":
             kernel.prepare()
         replays = (

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from ..artefacts import storage
 from ..data.images import ImageData
 from ..ensemble.ensemble import SelfEnsemble
+from ..fast.small_maps import as_before_, speed_up_small_maps_
 from ..networks.naming import name_of
 from ..noise.learned import mean_levels
 from ..noise.streams import stream_seed
@@ -156,9 +157,13 @@ class Trainer:
         self._train_teacher()
         folder = self.out / "tensorboard" if self.accelerator.is_main_process else None
         with curves(folder, self.step) as add, kept_random_state(), stop_requests() as stop:
-            while len(self.history) < self.recipe.train.epochs:
-                self._run_epoch(stop)
-                add(self.history[-1], self.step)
+            speed_up_small_maps_(self.network)
+            try:
+                while len(self.history) < self.recipe.train.epochs:
+                    self._run_epoch(stop)
+                    add(self.history[-1], self.step)
+            finally:
+                as_before_(self.network)
         return self._finish()
 
     def _train_teacher(self) -> None:
