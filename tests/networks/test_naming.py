@@ -305,6 +305,15 @@ def test_libraries_are_asked_for_weights_unless_told_otherwise(monkeypatch: pyte
         network_from("timm:../net")
 
 
+def test_colours_in_another_order_are_refused(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic")
+    transformers.ResNetForImageClassification(config).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"do_flip_channel_order": true}')
+    with pytest.raises(ValueError, match="blue, green, red"):
+        rse.load(f"transformers:{tmp_path}")
+
+
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(
     ("told", "shape", "mean_and_std"),
@@ -316,6 +325,18 @@ def test_libraries_are_asked_for_weights_unless_told_otherwise(monkeypatch: pyte
         ),
         ({"image_mean": [0.5], "image_std": [0.25], "do_normalize": False, "size": 8}, (1, 8, 8), None),
         ({"image_mean": [51.0], "image_std": [102.0], "do_rescale": False}, None, ((0.2,), (0.4,))),
+        ({"rescale_factor": 0.5 / 255, "rescale_offset": True}, None, ((2.0,), (2.0,))),
+        ({"image_mean": [0.5], "image_std": [0.25], "include_top": True}, None, ((0.5,), (0.0625,))),
+        (
+            {
+                "image_processor_type": "MobileViTImageProcessor",
+                "image_mean": [0.5],
+                "image_std": [0.5],
+                "do_flip_channel_order": False,
+            },
+            None,
+            None,
+        ),
         (None, None, None),
     ],
 )

@@ -7,6 +7,7 @@ from torch import nn
 from .naming import was_pretrained
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_CLOSE = 1e-6
 Channels = tuple[float, ...]
 
 
@@ -64,12 +65,33 @@ def _of_transformers(config: Any, name: str) -> Expected:
         size = told.get("crop_size") or told.get("size") or {}
         sides = (size.get("height"), size.get("width")) if isinstance(size, dict) else (size, size)
     shape = _shape((channels, *sides))
+    return Expected(shape, _mean_and_std(name, told, channels))
+
+
+def _mean_and_std(name: str, told: dict[str, Any], channels: int) -> tuple[Channels, Channels] | None:
+    """Of pixels in [0, 1], from what a processor does to those in [0, 255]; None where nothing is to be done.
+
+    Raises:
+        ValueError: it wants something else of them.
+    """
+    kind = str(told.get("image_processor_type", ""))
+    bare = kind.startswith("MobileViT")  # whose file may have a mean that is not used
+    if told.get("do_flip_channel_order", bare):
+        raise ValueError(
+            f"{name} wants its colours in the order blue, green, red: put `inputs.flip(1)` in front of it, "
+            "in a module of your own, and name that"
+        )
+    factor = float(told.get("rescale_factor", 1 / 255)) if told.get("do_rescale", True) else 1.0
+    offset = 1.0 if told.get("rescale_offset") and told.get("do_rescale", True) else 0.0
     mean, std = told.get("image_mean"), told.get("image_std")
-    if not told.get("do_normalize", True) or mean is None or std is None:
-        return Expected(shape)
-    if told.get("do_rescale", True) is False:  # of images in [0, 255]
-        mean, std = ([value / 255 for value in each] for each in (mean, std))
-    return Expected(shape, (tuple(mean), tuple(std)))
+    if not told.get("do_normalize", not bare) or mean is None or std is None:
+        mean, std = [0.0] * channels, [1.0] * channels
+    again = std if told.get("include_top", False) else [1.0] * len(std)  # EfficientNet divides twice
+    scale = 255 * factor
+    means = tuple((each + offset) / scale for each in mean)
+    stds = tuple(one * other / scale for one, other in zip(std, again, strict=True))
+    plain = max(map(abs, means)) < _CLOSE and max(abs(each - 1) for each in stds) < _CLOSE
+    return None if plain else (means, stds)
 
 
 def _processor(name: str) -> dict[str, Any]:
