@@ -205,6 +205,28 @@ def test_an_interrupt_in_the_first_layer_leaves_no_autocast() -> None:
         assert layer(torch.ones(1, 4)).abs().max() == 0 < first.abs().max()
 
 
+class InParts(nn.Module):
+    """Cuts its batch into parts of eight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.cat([self.conv(part).mean(dim=(2, 3)) for part in inputs.split(8)])
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 40])
+def test_networks_that_cut_their_batch(count: int) -> None:
+    ensemble = rse.SelfEnsemble(InParts()).eval()
+    images = torch.rand(count, 3, 6, 6)
+    alone = [ensemble.predict_proba(images[:8], seed=0, max_batch=8) for _ in range(2)]
+    assert torch.equal(*alone)
+    answers = ensemble.predict_proba(images, draws=30)
+    torch.testing.assert_close(answers.sum(dim=1), torch.ones(count))
+    assert ensemble.predict(images, draws=30).spread.max() > 0
+
+
 def test_shared_noise_is_the_same_in_any_precision() -> None:
     noise = rse.GaussianNoise(1.0).eval()
     found = []

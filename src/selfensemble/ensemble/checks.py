@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..noise.graphs import is_recording
 from ..noise.injection import noise_layers
+from ..noise.streams import UnevenBatchError
 
 _WANTED = "the model must return logits of shape (batch, classes), of two classes or more"
 _WRAP = "wrap it in a module whose forward returns them"
@@ -157,7 +158,7 @@ def explain_shape(model: nn.Module, inputs: Tensor) -> Iterator[None]:
     """Turn an error about inputs of a wrong shape into a ShapeError, which says more; others pass."""
     try:
         yield
-    except (torch.OutOfMemoryError, OutputError):
+    except (torch.OutOfMemoryError, OutputError, UnevenBatchError):
         raise
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = str(error).partition("\n")[0]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..data.images import Inputs
-from ..noise.streams import Sampling, derived_seed, fresh_seed, noise_draw
+from ..noise.streams import Sampling, UnevenBatchError, derived_seed, fresh_seed, noise_draw
 from .checks import explain_shape
 from .classifier import RandomClassifier
 from .randomness import global_noise, other_seed
@@ -129,9 +129,13 @@ class Draws:
             self._folds = self._find_folds()
         return self._folds
 
+    def _kind(self) -> tuple[tuple[int, ...], int]:
+        """What `folds` of the ensemble is by."""
+        return tuple(self._example.shape[1:]), self.ensemble.settings()
+
     def _find_folds(self) -> bool:
-        shape, known = tuple(self._example.shape[1:]), self.ensemble.folds
-        key = shape, self.ensemble.settings()
+        known, key = self.ensemble.folds, self._kind()
+        shape = key[0]
         if len(self._example) and key not in known:
             for old in [each for each in known if each[0] == shape]:
                 known.pop(old, None)
@@ -169,6 +173,15 @@ class Draws:
             index, count: of the draws.
             group: number of the group that these are images of.
         """
+        try:
+            return self._taken(images, index, count, group)
+        except UnevenBatchError:  # the network divides its batch, in which draws lie one after another
+            if count == 1:
+                raise
+            self._folds = self.ensemble.folds[self._kind()] = False
+            return torch.cat([self._taken(images, index + each, 1, group) for each in range(count)])
+
+    def _taken(self, images: Tensor, index: int, count: int, group: int) -> Tensor:
         passes = []
         fresh = self._fresh_pairs and index % 2 == count % 2 == 0
         for part, few in enumerate(images.split(self.size)):

@@ -130,6 +130,10 @@ def noise_draw(
         _current.reset(token)
 
 
+class UnevenBatchError(ValueError):
+    """A layer was given a batch that the draws of a pass do not divide."""
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """Where a layer takes its random numbers from in one draw.
@@ -253,9 +257,9 @@ class Source:
         return self.draw.antithetic and number % 2 == 1
 
     def check_batch(self, size: int) -> None:
-        """Raise a ValueError unless a batch of `size` images can hold the draws of this one."""
+        """Raise an UnevenBatchError unless a batch of `size` images can hold the draws of this one."""
         if size % self.count:
-            raise ValueError(
+            raise UnevenBatchError(
                 f"a batch of {size} cannot hold {self.count} draws of as many images each: repeat the images"
             )
 

@@ -28,7 +28,7 @@ from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.promises import check_stopping
 from ..ensemble.stopping import Calibrated, Fixed, Rule, worth_taking
 from ..noise.injection import eval_mode
-from ..noise.streams import fresh_seed, noise_draw
+from ..noise.streams import UnevenBatchError, fresh_seed, noise_draw
 from .turns import BusyError, ClosedError, Lane, Turns, settle
 
 _log = logging.getLogger("selfensemble.serving")
@@ -220,15 +220,19 @@ class Batcher:
         if pairs:
             count = max(2, count - count % 2)
         images = active.images
+        outputs = None
         if self._folds or count == 1:
             drawn = noise_draw(
                 None, 0, self.ensemble.sampling, count=count, antithetic=pairs, repeatable=False
             )
-            with drawn:
-                repeated = images if count == 1 else images.repeat(count, *[1] * (images.dim() - 1))
-                outputs = self.ensemble.draw_logits(repeated).float().softmax(dim=-1)
-            outputs = outputs.view(count, len(images), -1)
-        else:
+            try:
+                with drawn:
+                    repeated = images if count == 1 else images.repeat(count, *[1] * (images.dim() - 1))
+                    outputs = self.ensemble.draw_logits(repeated).float().softmax(dim=-1)
+                    outputs = outputs.view(count, len(images), -1)
+            except UnevenBatchError:  # the network divides its batch
+                self._folds = False
+        if outputs is None:
             each, seed = [], fresh_seed() if pairs else None
             for index in range(count):
                 drawn = noise_draw(
