@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..noise.graphs import is_recording
 from ..noise.injection import noise_layers
-from ..noise.streams import UnevenBatchError
+from ..runtime.errors import UnevenBatchError
 
 _WANTED = "the model must return logits of shape (batch, classes), of two classes or more"
 _WRAP = "wrap it in a module whose forward returns them"

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..data.images import Inputs
-from ..noise.streams import Sampling, UnevenBatchError, derived_seed, fresh_seed, noise_draw
+from ..noise.streams import Sampling, derived_seed, fresh_seed, noise_draw
+from ..runtime.errors import UnevenBatchError
 from .checks import explain_shape
 from .classifier import RandomClassifier
 from .randomness import global_noise, other_seed

@@ -78,7 +78,7 @@ def _mean_and_std(name: str, told: dict[str, Any], channels: int) -> tuple[Chann
     bare = kind.startswith("MobileViT")  # whose file may have a mean that is not used
     if told.get("do_flip_channel_order", bare):
         raise ValueError(
-            f"{name} wants its colours in the order blue, green, red: put `inputs.flip(1)` in front of it, "
+            f"{name} wants its colours in the order blue, green, red: put `inputs.flip(1)` before it, "
             "in a module of your own, and name that"
         )
     factor = float(told.get("rescale_factor", 1 / 255)) if told.get("do_rescale", True) else 1.0

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..runtime.errors import UnevenBatchError
 from .entropy import WideSeed, entropy, stream_of
 from .half_precision import Bits, fill_half_, fill_half_in_twos_
 from .recomputation import NO_PASSES, note, passes, recall
@@ -128,10 +129,6 @@ def noise_draw(
         yield
     finally:
         _current.reset(token)
-
-
-class UnevenBatchError(ValueError):
-    """A layer was given a batch that the draws of a pass do not divide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,9 +256,8 @@ class Source:
     def check_batch(self, size: int) -> None:
         """Raise an UnevenBatchError unless a batch of `size` images can hold the draws of this one."""
         if size % self.count:
-            raise UnevenBatchError(
-                f"a batch of {size} cannot hold {self.count} draws of as many images each: repeat the images"
-            )
+            what = f"a batch of {size} cannot hold {self.count} draws of as many images each"
+            raise UnevenBatchError(f"{what}: repeat the images")
 
     def bits(self, number: int | None = None) -> Bits:
         """Random bits on the CPU, faster than those of torch; of a draw as above."""

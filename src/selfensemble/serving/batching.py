@@ -28,7 +28,8 @@ from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.promises import check_stopping
 from ..ensemble.stopping import Calibrated, Fixed, Rule, worth_taking
 from ..noise.injection import eval_mode
-from ..noise.streams import UnevenBatchError, fresh_seed, noise_draw
+from ..noise.streams import fresh_seed, noise_draw
+from ..runtime.errors import UnevenBatchError
 from .turns import BusyError, ClosedError, Lane, Turns, settle
 
 _log = logging.getLogger("selfensemble.serving")
