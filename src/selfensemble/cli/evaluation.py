@@ -16,8 +16,12 @@ from .opening import open_bare, open_network
 from .options import OPTIONS, NetworkOptions, takes_network
 
 if TYPE_CHECKING:
+    import torch
+
+    from ..ensemble.ensemble import SelfEnsemble
     from ..evaluation.protocol import Protocol
     from ..evaluation.results import Results
+    from .opening import Opened
 
 
 _UNSOUND = 3
@@ -63,19 +67,15 @@ def evaluate(
     """Attack a model by a protocol, judge it on fresh noise; run again, it continues where it stopped."""
     from ..evaluation.eight_bits import check_png, write_images
     from ..evaluation.runner import Evaluation
-    from ..noise.injection import make_static_
 
-    overrides: dict[str, Any] = {"images": n, "seed": seed, "shard": shard, "precision": precision}
-    overrides["bits"] = 8 if save_images else None
+    bits = 8 if save_images else None
+    overrides = {"images": n, "seed": seed, "shard": shard, "precision": precision, "bits": bits}
     given = {key: value for key, value in overrides.items() if value is not None}
     plan = None if protocol is None and c is None else _protocol(protocol or "paper", c, given)
     rank, world, target = this_process(device)
     opened = open_network(model, replace(network, draws=draws), data, with_data=True)
     plan = plan or _protocol("demo-honest" if opened.test.name == "digits" else "honest", c, given)
-    ensemble, name = opened.ensemble.to(target), opened.name
-    if static:
-        make_static_(ensemble.model)
-        name += "-static"
+    ensemble, name = _defender(opened, target, static)
     folder = out or Path("runs") / f"{name}-{plan.name}"
     if save_images:
         check_png(opened.test)
@@ -91,6 +91,16 @@ def evaluate(
             write_images(evaluation.shards, folder / "images", evaluation.bounds)
     if rank == 0:
         _show(results, folder, as_json)
+
+
+def _defender(opened: "Opened", device: "torch.device", static: bool) -> "tuple[SelfEnsemble, str]":
+    """What is evaluated, and its name."""
+    from ..noise.injection import make_static_
+
+    ensemble = opened.ensemble.to(device)
+    if static:
+        make_static_(ensemble.model)
+    return ensemble, f"{opened.name}-static" if static else opened.name
 
 
 def _show(results: "Results", folder: Path, as_json: bool) -> None:

@@ -281,7 +281,9 @@ def observe(model: nn.Module, example_inputs: Any, matched: list[str]) -> Trace:
 
 
 def _copied(example_inputs: Any) -> Any:
-    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, example_inputs)
+    return tree_map(
+        lambda leaf: leaf.clone() if isinstance(leaf, Tensor) and leaf.numel() else leaf, example_inputs
+    )
 
 
 def _run_by_itself(model: nn.Module, example_inputs: Any, trace: Trace, drew: bool) -> None:

@@ -32,9 +32,15 @@ def noise_layers(model: nn.Module) -> dict[str, GaussianNoise]:
         for fqn, module in model.named_modules()
         # Not by getattr, which wrappers (of torch.compile, FSDP) answer for what they wrap.
         if isinstance(child := dict(module.named_children()).get(CHILD), GaussianNoise)
-        and (isinstance(module, fx.GraphModule) or _pre_hook in module._forward_pre_hooks.values())
+        and _is_injected(module, child)
     }
     return dict(sorted(found.items(), key=lambda item: item[1].layer))
+
+
+def _is_injected(module: nn.Module, child: GaussianNoise) -> bool:
+    """Whether a child of the usual name was put there by `inject_noise_`, and not by hand."""
+    hooked = isinstance(module, fx.GraphModule) or _pre_hook in module._forward_pre_hooks.values()
+    return hooked or child.injected
 
 
 def random_layers(model: nn.Module) -> list[RandomLayer]:
@@ -193,7 +199,8 @@ def attach_noise_(model: nn.Module, stds: Mapping[str, Std]) -> nn.Module:
     for module, name in modules:
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(f"{name} is a TorchScript module: inject noise into the original network")
-        if isinstance(getattr(module, CHILD, None), GaussianNoise):
+        child = getattr(module, CHILD, None)
+        if isinstance(child, GaussianNoise) and _is_injected(module, child):
             raise ValueError(f"{name} has noise already: call remove_noise_(model) first")
         if hasattr(module, CHILD):
             raise ValueError(f"{name} has an attribute {CHILD!r} of its own: rename it")
@@ -204,6 +211,7 @@ def attach_noise_(model: nn.Module, stds: Mapping[str, Std]) -> nn.Module:
     keep_hooks_apart(*(module for module, _ in modules))
     for (module, _), noise in zip(modules, layers.values(), strict=True):
         noise.train(module.training)
+        noise.injected = True
         module.add_module(CHILD, noise)
         module.register_forward_pre_hook(_pre_hook, with_kwargs=True)
     model.register_load_state_dict_pre_hook(_on_load)

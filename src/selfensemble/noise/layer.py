@@ -117,6 +117,7 @@ class GaussianNoise(RandomLayer):
             nothing else uses it.
         record: see `records`; kept up to date.
         by_registration: whether it has the level of the first layer because its module was made first.
+        injected: whether `inject_noise_` put it where it is.
 
     Shape: (B, ...) of any floating dtype, to the same; (B, C, ...) if `std` holds C levels.
 
@@ -127,7 +128,7 @@ class GaussianNoise(RandomLayer):
     _levels: Tensor | None
     _varies: bool
     record: Record | None = None
-    by_registration = False
+    by_registration = injected = False
 
     def __init__(
         self, std: float | Sequence[float] = 0.1, *, layer: int = 0, sampling: Sampling = "per_image"
