@@ -221,7 +221,7 @@ def test_requests_with_large_images_come_one_after_the_other(monkeypatch: pytest
     opener, opened = Opener((1, 8, 8), 25_000_000), list[bytes]()
     files = {side: flat(side) for side in (1100, 1200, 1300)}
 
-    def look(data: bytes, shape: tuple[int, int, int], most: int) -> torch.Tensor:
+    def look(data: bytes, shape: tuple[int, int, int], most: int, centre: float) -> torch.Tensor:
         opened.append(data)
         return torch.zeros(shape, dtype=torch.uint8)
 
