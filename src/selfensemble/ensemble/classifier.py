@@ -123,6 +123,7 @@ class RandomClassifier(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """What `nn.Module.train` does; beside calls that want eval mode, as soon as none does any more."""
         self._others, self._quiet, self.folds = {}, {}, {}
+        _SPARING.discard(self.model)
         switch_mode(self, mode)
         self._lead_layers(mode)
         return self
