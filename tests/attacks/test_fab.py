@@ -156,7 +156,7 @@ def test_near_enough_images_leave(linear: LinearClassifier, grey: Tensor) -> Non
     with count_evaluations() as budget:
         adversarial = fab(linear, grey, labels, eps=0.3, steps=50, restarts=2, seed=0)
     assert (answers(linear, adversarial) != labels).all()
-    assert budget.gradients < 8 * 10
+    assert budget.gradients < 8 * 20
     with count_evaluations() as budget:
         fab(linear, grey, labels, eps=1e-6, steps=5, restarts=3)
     assert budget.gradients == 8 * 15
@@ -183,7 +183,7 @@ def test_evaluations_are_counted(tiny: nn.Module, images: Tensor, targets: int |
 
 @pytest.mark.parametrize(
     ("eot", "frozen", "iterates", "draws"),
-    [(1, False, 4, 4), (9, False, 12, 12), (20, False, 16, 20), (1, True, 16, 1)],
+    [(1, False, 4, 4), (9, False, 12, 12), (20, False, 16, 20), (1, True, 13, 1)],
 )
 def test_draws_of_a_random_network_make_fewer_steps(
     tiny: nn.Module,
@@ -194,7 +194,10 @@ def test_draws_of_a_random_network_make_fewer_steps(
     iterates: int,
     draws: int,
 ) -> None:
-    """16 steps become as many as each then has draws, unless more are asked for; frozen noise is no noise."""
+    """16 steps become as many as each then has draws, unless more are asked for; frozen noise is no noise.
+
+    Three of its steps, of three gradients, are spent before.
+    """
     seen: list[int] = []
     adversarial = _Near.adversarial
 

@@ -50,6 +50,29 @@ def length(change: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ATTACKS)
+def test_none_is_far_from_the_nearest(name: str, plain: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+    """Attacks that stay with the boundary nearest to the image were 5 % farther on average."""
+    images, labels = digits
+    nearest = length(fmn(plain, images, labels, norm="l2", steps=500, seed=0) - images)
+    found = length(ATTACKS[name](plain, images, labels, seed=0) - images)
+    attacked = nearest > 0
+    ratio = found[attacked] / nearest[attacked]
+    assert float(ratio.mean()) < 1.025
+    assert int((ratio > 1.1).sum()) <= 2
+
+
+def test_draws_of_a_random_network_come_nearer_in_fewer_steps(
+    ensemble: rse.SelfEnsemble, digits: tuple[Tensor, Tensor]
+) -> None:
+    images, labels = digits[0][:40], digits[1][:40]
+    shared, single = (
+        length(fmn(ensemble, images, labels, norm="l2", seed=0, average=average) - images)
+        for average in ("probabilities", "losses")
+    )
+    assert float((shared / single)[single > 0].mean()) < 1
+
+
+@pytest.mark.parametrize("name", ATTACKS)
 @pytest.mark.parametrize("std", [0.05, 0.15])
 def test_distances_on_a_noisy_linear_network(name: str, std: float) -> None:
     """With noise on the pixels the mean softmax changes its mind where the noiseless network does.

@@ -1,8 +1,10 @@
 """Attacks in the units of an ensemble's inputs."""
 
 import inspect
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -54,6 +56,27 @@ def test_radii_and_images_have_the_units_of_the_inputs(tiny: nn.Module, images: 
         for model, inputs, adversarial in ((plain, images, found), (wide, LOW + span * images, theirs))
     )
     torch.testing.assert_close(other.l2, span * one.l2, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", [float, np.float32, torch.tensor])
+def test_radii_of_numpy_and_torch_have_the_units_of_the_inputs(
+    tiny: nn.Module, images: Tensor, kind: Any
+) -> None:
+    _, wide = ensembles(tiny)
+    inputs = LOW + (HIGH - LOW) * images
+    labels = wide.predict(inputs, seed=0).label
+    found = rse.attacks.pgd(wide, inputs, labels, eps=kind(0.25), steps=3, seed=0)
+    assert float((found - inputs).abs().max()) == pytest.approx(0.25, rel=1e-4)
+
+
+def test_the_largest_radius_of_a_box_is_allowed(tiny: nn.Module) -> None:
+    """Divided by the width of the bounds it is rounded."""
+    images = torch.rand(1, 3, 8, 8)
+    for width in range(1, 40):
+        ensemble = rse.SelfEnsemble(tiny, bounds=(0.0, width / 7)).eval()
+        largest = width / 7 * math.sqrt(images.numel())
+        rse.attacks.fgsm(ensemble, images * width / 7, torch.tensor([0]), norm="l2", eps=largest, seed=0)
+        rse.remove_noise_(ensemble.model)
 
 
 @pytest.mark.parametrize(("norm", "dual"), [("linf", 1), ("l2", 2)])

@@ -10,11 +10,13 @@ import datasets
 import huggingface_hub
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
 from selfensemble.data.images import ImageData, Split
 from selfensemble.data.sources import load_data
+from selfensemble.data.torch_datasets import from_dataset
 
 TRAIN, TEST = ["ant", "bee", "cow"], ["bee", "cow"]
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -173,6 +175,39 @@ class Named(Dataset[Any]):
 
     def __getitem__(self, place: int) -> tuple[Image.Image, int]:
         return Image.fromarray(pixels(self.classes[place])), place
+
+
+class Numbered(Dataset[Any]):
+    """Six images, two of each class."""
+
+    def __init__(self, classes: Any) -> None:
+        self.classes = classes
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, place: int) -> tuple[torch.Tensor, int]:
+        return torch.zeros(3, 8, 8), place % 3
+
+
+@pytest.mark.parametrize(
+    ("classes", "names"),
+    [
+        ({"dog": 1, "cat": 0, "emu": 2}, ("cat", "dog", "emu")),
+        ({2: "emu", 0: "cat", 1: "dog"}, ("cat", "dog", "emu")),
+        ({"dog": 1, "cat": 2, "emu": 3}, None),
+        ({"dog": "Hund", "cat": "Katze", "emu": "Emu"}, None),
+    ],
+)
+def test_classes_as_a_mapping_are_in_the_order_of_their_numbers(
+    classes: dict[Any, Any], names: tuple[str, ...] | None
+) -> None:
+    items = Numbered(classes)
+    if names is None:
+        with pytest.raises((TypeError, ValueError), match=r"Numbered\.classes"):
+            from_dataset(items, "items")
+    else:
+        assert from_dataset(items, "items").classes == names
 
 
 SETS = f"""

@@ -45,6 +45,23 @@ def test_networks_that_write_into_their_inputs(count: int) -> None:
     assert torch.equal(images, before)
 
 
+@pytest.mark.parametrize("switch", ["decide", "static"])
+def test_images_stay_as_they_were_where_noise_is_switched_off(switch: str) -> None:
+    """Noise on the whole input makes another tensor of it, which the network may write into."""
+    images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    before = images.clone()
+    ensemble = rse.SelfEnsemble(
+        InPlace(in_place=True), filter_fn=lambda module, fqn: fqn == "" or isinstance(module, nn.Conv2d)
+    ).eval()
+    ensemble.predict(images)
+    if switch == "decide":
+        rse.decide(ensemble, images, seed=0)
+    else:
+        rse.remove_noise_(ensemble.model)
+        ensemble.predict(images)
+    assert torch.equal(images, before)
+
+
 class Frozen(nn.Module):
     """A part that stays in eval mode."""
 
@@ -225,6 +242,13 @@ def test_networks_that_cut_their_batch(count: int) -> None:
     answers = ensemble.predict_proba(images, draws=30)
     torch.testing.assert_close(answers.sum(dim=1), torch.ones(count))
     assert ensemble.predict(images, draws=30).spread.max() > 0
+    labels = torch.arange(count) % 5
+    for eot in (3, 4):
+        for average in ("losses", "probabilities"):
+            found = rse.attacks.pgd(
+                ensemble, images, labels, eps=0.03, steps=2, eot=eot, average=average, seed=0
+            )
+            assert 0 < (found - images).abs().max() <= 0.03 + 1e-6
 
 
 def test_shared_noise_is_the_same_in_any_precision() -> None:

@@ -158,6 +158,14 @@ def test_inputs_out_of_range(images: Tensor) -> None:
     assert rules(Aliased(), images * 255).keys() == {"input-range"}
 
 
+@pytest.mark.parametrize("bounds", [torch.tensor([[0.0], [1.0]]), [0, 0, 0, 1, 1, 1], "map"])
+def test_bounds_of_a_network_are_its_own(images: Tensor, bounds: object) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    before = rse.validate(network, images)
+    network.bounds = bounds  # type: ignore[assignment]
+    assert rse.validate(network, images) == before
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_torchscript(images: Tensor) -> None:
     traced = torch.jit.trace(OutOfOrder(), images)

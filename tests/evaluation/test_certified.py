@@ -151,6 +151,21 @@ def test_files_and_table_say_the_same_of_any_radius(model: Path, tmp_path: Path)
     assert (again / "certificates.csv").read_bytes() == (out / "certificates.csv").read_bytes()
 
 
+def test_curves_of_earlier_versions_lack_wanted_radii(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run("certify", model, "--out", out, "--n-images", 20, "--n", 400, "--radius", ".26")
+    path = out / "certified.json"
+    found = json.loads(path.read_text())
+    known = read_certified(out).known
+    assert [point.radius for point in known] == [0.26]
+    found["curve"] = [point for point in found["curve"] if point["radius"] != 0.26]
+    path.write_text(json.dumps(found))
+    again = read_certified(out)
+    assert again.known == again.curve
+    assert again.known
+    run("report", out, "--out", tmp_path / "page.html")
+
+
 def test_what_is_refused_leaves_its_folder_free(model: Path, tmp_path: Path) -> None:
     few = ("certify", model, "--n", 2, "--out", tmp_path / "run")
     assert "1,048,576 draws at most" in error(*few, "--max-draws", 99_999_999)

@@ -64,12 +64,32 @@ def test_a_folder_is_of_one_behaviour(tmp_path: Path) -> None:
             evaluate(other, tmp_path / "run")
 
 
+class Counting(nn.Module):
+    """Keeps how often it was called, and of which shape the last images were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.calls, self.last = nn.Conv2d(1, 10, 8), 0, None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.calls, self.last = self.calls + 1, tuple(inputs.shape)  # type: ignore[assignment]
+        found: Tensor = self.conv(inputs)
+        return found.flatten(1)
+
+
+def test_what_passes_change_is_no_setting(tmp_path: Path) -> None:
+    ensemble = rse.SelfEnsemble(Counting(), rse.NoiseConfig(0.1, 0.1)).eval()
+    evaluate(ensemble, tmp_path / "run")
+    ensemble.predict(torch.rand(5, 1, 8, 8), draws=7)
+    evaluate(ensemble, tmp_path / "run")
+
+
 def test_names_arguments_and_code_are_part_of_a_network(tmp_path: Path) -> None:
     file = tmp_path / "nets.py"
 
     def found(attribute: str = "Rounded", **arguments: Any) -> Any:
         network = rse.network_from(f"{file}:{attribute}", arguments)
-        return behaviour(rse.SelfEnsemble(network, filter_fn="linear"))["network"]
+        return behaviour(rse.SelfEnsemble(network, filter_fn="linear").eval(), torch.rand(2, 64))["network"]
 
     file.write_text(CODE)
     assert found(levels=7) == found(levels=7) != found(levels=1)
@@ -80,7 +100,7 @@ def test_names_arguments_and_code_are_part_of_a_network(tmp_path: Path) -> None:
 
 
 def test_networks_of_the_package_are_known_as_before() -> None:
-    assert behaviour(rse.load("digits-rse")) == {}
+    assert behaviour(rse.load("digits-rse"), torch.rand(2, 1, 8, 8)) == {}
 
 
 def test_floating_point_data_are_not_judged_as_files_of_256_levels(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """Networks that no tracer follows: their layers are exchanged where one feeds another alone."""
 
 import copy
+import random
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -189,3 +192,85 @@ def test_noise_does_not_overwrite_what_a_shortcut_reads() -> None:
     assert not any(layer.overwrites for layer in rse.noise_layers(fast).values())
     ours, theirs = (each.predict_proba(COLOUR, seed=1) for each in (fast, ensemble))
     assert torch.allclose(ours, theirs, atol=0.02)
+
+
+class Clipped(nn.ReLU):
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return super().forward(input).clamp(max=1.0)
+
+
+@pytest.mark.parametrize("activation", [Clipped(), nn.ReLU()])
+def test_only_a_relu_of_torch_is_fused(activation: nn.Module) -> None:
+    """Where it acts as one on the images that the copy was made with, too."""
+    network = Checked()
+    network.relu = copy.deepcopy(activation)  # type: ignore[assignment]
+    if type(activation) is nn.ReLU:
+        network.relu.forward = lambda x: torch.relu(x).clamp(max=1.0)  # type: ignore
+    with torch.no_grad():
+        network.first.weight.mul_(8)
+    ensemble = ensemble_of(network)
+    fast = optimize(ensemble, COLOUR * 0.01, "float32")
+    half = optimize(ensemble, COLOUR * 0.01, "bf16")
+    with torch.no_grad(), rse.noise_disabled(ensemble), rse.noise_disabled(fast), rse.noise_disabled(half):
+        expected = ensemble.draw_logits(COLOUR)
+        scale = float(expected.abs().max())
+        assert torch.allclose(fast.draw_logits(COLOUR), expected, atol=1e-4 * scale)
+        assert torch.allclose(half.draw_logits(COLOUR).float(), expected, atol=0.05 * scale)
+
+
+class Forks(nn.Module):
+    """Whether batch norm follows the convolution alone depends on `wanted`."""
+
+    def __init__(self, wanted: Callable[[nn.Module, Tensor], bool]) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.linear, self.wanted, self.passes = nn.Linear(16, 5), wanted, 0
+        nn.init.uniform_(self.norm.weight, -2, 2)
+        nn.init.uniform_(self.norm.running_mean, -0.5, 0.5)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1] == 3  # no tracer follows it
+        other = self.wanted(self, x)
+        x = self.first(x)
+        if other:
+            x = nn.functional.max_pool2d(x, 2)
+        logits: Tensor = self.linear(self.norm(x).relu().mean((2, 3)))
+        return logits
+
+
+def counted(module: Any, images: Tensor) -> bool:
+    module.passes += 1
+    return bool(module.passes % 1000 == 999)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        lambda module, images: images.shape[-1] > 16,
+        lambda module, images: images.shape[-1] < 16,
+        lambda module, images: random.random() < 1e-9,
+        lambda module, images: np.random.rand() < 1e-9,  # noqa: NPY002
+        counted,
+    ],
+)
+def test_what_other_passes_may_do_otherwise_stays(wanted: Callable[[nn.Module, Tensor], bool]) -> None:
+    ensemble = ensemble_of(Forks(wanted))
+    fast = optimize(ensemble, COLOUR, "float32")
+    assert kinds(fast, nn.BatchNorm2d) == 1
+    for side in (8, 16, 32):
+        images = torch.rand(4, 3, side, side)
+        ours, theirs = (each.predict_proba(images, seed=1) for each in (fast, ensemble))
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_noise_does_not_overwrite_what_a_hook_keeps() -> None:
+    if not can_prepack(nn.Conv2d(3, 4, 3)):
+        pytest.skip("no convolutions with weights laid out ahead")
+    network = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 5, 3), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )  # fmt: skip
+    kept: list[Tensor] = []
+    network[2].register_forward_hook(lambda module, args, output: kept.append(output))
+    fast = optimize(ensemble_of(network), COLOUR, "bf16")
+    assert not any(layer.overwrites for layer in rse.noise_layers(fast).values())

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..ensemble.checks import check_count
 from .driver import run_attack
 from .expectation import Noise, NoiseOptions, Oracle
-from .losses import margin, of_labels
+from .losses import margin, of_labels, soft_margin, temperature_of
 from .nearest import Nearest
 from .norms import largest_eps, per_image, size
 from .units import in_own_units
@@ -130,9 +130,11 @@ def cw_l2(
     Nothing depends on the scale of the logits or of distances: c is counted in `2 |f| / ||grad f||^2` and
     steps in `|f| / ||grad f||` of each image, what a linear network would want at its boundary. Each value
     of c begins at the image, with steps that fall linearly to 0. An iterate counts as a success when the mean
-    softmax of its own draws gives a wrong class *and* fresh draws confirm it. Images that need no attack, and
-    those whose c is known to 1 %, leave the batch. The search ends on the line through the nearest success,
-    or through the last iterate: see `Lines.crossings`.
+    softmax of its own draws gives a wrong class *and* fresh draws confirm it. Until an iterate has what the
+    attack wants, it climbs the soft margin of `ddn`, for the margin stays with the class that is likeliest at
+    the image; where `kappa` is above 0, the margin. Images that need no attack, and those whose c is known
+    to 1 %, leave the batch. The search ends on the line through the nearest success, or through the last
+    iterate: see `Lines.crossings`.
 
     Args:
         model, inputs, labels, targeted, steps, max_batch: see `cw_l2_paper`.
@@ -167,7 +169,7 @@ def _search(
     nearest: Nearest, initial_c: float, searches: int, *, kappa: float, steps: int, lr: float | None
 ) -> None:
     """Binary search over c, and what each of them found."""
-    c, length = _natural(nearest, kappa)
+    c, length, temperature = _natural(nearest, kappa)
     c, length = (
         (initial_c * c).clamp(max=_LARGEST),
         2 * _TRAVEL / steps * length if lr is None else torch.full_like(c, lr),
@@ -181,7 +183,13 @@ def _search(
         if len(active) == 0:
             return
         tried = c[active]
-        found = _try(nearest, active, tried, length[active], kappa=kappa, steps=left)
+        labels, targeted = nearest.y[active], nearest.targeted
+        gain = (
+            _gain(tried, labels, targeted, kappa)
+            if kappa
+            else _soft_gain(tried, labels, targeted, temperature[active])
+        )
+        found = _try(nearest, active, tried, length[active], gain, kappa=kappa, steps=left)
         high[active] = torch.where(found, torch.minimum(high[active], tried), high[active])
         low[active] = torch.where(found, low[active], torch.maximum(low[active], tried))
         if lr is None:
@@ -194,9 +202,20 @@ def _gain(c: Tensor, labels: Tensor, targeted: bool, kappa: float) -> Callable[[
     return lambda logits: c * margin(logits, labels, targeted).clamp(max=kappa)
 
 
-def _natural(nearest: Nearest, kappa: float) -> tuple[Tensor, Tensor]:
-    """(B,) c with which the objective of a linear network ends at margin kappa, and the distance there."""
-    c, length = nearest.x.new_ones(len(nearest.x)), nearest.x.new_ones(len(nearest.x))
+def _soft_gain(c: Tensor, labels: Tensor, targeted: bool, temperature: Tensor) -> Callable[[Tensor], Tensor]:
+    """The soft margin until the attack has what it wants: which class is nearest shows on the way only."""
+
+    def gain(logits: Tensor) -> Tensor:
+        reached = margin(logits, labels, targeted) > 0
+        soft = soft_margin(logits, labels, targeted, temperature)
+        return c * torch.where(reached, torch.zeros_like(soft), soft)
+
+    return gain
+
+
+def _natural(nearest: Nearest, kappa: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(B,) of a linear network: c whose objective ends at margin kappa, the distance there, a temperature."""
+    c, length, temperature = (nearest.x.new_ones(len(nearest.x)) for _ in range(3))
     active = nearest.active()
     if len(active):
         labels, targeted = nearest.y[active], nearest.targeted
@@ -207,21 +226,31 @@ def _natural(nearest: Nearest, kappa: float) -> tuple[Tensor, Tensor]:
         usable = (distance > 0) & strength.isfinite() & (strength > 0)
         c[active] = torch.where(usable, strength, torch.ones_like(strength))
         length[active] = torch.where(usable, distance, torch.ones_like(distance))
-    return c, length.clamp(max=largest_eps("l2", nearest.x[:1].numel()))
+        temperature[active] = temperature_of(estimate.loss)
+    return c, length.clamp(max=largest_eps("l2", nearest.x[:1].numel())), temperature
 
 
-def _try(nearest: Nearest, active: Tensor, c: Tensor, length: Tensor, *, kappa: float, steps: int) -> Tensor:
+def _try(
+    nearest: Nearest,
+    active: Tensor,
+    c: Tensor,
+    length: Tensor,
+    gain: Callable[[Tensor], Tensor],
+    *,
+    kappa: float,
+    steps: int,
+) -> Tensor:
     """One value of c for each of the images `active`; (len(active),) whether there was a success.
 
     Adam, with one second moment for all pixels of an image: sizes of pixels' gradients are kept, which are
     what the nearest image is about, and lengths of steps are L2. The box is kept by clamping: where the tanh
     of the paper is flat, at black and white, pixels hardly move.
     """
-    origin, labels = nearest.x[active], nearest.y[active]
+    origin = nearest.x[active]
     found = torch.zeros(len(active), dtype=torch.bool, device=active.device)
     image, mean, square = origin.clone(), torch.zeros_like(origin), torch.zeros_like(length)
     for step in range(steps):
-        estimate = nearest.oracle.gradient(image, _gain(c, labels, nearest.targeted, kappa))
+        estimate = nearest.oracle.gradient(image, gain)
         far = estimate.loss >= c * kappa * (1 - 1e-4) if kappa else None
         # A success counts for the search over c even where an earlier c came nearer.
         found |= nearest.visit(active, image, estimate, asked=~found, allowed=far)

@@ -3,10 +3,11 @@
 Source: Athalye et al., Synthesizing Robust Adversarial Examples, ICML 2018 (EOT).
 """
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Literal, TypedDict, get_args
+from dataclasses import dataclass, replace
+from typing import Literal, TypedDict, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -14,11 +15,13 @@ from torch import Tensor
 from ..ensemble.checks import check_count, check_seed
 from ..ensemble.randomness import global_noise, other_seed
 from ..noise.streams import Sampling, noise_draw, stream_seed
+from ..runtime.errors import UnevenBatchError
 from .budget import spend
 from .leads import check_answers, lead_of, mean_log, probabilities, side_of
 from .masking import NoGradientError
 
 Forward = Callable[[Tensor], Tensor]
+T = TypeVar("T")
 Average = Literal["losses", "probabilities"]
 
 _CONFIRM_DRAWS = 10
@@ -85,6 +88,11 @@ class Estimate:
         return self.draws.mean(dim=0)
 
 
+def of_nearest(noise: NoiseOptions) -> Noise:
+    """Settings of an attack for the nearest image: unless said otherwise, of the mean of probabilities."""
+    return replace(Noise(**noise), average=noise.get("average", "probabilities"))
+
+
 class Oracle:
     """A model as an attack sees it: single noise draws, several of them in one pass where images are few.
 
@@ -138,9 +146,17 @@ class Oracle:
         # Pairs of each image's own noise go into batches of one draw, which an odd draw would begin.
         self._pairs = self.eot % 2 == 0 and not noise.frozen
 
-    def average_over(self, draws: int) -> None:
-        """Average that many draws in each step from now on; not for frozen noise."""
-        self.eot, self._pairs = draws, draws % 2 == 0
+    def share_out(self, steps: int, times: int = 1) -> int:
+        """How many steps the draws of `steps` steps make: of a random model fewer, each of more draws.
+
+        `times`: how many steps there are then for each draw of a step, about.
+        """
+        total = steps * self.eot
+        draws = 2 * round(math.sqrt(total / times) / 2)  # even, for antithetic pairs
+        if not self.is_random or draws <= self.eot:
+            return steps
+        self.eot, self._pairs = draws, True
+        return max(1, total // draws)
 
     @property
     def confirm_draws(self) -> int:
@@ -178,8 +194,22 @@ class Oracle:
 
     def _each(self, inputs: Tensor, draws: range, *, follow: bool = False, **kind: bool) -> Tensor:
         """(N, B, K) logits of single draws; `kind`: see `_logits`."""
-        passes = self._passes(len(inputs), draws, follow)
-        return torch.cat([self._logits(inputs, part, follow=follow, **kind) for part in passes])
+
+        def taken() -> Tensor:
+            passes = self._passes(len(inputs), draws, follow)
+            return torch.cat([self._logits(inputs, part, follow=follow, **kind) for part in passes])
+
+        return self._one_by_one(taken)
+
+    def _one_by_one(self, taken: Callable[[], T]) -> T:
+        """What it returns; of a network that divides its batch, with one draw a pass from now on."""
+        try:
+            return taken()
+        except UnevenBatchError:
+            if not any(self._room):
+                raise
+            self._room = (0, 0)
+            return taken()
 
     def _indices(self) -> range:
         """Numbers of the draws of the next step."""
@@ -192,6 +222,9 @@ class Oracle:
     def gradient(self, inputs: Tensor, loss: Callable[[Tensor], Tensor]) -> Estimate:
         """Gradient of the expected `loss` (logits (B, K) to (B,)) with respect to `inputs`."""
         indices = self._indices()
+        return self._one_by_one(lambda: self._gradient(inputs, loss, indices))
+
+    def _gradient(self, inputs: Tensor, loss: Callable[[Tensor], Tensor], indices: range) -> Estimate:
         over = None
         if self.noise.average == "probabilities" and len(indices) > 1:
             # The draws twice: for the mean, and then each with its share in the gradient of the mean.
@@ -207,7 +240,7 @@ class Oracle:
                 logits = self._logits(leaf, draws, follow=True)
                 drawn = logits.log_softmax(dim=2)
                 if over is None:
-                    each = logits if self.noise.average == "losses" else drawn
+                    each = logits  # of a single draw its probabilities give the same
                     values = torch.stack([loss(one) for one in each]).sum(dim=0)
                 else:
                     share = (drawn.detach() - over.detach()).exp() * outer
@@ -220,7 +253,7 @@ class Oracle:
         check_answers(gradient)
         spend(gradients=len(inputs) * len(indices))
         if over is not None:
-            total = loss(over.detach()) * len(indices)
+            total = loss(over.detach()).float() * len(indices)
         return Estimate(total / len(indices), self._units(torch.cat(softmax)), gradient / len(indices))
 
     @torch.no_grad()
@@ -229,8 +262,8 @@ class Oracle:
         indices = self._indices()
         each = self._each(inputs, indices)
         spend(forwards=len(inputs) * len(each))
-        if self.noise.average == "probabilities":
-            value = loss(mean_log(each))
+        if self.noise.average == "probabilities" and len(each) > 1:
+            value = loss(mean_log(each)).float()
         else:
             value = torch.stack([loss(logits) for logits in each]).mean(dim=0)
         check_answers(each)

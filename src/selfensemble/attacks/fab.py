@@ -4,7 +4,6 @@ Source: Croce & Hein, Minimally distorted adversarial examples with a fast adapt
 ICML 2020; its targeted form from Reliable evaluation of adversarial robustness, ICML 2020.
 """
 
-import math
 from collections.abc import Callable
 from typing import Unpack
 
@@ -16,6 +15,7 @@ from .driver import run_attack
 from .expectation import Noise, NoiseOptions, Oracle
 from .leads import fooled
 from .losses import margin
+from .minimum_norm import FIRST_STEP, GAMMA, follow_boundary
 from .nearest import Nearest
 from .norms import Norm, check_eps, check_norm, dual_size, largest_eps, per_image, random_start, size
 from .targets import wrong_classes
@@ -23,6 +23,7 @@ from .units import in_own_units
 
 _START = {"linf": 0.3, "l2": 1.0, "l1": 5.0}  # radius of restarts where nothing is known, as published
 _TINY = 1e-12
+_LEAD_IN, _LEAST = 20, 5  # steps of FMN before the first run, or none
 # Of images (A, ...) and their indices (A,): values (A,), above 0 beyond the boundary, and gradients.
 Boundary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -52,7 +53,9 @@ def fab(
     Of a random model the `steps * eot` draws of a run are spent in fewer steps, each of about as many draws
     as there are steps, unless `eot` is more. An image counts as adversarial if the mean softmax of these
     draws and `confirm_draws` fresh ones say so: raise that for images that hold. Where no randomness is
-    found, a bisection between the best image and the original ends the search (the paper's, with halvings).
+    found, twenty steps of `fmn`, a fifth of the gradients at most, find where the first run begins (the
+    paper's begins at the image, and stays with the boundary that is nearest there). A bisection between the
+    best image and the original ends the search (the paper's, with halvings).
 
     Args:
         targeted: reach `labels`: each step heads for the boundary between the wanted class and the
@@ -81,10 +84,16 @@ def fab(
     _check_numbers(inputs, norm, eps, alpha_max, eta, beta)
 
     def run(oracle: Oracle, x: Tensor, y: Tensor) -> Tensor:
-        count, keep = _share_out(oracle, steps), _Near(oracle, x, y, targeted, norm, eps)
-        for boundary in _boundaries(oracle, x, y, targeted, targets, norm):
+        count, keep = oracle.share_out(steps), _Near(oracle, x, y, targeted, norm, eps)
+        each = 1 if targeted or targets is not None else oracle.classes - 1  # gradients of a step
+        lead_in = min(_LEAD_IN, each * count // 5)  # gradients
+        if lead_in >= _LEAST and not oracle.is_random:
+            follow_boundary(keep, lead_in - 1, FIRST_STEP[norm], GAMMA)
+            count -= -(-lead_in // each)
+        for number, boundary in enumerate(_boundaries(oracle, x, y, targeted, targets, norm)):
             for restart in range(restarts):
-                _walk(keep, boundary, keep.start() if restart else x, count, alpha_max, eta, beta)
+                first = keep.known() if number == 0 else x
+                _walk(keep, boundary, keep.start() if restart else first, count, alpha_max, eta, beta)
         return keep.refined()
 
     return run_attack(model, inputs, labels, run, Noise(**noise), max_batch)
@@ -127,6 +136,11 @@ class _Near(Nearest):
             return torch.ones(len(active), dtype=torch.bool, device=active.device)
         return self.distance[active] > (self.eps or 0.0)
 
+    def known(self) -> Tensor:
+        """The nearest images, or the last iterates where there is none."""
+        found = (self.distance > 0) & self.distance.isfinite()
+        return torch.where(per_image(found, self.x), self.best, self.last)
+
     def start(self) -> Tensor:
         """Random images at half the best distance, or half of `eps`."""
         radius = min(_START[self.norm], largest_eps(self.norm, self.x[:1].numel()))
@@ -143,16 +157,6 @@ class _Near(Nearest):
         nearer = size(images - self.x[active], self.norm) < self.distance[active]
         claimed = fooled(estimate.probabilities, self.y[active], self.targeted)
         return torch.where(nearer, self.visit(active, images, estimate), claimed)
-
-
-def _share_out(oracle: Oracle, steps: int) -> int:
-    """How many steps the draws of `steps` steps make: of a random model as many as each then has draws."""
-    total = steps * oracle.eot
-    draws = 2 * round(math.sqrt(total) / 2)  # even, for antithetic pairs
-    if not oracle.is_random or draws <= oracle.eot:
-        return steps
-    oracle.average_over(draws)
-    return max(1, total // draws)
 
 
 def _boundaries(

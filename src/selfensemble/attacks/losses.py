@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 _SURE = -60.0
+_SOFT = 8.0  # temperatures that the margin of an original image is
 LossName = Literal["ce", "margin", "dlr", "probability-margin"]
 Loss = Callable[[Tensor, Tensor, bool], Tensor]
 
@@ -54,6 +55,11 @@ def soft_margin(logits: Tensor, labels: Tensor, targeted: bool, temperature: Ten
     scaled = logits.scatter(1, labels[:, None], -torch.inf) / temperature[:, None]
     rivals = scaled.logsumexp(dim=1) * temperature
     return own - rivals if targeted else rivals - own
+
+
+def temperature_of(margins: Tensor) -> Tensor:
+    """(B,) temperatures of the soft margin, from margins (B,) of the original images: an eighth."""
+    return (margins.abs() / _SOFT).clamp(min=1e-20)
 
 
 def probability_margin(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ensemble.checks import check_images, is_number
 from ..ensemble.ensemble import SelfEnsemble
-from .norms import check_eps, check_norm
+from .norms import check_eps, check_norm, largest_eps
 
 Bounds = tuple[float, float]
 _UNIT: Bounds = (0.0, 1.0)
@@ -48,8 +48,11 @@ def in_own_units(*lengths: str) -> Callable[[_Attack], _Attack]:
                     norm = settings.get("norm", defaults["norm"].default)
                     check_norm(norm)
                     check_eps(value, norm, inputs, (low, high))
-                if isinstance(value, int | float) and not isinstance(value, bool):
-                    settings[name] = value / (high - low)
+                if is_number(value):
+                    settings[name] = float(value) / (high - low)
+                    if name == "eps":  # the largest by rounding only
+                        most = largest_eps(settings.get("norm", norm), inputs[:1].numel())
+                        settings[name] = min(settings[name], most)
             exact = inputs if inputs.dtype == torch.float64 else inputs.float()
             unit = ((exact - low) / (high - low)).clamp(0.0, 1.0)
             token = _bounds.set((low, high))

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -244,6 +245,7 @@ def _names_in(dataset: Any, key: str | None) -> Any:
 
     Raises:
         TypeError: they are in no order.
+        ValueError: their numbers are not those from 0 on.
     """
     found = getattr(_root(dataset), "classes", None)
     if isinstance(found, set | frozenset):
@@ -251,14 +253,31 @@ def _names_in(dataset: Any, key: str | None) -> Any:
             f"{type(_root(dataset)).__name__}.classes is a set, whose order changes from run to run: make it "
             "a list, in the order of the class numbers"
         )
+    if isinstance(found, Mapping) and len(found) > 0:
+        return _numbered(found, type(_root(dataset)).__name__)
     found = found.tolist() if isinstance(found, np.ndarray | Tensor) else found
-    if isinstance(found, Sequence | Mapping) and not isinstance(found, str | bytes) and len(found) > 0:
+    if isinstance(found, Sequence) and not isinstance(found, str | bytes) and len(found) > 0:
         return list(found)
     features = getattr(dataset, "features", None)
     if not isinstance(features, Mapping):
         return None
     keys = [each for each in (_LABELS if key is None else (key,)) if each in features]
     return getattr(features[keys[0]], "names", None) if keys else None
+
+
+def _numbered(classes: Mapping[Any, Any], name: str) -> list[Any]:
+    """Names in the order of their numbers, of a mapping from one to the other."""
+    for names, numbers in ((list(classes), list(classes.values())), (list(classes.values()), list(classes))):
+        if all(isinstance(each, Integral) and not isinstance(each, bool) for each in numbers):
+            by_number = dict(zip(map(int, numbers), names, strict=True))
+            if sorted(by_number) != list(range(len(classes))):
+                raise ValueError(
+                    f"{name}.classes numbers its classes {sorted(by_number)}: number them from 0 on"
+                )
+            return [by_number[number] for number in range(len(classes))]
+    raise TypeError(
+        f"{name}.classes is a mapping without numbers: make it a list, in the order of the class numbers"
+    )
 
 
 def _root(dataset: Any) -> Any:

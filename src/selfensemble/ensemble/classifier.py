@@ -1,7 +1,6 @@
 """A classifier whose passes may differ, one noise draw at a time."""
 
 from typing import Any, Literal, NamedTuple, Self
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,6 @@ from .order import order_watched
 from .randomness import PASSES, answers_differ, draws_for_python, draws_numbers
 
 Precision = Literal["float32", "bf16"]
-_SPARING = WeakSet[nn.Module]()  # networks of which a pass in eval mode left its inputs as they were
 _PLAIN = frozenset({type(None), bool, int, float, str, type})
 
 
@@ -102,13 +100,8 @@ class RandomClassifier(nn.Module):
         # Compilers see neither the attribute nor the pass that changes it.
         if torch.compiler.is_compiling() or is_recording() or torch._C._get_tracing_state() is not None:
             return logits_of(self.model(inputs), inputs.shape[0])
-        if self.training or self.model in _SPARING:
-            return self._watched_logits(inputs)
-        own = inputs.clone()  # for the network may write into it
-        logits = self._watched_logits(own)
-        if not own.is_inference() and own._version == 0:
-            _SPARING.add(self.model)
-        return logits
+        # In eval mode its own images, for the network may write into them.
+        return self._watched_logits(inputs if self.training else inputs.clone())
 
     def _watched_logits(self, inputs: Tensor) -> Tensor:
         if vars(self).pop("watches_order", False):  # by one thread
@@ -123,7 +116,6 @@ class RandomClassifier(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """What `nn.Module.train` does; beside calls that want eval mode, as soon as none does any more."""
         self._others, self._quiet, self.folds = {}, {}, {}
-        _SPARING.discard(self.model)
         switch_mode(self, mode)
         self._lead_layers(mode)
         return self

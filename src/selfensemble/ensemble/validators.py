@@ -21,6 +21,7 @@ from ..noise.layer import GaussianNoise
 from ..noise.records import lost_noise
 from ..noise.streams import Sampling
 from .checks import check_call, check_images, logits_of
+from .ensemble import SelfEnsemble
 from .observation import (
     IN_FRONT,
     OF_FORWARD,
@@ -99,7 +100,7 @@ def validate(
         images = images_of(example_inputs)
         issues += [
             *_output(trace, batch_of(example_inputs)),
-            *_range(images, getattr(model, "bounds", (0.0, 1.0))),
+            *_range(images, model.bounds if isinstance(model, SelfEnsemble) else (0.0, 1.0)),
         ]
         issues += _folded(model, trace, batch_of(example_inputs), sampling)
     return sorted(issues, key=lambda issue: issue.severity)

@@ -128,9 +128,13 @@ class Certified(Record):
 
     @property
     def known(self) -> tuple[Point, ...]:
-        """The curve; where there were wanted radii, at these alone: between them it is a lower bound."""
+        """The curve; where there were wanted radii, at these alone: between them it is a lower bound.
+
+        Curves of earlier versions may lack wanted radii, and are then returned whole.
+        """
         wanted = {each.radius for each in self.wanted}
-        return tuple(point for point in self.curve if point.radius in wanted) if wanted else self.curve
+        points = tuple(point for point in self.curve if point.radius in wanted)
+        return points if wanted and len(points) == len(wanted) else self.curve
 
     @property
     def which(self) -> str:
@@ -177,7 +181,7 @@ class Certification:
         self.model = model_record(self.ensemble, self.name, self.architecture)
         self.data_record = data_record(self.inputs, self.labels)
         identity = {
-            "model": {"digest": self.model.digest} | behaviour(self.ensemble),
+            "model": {"digest": self.model.digest} | behaviour(self.ensemble, self.inputs[:2]),
             "data": {"digest": self.data_record.digest},
             "settings": self.settings.model_dump(mode="json"),
             "precision": self.precision,

@@ -97,10 +97,11 @@ def model_record(ensemble: SelfEnsemble, name: str, architecture: dict[str, Any]
     )
 
 
-def behaviour(ensemble: SelfEnsemble) -> dict[str, Any]:
+def behaviour(ensemble: SelfEnsemble, images: Tensor) -> dict[str, Any]:
     """What answers depend on beside weights and noise, where it is not as usual.
 
     Of a network that `create_model` did not make: what made it, its settings, and the code of its classes.
+    Attributes that a pass over `images` changes are none of its settings.
     """
     original = original_of(ensemble)
     assert isinstance(original, SelfEnsemble)
@@ -110,9 +111,16 @@ def behaviour(ensemble: SelfEnsemble) -> dict[str, Any]:
     if original.sampling != "shared":
         found["sampling"] = original.sampling
     if Architecture.of(original.model) is None:
-        lines = [line for fqn, module in original.model.named_modules() for line in _about(fqn, module)]
-        found["network"] = f"sha256:{hashlib.sha256(chr(10).join(lines).encode()).hexdigest()}"
+        before = _lines(original.model)
+        original.predict(images, draws=1)
+        after = _lines(original.model)
+        text = "\n".join(line for fqn, lines in before.items() for line in lines if line in after[fqn])
+        found["network"] = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
     return found
+
+
+def _lines(network: nn.Module) -> dict[str, list[str]]:
+    return {fqn: _about(fqn, module) for fqn, module in network.named_modules()}
 
 
 def _about(fqn: str, module: nn.Module) -> list[str]:

@@ -183,13 +183,17 @@ def _prepack_(parts: Parts, first: str) -> None:
     for name, after in parts.followers.items():  # noise in place: no memory has to be found
         taker = parts.modules[after]
         noise = dict(taker.named_children()).get(CHILD, taker)  # by a hook, of which a graph knows nothing
-        if isinstance(noise, GaussianNoise) and isinstance(parts.modules[name], _FRESH):
+        before = parts.modules[name]
+        seen = before._forward_hooks or "forward" in vars(before)
+        if isinstance(noise, GaussianNoise) and type(before) in _FRESH and not seen:
             noise.overwrites = True
 
 
 def _is_plain_relu(module: nn.Module | None) -> bool:
-    """Whether nothing is called with it: a random layer before it or behind it would be lost."""
-    return isinstance(module, nn.ReLU) and not (module._forward_pre_hooks or module._forward_hooks)
+    """Torch's own, with which nothing is called: a random layer before it or behind it would be lost."""
+    if type(module) is not nn.ReLU:
+        return False
+    return not (module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module))
 
 
 def _halve_weights(network: nn.Module, first: nn.Module | None) -> None:

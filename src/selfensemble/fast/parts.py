@@ -88,7 +88,10 @@ class GraphParts(Parts):
 
 
 class WatchedParts(Parts):
-    """Of a network that is changed in place, by a pass over floating-point images.
+    """Of a network that is changed in place, by passes over floating-point images.
+
+    The size of images can lead a pass elsewhere: images of twice and half the size, where the network takes
+    them, must find the same.
 
     Raises:
         ValueError: the network's Python decides by values, which may lead other images elsewhere.
@@ -97,38 +100,13 @@ class WatchedParts(Parts):
     def __init__(self, network: nn.Module, images: Tensor) -> None:
         self.root = network
         by_name = dict(network.named_modules(remove_duplicate=False))
-        places = Counter(by_name.values())  # under two names, only one of which would be exchanged
-        reads = _Reads()
-        calls: Counter[str] = Counter()
-        takers: dict[_Key, str] = {}
-        made: dict[str, _Key] = {}
-
-        def before(module: nn.Module, args: tuple[Any, ...], name: str) -> None:
-            reads.inside.append(name)
-            if args and isinstance(args[0], Tensor):
-                takers[reads.key(args[0])] = name
-
-        def after(module: nn.Module, args: tuple[Any, ...], output: Any, name: str) -> None:
-            reads.inside.pop()
-            calls[name] += 1
-            made[name] = reads.key(output) if isinstance(output, Tensor) else (0, 0)
-
-        # With derivatives, so that values that leave torch (`numpy()`) are an error.
-        with OwnHooks() as hooks, torch.inference_mode(False), torch.enable_grad(), OwnNumbers(0):
-            for name, module in by_name.items():
-                if name and places[module] == 1 and _is_layer(module):
-                    hooks.add(module.register_forward_pre_hook, _named(before, name))
-                    hooks.add(module.register_forward_hook, _named(after, name))
-            with noise_draw(0, sampling="shared"), reads:
-                logits_of(network(images.detach().clone().requires_grad_()), len(images))
-        if reads.decides:
-            raise ValueError("its Python decides by values")
-        self.modules = {name: by_name[name] for name in made if calls[name] == 1}
-        self.followers = {}
-        for name in self.modules:
-            key = made[name]
-            if key in takers and reads.readers.get(key, set()) - {name} == {takers[key]} <= {*self.modules}:
-                self.followers[name] = takers[key]
+        once, feeds = _watched(network, by_name, images)
+        for other in _of_other_sizes(images):
+            if (seen := _watched_if_taken(network, by_name, other)) is not None:
+                once = [name for name in once if name in seen[0]]
+                feeds = {name: taker for name, taker in feeds.items() if seen[1].get(name) == taker}
+        self.modules = {name: by_name[name] for name in once}
+        self.followers = {name: feeds[name] for name in once if feeds.get(name) in self.modules}
 
     def replace(self, name: str, module: nn.Module) -> None:
         self.root.set_submodule(name, module)
@@ -136,6 +114,71 @@ class WatchedParts(Parts):
 
     def _drop(self, name: str) -> None:
         self.root.set_submodule(name, nn.Identity())
+
+
+class _DecidesError(ValueError):
+    """The network's Python decides by values."""
+
+
+def _of_other_sizes(images: Tensor) -> list[Tensor]:
+    """One image each, of twice and of half the size."""
+    sides = images.dim() - 2
+    if sides < 1:
+        return []
+    large = images[:1].repeat(1, 1, *[2] * sides)
+    small = images[:1, :, *[slice(max(1, side // 2)) for side in images.shape[2:]]]
+    return [large, small]
+
+
+def _watched_if_taken(
+    network: nn.Module, by_name: dict[str, nn.Module], images: Tensor
+) -> tuple[list[str], dict[str, str]] | None:
+    """What `_watched` finds, or None where somebody's code does not take images of this size."""
+    try:
+        return _watched(network, by_name, images)
+    except _DecidesError:
+        raise
+    except Exception:
+        return None
+
+
+def _watched(
+    network: nn.Module, by_name: dict[str, nn.Module], images: Tensor
+) -> tuple[list[str], dict[str, str]]:
+    """Layers that a pass over images calls once, and which of them feeds which alone."""
+    places = Counter(by_name.values())  # under two names, only one of which would be exchanged
+    reads = _Reads()
+    calls: Counter[str] = Counter()
+    takers: dict[_Key, str] = {}
+    made: dict[str, _Key] = {}
+
+    def before(module: nn.Module, args: tuple[Any, ...], name: str) -> None:
+        reads.inside.append(name)
+        if args and isinstance(args[0], Tensor):
+            takers[reads.key(args[0])] = name
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any, name: str) -> None:
+        reads.inside.pop()
+        calls[name] += 1
+        made[name] = reads.key(output) if isinstance(output, Tensor) else (0, 0)
+
+    # With derivatives, so that values that leave torch (`numpy()`) are an error.
+    with OwnHooks() as hooks, torch.inference_mode(False), torch.enable_grad(), OwnNumbers(0):
+        for name, module in by_name.items():
+            if name and places[module] == 1 and _is_layer(module):
+                hooks.add(module.register_forward_pre_hook, _named(before, name))
+                hooks.add(module.register_forward_hook, _named(after, name))
+        with noise_draw(0, sampling="shared"), reads:
+            logits_of(network(images.detach().clone().requires_grad_()), len(images))
+    if reads.decides:
+        raise _DecidesError("its Python decides by values")
+    once = [name for name in made if calls[name] == 1]
+    followers = {}
+    for name in once:
+        key = made[name]
+        if key in takers and reads.readers.get(key, set()) - {name} == {takers[key]}:
+            followers[name] = takers[key]
+    return once, followers
 
 
 _Key = tuple[int, int]

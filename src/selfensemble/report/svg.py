@@ -169,7 +169,7 @@ class Plot:
             smallest = min(x for x in xs if x > 0)
             axes.set_xscale("symlog", linthresh=smallest)
             axes.set_xlim(left=-smallest / 4)
-        elif xs[-1] > 0:
+        elif xs and xs[-1] > 0:
             axes.set_xlim(-0.04 * xs[-1], 1.04 * xs[-1])
         if self.scale != "linear":
             axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
