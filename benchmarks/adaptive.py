@@ -82,6 +82,11 @@ def main() -> None:
     options = parsed(parser)
     ensemble = rse.load(options.model)
     data = rse.load_data(options.data, "test")
+    if options.images + options.calibrate > len(data):
+        raise SystemExit(
+            f"{len(data)} images are too few to calibrate on {options.calibrate} and to confirm on "
+            f"{options.images} others: pass fewer"
+        )
     fast = rse.optimize(ensemble, data.inputs(slice(2)))
     last = data.inputs(slice(len(data) - options.calibrate, len(data)))
     fast.stopping = rse.calibrate(fast, last, seed=0)

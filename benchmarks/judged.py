@@ -1,5 +1,8 @@
 """What attacks of a benchmark made of some images, judged, in files: a long run goes on where it stopped."""
 
+import hashlib
+import io
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +18,8 @@ import selfensemble as rse
 from selfensemble.attacks.budget import count_evaluations
 from selfensemble.evaluation import judge
 from selfensemble.evaluation.balls import within
+from selfensemble.evaluation.identity import model_record
+from selfensemble.runtime.files import atomic_write
 from selfensemble.runtime.provenance import provenance
 
 LOOKS, QUERIES = 3, 20
@@ -61,6 +66,7 @@ def judged(
         farther: take images inside on as far as the ball allows, see `within`.
         seed: of the judge.
     """
+    about = _about(ensemble, x, y, norm, eps, farther, seed)
     if not path.is_file():
         began = time.process_time()
         with count_evaluations() as spent:
@@ -71,17 +77,32 @@ def judged(
         first = judge(ensemble, x, images, y, queries=LOOKS, seed=seed + 1, **options)
         second = judge(ensemble, x, images, y, queries=QUERIES, seed=seed + 2, **options)
         change = (found - x).flatten(1)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        content = io.BytesIO()
         np.savez(
-            path,
+            content,
+            about=np.array(about),
             lead=first.lead.numpy(),
             right=1 - second.wrong_per_query.numpy(),
             distance=(change.norm(dim=1) if norm == "l2" else change.abs().amax(dim=1)).numpy(),
             spent=np.array([spent.gradients / len(x), spent.forwards / len(x), seconds]),
         )
+        atomic_write(path, content.getvalue())
     with np.load(path) as stored:
+        if "about" not in stored or str(stored["about"]) != about:
+            raise SystemExit(
+                f"{path} is of another network, data or settings: remove it, or pass another --out"
+            )
         gradients, forwards, seconds = stored["spent"].tolist()
         return Judged(stored["lead"], stored["right"], stored["distance"], gradients, forwards, seconds)
+
+
+def _about(
+    ensemble: rse.SelfEnsemble, x: Tensor, y: Tensor, norm: str, eps: float | None, farther: bool, seed: int
+) -> str:
+    """What a file is of: it is read only where all of it is the same."""
+    images = hashlib.sha256(x.contiguous().numpy().tobytes() + y.contiguous().numpy().tobytes()).hexdigest()
+    model = model_record(ensemble, "", None, x[:2])
+    return json.dumps([model.digest, model.behaviour, model.draws, images, norm, eps, farther, seed])
 
 
 def worst(members: Sequence[Judged]) -> float:

@@ -148,7 +148,7 @@ def main() -> None:
     servers = {
         "plain route": Server(own),
         "selfensemble serve": Server([*ours, "--draws", str(options.draws)]),
-        "selfensemble serve, exact": Server([*ours, "--stop", "exact"]),
+        "selfensemble serve, exact": Server([*ours, "--draws", str(options.draws), "--stop", "exact"]),
     }
     try:
         rates: dict[str, list[float]] = {name: [] for name in servers}

@@ -33,6 +33,7 @@ from timing import arguments, parsed, report, settings
 import selfensemble as rse
 
 _MOST_DISTURBED = 2  # times as long may plain predictions take that others disturb, 99 % of them
+_KILLED_AT = (8, 4)  # after these parts of the requests
 MODEL = "digits-rse"
 MALFORMED = 0.05
 
@@ -215,7 +216,7 @@ async def soak(options: Any) -> dict[str, Any]:
     others = [
         asyncio.create_task(disturb(number, supervisor.port, stop)) for number in range(8 * options.disturbed)
     ]
-    kills = [options.requests // 8, options.requests // 4]
+    kills = [options.requests // share for share in _KILLED_AT]
     while not all(task.done() for task in clients):
         await asyncio.sleep(0.5)
         done = sum(map(len, latencies.values()))
@@ -268,6 +269,10 @@ def faults_of(found: dict[str, Any], requests: int, alone: dict[str, Any] | None
         "malformed requests that were not refused": counts.get("malformed, not refused", 0),
         "requests without an answer": requests - sum(counts.get(key, 0) for key in answered),
         "exit status": found["exit status"],
+        "starts of the server beside the first and those after the kills": abs(
+            found["starts"] - 1 - len(_KILLED_AT)
+        ),
+        "no memory measured": int(not found["memory MB"]["after requests"]),
         "a stop that takes 10 s or more": int(found["seconds to stop"] >= 10),
         "memory that grows": int(found["memory MB"]["growth"] > 0.05),
         "a 99th percentile more than twice that of the run alone": int(

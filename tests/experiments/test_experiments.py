@@ -502,15 +502,21 @@ def test_every_network_has_a_valid_recipe(name: str, experiment: Any) -> None:
     [
         ("vgg16", "cifar10", "cifar10-vgg16-rse-adversarial-start"),
         ("vgg16", "digits", None),
-        ("resnext29_2x64d", "cifar10", None),
-        ("model_a", "stl10", None),
+        ("resnext29_2x64d", "cifar10", "cifar10-resnext29-rse-adversarial-start"),
+        ("model_a", "stl10", "stl10-model-a-rse-adversarial-start"),
     ],
 )
 def test_first_weights_are_for_their_own_architecture_alone(
     kin: str, source: str, weights: str | None
 ) -> None:
-    _, recipe = recipe_of(networks.network("ours"), family(kin), load_scale("half"), source)
+    scale = load_scale("half")
+    _, recipe = recipe_of(networks.network("ours"), family(kin), scale, source)
     assert recipe.model.weights == weights
+    if weights is not None:
+        first, begun = recipe_of(networks.network("ours-start"), family(kin), scale, source)
+        assert first == weights
+        assert begun.model.weights == weights.replace("-adversarial-start", "")
+        assert begun.model.name == recipe.model.name
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from ..data.images import ImageData, Inputs
 from ..ensemble.checks import is_number
 from ..ensemble.ensemble import SelfEnsemble
 from ..fast.ensemble import precision_of
-from ..noise.injection import eval_mode
+from ..noise.injection import device_of_parameters, eval_mode
 from ..noise.streams import DRAWS, stream_seed
 from ..runtime.files import atomic_write, read_versioned, write_json
 from ..runtime.ownership import owned
@@ -34,7 +34,7 @@ from ..runtime.processes import wait_for_all
 from ..runtime.provenance import accuracy_record, provenance
 from ..runtime.schema import Count, Positive, Section, Seed
 from ..runtime.texts import read_json
-from .identity import behaviour, claim, data_record, duration, model_record
+from .identity import claim, data_record, duration, model_record
 from .results import DataRecord, ModelRecord, Record
 
 RUN, CERTIFIED, CERTIFICATES, SHARDS = "run.json", "certified.json", "certificates.csv", "shards"
@@ -121,6 +121,13 @@ class Certified(Record):
     done: int | None = None
     provenance: dict[str, Any]
 
+    def record(self) -> dict[str, Any]:
+        """What the file holds; what earlier versions do not know only where there is something."""
+        found = self.model_dump(mode="json")
+        if not self.model.behaviour:
+            del found["model"]["behaviour"]
+        return found
+
     @property
     def images(self) -> int:
         """How many images the figures are of."""
@@ -178,15 +185,15 @@ class Certification:
         self.inputs, self.labels = Inputs(self.data, self.images), self.data.labels[: self.images].cpu()
         self.std, self.precision = pixel_std(self.ensemble, self.inputs[:2]), precision_of(self.ensemble)
         self._check()
-        self.model = model_record(self.ensemble, self.name, self.architecture)
+        self.model = model_record(self.ensemble, self.name, self.architecture, self.inputs[:2])
         self.data_record = data_record(self.inputs, self.labels)
         identity = {
-            "model": {"digest": self.model.digest} | behaviour(self.ensemble, self.inputs[:2]),
+            "model": {"digest": self.model.digest} | self.model.behaviour,
             "data": {"digest": self.data_record.digest},
             "settings": self.settings.model_dump(mode="json"),
             "precision": self.precision,
             "std": self.std,
-            "device": next((p.device.type for p in self.ensemble.parameters()), "cpu"),
+            "device": device_of_parameters(self.ensemble).type,
         }
         if self.settings.radius is not None:
             identity["stopping"] = "bets against all"  # earlier versions had other rules
@@ -291,7 +298,7 @@ class Certification:
         for at in sorted(grid | set(wanted_radii(self.settings.radius))):
             count = int((right & (columns["radius"] >= at)).sum())
             curve.append(Point(radius=at, **_share(count, done)))
-        about = provenance()
+        about = provenance(device_of_parameters(self.ensemble))
         about.pop("time")
         results = Certified(
             name=self.name,
@@ -309,7 +316,7 @@ class Certification:
             provenance=about,
         )
         atomic_write(self.out / CERTIFICATES, _table(truth, columns).encode())
-        write_json(self.out / CERTIFIED, results.model_dump(mode="json"))
+        write_json(self.out / CERTIFIED, results.record())
 
 
 def _wanted(radius: float | Sequence[float] | None, verdicts: np.ndarray) -> tuple[WantedRadius, ...]:

@@ -75,8 +75,13 @@ def data_record(inputs: Inputs, labels: Tensor) -> DataRecord:
     )
 
 
-def model_record(ensemble: SelfEnsemble, name: str, architecture: dict[str, Any] | None) -> ModelRecord:
-    """What is evaluated: its noise, and a digest of weights and noise, those of a copy's original."""
+def model_record(
+    ensemble: SelfEnsemble, name: str, architecture: dict[str, Any] | None, images: Tensor | None = None
+) -> ModelRecord:
+    """What is evaluated: its noise, and a digest of weights and noise, those of a copy's original.
+
+    With `images` also its behaviour, which see.
+    """
     original = original_of(ensemble)
     assert isinstance(original, SelfEnsemble)
     noise = {fqn: layer.std for fqn, layer in noise_layers(original.model).items()}
@@ -94,6 +99,7 @@ def model_record(ensemble: SelfEnsemble, name: str, architecture: dict[str, Any]
         noise=noise,
         randomness=randomness,
         architecture=architecture,
+        behaviour={} if images is None else behaviour(ensemble, images),
     )
 
 

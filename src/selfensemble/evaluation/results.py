@@ -119,6 +119,13 @@ class DataRecord(Record):
             return f"first {self.images} test images"
         return f"{self.images} test images drawn by seed {self.drawn}"
 
+    def agrees(self, other: "DataRecord") -> bool:
+        """Whether both are images of one set, as far as is known where they are of different numbers."""
+        if self.images == other.images:
+            return self.digest == other.digest
+        sets = [(each.source, each.classes, each.drawn, each.cut, each.revision) for each in (self, other)]
+        return sets[0] == sets[1]
+
 
 class ModelRecord(Record):
     """The network of an evaluation; `digest` covers weights and randomness.
@@ -127,6 +134,8 @@ class ModelRecord(Record):
         precision: that it answers in, "bf16" for an optimised copy that does.
         noise: standard deviation, or one for each channel, by the module that the noise precedes.
         randomness: other random layers, in words.
+        behaviour: what answers depend on besides, where it is not as usual: bounds, sampling, and of other
+            people's networks a digest of code and settings. Earlier versions did not write it.
     """
 
     name: str
@@ -136,6 +145,11 @@ class ModelRecord(Record):
     noise: dict[str, Std]
     randomness: tuple[str, ...] = ()
     architecture: dict[str, Any] | None = None
+    behaviour: dict[str, Any] = {}
+
+    def is_same(self, other: "ModelRecord") -> bool:
+        """Whether both are one network with one noise; precision and draws may differ."""
+        return (self.digest, self.behaviour) == (other.digest, other.behaviour)
 
 
 class Results(Record):
@@ -159,8 +173,13 @@ class Results(Record):
     provenance: dict[str, Any]
 
     def record(self) -> dict[str, Any]:
-        """What the file holds; `impossible` only where there is one, as earlier versions read it."""
-        return self.model_dump(mode="json", exclude=None if self.impossible else {"impossible"})
+        """What the file holds; what earlier versions do not know only where there is something."""
+        found = self.model_dump(mode="json")
+        if not self.impossible:
+            del found["impossible"]
+        if not self.model.behaviour:
+            del found["model"]["behaviour"]
+        return found
 
 
 def is_weak(members: Sequence[Results]) -> bool:

@@ -26,7 +26,7 @@ from ..data.images import ImageData, Inputs, batch_size
 from ..data.labels import class_numbers
 from ..ensemble.ensemble import SelfEnsemble
 from ..fast.optimize import optimize
-from ..noise.injection import noise_disabled
+from ..noise.injection import device_of_parameters, noise_disabled
 from ..noise.streams import stream_seed
 from ..runtime.files import atomic_write, write_json
 from ..runtime.interrupts import Interrupted
@@ -38,7 +38,7 @@ from . import collect
 from .balls import within
 from .eight_bits import in_8_bits
 from .estimate import FORWARD, Clock, gradients, seconds_per_gradient
-from .identity import behaviour, claim, data_record, model_record
+from .identity import claim, data_record, model_record
 from .judge import judge
 from .masked import possible
 from .protocol import MINIMUM_NORM, Protocol, Run, expand
@@ -107,7 +107,7 @@ class Evaluation:
         worst = [plan for plan in self.plans if plan.members]
         self.work: list[Run | Plan] = [self.plans[0], *self.runs, *worst]
         self.shards = Shards(self.out / SHARDS, self.plans, self.inputs, self.protocol.shard)
-        self.model = model_record(self.ensemble, self.name, self.architecture)
+        self.model = model_record(self.ensemble, self.name, self.architecture, self.inputs[:2])
         self.data_record = data_record(self.inputs, self.labels)
         claim(
             self.out / RUN,
@@ -117,7 +117,7 @@ class Evaluation:
                 "protocol": self.protocol.record(),
                 # Streams of noise follow the batches, and differ between kinds of devices.
                 "max_batch": self.max_batch,
-                "device": next((p.device.type for p in self.ensemble.parameters()), "cpu"),
+                "device": device_of_parameters(self.ensemble).type,
             },
         )
 
@@ -130,7 +130,7 @@ class Evaluation:
         identity: dict[str, Any] = {"digest": self.model.digest, "draws": self.model.draws}
         # Only where it says something: folders of earlier runs go on being those of their models.
         identity |= {} if self.model.precision == "float32" else {"precision": self.model.precision}
-        return identity | behaviour(self.ensemble, self.inputs[:2])
+        return identity | self.model.behaviour
 
     def _try_settings(self) -> None:
         """Every attack on no images: settings that it would refuse are found before any work is done."""
@@ -271,7 +271,7 @@ class Evaluation:
             plan.key: collect.entry(self.shards, plan, self.labels, self.protocol.judge.seeds)
             for plan in self.plans
         }
-        about = provenance()
+        about = provenance(device_of_parameters(self.ensemble))
         about.pop("time")
         results = Results(
             name=self.name,

@@ -46,6 +46,7 @@ class Setting:
     folder: Path
     model: str
     data: str
+    all_data: str
     device: torch.device
     seed: int
     progress: Report
@@ -67,7 +68,9 @@ class Setting:
         """Units of work of a measurement with these settings."""
         identity = {"model": self.model, "data": self.data, "seed": self.seed, "shard": self.scale.shard}
         identity |= {"draws": self.trained.ensemble.draws, "settings": settings}
-        identity |= {"precision": self.scale.precision}
+        identity |= {"precision": self.scale.precision, "test": self.all_data}
+        # Streams of noise follow the batches, and differ between kinds of devices.
+        identity |= {"device": self.device.type, "max_batch": self.max_batch}
         return Units(self.folder, identity)
 
 

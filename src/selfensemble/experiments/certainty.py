@@ -48,7 +48,8 @@ class Certainty(Experiment):
 
     def measure(self, setting: Setting) -> Measured:
         settings = setting.scale.certainty
-        inputs, labels = inputs_of(setting, settings.images)
+        # Sets are calibrated on other images than those that they are tried on.
+        inputs, labels = inputs_of(setting, max(1, min(settings.images, len(setting.test) // 2)))
         units, size = setting.units(settings.model_dump()), min(100, setting.scale.shard)
         named = {"": inputs} | {f"{kind}.": images for kind, images in other_images(setting, inputs).items()}
         columns = {"label": column(labels.numpy())}
@@ -134,7 +135,8 @@ class Certainty(Experiment):
                 [_set_row(record) for record in records],
             ),
         ]
-        return Page("Certainty", _ABOUT.format(**settings), parts)
+        images = len(records[0].columns["label"])
+        return Page("Certainty", _ABOUT.format(**settings | {"images": images}), parts)
 
 
 def other_images(setting: Setting, inputs: Tensor) -> dict[str, Tensor]:
@@ -201,8 +203,6 @@ def _sets(
     """Sets of the test images, calibrated on as many at the end of the test set."""
     test, ensemble = setting.test, setting.attacked
     held = slice(max(len(labels), len(test) - len(labels)), len(test))
-    if held.start == held.stop:
-        held = slice(0, len(labels))  # a tiny test set: the same images, of no use but to run
     radius, draws = (settings.radius, settings.robust_draws) if robust else (0.0, settings.draws)
     if not setting.trained.ensemble.is_random:
         draws = 1

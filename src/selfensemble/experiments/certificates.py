@@ -161,7 +161,7 @@ class Certificates(Experiment):
         lines["vote"] += [
             Line(
                 f"Cohen et al., std {std:g}",
-                len(records) + place,
+                2 * len(records) + place,
                 list(known),
                 [each / 100 for each in known.values()],
             )
@@ -239,7 +239,7 @@ def empirical(records: Sequence[Record], honest: Sequence[Record]) -> list[Line]
     """
     looks = {record.facts.model: look for look, record in enumerate(records)}
     return [
-        Line(f"{each.facts.title}, under attack", 7 + looks[each.facts.model], line.x, line.y)
+        Line(f"{each.facts.title}, under attack", len(records) + looks[each.facts.model], line.x, line.y)
         for each in honest
         if each.facts.model in looks
         for line in worst_lines([each], "l2")

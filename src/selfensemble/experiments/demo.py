@@ -78,7 +78,7 @@ def run_demo(
         "networks": record,
         "shown_strength": record["plain"]["curve"][shown]["c"],
         "caveat": CAVEAT,
-        "provenance": provenance(),
+        "provenance": provenance(torch.device("cpu")),
     }
     write_json(out / "results.json", results)
     progress("drawing", 1.0)

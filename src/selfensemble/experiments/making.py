@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..report.intervals import Share
 from ..report.page import Table
 from ..runtime.provenance import provenance
@@ -33,9 +35,9 @@ def _git(*arguments: str) -> str:
     return finished.stdout.strip()
 
 
-def measured_on() -> dict[str, Any]:
+def measured_on(device: torch.device) -> dict[str, Any]:
     """Versions, hardware and commit."""
-    return provenance() | {"commit": commit()}
+    return provenance(device) | {"commit": commit()}
 
 
 def making_tables(records: Sequence[Record], command: str, about_scale: str) -> list[Table]:

@@ -126,13 +126,20 @@ def recipe_of(network: Network, kin: Family, scale: Scale, source: str | None) -
         values["data.source"] = source
     if source == "digits":
         values |= scale.digits | network.digits
-    if base != name or source == "digits":
+    if source == "digits":
         values.pop("model.weights", None)  # of a network of another architecture
+    elif base != name and "model.weights" in values:
+        values["model.weights"] = _of_family(values["model.weights"], kin)
     recipe = load_recipe(base, _written(values))
     steps = getattr(recipe.defense, "steps", None)
     if scale.attack_steps is not None and steps is not None and steps > scale.attack_steps:
         recipe = load_recipe(base, _written(values | {"defense.steps": scale.attack_steps}))
-    return network.folder or name, recipe
+    return name if network.folder is None else _of_family(network.folder, kin), recipe
+
+
+def _of_family(folder: str, kin: Family) -> str:
+    """The folder of the same network in another family; `networks.yaml` names those of VGG16."""
+    return folder.replace(family("vgg16").prefix, kin.prefix, 1)
 
 
 def _written(values: dict[str, Any]) -> list[str]:

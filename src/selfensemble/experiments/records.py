@@ -28,7 +28,8 @@ class Facts(BaseModel):
         recipe, draws: the network's; noise draws an answer.
         training: what its training said of itself: accuracy, seconds, provenance.
         changed: what was changed of the network after its training, for people; empty for nothing.
-        model, data: digests of the evaluated network and images.
+        model, data: digests of the evaluated network and the first images.
+        test: digest of the whole test set; None in files of versions that did not write it.
         settings: of the measurement.
         table: "sha256:..." of the table that it was written with; None where a record was read, and in files
             of versions that did not write it.
@@ -52,6 +53,7 @@ class Facts(BaseModel):
     changed: str = ""
     model: str
     data: str
+    test: str | None = None
     settings: dict[str, Any]
     table: str | None = None
     entries: dict[str, dict[str, Any]]

@@ -111,7 +111,7 @@ class Reproduction:
         for experiment in chosen:  # before hours of training
             for network in wanted[experiment.name]:
                 with suppress(ConnectionError, FileNotFoundError):  # said when it is its turn
-                    self._check_stored(experiment, scale, self._test(experiment, network, scale)[1])
+                    self._check_stored(experiment, scale, *self._test(experiment, network, scale)[1:])
         pages: dict[str, Page] = {}
         total, done = max(1, sum(map(len, wanted.values()))), 0
         for experiment in chosen:
@@ -133,7 +133,7 @@ class Reproduction:
         progress("preparing", 0.0)
         source = self.stl10 if experiment.kin == _STL10 else self.data
         _, recipe = recipe_of(network, experiment.family, scale, source)
-        test, data = self._test(experiment, network, scale)
+        test, data, everything = self._test(experiment, network, scale)
         models = self.models or Path("runs/models") / scale.name
         found = trained(
             network, experiment.family, scale, source, models,
@@ -149,6 +149,7 @@ class Reproduction:
             runs / experiment.name / network.name,
             model_record(found.ensemble, network.name, None).digest,
             data,
+            everything,
             self.device,
             self.seed,
             lambda text, part: progress(text, (1 + part) / 2),
@@ -168,23 +169,25 @@ class Reproduction:
             changed=network.changes,
             model=setting.model,
             data=data,
+            test=everything,
             settings=measured.settings,
             entries=measured.entries,
-            provenance=measured_on(),
+            provenance=measured_on(self.device),
         )
         _store(self.folder, experiment, Record(facts, measured.columns))
 
-    def _test(self, experiment: Experiment, network: Network, scale: Scale) -> tuple[ImageData, str]:
-        """The test set of a network, and the digest of its first images."""
+    def _test(self, experiment: Experiment, network: Network, scale: Scale) -> tuple[ImageData, str, str]:
+        """The test set of a network, and digests of its first images and of all."""
         source = self.stl10 if experiment.kin == _STL10 else self.data
         _, recipe = recipe_of(network, experiment.family, scale, source)
         asked = (recipe.data.source, recipe.data.size)
         if asked not in self._tests:
             self._tests.clear()  # one at a time: they are large
             self._tests[asked] = _test_data(*asked)
-        return self._tests[asked], _digest(self._tests[asked], scale)
+        test = self._tests[asked]
+        return test, _digest(test, scale.images), _digest(test, len(test))
 
-    def _check_stored(self, experiment: Experiment, scale: Scale, data: str) -> None:
+    def _check_stored(self, experiment: Experiment, scale: Scale, data: str, everything: str) -> None:
         """Raise before results of two scales, seeds, settings or sets of images come into one table."""
         folder = self.folder / experiment.name
         known = experiment.known_settings(scale)
@@ -193,7 +196,7 @@ class Reproduction:
             differing = {
                 f"the scale {facts.scale}": facts.scale != scale.name,
                 f"the seed {facts.seed}": facts.seed != self.seed,
-                f"other images ({facts.source})": facts.data != data,
+                f"other images ({facts.source})": facts.data != data or facts.test not in (None, everything),
                 "another edition of the protocol": _edition(record) != experiment.edition(scale),
             }
             if what := [name for name, differs in differing.items() if differs]:
@@ -273,9 +276,13 @@ def _stored(folder: Path, experiment: Experiment) -> list[Record]:
     return [found[each.name] for each in experiment.networks(scale) if each.name in found]
 
 
+# What settings hold that changes no figure.
+_SAID = ("levels", "protocol.description")
+
+
 def _check_settings(folder: Path, other: str, theirs: dict[str, Any], own: dict[str, Any]) -> None:
     """Raise where stored results, of this network or another, were measured with other settings."""
-    if keys := [key for key in differing_keys(theirs, own) if key != "levels"]:
+    if keys := [key for key in differing_keys(theirs, own) if key not in _SAID]:
         raise ValueError(
             f"{folder} holds results of {other} that were measured with other settings "
             f"(different: {', '.join(keys[:6])}); they are untouched: pass another --out, or remove them"
@@ -291,9 +298,15 @@ def _store(out: Path, experiment: Experiment, record: Record) -> None:
     folder = out / experiment.name
     for other in _stored(folder, experiment):
         _check_settings(folder, other.facts.network, other.facts.settings, record.facts.settings)
+        if other.columns.get("label") != record.columns.get("label"):
+            raise ValueError(
+                f"{folder} holds results of other images; they are untouched: pass another --out"
+            )
     before = read_record(folder, record.facts.network)
     if before is not None and before.columns == record.columns:
         now = record.facts.model_copy(update={"provenance": before.facts.provenance})
+        if before.facts.test is None:
+            now = now.model_copy(update={"test": None})
         if before.facts == Facts.model_validate_json(now.model_dump_json()):
             return
     write_record(folder, record)
@@ -309,9 +322,9 @@ def _test_data(source: str, size: int | None) -> ImageData:
         ) from error
 
 
-def _digest(test: ImageData, scale: Scale) -> str:
+def _digest(test: ImageData, images: int) -> str:
     """Of the first images and labels of the test set."""
-    part = slice(scale.images)
+    part = slice(images)
     digest = hashlib.sha256(test.images[part].numpy().tobytes())
     digest.update(test.labels[part].numpy().tobytes())
     return f"sha256:{digest.hexdigest()}"

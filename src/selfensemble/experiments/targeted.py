@@ -21,10 +21,13 @@ from .records import Record, column, words
 RADII = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 _SEARCH = "search"
 _ABOUT = """\
-The seed draws the target class of each image among the classes that the image does not belong to. An attack
-succeeds when the first seed of the defender's noise answers with the wanted class; 95 % Clopper-Pearson
-intervals. The paper's protocol is C&W at fixed c, one noise draw a step, last iterate: what a c does depends
-on the scale of the logits. The table by distance is of C&W with binary search over c, averaged over noise."""
+The seed draws the target class of each image among the classes that the image does not belong to. An
+attack at fixed c succeeds when the first seed of the defender's noise answers with the wanted class; 95 %
+Clopper-Pearson intervals. The paper's protocol is C&W at fixed c, one noise draw a step, last iterate:
+what a c does depends on the scale of the logits. The table by distance is of C&W with binary search over
+c, averaged over noise: how near it found an image of which its own draws confirm that the mean answers
+with the wanted class. Such images lie at the boundary, where one answer is wrong about as often as right;
+the column *one answer* says how often it is the wanted class."""
 
 
 def targets_of(labels: Tensor, classes: int, seed: int) -> Tensor:
@@ -98,7 +101,7 @@ class Targeted(Experiment):
             ]
             for record in records
         ]
-        head = ["defense", *(f"within L2 {radius:g}" for radius in RADII), "at any distance", "median L2"]
+        head = ["defense", *(f"within L2 {radius:g}" for radius in RADII), "one answer", "median L2"]
         parts: list[Table | Picture] = [
             Table("Success at fixed c", "Success in %, and RMS L2 of all images.", ["c", *titles], fixed),
             Table("Success by distance", "Success in %; the median is that of all images.", head, nearest),

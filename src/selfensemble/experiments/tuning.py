@@ -33,6 +33,7 @@ from ..training.trainer import Trainer
 
 # Both published levels, and multiples of them.
 LEVELS = tuple(NoiseConfig(2 * inner, inner) for inner in (0.0, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2))
+_PLACES = {"init": "first", "inner": "inner"}
 _ABOUT = """\
 Each level is a network with that much noise on the image (*init*) and before every other convolution
 (*inner*). Accuracies are those of the whole ensemble on fresh noise, with 95 % Clopper-Pearson intervals.
@@ -89,14 +90,15 @@ class Sweep:
              level.attacked.text]
             for level in self.levels
         ]  # fmt: skip
-        x = [level.noise.inner_std or level.noise.init_std for level in self.levels]
+        varied = "init" if len({level.noise.inner_std for level in self.levels}) == 1 else "inner"
+        x = [getattr(level.noise, f"{varied}_std") for level in self.levels]
         order = sorted(range(len(x)), key=x.__getitem__)
         lines = [
             Line(label, look, [x[i] for i in order], [getattr(self.levels[i], field) for i in order])
             for look, (label, field) in enumerate((("no attack", "clean"), (attack, "attacked")))
         ]
         caption = f"Accuracy in %; {self.settings['images']} images, seed {self.settings['seed']}."
-        figure = draw([[Panel("", "std of the inner noise", "accuracy, %", lines)]])
+        figure = draw([[Panel("", f"std of the {_PLACES[varied]} noise", "accuracy, %", lines)]])
         chosen = self.recommended
         about = (
             f"{_ABOUT}\n\nRecommended: `{chosen.name}`, the most accurate level under attack of those that "
@@ -168,7 +170,7 @@ def tune(
         if fine_tune is not None:
             candidate = fine_tune(candidate.train()) or candidate
         found.append(_measured(candidate.eval(), noise, inputs, labels, norm, eps, steps, eot, seed))
-    least = max(level.clean.value for level in found) - give_up
+    least = max(level.clean.value for level in found) - give_up - 1e-9  # of rounding
     bearable = [level for level in found if level.clean.value >= least]
     best = max(
         bearable, key=lambda level: (level.attacked.value, -level.noise.init_std, -level.noise.inner_std)

@@ -27,6 +27,11 @@ class Units:
         self.folder = folder
         path = folder / _IDENTITY
         if not path.is_file():
+            if next(folder.glob("*.safetensors"), None) is not None:
+                raise ValueError(
+                    f"{folder} holds units of work of which {_IDENTITY} is missing, which says what they "
+                    "are of; they are untouched: restore it, remove them, or pass another --runs"
+                )
             write_json(path, identity)
             return
         before = read_json(path, f"remove {folder}, or pass another --runs")

@@ -98,8 +98,9 @@ def _measured(config: ArtefactConfig, results: Sequence[Results]) -> str:
             lines.append(f"{split.capitalize()} accuracy {share}{images}.")
     for result in results:
         lines += [
-            f"\n{code(_command(result))}, seed {result.protocol['seed']}, {_machine(result.provenance)}; "
-            f"{result.data.which}{_of_data(config, result)}{_answered(result)}, "
+            f"\n{code(_command(config, result))}, seed {result.protocol['seed']}, "
+            f"{_machine(result.provenance)}; {result.data.which}{_of_data(config, result)}"
+            f"{_answered(config, result)}, "
             "95 % Clopper-Pearson intervals:\n",
             "| attack | budget | accuracy | RMS L2 |\n|---|---|---|---|",
             *(_row(entry) for entry in (result.clean, *result.attacks, *result.worst_case)),
@@ -142,7 +143,7 @@ def _radius(radius: float) -> str:
     return f"{radius:.2f}" if round(radius, 2) == radius else f"{radius!r}"
 
 
-def _command(result: Results) -> str:
+def _command(config: ArtefactConfig, result: Results) -> str:
     """What made an evaluation: `evaluate`, or an experiment, whose protocols are named EXPERIMENT-SCALE."""
     protocol = result.protocol
     experiment, _, scale = protocol["name"].rpartition("-")
@@ -150,6 +151,8 @@ def _command(result: Results) -> str:
         return f"selfensemble reproduce {experiment} --scale {scale} --only {result.name}"
     precision = protocol.get("precision", "float32")
     options = "" if precision == "float32" else f" --precision {precision}"
+    options += f" --draws {result.model.draws}" if result.model.draws != config.draws else ""
+    options += f" --seed {protocol['seed']}" if protocol.get("seed") else ""
     name = protocol["name"]
     return (
         f"selfensemble evaluate {word(result.name)} --protocol {word(name)} --n {result.data.images}{options}"
@@ -157,14 +160,19 @@ def _command(result: Results) -> str:
 
 
 def _of_data(config: ArtefactConfig, result: Results) -> str:
-    """What the images are of, where no recipe says it."""
-    return "" if config.recipe else f" of {Path(result.data.source).name}"
+    """What the images are of, where the recipe does not say it."""
+    own = (config.recipe or {}).get("data", {}).get("source")
+    source = Path(result.data.source).name
+    return "" if own is not None and Path(own).name == source else f" of {source}"
 
 
-def _answered(result: Results) -> str:
-    """In what the network answered, where it was an optimised copy in less than float32."""
-    precision = result.model.precision
-    return "" if precision == "float32" else f", answered by its optimised copy in {precision}"
+def _answered(config: ArtefactConfig, result: Results) -> str:
+    """How the network answered, where it was by other draws or an optimised copy in less than float32."""
+    model = result.model
+    draws = "" if model.draws == config.draws else f", {model.draws} draws a prediction"
+    return draws + (
+        "" if model.precision == "float32" else f", answered by its optimised copy in {model.precision}"
+    )
 
 
 def _row(entry: Entry) -> str:

@@ -14,6 +14,7 @@ from ..noise.layer import describe_std
 from ..runtime.files import atomic_write
 from ..runtime.packages import needs
 from ..runtime.texts import utf8
+from .alike import answering_alike
 from .gallery import gallery
 from .shown import between, certified_plot, protocol_plots, row_title, threat_model
 from .svg import VIEW_BOX, Plot
@@ -149,11 +150,9 @@ def _certificates(certified: Mapping[str, Certified], runs: Mapping[str, _Run]) 
 
 def _checked(runs: Mapping[str, _Run]) -> list[dict[str, Any]]:
     """By network: its honesty checks, each table once, and the evaluations that have none."""
-    networks: dict[str, list[str]] = {}
-    for label, run in runs.items():
-        networks.setdefault(run.results.model.digest, []).append(label)
     found = []
-    for labels in networks.values():
+    for group in answering_alike({label: run.results for label, run in runs.items()}):
+        labels = list(group)
         tables: dict[tuple[CheckRecord, ...], list[str]] = {}
         for label in labels:
             if checks := runs[label].results.checks:

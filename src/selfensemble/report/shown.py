@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from ..evaluation.certified import Certified
 from ..evaluation.certified import Point as CertifiedPoint
 from ..evaluation.results import Entry, Impossible, Results
+from .alike import is_of
 from .published import COHEN, is_theirs
 from .svg import Line, Plot, Point, line
 
@@ -68,12 +69,12 @@ def certified_plot(certified: Mapping[str, Certified], runs: Mapping[str, Result
         )
         for number, (label, each) in enumerate(certified.items())
     ]  # fmt: skip
-    digests = [each.model.digest for each in certified.values()]
     for label, results in runs.items():
         lowest = _lowest(results)
-        if results.model.digest in digests and lowest:
+        of = [number for number, each in enumerate(certified.values()) if is_of(each, results)]
+        if of and lowest:
             points = (_point(0, results.clean), *(_point(eps, entry) for eps, entry in lowest.items()))
-            number = digests.index(results.model.digest)
+            number = of[0]
             lines.append(line(number, 1, f"{label}, under attack", points, 2, dash=_CLEAN_DASH))
     dashed = (
         "Dashed: the accuracy that attacks within that distance leave, which no certificate can exceed. "
@@ -113,7 +114,7 @@ def between(certified: Certified, runs: Mapping[str, Results]) -> dict[str, list
     found = {}
     for label, results in runs.items():
         lowest = _lowest(results)
-        if results.model.digest == certified.model.digest and lowest:
+        if is_of(certified, results) and lowest:
             found[label] = [Between(eps, _at_least(certified, eps), entry) for eps, entry in lowest.items()]
     return found
 
@@ -123,10 +124,15 @@ def _at_least(certified: Certified, eps: float) -> CertifiedPoint | None:
 
 
 def _lowest(results: Results) -> dict[float, Entry]:
-    """By L2 radius, what leaves least within it."""
-    entries = [each for each in (*results.attacks, *results.worst_case) if each.norm == "l2" and each.eps]
+    """By L2 radius, what is left within it.
+
+    The worst case, which is judged again after the choice among attacks; where there is none, what the
+    strongest attack leaves.
+    """
     lowest: dict[float, Entry] = {}
-    for entry in sorted(entries, key=lambda each: (each.eps or 0, each.accuracy)):
+    worst = {id(each) for each in results.worst_case}
+    entries = [each for each in (*results.attacks, *results.worst_case) if each.norm == "l2" and each.eps]
+    for entry in sorted(entries, key=lambda each: (each.eps or 0, id(each) not in worst, each.accuracy)):
         lowest.setdefault(entry.eps or 0, entry)
     return lowest
 
@@ -174,10 +180,14 @@ def _against_distortion(runs: Mapping[str, Results]) -> Plot:
 
 def _against_draws(runs: Mapping[str, Results]) -> Plot:
     """Lines join runs of one network: other differences would pass for an effect of the draws."""
-    networks: dict[str, list[Results]] = {}
+    networks: list[list[Results]] = []
     for results in runs.values():
-        networks.setdefault(results.model.digest, []).append(results)
-    several = [group for group in networks.values() if len({each.model.draws for each in group}) > 1]
+        same = [group for group in networks if all(_differ_in_draws_alone(results, each) for each in group)]
+        if same:
+            same[0].append(results)
+        else:
+            networks.append([results])
+    several = [group for group in networks if len({each.model.draws for each in group}) > 1]
     kinds: dict[str, int] = {}
     lines = []
     for number, group in enumerate(several):
@@ -197,6 +207,11 @@ def _against_draws(runs: Mapping[str, Results]) -> Plot:
     )
     x_label = "draws a prediction"
     return Plot("Accuracy against the number of draws", caption, x_label, "accuracy", tuple(lines), "log")
+
+
+def _differ_in_draws_alone(one: Results, other: Results) -> bool:
+    same = (one.data.digest, one.model.precision) == (other.data.digest, other.model.precision)
+    return same and is_of(one, other)
 
 
 def _persistent(runs: Mapping[str, Results]) -> list[Plot]:

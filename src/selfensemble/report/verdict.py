@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from ..evaluation.certified import Certified
 from ..evaluation.certified import Point as CertifiedPoint
 from ..evaluation.results import Entry, Results, is_weak
+from .alike import answering_alike, is_of
 from .shown import NORMS, radius_text
 
 _CERTIFIED_SHOWN = 4  # radii of a certificate
@@ -38,21 +39,26 @@ class Verdict:
 
 
 def verdicts(runs: Mapping[str, Results], certified: Mapping[str, Certified]) -> list[Verdict]:
-    """A verdict a network, in the order of the runs.
+    """A verdict a network and test set, in the order of the runs; of each number of draws its own.
 
     Args:
         runs, certified: evaluations and certifications by their labels.
     """
-    found: dict[str, Verdict] = {}
-    for label, results in runs.items():
-        verdict = found.setdefault(results.model.digest, Verdict())
-        verdict.labels.append(label)
-        _add(verdict, label, results)
+    found: list[tuple[Verdict, Results | Certified]] = []
+    for group in answering_alike(runs):
+        verdict = Verdict()
+        for label, results in group.items():
+            verdict.labels.append(label)
+            _add(verdict, label, results)
+        found.append((verdict, next(iter(group.values()))))
     for label, each in certified.items():
-        verdict = found.setdefault(each.model.digest, Verdict())
+        same = [verdict for verdict, other in found if is_of(each, other)]
+        verdict = same[0] if same else Verdict()
+        if not same:
+            found.append((verdict, each))
         verdict.labels.append(label)
         verdict.certified.append((each, each.known if each.wanted else _some(each.curve)))
-    return list(found.values())
+    return [verdict for verdict, _ in found]
 
 
 def _add(verdict: Verdict, label: str, results: Results) -> None:

@@ -95,7 +95,8 @@ def atomic_pair(first: Path, second: Path) -> Iterator[tuple[BinaryIO, BinaryIO]
                     alone.enter_context(only_writer(first.parent))
                     before = first.read_bytes() if first.is_file() else None
                 placed = True
-        except Exception:
+            placed = False  # nor is there anything to put back
+        except BaseException:
             if placed and before is None:
                 first.unlink()
             elif placed and before is not None:

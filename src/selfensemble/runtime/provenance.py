@@ -5,19 +5,34 @@ import os
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-
-def provenance() -> dict[str, Any]:
-    """Versions and hardware, as they belong beside every figure."""
+if TYPE_CHECKING:
     import torch
 
+
+def provenance(device: "torch.device | None" = None) -> dict[str, Any]:
+    """Versions and hardware, as they belong beside every figure.
+
+    Args:
+        device: where it was measured; None where an accelerator is used if there is one.
+    """
+    import torch
+
+    if device is None:
+        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     found = surroundings()
-    found["hardware"] |= {
-        "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
+    found["hardware"] |= {"threads": torch.get_num_threads(), "accelerator": _accelerator(device)}
     return found
+
+
+def _accelerator(device: "torch.device") -> str | None:
+    """Its name, None of a CPU."""
+    import torch
+
+    if device.type == "cpu":
+        return None
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def surroundings() -> dict[str, Any]:

@@ -289,7 +289,7 @@ class Trainer:
             "history": self.history,
             "training_seconds": round(self.clock.seconds, 1),
             "waiting_for_data": round(self.clock.share, 3),
-            "provenance": provenance(),
+            "provenance": provenance(self.accelerator.device),
         }
         if self.accelerator.is_main_process:
             self._save(metrics)
