@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from selfensemble.experiments.records import Facts, Record, read_record, write_record
+from selfensemble.experiments.units import Units
 
 
 def record(value: str) -> Record:
@@ -30,6 +32,18 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     del values["table"]
     (tmp_path / "rse.json").write_text(json.dumps(values))
     assert read_record(tmp_path, "rse") is not None
+
+
+def test_units_without_what_they_are_of_are_refused(tmp_path: Path) -> None:
+    units = Units(tmp_path, {"device": "cpu"})
+    units.compute("one", lambda: {"a": torch.ones(2)})
+    assert Units(tmp_path, {"device": "cpu"}).compute("one", dict)["a"].tolist() == [1, 1]
+    with pytest.raises(ValueError, match="differs in device"):
+        Units(tmp_path, {"device": "cuda"})
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(ValueError, match=r"run\.json is missing"):
+        Units(tmp_path, {"device": "cuda"})
+    assert not (tmp_path / "run.json").exists()
 
 
 @pytest.mark.parametrize("name", ["rse.csv", "rse.json"])

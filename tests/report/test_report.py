@@ -33,6 +33,7 @@ from selfensemble.report.gallery import GALLERY
 from selfensemble.report.html import write_report
 from selfensemble.report.shown import between
 from selfensemble.report.svg import Plot
+from selfensemble.report.verdict import verdicts
 from selfensemble.runtime.files import write_json
 from selfensemble.runtime.provenance import binomial_interval
 
@@ -298,6 +299,43 @@ def test_a_network_lies_between_its_certificates_and_what_attacks_leave(tmp_path
     assert rows == [(0.12, 0.15, 0.55), (0.2, 0.2, 0.5), (0.9, None, 0.1)]
     other = results.model_copy(update={"model": results.model.model_copy(update={"digest": "beef"})})
     assert between(certified, {"run": other}) == {}
+
+
+@pytest.mark.parametrize("what", ["data", "draws", "precision", "behaviour"])
+def test_what_answers_otherwise_or_on_other_images_stands_apart(tmp_path: Path, what: str) -> None:
+    """The weights are the same; figures of both are never one line, nor between one certificate."""
+    results = read_results(a_run(tmp_path / "one"))
+    changes: dict[str, Any] = {
+        "data": {"data": results.data.model_copy(update={"digest": "bead"})},
+        "draws": {"model": results.model.model_copy(update={"draws": 1})},
+        "precision": {"model": results.model.model_copy(update={"precision": "bf16"})},
+        "behaviour": {"model": results.model.model_copy(update={"behaviour": {"sampling": "per_image"}})},
+    }[what]
+    runs = {"one": results, "other": results.model_copy(update=changes)}
+    folder = tmp_path / "other"
+    folder.mkdir()
+    write_json(folder / RESULTS, runs["other"].record())
+    assert read_results(folder) == runs["other"]
+    mine = a_certification(tmp_path / "mine", results.model.digest, "cifar10:test")
+    certificate = read_certified(mine)
+    found = verdicts(runs, {"mine": certificate})
+    assert [verdict.labels for verdict in found] == [["one", "mine"], ["other"]]
+    certificate = certificate.model_copy(update={"data": results.data})
+    expected = {"one"} if what in ("data", "behaviour") else {"one", "other"}
+    assert set(between(certificate, runs)) == expected
+    _, page = report(tmp_path / "one", folder, mine)
+    assert page.mistakes == []
+
+
+def test_at_most_is_the_worst_case_that_was_judged_again(tmp_path: Path) -> None:
+    """The least of several attacks is low by chance."""
+    results = read_results(a_run(tmp_path / "one"))
+    lucky = entry("pgd-lucky", 1, norm="l2", eps=0.25)
+    results = results.model_copy(update={"attacks": (*results.attacks, lucky)})
+    certified = read_certified(a_certification(tmp_path / "mine", results.model.digest, "cifar10:test"))
+    (rows,) = between(certified, {"one": results}).values()
+    worst = {each.eps: each.accuracy for each in results.worst_case if each.norm == "l2"}
+    assert {row.radius: row.attacked.accuracy for row in rows} == worst
 
 
 def test_certificates_stand_beside_attacks_and_published_curves(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def certify(
     if rank != 0:
         return
     if as_json:
-        terminal.print_json(results.record())
+        terminal.print_json(results.model_dump(mode="json"))
         return
     terminal.print_certified(results)
     terminal.out.print(f"Written to {folder}: certified.json, certificates.csv", soft_wrap=True)

@@ -121,13 +121,6 @@ class Certified(Record):
     done: int | None = None
     provenance: dict[str, Any]
 
-    def record(self) -> dict[str, Any]:
-        """What the file holds; what earlier versions do not know only where there is something."""
-        found = self.model_dump(mode="json")
-        if not self.model.behaviour:
-            del found["model"]["behaviour"]
-        return found
-
     @property
     def images(self) -> int:
         """How many images the figures are of."""
@@ -135,10 +128,7 @@ class Certified(Record):
 
     @property
     def known(self) -> tuple[Point, ...]:
-        """The curve; where there were wanted radii, at these alone: between them it is a lower bound.
-
-        Curves of earlier versions may lack wanted radii, and are then returned whole.
-        """
+        """The curve; of wanted radii, if it has them, these alone: elsewhere it is a lower bound."""
         wanted = {each.radius for each in self.wanted}
         points = tuple(point for point in self.curve if point.radius in wanted)
         return points if wanted and len(points) == len(wanted) else self.curve
@@ -316,7 +306,7 @@ class Certification:
             provenance=about,
         )
         atomic_write(self.out / CERTIFICATES, _table(truth, columns).encode())
-        write_json(self.out / CERTIFIED, results.record())
+        write_json(self.out / CERTIFIED, results.model_dump(mode="json"))
 
 
 def _wanted(radius: float | Sequence[float] | None, verdicts: np.ndarray) -> tuple[WantedRadius, ...]:

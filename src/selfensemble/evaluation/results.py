@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
 from ..fast.ensemble import Precision
 from ..noise.layer import Std
@@ -147,6 +147,12 @@ class ModelRecord(Record):
     architecture: dict[str, Any] | None = None
     behaviour: dict[str, Any] = {}
 
+    @model_serializer(mode="wrap")
+    def _as_known(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `behaviour` where there is none, as earlier versions read it."""
+        found: dict[str, Any] = write(self)
+        return found if self.behaviour else {key: value for key, value in found.items() if key != "behaviour"}
+
     def is_same(self, other: "ModelRecord") -> bool:
         """Whether both are one network with one noise; precision and draws may differ."""
         return (self.digest, self.behaviour) == (other.digest, other.behaviour)
@@ -173,13 +179,8 @@ class Results(Record):
     provenance: dict[str, Any]
 
     def record(self) -> dict[str, Any]:
-        """What the file holds; what earlier versions do not know only where there is something."""
-        found = self.model_dump(mode="json")
-        if not self.impossible:
-            del found["impossible"]
-        if not self.model.behaviour:
-            del found["model"]["behaviour"]
-        return found
+        """What the file holds; `impossible` only where there is one, as earlier versions read it."""
+        return self.model_dump(mode="json", exclude=None if self.impossible else {"impossible"})
 
 
 def is_weak(members: Sequence[Results]) -> bool:
