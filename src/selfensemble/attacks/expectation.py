@@ -44,7 +44,7 @@ class Noise:
     Attributes:
         eot: noise draws averaged in a step.
         average: what is averaged, "losses" of single draws, or their "probabilities": the loss is then
-            that of the ensemble, `loss(log(mean softmax))`.
+            that of the ensemble, `loss(log(mean softmax))`. `ddn` and `fmn` have the latter by default.
         confirm_draws: fresh draws that must confirm a success; None for 10 where two passes differ. Where
             they do not, the model counts as deterministic, and one draw stands for all; set this to
             more than 1 for a model whose randomness is rare.
