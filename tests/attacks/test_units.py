@@ -16,6 +16,9 @@ LOW, HIGH = -1.0, 3.0
 LENGTHS = {"eps": 0.3, "step_size": 0.05, "initial_norm": 0.5}
 
 
+BRIEFLY: dict[Any, dict[str, Any]] = {rse.attacks.pgd: {"steps": 3}, rse.attacks.square: {"queries": 5}}
+
+
 class Rescaled(nn.Module):
     """The same network for inputs of another range."""
 
@@ -58,15 +61,16 @@ def test_radii_and_images_have_the_units_of_the_inputs(tiny: nn.Module, images: 
     torch.testing.assert_close(other.l2, span * one.l2, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("kind", [float, np.float32, torch.tensor])
+@pytest.mark.parametrize("kind", [float, np.float32, np.array, torch.tensor])
 def test_radii_of_numpy_and_torch_have_the_units_of_the_inputs(
     tiny: nn.Module, images: Tensor, kind: Any
 ) -> None:
-    _, wide = ensembles(tiny)
-    inputs = LOW + (HIGH - LOW) * images
-    labels = wide.predict(inputs, seed=0).label
-    found = rse.attacks.pgd(wide, inputs, labels, eps=kind(0.25), steps=3, seed=0)
-    assert float((found - inputs).abs().max()) == pytest.approx(0.25, rel=1e-4)
+    plain, wide = ensembles(tiny)
+    for model, inputs in ((wide, LOW + (HIGH - LOW) * images), (plain, images)):
+        labels = model.predict(inputs, seed=0).label
+        for attack in (rse.attacks.pgd, rse.attacks.square):
+            found = attack(model, inputs, labels, eps=kind(0.25), seed=0, **BRIEFLY[attack])
+            assert float((found - inputs).abs().max()) == pytest.approx(0.25, rel=1e-4)
 
 
 def test_the_largest_radius_of_a_box_is_allowed(tiny: nn.Module) -> None:

@@ -195,6 +195,10 @@ class Numbered(Dataset[Any]):
     [
         ({"dog": 1, "cat": 0, "emu": 2}, ("cat", "dog", "emu")),
         ({2: "emu", 0: "cat", 1: "dog"}, ("cat", "dog", "emu")),
+        ({0: 3, 1: 7, 2: 9}, ("3", "7", "9")),
+        ({0: 0, 1: 1, 2: 2}, ("0", "1", "2")),
+        ({0: 1, 1: 2, 2: 0}, None),
+        ({"dog": 0, "Dog": 0, "emu": 1}, None),
         ({"dog": 1, "cat": 2, "emu": 3}, None),
         ({"dog": "Hund", "cat": "Katze", "emu": "Emu"}, None),
     ],

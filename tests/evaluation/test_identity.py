@@ -72,7 +72,7 @@ class Counting(nn.Module):
         self.conv, self.calls, self.last = nn.Conv2d(1, 10, 8), 0, None
 
     def forward(self, inputs: Tensor) -> Tensor:
-        self.calls, self.last = self.calls + 1, tuple(inputs.shape)  # type: ignore[assignment]
+        self.calls, self.last = self.calls + 1, (*inputs.shape, torch.is_grad_enabled())  # type: ignore[assignment]
         found: Tensor = self.conv(inputs)
         return found.flatten(1)
 
@@ -82,6 +82,8 @@ def test_what_passes_change_is_no_setting(tmp_path: Path) -> None:
     evaluate(ensemble, tmp_path / "run")
     ensemble.predict(torch.rand(5, 1, 8, 8), draws=7)
     evaluate(ensemble, tmp_path / "run")
+    images = torch.rand(2, 1, 8, 8)
+    assert behaviour(ensemble, images) == behaviour(ensemble, images)
 
 
 def test_names_arguments_and_code_are_part_of_a_network(tmp_path: Path) -> None:

@@ -274,3 +274,31 @@ def test_noise_does_not_overwrite_what_a_hook_keeps() -> None:
     network[2].register_forward_hook(lambda module, args, output: kept.append(output))
     fast = optimize(ensemble_of(network), COLOUR, "bf16")
     assert not any(layer.overwrites for layer in rse.noise_layers(fast).values())
+
+
+def test_noise_does_not_overwrite_what_a_hook_is_given() -> None:
+    if not can_prepack(nn.Conv2d(3, 4, 3)):
+        pytest.skip("no convolutions with weights laid out ahead")
+    network = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    kept: list[Tensor] = []
+    network[2].register_forward_pre_hook(lambda module, args: kept.append(args[0]))
+    fast = optimize(ensemble_of(network), COLOUR, "bf16")
+    fast.predict(COLOUR, draws=1)
+    assert min(float(each.min()) for each in kept) >= 0
+
+
+def test_other_sizes_leave_nothing_in_the_copy() -> None:
+    class Longest(Checked):
+        longest = 0
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            self.longest = max(self.longest, inputs.shape[-1])
+            return super().forward(inputs)
+
+    ensemble = ensemble_of(Longest())
+    ensemble.predict(COLOUR)
+    fast = optimize(ensemble, COLOUR, "float32")
+    assert kinds(fast, nn.BatchNorm2d) == 0
+    assert [each.longest for each in fast.modules() if isinstance(each, Longest)] == [16]

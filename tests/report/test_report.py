@@ -305,13 +305,16 @@ def test_a_network_lies_between_its_certificates_and_what_attacks_leave(tmp_path
 def test_what_answers_otherwise_or_on_other_images_stands_apart(tmp_path: Path, what: str) -> None:
     """The weights are the same; figures of both are never one line, nor between one certificate."""
     results = read_results(a_run(tmp_path / "one"))
-    changes: dict[str, Any] = {
+    different: dict[str, dict[str, Any]] = {
         "data": {"data": results.data.model_copy(update={"digest": "bead"})},
         "draws": {"model": results.model.model_copy(update={"draws": 1})},
         "precision": {"model": results.model.model_copy(update={"precision": "bf16"})},
         "behaviour": {"model": results.model.model_copy(update={"behaviour": {"sampling": "per_image"}})},
-    }[what]
-    runs = {"one": results, "other": results.model_copy(update=changes)}
+    }
+    if what == "behaviour":
+        results = results.model_copy(update={"model": results.model.model_copy(update={"behaviour": {}})})
+        write_json(tmp_path / "one" / RESULTS, results.record())
+    runs = {"one": results, "other": results.model_copy(update=different[what])}
     folder = tmp_path / "other"
     folder.mkdir()
     write_json(folder / RESULTS, runs["other"].record())
@@ -320,7 +323,7 @@ def test_what_answers_otherwise_or_on_other_images_stands_apart(tmp_path: Path, 
     certificate = read_certified(mine)
     found = verdicts(runs, {"mine": certificate})
     assert [verdict.labels for verdict in found] == [["one", "mine"], ["other"]]
-    certificate = certificate.model_copy(update={"data": results.data})
+    certificate = certificate.model_copy(update={"data": results.data, "model": results.model})
     expected = {"one"} if what in ("data", "behaviour") else {"one", "other"}
     assert set(between(certificate, runs)) == expected
     _, page = report(tmp_path / "one", folder, mine)

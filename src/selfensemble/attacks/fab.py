@@ -87,13 +87,15 @@ def fab(
         count, keep = oracle.share_out(steps), _Near(oracle, x, y, targeted, norm, eps)
         each = 1 if targeted or targets is not None else oracle.classes - 1  # gradients of a step
         lead_in = min(_LEAD_IN, each * count // 5)  # gradients
+        first = count
         if lead_in >= _LEAST and not oracle.is_random:
             follow_boundary(keep, lead_in - 1, FIRST_STEP[norm], GAMMA)
-            count -= -(-lead_in // each)
+            first -= -(-lead_in // each)  # of the first run alone, whose start it is
         for number, boundary in enumerate(_boundaries(oracle, x, y, targeted, targets, norm)):
             for restart in range(restarts):
-                first = keep.known() if number == 0 else x
-                _walk(keep, boundary, keep.start() if restart else first, count, alpha_max, eta, beta)
+                is_first = number == restart == 0
+                start = keep.start() if restart else keep.known() if is_first else x
+                _walk(keep, boundary, start, first if is_first else count, alpha_max, eta, beta)
         return keep.refined()
 
     return run_attack(model, inputs, labels, run, Noise(**noise), max_batch)

@@ -39,6 +39,8 @@ def in_own_units(*lengths: str) -> Callable[[_Attack], _Attack]:
         @functools.wraps(attack)
         def in_units(model: nn.Module, inputs: Tensor, labels: Tensor, **settings: Any) -> Tensor:
             low, high = bounds_of(model)
+            given = {name: settings[name] for name in lengths if name in settings}
+            settings |= {name: float(value) for name, value in given.items() if is_number(value)}
             if (low, high) == _UNIT or _bounds.get() is not None:
                 return attack(model, inputs, labels, **settings)
             check_images(inputs, (low, high))

@@ -264,9 +264,10 @@ def print_certified(results: "Certified") -> None:
     )
     table.add_column("L2 radius", justify="right")
     table.add_column("certified accuracy (95 % interval)", justify="right")
-    every = 1 if results.wanted else max(1, math.ceil(len(results.curve) / 12))
+    alone = 0 < len(results.wanted) == len(results.known)  # the wanted radii
+    every = 1 if alone else max(1, math.ceil(len(results.curve) / 12))
     for point in results.known[::every]:
-        radius = f"{point.radius:g}" if results.wanted else f"{point.radius:.2f}"
+        radius = f"{point.radius:g}" if alone else f"{point.radius:.2f}"
         table.add_row(radius, percent(point.model_dump()))
     out.print(table)
     for each in results.wanted:

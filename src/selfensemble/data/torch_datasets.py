@@ -245,7 +245,7 @@ def _names_in(dataset: Any, key: str | None) -> Any:
 
     Raises:
         TypeError: they are in no order.
-        ValueError: their numbers are not those from 0 on.
+        ValueError: a mapping does not say which number each has.
     """
     found = getattr(_root(dataset), "classes", None)
     if isinstance(found, set | frozenset):
@@ -267,16 +267,21 @@ def _names_in(dataset: Any, key: str | None) -> Any:
 
 def _numbered(classes: Mapping[Any, Any], name: str) -> list[Any]:
     """Names in the order of their numbers, of a mapping from one to the other."""
+    found = []
     for names, numbers in ((list(classes), list(classes.values())), (list(classes.values()), list(classes))):
         if all(isinstance(each, Integral) and not isinstance(each, bool) for each in numbers):
             by_number = dict(zip(map(int, numbers), names, strict=True))
-            if sorted(by_number) != list(range(len(classes))):
-                raise ValueError(
-                    f"{name}.classes numbers its classes {sorted(by_number)}: number them from 0 on"
-                )
-            return [by_number[number] for number in range(len(classes))]
-    raise TypeError(
-        f"{name}.classes is a mapping without numbers: make it a list, in the order of the class numbers"
+            if sorted(by_number) == list(range(len(classes))):
+                found.append([by_number[number] for number in range(len(classes))])
+    if len(found) == 1 or (found and found[0] == found[1]):
+        return found[0]
+    what = (
+        "can be read both ways"
+        if found
+        else f"does not number its {len(classes)} classes from 0 on, each once"
+    )
+    raise ValueError(
+        f"{name}.classes is a mapping that {what}: make it a list, in the order of the class numbers"
     )
 
 

@@ -178,7 +178,7 @@ class Certification:
         self.model = model_record(self.ensemble, self.name, self.architecture, self.inputs[:2])
         self.data_record = data_record(self.inputs, self.labels)
         identity = {
-            "model": {"digest": self.model.digest} | self.model.behaviour,
+            "model": {"digest": self.model.digest} | (self.model.behaviour or {}),
             "data": {"digest": self.data_record.digest},
             "settings": self.settings.model_dump(mode="json"),
             "precision": self.precision,

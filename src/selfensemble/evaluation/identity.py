@@ -17,7 +17,7 @@ from ..ensemble.ensemble import SelfEnsemble
 from ..fast.ensemble import original_of, precision_of
 from ..networks.flipping import FlipAveraged
 from ..networks.naming import name_of
-from ..noise.injection import noise_layers, random_layers
+from ..noise.injection import device_of_parameters, noise_layers, random_layers
 from ..runtime.files import write_json
 from ..runtime.texts import read_json
 from .balls import UNIT
@@ -99,7 +99,7 @@ def model_record(
         noise=noise,
         randomness=randomness,
         architecture=architecture,
-        behaviour={} if images is None else behaviour(ensemble, images),
+        behaviour=None if images is None else behaviour(ensemble, images),
     )
 
 
@@ -107,7 +107,7 @@ def behaviour(ensemble: SelfEnsemble, images: Tensor) -> dict[str, Any]:
     """What answers depend on beside weights and noise, where it is not as usual.
 
     Of a network that `create_model` did not make: what made it, its settings, and the code of its classes.
-    Attributes that a pass over `images` changes are none of its settings.
+    Attributes that passes over `images` (two of them, or more) change are none of its settings.
     """
     original = original_of(ensemble)
     assert isinstance(original, SelfEnsemble)
@@ -117,10 +117,16 @@ def behaviour(ensemble: SelfEnsemble, images: Tensor) -> dict[str, Any]:
     if original.sampling != "shared":
         found["sampling"] = original.sampling
     if Architecture.of(original.model) is None:
-        before = _lines(original.model)
-        original.predict(images, draws=1)
-        after = _lines(original.model)
-        text = "\n".join(line for fqn, lines in before.items() for line in lines if line in after[fqn])
+        states = [_lines(original.model)]
+        for few in (images[:1], images):
+            original.predict(few, draws=1)
+            states.append(_lines(original.model))
+        with torch.enable_grad():
+            original.draw_logits(images.to(device_of_parameters(original)))
+        states.append(_lines(original.model))
+        lasting = {fqn: [line for line in lines if all(line in each[fqn] for each in states)]
+                   for fqn, lines in states[0].items()}  # fmt: skip
+        text = "\n".join(line for lines in lasting.values() for line in lines)
         found["network"] = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
     return found
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict
 
 from ..fast.ensemble import Precision
 from ..noise.layer import Std
@@ -135,7 +135,7 @@ class ModelRecord(Record):
         noise: standard deviation, or one for each channel, by the module that the noise precedes.
         randomness: other random layers, in words.
         behaviour: what answers depend on besides, where it is not as usual: bounds, sampling, and of other
-            people's networks a digest of code and settings. Earlier versions did not write it.
+            people's networks a digest of code and settings; empty where all is, None of earlier versions.
     """
 
     name: str
@@ -145,17 +145,12 @@ class ModelRecord(Record):
     noise: dict[str, Std]
     randomness: tuple[str, ...] = ()
     architecture: dict[str, Any] | None = None
-    behaviour: dict[str, Any] = {}
-
-    @model_serializer(mode="wrap")
-    def _as_known(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `behaviour` where there is none, as earlier versions read it."""
-        found: dict[str, Any] = write(self)
-        return found if self.behaviour else {key: value for key, value in found.items() if key != "behaviour"}
+    behaviour: dict[str, Any] | None = None
 
     def is_same(self, other: "ModelRecord") -> bool:
         """Whether both are one network with one noise; precision and draws may differ."""
-        return (self.digest, self.behaviour) == (other.digest, other.behaviour)
+        known = self.behaviour is not None and other.behaviour is not None
+        return self.digest == other.digest and not (known and self.behaviour != other.behaviour)
 
 
 class Results(Record):

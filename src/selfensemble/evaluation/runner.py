@@ -130,7 +130,7 @@ class Evaluation:
         identity: dict[str, Any] = {"digest": self.model.digest, "draws": self.model.draws}
         # Only where it says something: folders of earlier runs go on being those of their models.
         identity |= {} if self.model.precision == "float32" else {"precision": self.model.precision}
-        return identity | self.model.behaviour
+        return identity | (self.model.behaviour or {})
 
     def _try_settings(self) -> None:
         """Every attack on no images: settings that it would refuse are found before any work is done."""

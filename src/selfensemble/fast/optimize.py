@@ -16,7 +16,7 @@ from ..noise import kernel
 from ..noise.calls import copied, to_eval_mode_
 from ..noise.copies import OptimizedCopy
 from ..noise.graphs import original_modules
-from ..noise.injection import CHILD, execution_order, is_convolution
+from ..noise.injection import CHILD, _pre_hook, execution_order, is_convolution
 from ..noise.layer import GaussianNoise
 from .ensemble import FastEnsemble, Precision, original_of, precision_of
 from .exact import exact_float32 as exact_float32  # for those who import it from here
@@ -180,13 +180,21 @@ def _prepack_(parts: Parts, first: str) -> None:
         parts.replace(name, PrepackedConvolution(convolution, relu, exact_inputs=name == first))
         if relu:
             parts.drop_follower(name)
-    for name, after in parts.followers.items():  # noise in place: no memory has to be found
+    looked_at = any(map(_has_hooks_of_others, parts.root.modules()))
+    for name, after in parts.followers.items() if not looked_at else ():
+        # Noise in place: no memory has to be found.
         taker = parts.modules[after]
         noise = dict(taker.named_children()).get(CHILD, taker)  # by a hook, of which a graph knows nothing
         before = parts.modules[name]
-        seen = before._forward_hooks or "forward" in vars(before)
-        if isinstance(noise, GaussianNoise) and type(before) in _FRESH and not seen:
+        own = type(before) in _FRESH and "forward" not in vars(before)
+        if isinstance(noise, GaussianNoise) and own:
             noise.overwrites = True
+
+
+def _has_hooks_of_others(module: nn.Module) -> bool:
+    """Whether a user may keep what it is given or returns."""
+    pre = [each for each in module._forward_pre_hooks.values() if each is not _pre_hook]
+    return bool(pre or module._forward_hooks)
 
 
 def _is_plain_relu(module: nn.Module | None) -> bool:

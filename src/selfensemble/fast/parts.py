@@ -3,6 +3,7 @@
 Of a graph that was traced, or of a network that no tracer can follow, by watching a pass of it.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections import Counter
 from typing import Any
@@ -102,7 +103,7 @@ class WatchedParts(Parts):
         by_name = dict(network.named_modules(remove_duplicate=False))
         once, feeds = _watched(network, by_name, images)
         for other in _of_other_sizes(images):
-            if (seen := _watched_if_taken(network, by_name, other)) is not None:
+            if (seen := _watched_elsewhere(network, other)) is not None:
                 once = [name for name in once if name in seen[0]]
                 feeds = {name: taker for name, taker in feeds.items() if seen[1].get(name) == taker}
         self.modules = {name: by_name[name] for name in once}
@@ -130,12 +131,14 @@ def _of_other_sizes(images: Tensor) -> list[Tensor]:
     return [large, small]
 
 
-def _watched_if_taken(
-    network: nn.Module, by_name: dict[str, nn.Module], images: Tensor
-) -> tuple[list[str], dict[str, str]] | None:
-    """What `_watched` finds, or None where somebody's code does not take images of this size."""
+def _watched_elsewhere(network: nn.Module, images: Tensor) -> tuple[list[str], dict[str, str]] | None:
+    """What `_watched` finds of a copy, or None where somebody's code does not take images of this size.
+
+    On the CPU: what is wrong with an index ends a process's use of other devices.
+    """
     try:
-        return _watched(network, by_name, images)
+        apart = copy.deepcopy(network).cpu()
+        return _watched(apart, dict(apart.named_modules(remove_duplicate=False)), images.cpu())
     except _DecidesError:
         raise
     except Exception:

@@ -57,7 +57,8 @@ def verdicts(runs: Mapping[str, Results], certified: Mapping[str, Certified]) ->
         if not same:
             found.append((verdict, each))
         verdict.labels.append(label)
-        verdict.certified.append((each, each.known if each.wanted else _some(each.curve)))
+        shown = each.known if len(each.known) == len(each.wanted) else _some(each.curve)
+        verdict.certified.append((each, shown))
     return [verdict for verdict, _ in found]
 
 
