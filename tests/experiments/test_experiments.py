@@ -340,7 +340,7 @@ def test_attacks_beside_certificates_are_those_of_the_same_network() -> None:
     """The stored results have two networks named smoothadv, of half and of a quarter of the width."""
     stored = Path(__file__).parents[2] / "docs" / "results"
     for experiment, name, same in (
-        ("certificates", "gaussian", True),
+        ("certificates", "rse", True),
         ("certified-noise", "smoothadv", False),
     ):
         certified, attacked = (read_record(stored / each, name) for each in (experiment, "honest"))
