@@ -24,8 +24,9 @@ from selfensemble.attacks import (
     random_noise,
     transfer,
 )
+from selfensemble.attacks.averaging import Average
 from selfensemble.attacks.driver import attacked, looks_like_probabilities
-from selfensemble.attacks.expectation import Average, Estimate, Oracle
+from selfensemble.attacks.expectation import Estimate, Oracle
 from selfensemble.attacks.losses import LOSSES, dlr
 from selfensemble.attacks.nearest import Nearest
 from selfensemble.attacks.norms import project, random_start, size

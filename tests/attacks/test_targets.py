@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 import selfensemble as rse
 from selfensemble.attacks import apgd_targeted, pgd
-from selfensemble.attacks.expectation import Noise, Oracle
+from selfensemble.attacks.averaging import Noise
+from selfensemble.attacks.expectation import Oracle
 from selfensemble.attacks.losses import probability_margin
 from selfensemble.attacks.targets import Order, wrong_classes
 

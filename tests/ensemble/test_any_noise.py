@@ -464,8 +464,8 @@ def test_with_frames_in_the_batch_all_functions_agree_with_predict() -> None:
         seen.append(estimate.detach())
         return estimate.sum(dim=1)
 
+    from selfensemble.attacks.averaging import Noise
     from selfensemble.attacks.driver import run_attack
-    from selfensemble.attacks.expectation import Noise
 
     def run(oracle: Any, images: Tensor, labels: Tensor) -> Tensor:
         draws = [oracle.evaluate(images, note).draws for _ in range(20)]

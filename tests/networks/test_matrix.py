@@ -9,6 +9,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from selfensemble.ensemble.checks import check_count
+
 pytest.importorskip("transformers")
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "networks_matrix.py"
 SAMPLE = ("ResNet", "MobileNetV2", "ConvNext", "ViT", "Swin", "Segformer", "PvtV2", "Levit")
@@ -41,15 +43,20 @@ def test_wrong_cells_are_found(matrix: ModuleType) -> None:
     images = torch.rand(4, 3, 8, 8)
 
     def refuses(make: object, images: object) -> str:
-        raise ValueError("no\nway")
+        return str(check_count("no\nway", 0))
+
+    def breaks(make: object, images: object) -> str:
+        raise ValueError("of somebody else")
 
     found = {
         "fine": matrix.cell(lambda make, images: "", None, images),
         "wrong": matrix.cell(lambda make, images: "differs", None, images),
         "refused": matrix.cell(refuses, None, images),
     }
-    assert found == {"fine": ("yes", ""), "wrong": ("wrong", "differs"), "refused": ("refused", "no way")}
+    refused = "no way must be an integer >= 1, got 0"
+    assert found == {"fine": ("yes", ""), "wrong": ("wrong", "differs"), "refused": ("refused", refused)}
+    assert matrix.cell(breaks, None, images) == ("wrong", "of somebody else")
     text = matrix.page({"net": dict(zip(matrix.CAPABILITIES, found.values(), strict=False))})
     assert "1 cells work, 1 refused with the reason below, 1 wrong" in text
     assert "| net | yes | wrong (1) | refused (2) |" in text
-    assert "1. differs\n2. no way" in text
+    assert f"1. differs\n2. {refused}" in text

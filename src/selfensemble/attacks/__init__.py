@@ -14,9 +14,9 @@ from torch import Tensor
 
 from .apgd import apgd, apgd_targeted
 from .autoattack import autoattack_rand, autoattack_standard, published_rule
+from .averaging import Noise
 from .budget import Budget, count_evaluations
 from .cw import cw_l2, cw_l2_paper
-from .expectation import Noise
 from .fab import fab
 from .minimum_norm import ddn, fmn
 from .pgd import fgsm, pgd

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ensemble.checks import check_count
+from .averaging import Noise, NoiseOptions
 from .driver import run_attack
-from .expectation import Estimate, Noise, NoiseOptions, Oracle
+from .expectation import Estimate, Oracle
 from .keeper import Keeper
 from .losses import LossName, check_loss, targeted_dlr
 from .norms import (

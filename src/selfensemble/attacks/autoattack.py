@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .apgd import apgd, apgd_targeted
+from .averaging import Noise, NoiseOptions
 from .driver import run_attack
-from .expectation import Noise, NoiseOptions, Oracle
+from .expectation import Oracle
 from .fab import fab
 from .keeper import Keeper
 from .losses import margin, of_labels

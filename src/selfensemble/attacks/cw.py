@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ensemble.checks import check_count
+from .averaging import Noise, NoiseOptions
 from .driver import run_attack
-from .expectation import Noise, NoiseOptions, Oracle
+from .expectation import Oracle
 from .losses import margin, of_labels, soft_margin, temperature_of
 from .nearest import Nearest
 from .norms import largest_eps, per_image, size

@@ -17,7 +17,8 @@ from ..noise.calls import OwnHooks, without_weight_gradients
 from ..noise.injection import eval_mode, random_layers
 from ..noise.own_numbers import OwnNumbers
 from ..noise.streams import Sampling, fresh_seed, stream_seed
-from .expectation import Forward, Noise, Oracle
+from .averaging import Noise
+from .expectation import Forward, Oracle
 from .masking import are_labels
 from .units import bounds_of, from_units, rounded_towards
 

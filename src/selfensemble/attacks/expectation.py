@@ -6,66 +6,24 @@ Source: Athalye et al., Synthesizing Robust Adversarial Examples, ICML 2018 (EOT
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from typing import Literal, TypedDict, TypeVar, get_args
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ..ensemble.checks import check_count, check_seed
 from ..ensemble.randomness import global_noise, other_seed
 from ..noise.streams import Sampling, noise_draw, stream_seed
 from ..runtime.errors import UnevenBatchError
+from .averaging import Noise
 from .budget import spend
 from .leads import check_answers, lead_of, mean_log, probabilities, side_of
 from .masking import NoGradientError
 
 Forward = Callable[[Tensor], Tensor]
 T = TypeVar("T")
-Average = Literal["losses", "probabilities"]
 
 _CONFIRM_DRAWS = 10
-
-
-class NoiseOptions(TypedDict, total=False):
-    """Keyword arguments that every attack takes: the fields of `Noise`."""
-
-    eot: int
-    average: Average
-    confirm_draws: int | None
-    frozen: bool
-    seed: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Noise:
-    """How an attack handles the noise of a model.
-
-    Attributes:
-        eot: noise draws averaged in a step.
-        average: what is averaged, "losses" of single draws, or their "probabilities": the loss is then
-            that of the ensemble, `loss(log(mean softmax))`. `ddn` and `fmn` have the latter by default.
-        confirm_draws: fresh draws that must confirm a success; None for 10 where two passes differ. Where
-            they do not, the model counts as deterministic, and one draw stands for all; set this to
-            more than 1 for a model whose randomness is rare.
-        frozen: every step uses the same draws, those of `predict(draws=eot, seed=seed)`, and they
-            decide about success too. For checking attacks: frozen noise is no defense.
-        seed: of the noise and of random starts; None for fresh entropy.
-    """
-
-    eot: int = 1
-    average: Average = "losses"
-    confirm_draws: int | None = None
-    frozen: bool = False
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        check_count("eot", self.eot)
-        if self.confirm_draws is not None:
-            check_count("confirm_draws", self.confirm_draws)
-        check_seed(self.seed)
-        if self.average not in get_args(Average):
-            raise ValueError(f"average must be one of {', '.join(get_args(Average))}, got {self.average!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +44,6 @@ class Estimate:
     def probabilities(self) -> Tensor:
         """(B, K) mean softmax."""
         return self.draws.mean(dim=0)
-
-
-def of_nearest(noise: NoiseOptions) -> Noise:
-    """Settings of an attack for the nearest image: unless said otherwise, of the mean of probabilities."""
-    return replace(Noise(**noise), average=noise.get("average", "probabilities"))
 
 
 class Oracle:

@@ -5,14 +5,16 @@ ICML 2020; its targeted form from Reliable evaluation of adversarial robustness,
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from ..ensemble.checks import check_count
+from .averaging import Noise, NoiseOptions
 from .driver import run_attack
-from .expectation import Noise, NoiseOptions, Oracle
+from .expectation import Oracle
 from .leads import fooled
 from .losses import margin
 from .minimum_norm import FIRST_STEP, GAMMA, follow_boundary
@@ -54,8 +56,7 @@ def fab(
     as there are steps, unless `eot` is more. An image counts as adversarial if the mean softmax of these
     draws and `confirm_draws` fresh ones say so: raise that for images that hold. Where no randomness is
     found, twenty steps of `fmn`, a fifth of the gradients at most, find where the first run begins (the
-    paper's begins at the image, and stays with the boundary that is nearest there). A bisection between the
-    best image and the original ends the search (the paper's, with halvings).
+    paper's begins at the image, and stays with the boundary nearest there), and halvings end the search.
 
     Args:
         targeted: reach `labels`: each step heads for the boundary between the wanted class and the
@@ -84,21 +85,41 @@ def fab(
     _check_numbers(inputs, norm, eps, alpha_max, eta, beta)
 
     def run(oracle: Oracle, x: Tensor, y: Tensor) -> Tensor:
-        count, keep = oracle.share_out(steps), _Near(oracle, x, y, targeted, norm, eps)
+        keep = _Near(oracle, x, y, targeted, norm, eps)
         each = 1 if targeted or targets is not None else oracle.classes - 1  # gradients of a step
-        lead_in = min(_LEAD_IN, each * count // 5)  # gradients
-        first = count
-        if lead_in >= _LEAST and not oracle.is_random:
-            follow_boundary(keep, lead_in - 1, FIRST_STEP[norm], GAMMA)
-            first -= -(-lead_in // each)  # of the first run alone, whose start it is
-        for number, boundary in enumerate(_boundaries(oracle, x, y, targeted, targets, norm)):
-            for restart in range(restarts):
-                is_first = number == restart == 0
-                start = keep.start() if restart else keep.known() if is_first else x
-                _walk(keep, boundary, start, first if is_first else count, alpha_max, eta, beta)
+        boundaries = _boundaries(oracle, x, y, targeted, targets, norm)
+        _walks(keep, norm, boundaries, each, steps, restarts, partial(_walk, keep, alpha_max, eta, beta))
         return keep.refined()
 
     return run_attack(model, inputs, labels, run, Noise(**noise), max_batch)
+
+
+def _walks(
+    keep: "_Near",
+    norm: Norm,
+    boundaries: list[Boundary],
+    each: int,
+    steps: int,
+    restarts: int,
+    walk: Callable[[Boundary, Tensor, int], None],
+) -> None:
+    """All runs: against each boundary as many as `restarts`."""
+    count = keep.oracle.share_out(steps)
+    first = count - _lead_in(keep, norm, each, count)
+    for number, boundary in enumerate(boundaries):
+        for restart in range(restarts):
+            is_first = number == restart == 0
+            start = keep.start() if restart else keep.known() if is_first else keep.x
+            walk(boundary, start, first if is_first else count)
+
+
+def _lead_in(keep: "_Near", norm: Norm, each: int, steps: int) -> int:
+    """Find where the first run of `steps` of `each` gradients begins; how many of them that costs it."""
+    gradients = min(_LEAD_IN, each * steps // 5)
+    if gradients < _LEAST or keep.oracle.is_random:
+        return 0
+    follow_boundary(keep, gradients - 1, FIRST_STEP[norm], GAMMA)
+    return -(-gradients // each)
 
 
 def _check_runs(steps: int, restarts: int, targets: int | None, targeted: bool) -> None:
@@ -197,7 +218,7 @@ def _boundaries(
 
 
 def _walk(
-    keep: _Near, boundary: Boundary, images: Tensor, steps: int, alpha_max: float, eta: float, beta: float
+    keep: _Near, alpha_max: float, eta: float, beta: float, boundary: Boundary, images: Tensor, steps: int
 ) -> None:
     """One run from `images` (B, ...); `keep` takes what it finds."""
     active = torch.arange(len(keep.x), device=keep.x.device)

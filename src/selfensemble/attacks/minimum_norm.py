@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ensemble.checks import check_count
+from .averaging import NoiseOptions, of_nearest
 from .driver import run_attack
-from .expectation import NoiseOptions, Oracle, of_nearest
+from .expectation import Oracle
 from .leads import fooled
 from .losses import margin, of_labels, soft_margin, temperature_of
 from .nearest import Nearest

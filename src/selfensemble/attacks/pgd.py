@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ensemble.checks import check_count
+from .averaging import Noise, NoiseOptions
 from .driver import run_attack
-from .expectation import Noise, NoiseOptions, Oracle
+from .expectation import Oracle
 from .keeper import Keeper
 from .losses import Loss, LossName, check_loss, of_labels
 from .norms import Norm, ascent, check_eps, check_norm, project, random_start

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ensemble.checks import check_count
+from .averaging import Noise, NoiseOptions
 from .driver import run_attack
-from .expectation import Noise, NoiseOptions, Oracle
+from .expectation import Oracle
 from .keeper import Keeper
 from .losses import margin, of_labels
 from .norms import Norm, check_eps, check_norm, per_image, project, random_start, size

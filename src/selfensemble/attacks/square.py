@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ensemble.checks import check_count
+from .averaging import Noise, NoiseOptions
 from .driver import run_attack
-from .expectation import Estimate, Noise, NoiseOptions, Oracle
+from .expectation import Estimate, Oracle
 from .keeper import Keeper
 from .losses import Loss, LossName, check_loss, of_labels
 from .norms import Norm, check_eps, check_norm, per_image, project, size

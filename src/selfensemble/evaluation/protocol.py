@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ..attacks import ATTACKS
-from ..attacks.expectation import NoiseOptions
+from ..attacks.averaging import NoiseOptions
 from ..fast.optimize import Precision
 from ..runtime.checking import checked
 from ..runtime.schema import Section, Seed

@@ -132,7 +132,7 @@ def _of_other_sizes(images: Tensor) -> list[Tensor]:
 
 
 def _watched_elsewhere(network: nn.Module, images: Tensor) -> tuple[list[str], dict[str, str]] | None:
-    """What `_watched` finds of a copy, or None where somebody's code does not take images of this size.
+    """What `_watched` finds of a copy, or None where its own code does not take images of this size.
 
     On the CPU: what is wrong with an index ends a process's use of other devices.
     """

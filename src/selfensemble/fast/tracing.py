@@ -144,7 +144,7 @@ def _graph_of(network: nn.Module) -> fx.GraphModule:
 
 
 def _takes_turns(network: nn.Module, images: Tensor) -> bool:
-    """Whether a pass draws numbers of Python or NumPy, or counts itself: another may go another way."""
+    """Whether a pass draws numbers of Python or NumPy, or counts itself: the next can take another way."""
     for _ in range(_TRIES):
         apart, others = copy.deepcopy(network), states_of_others()
         before = _state_of(apart)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...attacks.averaging import Noise
 from ...attacks.budget import spend
 from ...attacks.driver import run_attack, single_draw
-from ...attacks.expectation import Forward, Noise, Oracle
+from ...attacks.expectation import Forward, Oracle
 from ...attacks.units import from_units, in_own_units
 from ...noise.streams import noise_draw, stream_seed
 from ..isolation import isolated
