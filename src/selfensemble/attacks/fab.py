@@ -59,8 +59,7 @@ def fab(
     paper's begins at the image, and stays with the boundary nearest there), and halvings end the search.
 
     Args:
-        targeted: reach `labels`: each step heads for the boundary between the wanted class and the
-            likeliest other one.
+        targeted: reach `labels`, across the boundary between the wanted class and the likeliest other.
         norm: "linf", "l2" or "l1", of the distance that is made small.
         steps: steps of a run; fewer of a random model, see above.
         restarts: runs; all but the first begin at random, at half the smallest distance known (at most
