@@ -141,7 +141,7 @@ def _watched_elsewhere(network: nn.Module, images: Tensor) -> tuple[list[str], d
         return _watched(apart, dict(apart.named_modules(remove_duplicate=False)), images.cpu())
     except _DecidesError:
         raise
-    except Exception:
+    except Exception:  # of a stranger's code
         return None
 
 
