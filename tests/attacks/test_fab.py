@@ -199,10 +199,12 @@ def test_draws_of_a_random_network_make_fewer_steps(
     Three of its steps, of three gradients, are spent before.
     """
     seen: list[int] = []
+    turns = set[int]()
     adversarial = _Near.adversarial
 
     def counted(self: _Near, active: Tensor, found: Tensor) -> Tensor:
         seen.append(self.oracle.eot)
+        turns.add(self.turns)
         return adversarial(self, active, found)
 
     monkeypatch.setattr(_Near, "adversarial", counted)
@@ -210,6 +212,7 @@ def test_draws_of_a_random_network_make_fewer_steps(
     noisy = rse.SelfEnsemble(tiny, rse.NoiseConfig(0.02, 0.01)).eval()
     fab(noisy, images, labels, steps=16, eot=eot, frozen=frozen, seed=0)
     assert seen == [draws] * iterates
+    assert turns == {0 if frozen else max(2, 20 // draws)}  # of as many draws as the other steps
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])

@@ -86,6 +86,17 @@ def test_what_passes_change_is_no_setting(tmp_path: Path) -> None:
     assert behaviour(ensemble, images) == behaviour(ensemble, images)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_looking_at_a_network_leaves_it_as_it_was(dtype: torch.dtype) -> None:
+    """Its batch norm, too, where it is in training mode."""
+    network = nn.Sequential(nn.Conv2d(1, 10, 8), nn.BatchNorm2d(10), nn.Flatten()).to(dtype)
+    ensemble = rse.SelfEnsemble(network, rse.NoiseConfig(0.1, 0.1)).train()
+    before = {key: value.clone() for key, value in ensemble.state_dict().items()}
+    behaviour(ensemble, torch.rand(2, 1, 8, 8))
+    assert ensemble.training
+    assert all(torch.equal(value, before[key]) for key, value in ensemble.state_dict().items())
+
+
 def test_names_arguments_and_code_are_part_of_a_network(tmp_path: Path) -> None:
     file = tmp_path / "nets.py"
 

@@ -84,10 +84,10 @@ def fab(
     _check_numbers(inputs, norm, eps, alpha_max, eta, beta)
 
     def run(oracle: Oracle, x: Tensor, y: Tensor) -> Tensor:
-        keep = _Near(oracle, x, y, targeted, norm, eps)
+        count, keep = oracle.share_out(steps), _Near(oracle, x, y, targeted, norm, eps)
         each = 1 if targeted or targets is not None else oracle.classes - 1  # gradients of a step
         boundaries = _boundaries(oracle, x, y, targeted, targets, norm)
-        _walks(keep, norm, boundaries, each, steps, restarts, partial(_walk, keep, alpha_max, eta, beta))
+        _walks(keep, norm, boundaries, each, count, restarts, partial(_walk, keep, alpha_max, eta, beta))
         return keep.refined()
 
     return run_attack(model, inputs, labels, run, Noise(**noise), max_batch)
@@ -102,14 +102,13 @@ def _walks(
     restarts: int,
     walk: Callable[[Boundary, Tensor, int], None],
 ) -> None:
-    """All runs: against each boundary as many as `restarts`."""
-    count = keep.oracle.share_out(steps)
-    first = count - _lead_in(keep, norm, each, count)
+    """All runs of that many steps: against each boundary as many as `restarts`."""
+    first = steps - _lead_in(keep, norm, each, steps)
     for number, boundary in enumerate(boundaries):
         for restart in range(restarts):
             is_first = number == restart == 0
             start = keep.start() if restart else keep.known() if is_first else keep.x
-            walk(boundary, start, first if is_first else count)
+            walk(boundary, start, first if is_first else steps)
 
 
 def _lead_in(keep: "_Near", norm: Norm, each: int, steps: int) -> int:

@@ -53,8 +53,7 @@ def in_own_units(*lengths: str) -> Callable[[_Attack], _Attack]:
                 if is_number(value):
                     settings[name] = float(value) / (high - low)
                     if name == "eps":  # the largest by rounding only
-                        most = largest_eps(settings.get("norm", norm), inputs[:1].numel())
-                        settings[name] = min(settings[name], most)
+                        settings[name] = min(settings[name], largest_eps(norm, inputs[:1].numel()))
             exact = inputs if inputs.dtype == torch.float64 else inputs.float()
             unit = ((exact - low) / (high - low)).clamp(0.0, 1.0)
             token = _bounds.set((low, high))

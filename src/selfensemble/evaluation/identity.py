@@ -17,7 +17,7 @@ from ..ensemble.ensemble import SelfEnsemble
 from ..fast.ensemble import original_of, precision_of
 from ..networks.flipping import FlipAveraged
 from ..networks.naming import name_of
-from ..noise.injection import device_of_parameters, noise_layers, random_layers
+from ..noise.injection import device_of_parameters, eval_mode, noise_layers, random_layers
 from ..runtime.files import write_json
 from ..runtime.texts import read_json
 from .balls import UNIT
@@ -121,8 +121,8 @@ def behaviour(ensemble: SelfEnsemble, images: Tensor) -> dict[str, Any]:
         for few in (images[:1], images):
             original.predict(few, draws=1)
             states.append(_lines(original.model))
-        with torch.enable_grad():
-            original.draw_logits(images.to(device_of_parameters(original)))
+        with eval_mode(original), torch.enable_grad():
+            original.draw_logits(images.to(device_of_parameters(original), original.input_dtype))
         states.append(_lines(original.model))
         lasting = {fqn: [line for line in lines if all(line in each[fqn] for each in states)]
                    for fqn, lines in states[0].items()}  # fmt: skip
