@@ -10,7 +10,7 @@ average.
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import authors
 import torch
@@ -30,6 +30,7 @@ from transformers import (
 
 import selfensemble as rse
 from selfensemble.ensemble.stopping import Calibrated
+from selfensemble.fast.optimize import Precision
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet-50": lambda: ResNetForImageClassification(ResNetConfig(num_labels=10)),
@@ -63,13 +64,15 @@ def half(model: nn.Module, inputs: Tensor) -> Tensor:
     return logits
 
 
-def cases_of(name: str, inputs: Tensor, draws: int) -> tuple[dict[str, Case], float]:
+def cases_of(
+    name: str, inputs: Tensor, draws: int, precision: Precision | None
+) -> tuple[dict[str, Case], float]:
     """What takes turns, and the seconds that `optimize` takes."""
     float32, theirs = Logits(network(name)), authors.with_noise(Logits(network(name)))
     laid_out = Logits(network(name)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ensemble = rse.SelfEnsemble(network(name), draws=draws, example_inputs=inputs[:2]).eval()
     began = time.perf_counter()
-    fast = rse.optimize(ensemble, inputs, "bf16")
+    fast = rse.optimize(ensemble, inputs, precision)
     took = time.perf_counter() - began
     # An untrained network is never sure: three draws stand for what a trained one takes.
     fast.stopping = Calibrated(
@@ -100,6 +103,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 32])
     parser.add_argument("--draws", type=int, default=10)
+    parser.add_argument("--precision", choices=get_args(Precision), help="default: the faster one here")
     options = parsed(parser)
     found: dict[str, Any] = {}
     for name in options.only:
@@ -108,7 +112,7 @@ def main() -> None:
             inputs = torch.rand(
                 batch, 3, 224, 224, generator=torch.Generator("cpu").manual_seed(0), device="cpu"
             )
-            cases, took = cases_of(name, inputs, options.draws)
+            cases, took = cases_of(name, inputs, options.draws, options.precision)
             seconds = in_turn(cases, options.rounds, warm_up=1)
             ratios = {title: ratio(seconds, *pair) for title, pair in PAIRS.items()}
             found[f"{name}, {batch}"] = {"seconds": seconds, "ratios": ratios, "optimize": took}

@@ -48,6 +48,8 @@ def train(
             overwrite=overwrite,
             progress=lambda step, steps, text: update(text, step / steps),
         )
+        if trainer.accelerator.mixed_precision != config.train.precision:
+            terminal.note("this processor has no bfloat16 arithmetic: it trains in float32, which is faster")
         try:
             results = trainer.run()
         except Interrupted as stop:

@@ -77,9 +77,8 @@ class Draws:
         wanted = ensemble.input_dtype if example.is_floating_point() else None
         self._dtype = wanted or example.dtype
         numbers = max(1, example[:1].numel())
-        in_chunk = max(1, ensemble.chunk // numbers)
-        if ensemble.has_half_activations:  # photos are more than a chunk, and faster some at a time
-            in_chunk = max(in_chunk, min(_PHOTOS, _LARGE // numbers))
+        # Photos are more than a chunk, and faster some at a time.
+        in_chunk = max(1, ensemble.chunk // numbers, min(_PHOTOS, _LARGE // numbers))
         if max_batch is not None:
             self.size = self.capacity = max_batch
         elif self.device.type != "cpu":

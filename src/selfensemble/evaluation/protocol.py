@@ -57,9 +57,10 @@ class Protocol(Section):
     """A way to evaluate a model.
 
     `images`: how many of the test set, from the first on; `shard`: images at a time. `precision`: of the
-    gradients that attacks follow, "float32" or "bf16" (on a processor with bfloat16 arithmetic three times as
-    fast); whether an attack succeeds is decided in float32, and so judges the judge. `bits`: 8 to judge
-    attacked images as files hold them, rounded to 256 levels; null for images as the attacks return them.
+    gradients that attacks follow, "float32" or "bf16" (three times as fast where the device has bfloat16
+    arithmetic; elsewhere they are in float32); whether an attack succeeds is decided in float32, and so
+    judges the judge. `bits`: 8 to judge attacked images as files hold them, rounded to 256 levels; null for
+    images as the attacks return them.
     `in_turn`: an attack sees only the images that no earlier one within its ball surely fools, and takes
     over the others: budgets go where they can change something, and its figures are those of all until then.
     `version`: edition of a protocol of this name.

@@ -25,7 +25,7 @@ from ..attacks.units import bounds_of
 from ..data.images import ImageData, Inputs, batch_size
 from ..data.labels import class_numbers
 from ..ensemble.ensemble import SelfEnsemble
-from ..fast.optimize import optimize
+from ..fast.optimize import for_attacks
 from ..noise.injection import device_of_parameters, noise_disabled
 from ..noise.streams import stream_seed
 from ..runtime.files import atomic_write, write_json
@@ -93,9 +93,7 @@ class Evaluation:
         self.bounds = bounds_of(self.ensemble)
         if self.max_batch is None:
             self.max_batch = batch_size(_BATCH, self.data.shape)
-        self.attacked = self.ensemble
-        if self.protocol.precision != "float32":
-            self.attacked = optimize(self.ensemble, self.inputs[:2], self.protocol.precision)
+        self.attacked = for_attacks(self.ensemble, self.inputs[:2], self.protocol.precision)
         if self.data.images.dtype != torch.uint8:  # of no file of 256 levels
             self.protocol = self.protocol.model_copy(update={"bits": None})
         self.runs = expand(self.protocol)

@@ -12,7 +12,7 @@ import torch
 
 from ..data.images import ImageData
 from ..ensemble.ensemble import SelfEnsemble
-from ..fast.optimize import optimize
+from ..fast.optimize import for_attacks
 from ..report.page import Page
 from .networks import Family, Network, Trained, family, network
 from .records import Record
@@ -59,10 +59,8 @@ class Setting:
     @cached_property
     def attacked(self) -> SelfEnsemble:
         """The network as attacks follow its gradients."""
-        ensemble = self.trained.ensemble
-        if self.scale.precision == "float32":
-            return ensemble
-        return optimize(ensemble, self.test.inputs(slice(2)).to(self.device), self.scale.precision)
+        example = self.test.inputs(slice(2)).to(self.device)
+        return for_attacks(self.trained.ensemble, example, self.scale.precision)
 
     def units(self, settings: dict[str, Any]) -> Units:
         """Units of work of a measurement with these settings."""
@@ -86,13 +84,15 @@ class Measured:
 class Experiment:
     """Subclasses say which networks, how one is measured, and what is shown.
 
-    `beside` names experiments whose stored records the page shows as well.
+    `beside` names experiments whose stored records the page shows as well; `held_out` ones measure the second
+    half of the test set, to choose on images that no other measures.
     """
 
     name: str
     names: tuple[str, ...]
     kin: str = "vgg16"
     beside: tuple[str, ...] = ()
+    held_out: bool = False
 
     @property
     def family(self) -> Family:

@@ -84,13 +84,13 @@ class Curves(Experiment):
         return evaluate(setting, curve_protocol(self.name, setting.scale, setting.seed))
 
     def page(self, records: Sequence[Record]) -> Page:
-        head, rows = _by_strength(records, lambda record, key: accuracy(record, key).text)
+        head, rows = strength_rows(records, lambda record, key: accuracy(record, key).text)
         parts = [
             Table("Accuracy against the strength c", "Accuracy in %.", head, rows),
             Table(
                 "Distortion against the strength c",
                 "RMS L2 of the change.",
-                *_by_strength(records, lambda record, key: f"{rms(record, key):.3f}"),
+                *strength_rows(records, lambda record, key: f"{rms(record, key):.3f}"),
             ),
             Picture(
                 "accuracy",
@@ -129,14 +129,14 @@ class Curves(Experiment):
 
     def _compared(self, records: Sequence[Record], curves: dict[str, Curve]) -> list[Table | Picture]:
         """The authors' curves beside ours where the attack went as far, whatever c it took."""
-        ours = {each.facts.title: _by_distortion(each) for each in records if each.facts.title in curves}
+        ours = {each.facts.title: by_distortion(each) for each in records if each.facts.title in curves}
         rows = [
             [f"{c:g}", *(_beside(curve, i, *ours[title]) for title, curve in curves.items())]
             for i, c in enumerate(next(iter(curves.values())).c)
             if c <= max(max(by_strength(record)) for record in records)
         ]
         strengths = {each.facts.title: list(by_strength(each)) for each in records}
-        steeper = [_steepness(curve, strengths[title], *ours[title]) for title, curve in curves.items()]
+        steeper = [steepness(curve, strengths[title], *ours[title]) for title, curve in curves.items()]
         return [
             Table("At the authors' distortion", _COMPARED, ["c", *curves], [*rows, ["steepness", *steeper]])
         ]
@@ -161,7 +161,7 @@ class Curves(Experiment):
         return panels
 
 
-def _by_distortion(record: Record) -> tuple[list[float], list[float]]:
+def by_distortion(record: Record) -> tuple[list[float], list[float]]:
     """RMS L2 and accuracy by c, both from no attack on."""
     keys = by_strength(record).values()
     return [rms(record, key) for key in keys], [accuracy(record, key).value for key in keys]
@@ -176,7 +176,7 @@ def _beside(curve: Curve, place: int, distances: list[float], accuracies: list[f
     return f"{authors:.1f}, {100 * float(np.interp(distance, farther, accuracies)):.1f}"
 
 
-def _steepness(curve: Curve, strengths: list[float], distances: list[float], accuracies: list[float]) -> str:
+def steepness(curve: Curve, strengths: list[float], distances: list[float], accuracies: list[float]) -> str:
     """The authors' distortion over ours at the smallest c, where it fools few images of either network."""
     few = all(each[1] >= _FEW * each[0] for each in (curve.accuracy, accuracies))
     if not (few and strengths[1] == curve.c[1] and distances[1] > 0):
@@ -184,7 +184,7 @@ def _steepness(curve: Curve, strengths: list[float], distances: list[float], acc
     return f"{curve.rms_l2[1] / distances[1]:.2f}"
 
 
-def _by_strength(
+def strength_rows(
     records: Sequence[Record], cell: Callable[[Record, str], str]
 ) -> tuple[list[str], list[list[str]]]:
     """Head and rows of a table with a row a strength and a column a network."""

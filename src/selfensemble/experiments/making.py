@@ -40,15 +40,18 @@ def measured_on(device: torch.device) -> dict[str, Any]:
     return provenance(device) | {"commit": commit()}
 
 
-def making_tables(records: Sequence[Record], command: str, about_scale: str) -> list[Table]:
+def making_tables(
+    records: Sequence[Record], command: str, about_scale: str, held_out: bool = False
+) -> list[Table]:
     """The networks and their training; and what was run, on what."""
+    part = "the second half of the test set" if held_out else "the test set"
     facts = [record.facts for record in records]
     head = ["network", "recipe", "width", "epochs", "noise", "draws", "test accuracy", "trained in"]
     networks = [_network_row(each) for each in facts]
     made = [
         ["command", f"`{command}`"],
         ["scale", f"{facts[0].scale}: {about_scale}"],
-        ["images", f"the first {len(records[0].columns['label'])} of the test set of {facts[0].source}"],
+        ["images", f"the first {len(records[0].columns['label'])} of {part} of {facts[0].source}"],
         ["seed", str(facts[0].seed)],
         *([["settings", settings]] if (settings := _settings(facts[0])) else []),
         *([f"{what} on", text] for what, text in _machines(facts)),

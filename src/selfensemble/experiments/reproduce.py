@@ -21,6 +21,7 @@ from .certificates import Certificates
 from .curves import Curves
 from .draws import Draws
 from .honest import Honest
+from .levels import Levels
 from .making import commit, making_tables, measured_on
 from .networks import Network, Trained, local_name, recipe_of, trained
 from .noise_levels import NoiseLevels
@@ -37,6 +38,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         Curves("headline", "vgg16", "rescaled", "sharpened", "tempered"),
         Draws(),
         NoiseLevels(),
+        Levels(),
         Targeted(),
         Theory(),
         Honest(),
@@ -185,7 +187,10 @@ class Reproduction:
             self._tests.clear()  # one at a time: they are large
             self._tests[asked] = _test_data(*asked)
         test = self._tests[asked]
-        return test, _digest(test, scale.images), _digest(test, len(test))
+        everything = _digest(test, len(test))
+        if experiment.held_out:
+            test = test.subset(torch.arange(len(test) // 2, len(test)))
+        return test, _digest(test, scale.images), everything
 
     def _check_stored(self, experiment: Experiment, scale: Scale, data: str, everything: str) -> None:
         """Raise before results of two scales, seeds, settings or sets of images come into one table."""
@@ -251,7 +256,9 @@ def render(name: str, out: Path) -> Page:
     scale = load_scale(records[0].facts.scale)
     others = {other: _stored(out / other, EXPERIMENTS[other]) for other in experiment.beside}
     page = experiment.page_beside(records, others)
-    page.making.extend(making_tables(records, _command(experiment, records[0].facts), scale.description))
+    page.making.extend(
+        making_tables(records, _command(experiment, records[0].facts), scale.description, experiment.held_out)
+    )
     page.write(folder)
     return page
 

@@ -2,7 +2,7 @@
 
 import functools
 from importlib import resources
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -51,6 +51,22 @@ class NoiseScale(PgdAttack):
     init: tuple[NonNegative, ...]
     inner: tuple[NonNegative, ...]
     strength: Positive
+
+
+class NoiseLevel(Section):
+    """`first`: whether the noise of `init` is on the image, or on the features of the first convolution."""
+
+    init: NonNegative
+    inner: NonNegative
+    first: Literal["image", "features"] = "image"
+
+
+class LevelsScale(Section):
+    """`train`: overrides of the recipes."""
+
+    train: dict[str, Any]
+    images: Count
+    levels: tuple[NoiseLevel, ...]
 
 
 class TheoryScale(Section):
@@ -127,6 +143,7 @@ class Scale(Section):
     search: SearchAttack
     draws: DrawsScale
     noise: NoiseScale
+    levels: LevelsScale
     theory: TheoryScale
     certificates: CertificateScale
     certified_noise: CertificateScale

@@ -16,8 +16,9 @@ from ..noise import kernel
 from ..noise.calls import copied, to_eval_mode_
 from ..noise.copies import OptimizedCopy
 from ..noise.graphs import original_modules
-from ..noise.injection import CHILD, _pre_hook, execution_order, is_convolution
+from ..noise.injection import CHILD, _pre_hook, device_of_parameters, execution_order, is_convolution
 from ..noise.layer import GaussianNoise
+from ..runtime.devices import has_bfloat16
 from .ensemble import FastEnsemble, Precision, original_of, precision_of
 from .exact import exact_float32 as exact_float32  # for those who import it from here
 from .parts import Parts
@@ -25,8 +26,8 @@ from .prepacked import FEW, PrepackedConvolution, can_prepack
 from .tracing import repeats_itself, rewritten
 
 __all__ = [  # with what other files look for here
-    "FastEnsemble", "Precision", "exact_float32", "faster_precision", "optimize", "original_of",
-    "precision_of",
+    "FastEnsemble", "Precision", "exact_float32", "faster_precision", "for_attacks", "optimize",
+    "original_of", "precision_of",
 ]  # fmt: skip
 _DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16}
 _CONVOLUTIONS = (
@@ -122,6 +123,17 @@ def optimize(
         fast.sets = ensemble.sets
     to_eval_mode_(fast)
     return fast
+
+
+def for_attacks(ensemble: SelfEnsemble, example_inputs: Tensor, precision: Precision) -> SelfEnsemble:
+    """What attacks follow for gradients of a precision: for "float32" the ensemble, else an optimised copy.
+
+    The copy is in float32 where a processor would only imitate bfloat16.
+    """
+    if precision == "float32":
+        return ensemble
+    native = has_bfloat16(device_of_parameters(ensemble))
+    return optimize(ensemble, example_inputs, precision if native else "float32")
 
 
 def _in_half(

@@ -29,3 +29,13 @@ def device_named(name: str) -> "torch.device":
             f"there is no device {name!r} here that torch can use: pass one of {here}"
         ) from error
     return device
+
+
+def has_bfloat16(device: "torch.device") -> bool:
+    """Whether the device has bfloat16 arithmetic; processors without imitate it, far slower than float32."""
+    import torch
+
+    if device.type != "cpu":
+        return True
+    asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return asked is None or bool(asked())

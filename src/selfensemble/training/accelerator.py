@@ -2,6 +2,7 @@
 
 import torch
 
+from ..runtime.devices import has_bfloat16
 from ..runtime.packages import needs
 from ..runtime.processes import check_restarts
 
@@ -11,7 +12,9 @@ with needs("selfensemble[train]"):
 
 
 def accelerator_of(precision: str) -> Accelerator:
-    """Of this process, for training in a precision."""
+    """Of this process, for training in a precision; in float32 where bfloat16 would only be imitated."""
+    if precision == "bf16" and not torch.accelerator.is_available() and not has_bfloat16(torch.device("cpu")):
+        precision = "no"
     # A second run in one process may want another precision than the first; a teacher wants the same.
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()

@@ -61,7 +61,7 @@ class TrainingStep:
             average = get_ema_multi_avg_fn(recipe.train.average)
             with torch.device("cpu"):  # of the count of its updates, which names none
                 self._averaged = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
-        if accelerator.device.type == "cpu" and recipe.train.precision == "bf16":
+        if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
             kernel.prepare()
         replays = (
             batches.device.type == accelerator.device.type == "cuda"

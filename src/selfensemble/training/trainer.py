@@ -286,6 +286,7 @@ class Trainer:
             "metrics": metrics,
             "draws": self.recipe.noise.draws,
             "processes": self.accelerator.num_processes,
+            "precision": self.accelerator.mixed_precision,
             "history": self.history,
             "training_seconds": round(self.clock.seconds, 1),
             "waiting_for_data": round(self.clock.share, 3),
