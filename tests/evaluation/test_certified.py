@@ -329,8 +329,9 @@ def test_calibrating_by_the_command(model: Path, tmp_path: Path) -> None:
     for file in model.glob("*.*"):
         (copy / file.name).write_bytes(file.read_bytes())
     finished = run(
-        "calibrate", copy, "--n-images", 400, "--epsilon", 0.2, "--most", 12, "--seed", 0, "--json"
-    )
+        "calibrate", copy, "--n-images", 400, "--epsilon", 0.2, "--most", 12, "--seed", 0, "--json",
+        "--precision", "bf16",
+    )  # fmt: skip
     rule = json.loads(finished.stdout)
     assert json.loads((copy / "config.json").read_text())["stopping"] == rule
     data = rse.load_data("digits", "test")

@@ -32,6 +32,7 @@ from selfensemble.experiments.targeted import targets_of
 from selfensemble.report.figures import Line, Panel, draw
 from selfensemble.report.intervals import mean, share
 from selfensemble.report.packing import pack
+from selfensemble.report.page import Table
 from selfensemble.training.checkpoints import CHECKPOINT, RESULTS
 
 
@@ -129,6 +130,41 @@ def test_the_authors_curve_against_itself_is_equal_at_every_distortion(done: Don
             authors, ours = (float(figure) for figure in row[1].split(", "))
             assert abs(authors - ours) < 0.11, row
         assert table.rows[-1] == ["steepness", "1.00" if factor == 1 else "\N{EN DASH}"]
+
+
+def test_levels_measure_the_second_half_of_the_test_set(done: Done) -> None:
+    (page,) = done.reproduction(only=("init0.2-inner0.1-features",)).run(["levels"]).values()
+    record = done.record("levels", "init0.2-inner0.1-features")
+    test = rse.load_data("digits", "test").labels
+    assert record.numbers("label").tolist() == test[len(test) // 2 :][:24].tolist()
+    assert record.facts.recipe["noise"]["first"] == "features"
+    assert "the first 24 of the second half of the test set" in page.markdown()
+
+
+def test_levels_that_leave_the_authors_shares_are_no_distance_from_their_curve(done: Done) -> None:
+    """With three quarters of the authors' accuracy at every c, and at their distortion."""
+    curve = published_curve("vgg16", "rse")
+    assert curve is not None
+    images, columns = 4000, dict[str, list[str]]()
+    entries: dict[str, dict[str, Any]] = {"clean": {"attack": "none"}}
+    for place in range(7):
+        key = f"c{place}" if place else "clean"
+        if place:
+            entries[key] = {"attack": "cw-paper", "c": curve.c[place]}
+            columns[f"{key}.l2"] = [str(curve.rms_l2[place])] * images
+        right = round(0.75 * curve.accuracy[place] * images)
+        columns[f"{key}.right"] = ["1"] * right + ["0"] * (images - right)
+    facts = done.record("headline", "rse").facts.model_copy(update={"entries": entries, "title": "like them"})
+    page = EXPERIMENTS["levels"].page([Record(facts, columns)])
+    tables = {part.title: part for part in page.parts if isinstance(part, Table)}
+    (row,) = tables["Distance from the authors' curve"].rows
+    assert row[0] == "like them"
+    assert float(row[1]) <= 0.1
+    assert float(row[2]) <= 0.1
+    assert row[3] == "1.00"
+    for title in ("Share kept against c", "Share kept at the authors' distortion"):
+        for _, theirs, ours in tables[title].rows:
+            assert abs(float(theirs) - float(ours)) < 0.11
 
 
 def test_pages_come_from_stored_results_alone(done: Done, tmp_path: Path) -> None:
@@ -490,10 +526,10 @@ def test_every_network_has_a_valid_recipe(name: str, experiment: Any) -> None:
         assert recipe.model.name == family(experiment.kin).model
         assert recipe.data.source == family(experiment.kin).source
         if name == "half":
-            assert recipe.model.width == 0.5 or experiment.name in ("noise", "certified-noise")
+            assert recipe.model.width == 0.5 or experiment.name in ("noise", "levels", "certified-noise")
         if name == "full":
             assert recipe.model.width == 1
-            own = experiment.name in ("noise", "certified-noise", "board")
+            own = experiment.name in ("noise", "levels", "certified-noise", "board")
             assert own or network.name == "ours" or recipe.train.epochs == 200
 
 

@@ -326,3 +326,14 @@ def test_networks_that_standardise_their_images_are_folded_like_others(
     with rse.noise_disabled(fast):
         quiet = fast.predict_proba(images, seed=3)
     assert torch.allclose(quiet, tiny((images - 0.5) / 0.25).softmax(dim=1), atol=1e-5)
+
+
+@pytest.mark.parametrize(("known", "expected"), [(True, "bf16"), (False, "float32")])
+def test_attacks_follow_float32_where_bfloat16_is_imitated(
+    known: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast, "has_bfloat16", lambda device: known)
+    ensemble = rse.load("digits-rse")
+    images = torch.rand(2, 1, 8, 8)
+    assert fast.for_attacks(ensemble, images, "float32") is ensemble
+    assert fast.precision_of(fast.for_attacks(ensemble, images, "bf16")) == expected

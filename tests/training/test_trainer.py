@@ -15,6 +15,9 @@ import torch
 from PIL import Image
 
 import selfensemble as rse
+from selfensemble.cli import training as commands  # noqa: F401  (adds its commands to the app)
+from selfensemble.cli.base import app
+from selfensemble.training import accelerator as accelerator_module
 from selfensemble.training import trainer as trainer_module
 from selfensemble.training.accuracy import count_correct
 from selfensemble.training.checkpoints import CHECKPOINT, RESULTS
@@ -44,6 +47,21 @@ def train(out: Path, *more: str, sets: list[str] | None = None) -> subprocess.Co
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(out / "model.safetensors")
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_bfloat16_is_for_processors_that_have_it(
+    known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Others imitate it, six times slower than they compute in float32."""
+    monkeypatch.setattr(accelerator_module, "has_bfloat16", lambda device: known)
+    sets = ["train.precision=bf16", "train.epochs=1", "train.batch_size=1024", "noise.draws=1"]
+    assert not app(arguments(tmp_path, "--json", sets=sets), standalone_mode=False)
+    said = capsys.readouterr()
+    results = json.loads(said.out)
+    assert results["recipe"]["train"]["precision"] == "bf16"
+    assert results["precision"] == ("bf16" if known else "no")
+    assert ("this processor has no bfloat16 arithmetic" in said.err) is not known
 
 
 def test_it_begins_with_the_weights_of_a_trained_network(tmp_path: Path) -> None:

@@ -134,16 +134,13 @@ def calibrate(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the noise; fresh noise by default.")] = None,
     max_batch: Annotated[int | None, typer.Option(min=1, help="Images per forward pass.")] = None,
-    precision: Annotated[
-        str | None, typer.Option(help=f"{_PRECISION} By default the faster one here.")
-    ] = None,
+    precision: Annotated[str | None, typer.Option(help=f"{_PRECISION} Default: the faster one.")] = None,
     device: Device = "auto",
     as_json: Json = False,
     network: NetworkOptions = OPTIONS,
 ) -> None:
     """Set the margins at which `predict --stop calibrated` stops drawing, or the sets of `predict --sets`."""
     from ..data.images import batch_size
-    from ..fast.optimize import faster_precision
 
     of_stops = {"epsilon": epsilon, "delta": delta, "most": most}
     of_sets = {"alpha": alpha, "radius": radius, "draws": draws}
@@ -160,7 +157,6 @@ def calibrate(
     target = device_named(device)
     if max_batch is None and target.type != "cpu":  # where a pass holds half of all images by default
         max_batch = batch_size(2000, test.shape)
-    precision = precision or faster_precision(target)
     ensemble = in_precision(opened.ensemble.to(target), test.inputs(slice(2)), precision)
     work = _sets if sets else _stopping
     chosen = (of_sets if sets else of_stops) | {"seed": seed, "max_batch": max_batch}

@@ -64,7 +64,7 @@ def reproduce(
     names: Annotated[
         list[str],
         typer.Argument(
-            help="headline, draws, noise, targeted, theory, honest, board, certainty, certificates, "
+            help="headline, draws, noise, levels, targeted, theory, honest, board, certainty, certificates, "
             "certified-noise, resnext, stl10; or all."
         ),
     ],

@@ -117,15 +117,13 @@ def _loaded(
     """The ensemble as it will answer, the names of its classes and the shape of its images."""
     import torch
 
-    from ..fast.optimize import faster_precision
-
     target = device_named(device)
     ensemble = opened.ensemble.to(target)
     shape = opened.image_shape
     example = torch.zeros(2, *shape, dtype=torch.float32, device="cpu")
     # Rules are about a precision; without --precision it is theirs, first of all that of the stops.
     rules = [rule.precision for rule in (ensemble.stopping, ensemble.sets) if rule is not None]
-    ensemble = in_precision(ensemble, example, precision or [*rules, faster_precision(target)][0])
+    ensemble = in_precision(ensemble, example, precision or next(iter(rules), None))
     count = ensemble.eval().predict(example).probabilities.shape[1]
     classes = opened.config.classes or tuple(map(str, range(count)))
     if len(classes) != count:

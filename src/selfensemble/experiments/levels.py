@@ -144,8 +144,9 @@ def _at_distortions(record: Record, authors: Curve, strengths: Sequence[float]) 
     farther, wanted = np.maximum.accumulate(distances), dict(zip(authors.c, authors.rms_l2, strict=True))
     if not accuracies[0]:
         return [None for _ in strengths]
+    farthest = farther[-1] * (1 + 1e-6)
     return [
-        float(np.interp(wanted[c], farther, accuracies)) / accuracies[0] if wanted[c] <= farther[-1] else None
+        float(np.interp(wanted[c], farther, accuracies)) / accuracies[0] if wanted[c] <= farthest else None
         for c in strengths
     ]
 

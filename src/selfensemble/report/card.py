@@ -15,8 +15,8 @@ from .markdown import code, plain, word
 
 # Their protocols are named EXPERIMENT-SCALE.
 EXPERIMENTS = (
-    "headline", "draws", "noise", "targeted", "theory", "honest", "board", "certainty", "certificates",
-    "certified-noise", "resnext", "stl10",
+    "headline", "draws", "noise", "levels", "targeted", "theory", "honest", "board", "certainty",
+    "certificates", "certified-noise", "resnext", "stl10",
 )  # fmt: skip
 SCALES = ("quick", "quarter", "half", "wide", "full")  # protocols of other names are files, as `honest-1`
 # Of hubs, by the dimensions of an input; what else there is has no name there.
