@@ -31,6 +31,15 @@ from .targeted import Targeted
 from .theory import Theory
 
 _STL10 = "model_a"
+_CERTIFIED = (
+    "rse",
+    "ours",
+    "gaussian",
+    "smoothadv",
+    "consistency",
+    "consistency-sharp",
+    "consistency-flipped",
+)
 # stl10 last: its data are others, and may not be there.
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
@@ -44,17 +53,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         Honest(),
         Board(),
         Certainty(),
-        Certificates(
-            "certificates",
-            "Certificates",
-            "rse",
-            "ours",
-            "gaussian",
-            "smoothadv",
-            "consistency",
-            "consistency-sharp",
-            "consistency-flipped",
-        ),
+        Certificates("certificates", "Certificates", *_CERTIFIED),
         Certificates("certified-noise", "Does noise inside the network help a certificate?"),
         Curves("resnext", "resnext29_2x64d"),
         Curves("stl10", _STL10),
