@@ -38,6 +38,9 @@ from .records import Record, column
 from .scales import CertificateScale, Scale
 from .within_radius import attacked, withstood
 
+CERTIFIED = (
+    "rse", "ours", "gaussian", "smoothadv", "consistency", "consistency-sharp", "consistency-flipped",
+)  # fmt: skip
 _STEPS = 40  # of a curve
 _STD = 0.25  # of the noise on the image, where ways of training are compared, if the grid has it
 _CURVES = (

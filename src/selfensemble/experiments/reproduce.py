@@ -17,7 +17,7 @@ from ..training.recipe import differing_keys, public_recipe
 from .base import Experiment, Report, Setting
 from .board import Board
 from .certainty import Certainty
-from .certificates import Certificates
+from .certificates import CERTIFIED, Certificates
 from .curves import Curves
 from .draws import Draws
 from .honest import Honest
@@ -31,15 +31,6 @@ from .targeted import Targeted
 from .theory import Theory
 
 _STL10 = "model_a"
-_CERTIFIED = (
-    "rse",
-    "ours",
-    "gaussian",
-    "smoothadv",
-    "consistency",
-    "consistency-sharp",
-    "consistency-flipped",
-)
 # stl10 last: its data are others, and may not be there.
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
@@ -53,7 +44,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         Honest(),
         Board(),
         Certainty(),
-        Certificates("certificates", "Certificates", *_CERTIFIED),
+        Certificates("certificates", "Certificates", *CERTIFIED),
         Certificates("certified-noise", "Does noise inside the network help a certificate?"),
         Curves("resnext", "resnext29_2x64d"),
         Curves("stl10", _STL10),
