@@ -2,7 +2,8 @@
 
     python benchmarks/training.py [--width 1] [--batch 128] [--rounds 15] [--threads N] [--out FOLDER]
 
-Ours are the steps of the trainer: bfloat16, channels last, its optimiser and augmentation left out of both.
+Ours are the steps of the trainer: bfloat16 where the processor has it, channels last, its optimiser and
+augmentation left out of both.
 """
 
 from functools import partial
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import selfensemble as rse
 from selfensemble.fast.small_maps import speed_up_small_maps_
+from selfensemble.runtime.devices import has_bfloat16
 
 
 def step(
@@ -40,8 +42,8 @@ def main() -> None:
     cases: dict[str, Case] = {}
     for name in ("plain", "noise", "authors"):
         model: nn.Module = rse.create_model("vgg16", width=options.width)
-        half = name != "authors"
-        if half:
+        half = name != "authors" and has_bfloat16(torch.device("cpu"))
+        if name != "authors":
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             speed_up_small_maps_(model)
         if name == "noise":
@@ -49,7 +51,7 @@ def main() -> None:
         if name == "authors":
             authors.with_noise(model)
         optimizer = torch.optim.SGD(model.train().parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-        cases[name] = partial(step, model, optimizer, ordered if half else inputs, labels, half)
+        cases[name] = partial(step, model, optimizer, inputs if name == "authors" else ordered, labels, half)
     seconds = in_turn(cases, options.rounds)
     ratios = {
         "noise / plain": ratio(seconds, "noise", "plain"),
