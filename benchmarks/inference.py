@@ -2,7 +2,8 @@
 
     python benchmarks/inference.py [--width 1] [--batch 128] [--rounds 15] [--threads N] [--out FOLDER]
 
-The limit is the time of the network's multiplications at the speed of a large matrix product of the fast path's precision here.
+The limit is the time of the network's multiplications at the speed of a large matrix product in the fast
+path's precision here.
 """
 
 import time
