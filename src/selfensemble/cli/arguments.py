@@ -19,10 +19,15 @@ Options = TypeVar("Options", bound="BaseModel")
 
 def in_precision(ensemble: "SelfEnsemble", example: "torch.Tensor", precision: str | None) -> "SelfEnsemble":
     """The ensemble for "float32", an optimised copy for "bf16"; by default what is faster on its device."""
+    import torch
+
+    from ..ensemble.checks import floating_dtype
     from ..fast.optimize import faster_precision, optimize
     from ..noise.injection import device_of_parameters
 
-    precision = precision or faster_precision(device_of_parameters(ensemble))
+    if precision is None:
+        wide = floating_dtype(ensemble) == torch.float64
+        precision = "float32" if wide else faster_precision(device_of_parameters(ensemble))
     if precision not in ("float32", "bf16"):
         raise InputError(f"--precision must be float32 or bf16, got {precision!r}")
     return optimize(ensemble, example, "bf16") if precision == "bf16" else ensemble

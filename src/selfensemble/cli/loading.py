@@ -1,6 +1,7 @@
 """The test images that a command works on."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.errors import InputError
@@ -52,9 +53,20 @@ def _reading(recorded: dict[str, Any], data: DataOptions) -> dict[str, Any]:
 
     known = {key: value for key, value in recorded.items() if key in DataSection.model_fields}
     reading = checked(DataSection, known, "data of the recipe in config.json").reading()
-    if data.data not in (None, recorded.get("source")):  # columns and splits of another source are others
-        reading = {name: reading[name] for name in ("size", "centre")}
+    if not _is_same(data.data, recorded.get("source")):  # columns and splits of another source are others
+        # Where it has no splits of its own it may be the same folder elsewhere: cut as in training.
+        reading = {name: reading[name] for name in ("size", "centre", "test_share", "split_seed")}
     return reading | data.given()
+
+
+def _is_same(given: str | None, recorded: str | None) -> bool:
+    """Whether both are one source, however a path is written."""
+    if given is None or recorded is None or given == recorded:
+        return given in (None, recorded)
+    try:
+        return Path(given).expanduser().samefile(Path(recorded).expanduser())
+    except OSError:  # one of them is no file or folder here
+        return False
 
 
 def _loaded(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..runtime.errors import InputError
 from . import terminal
+from .class_names import classes_of
 from .data_options import NO_DATA, DataOptions
 from .loading import test_data_of, with_size
 from .options import NetworkOptions, arguments_of, bounds_of, channels_of, noise_of, sampling_of, shape_of
@@ -247,7 +248,7 @@ def _named(model: str, options: NetworkOptions, data: DataOptions, with_data: bo
             raise
         raise InputError(f"{error}: read {data.data} as it wants them, --size and --channels") from error
     images = None if images is None else images.within(ensemble.bounds)
-    classes, images = _classes(network, ensemble, images, example, model)
+    classes, images = classes_of(network, ensemble, images, example, model)
     shape = tuple(example.shape[1:])
     config = storage.describe(ensemble, classes=classes, input_shape=shape)
     return Opened(ensemble, config, re.sub(r"[^\w.-]+", "-", model).strip("-."), images)
@@ -279,27 +280,6 @@ def _examples(
     if options.shape is not None and found != shape:
         raise InputError(f"{data.data} has images of shape {found}, --shape says {shape}: change it")
     return images, images.inputs(slice(2))
-
-
-def _classes(
-    network: "nn.Module", ensemble: "SelfEnsemble", images: "ImageData | None", example: "Tensor", name: str
-) -> tuple[tuple[str, ...] | None, "ImageData | None"]:
-    """Names of the classes, where they are known, and the images with their labels numbered so."""
-    count = ensemble.predict(example, draws=1, seed=0).probabilities.shape[1]
-    known = getattr(getattr(network, "config", None), "id2label", None)  # of transformers
-    theirs = tuple(map(str, known.values())) if isinstance(known, dict) and len(known) == count else None
-    if theirs is not None and theirs == tuple(f"LABEL_{k}" for k in range(count)):
-        theirs = None
-    if images is None:
-        return theirs, None
-    if theirs is not None and set(images.classes) & set(theirs):
-        return theirs, images.with_classes(theirs)
-    if len(images.classes) != count:
-        raise InputError(
-            f"{name} answers with {count} classes, {images.name} has {len(images.classes)}: pass the data "
-            "that it was trained on, or its number of classes in --network-args"
-        )
-    return images.classes, images
 
 
 def _with_its_arguments() -> str:

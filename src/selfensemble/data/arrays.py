@@ -33,7 +33,9 @@ def arrays(file: Path, split: Split, reading: Reading) -> ImageData:
             (reading.image_column,) if reading.image_column else _IMAGES,
             (reading.label_column,) if reading.label_column else _LABELS,
         ]
-        keys = [_key(found.files, known, reading.names(split)) for known in columns]
+        # Labels of one name of the split do not belong to images of another, which may come without.
+        pairs = [[_key(found.files, known, (name,)) for known in columns] for name in reading.names(split)]
+        keys: list[str | None] = next((pair for pair in pairs if None not in pair), [None, None])
         cut = reading.cuts
         if None in keys and any(
             _key(found.files, columns[0], reading.names(each)) for each in ("train", "test")

@@ -1,5 +1,6 @@
 """Images and labels as everything here takes them."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -128,10 +129,16 @@ class ImageData:
         """The same images, their labels numbered as in `classes` (a split may lack some of them).
 
         Raises:
-            ValueError: a class of these images is not among `classes`.
+            ValueError: a class of these images is not among `classes`, or several have its name.
         """
         if classes == self.classes:
             return self
+        counts = Counter(classes) | Counter(self.classes)
+        if several := [name for name in self.classes if counts[name] > 1]:
+            raise ValueError(
+                f"{self.name} cannot be matched by names of classes, several are called {several[0]}: "
+                "pass data whose classes are those of the model, in its order"
+            )
         unknown = [name for name in self.classes if name not in classes]
         if unknown:
             raise ValueError(
