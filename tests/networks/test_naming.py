@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from torch import nn
 
 import selfensemble as rse
 from selfensemble.artefacts.opening import with_mean_and_std
+from selfensemble.networks import naming
 from selfensemble.networks.expected import expected_images
 from selfensemble.networks.importing import is_importable
 from selfensemble.networks.names import is_network_name
@@ -266,6 +267,8 @@ def test_transformers_from_a_folder(tmp_path: Path) -> None:
     assert network_from(name, {"num_labels": 7})(images).logits.shape == (2, 7)  # a classifier to be trained
     with pytest.raises(ValueError, match="no no_such_key in its configuration"):
         network_from(name, {"no_such_key": 1})
+    with pytest.raises(ValueError, match="weights of another shape for resnet"):  # the body, not the head
+        network_from(name, {"num_labels": 7, "hidden_sizes": [6]})
     trained.resnet.save_pretrained(tmp_path / "body")
     with pytest.raises(ValueError, match=r"no weights for classifier.*num_labels"):
         network_from(f"transformers:{tmp_path / 'body'}")
@@ -366,6 +369,81 @@ def test_images_that_a_network_of_transformers_wants(
     with rse.noise_disabled(ensemble):
         answer = ensemble.predict_proba(images)
     assert torch.allclose(answer, network.eval()(inside).logits.softmax(dim=1), atol=1e-6)
+
+
+def test_images_that_a_network_of_torchvision_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the weights that were asked for; by a stand-in that has what is used."""
+
+    def weights(side: int, mean: float) -> Any:
+        told = SimpleNamespace(crop_size=[side], mean=[mean] * 3, std=[0.5] * 3)
+        return SimpleNamespace(transforms=lambda: told)
+
+    known = {"DEFAULT": weights(299, 0.5), "FIRST": weights(224, 0.4)}
+    torchvision, models = ModuleType("torchvision"), ModuleType("models")
+    models.__dict__.update(
+        get_model=lambda name, **arguments: nn.Conv2d(3, 2, 1), list_models=lambda module: ["net"],
+        get_model_weights=lambda name: known,
+    )  # fmt: skip
+    torchvision.models = models  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torchvision", torchvision)
+    for arguments, side, mean in (
+        ({}, 299, 0.5),
+        ({"weights": "Net_Weights.FIRST"}, 224, 0.4),
+        ({"weights": "FIRST", "image_size": 96}, 96, 0.4),
+        ({"weights": None}, 299, None),
+        ({"pretrained": False}, 299, None),
+    ):
+        network = network_from("torchvision:net", arguments)
+        told = None if mean is None else ((mean,) * 3, (0.5,) * 3)
+        assert expected_images(network, "torchvision:net") == ((3, side, side), told)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shape", "mean"),
+    [
+        ({}, (3, 20, 20), (0.1, 0.2, 0.3)),
+        ({"in_chans": 1}, (1, 20, 20), (pytest.approx(0.2),)),
+        ({"img_size": 12}, (3, 12, 12), (0.1, 0.2, 0.3)),
+    ],
+)
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_images_that_a_network_of_timm_wants(library: str, arguments: Any, shape: Any, mean: Any) -> None:
+    """By itself, and within one of transformers."""
+    told = {"input_size": (3, 20, 20), "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.5, 0.5)}
+    network = nn.Identity()
+    if library == "timm":
+        network.pretrained_cfg = told  # type: ignore[assignment]
+    else:
+        network.config = SimpleNamespace(pretrained_cfg=told)  # type: ignore[assignment]
+    name = f"{library}:net"
+    naming._remember(network, {"name": name, "arguments": arguments, "pretrained": True})
+    found = expected_images(network, name)
+    assert found.shape == shape
+    assert found.mean_and_std is not None
+    assert found.mean_and_std[0] == mean
+    assert found.mean_and_std[1] == pytest.approx((0.5,) * len(mean))
+
+
+def test_a_processor_is_followed_where_it_can_be(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=8,
+        patch_size=4,
+    )  # fmt: skip
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    name, file = f"transformers:{tmp_path}", tmp_path / "preprocessor_config.json"
+    for told, side in (
+        ({"size": {"shortest_edge": 16}, "crop_size": {"height": 12, "width": 12}}, 12),
+        ({"size": {"shortest_edge": 16}}, 16),
+        ({"size": {"shortest_edge": 16}, "crop_size": 12, "do_center_crop": False}, 16),
+        ({}, 8),
+    ):
+        file.write_text(json.dumps(told))
+        assert expected_images(network_from(name), name).shape == (3, side, side)
+    file.write_text('{"feature_extractor_type": "Wav2Vec2FeatureExtractor", "do_normalize": true}')
+    with pytest.raises(ValueError, match="standardised as Wav2Vec2FeatureExtractor does it"):
+        expected_images(network_from(name), name)
+    assert expected_images(network_from(name, pretrained=False), name).shape == (3, 8, 8)
 
 
 # --- mean and std ------------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
 """What images a network of a library was made for: their shape, and the mean and std that it wants."""
 
+from collections.abc import Sequence
+from importlib import import_module
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from .naming import was_pretrained
+from .libraries import HUB
+from .naming import name_of, was_pretrained
 
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CLOSE = 1e-6
 Channels = tuple[float, ...]
 
@@ -31,23 +33,57 @@ def expected_images(network: nn.Module, name: str) -> Expected:
         name: that it was asked for by.
     """
     library, _, rest = name.partition(":")
+    known, pretrained = name_of(network), was_pretrained(network)
+    arguments = {} if known is None else known[1]
     if library == "timm":
-        found = _of_timm(getattr(network, "pretrained_cfg", None))
+        found = _of_timm(getattr(network, "pretrained_cfg", None), arguments)
     elif library == "torchvision":
-        found = Expected((3, 224, 224), _IMAGENET)
+        found = _of_torchvision(rest, arguments)
     elif library == "transformers":
-        found = _of_transformers(getattr(network, "config", None), rest)
+        found = _of_transformers(getattr(network, "config", None), rest, arguments, pretrained)
     else:
         return Expected()
-    return found if was_pretrained(network) else Expected(found.shape)
+    return found if pretrained else Expected(found.shape)
 
 
-def _of_timm(config: Any) -> Expected:
+def _of_timm(config: Any, arguments: dict[str, Any]) -> Expected:
+    """By the configuration of the weights, but for what the arguments change of the network."""
     if not isinstance(config, dict):
         return Expected()
     size, mean, std = (config.get(key) for key in ("input_size", "mean", "std"))
     shape = _shape(size) if isinstance(size, tuple | list) else None
-    return Expected(shape, None if mean is None or std is None else (tuple(mean), tuple(std)))
+    told = None if mean is None or std is None else (tuple(mean), tuple(std))
+    if shape is not None:
+        channels, *sides = shape
+        shape = _shape((arguments.get("in_chans", channels), *_sides(arguments.get("img_size"), sides)))
+    if told is not None and shape is not None and len(told[0]) != shape[0]:
+        told = _of_grey(told) if shape[0] == 1 else None
+    return Expected(shape, told)
+
+
+def _of_grey(told: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
+    """Of one channel, where the weights of three were added up."""
+    mean, std = (sum(each) / len(each) for each in told)
+    return (mean,), (std,)
+
+
+def _of_torchvision(name: str, arguments: dict[str, Any]) -> Expected:
+    """By the preprocessing of the weights that were asked for, else of those that torchvision has."""
+    models: Any = import_module("torchvision").models
+    asked = arguments.get("weights") or "DEFAULT"
+    known = models.get_model_weights(name)
+    chosen = known[asked.rpartition(".")[2]] if isinstance(asked, str) else asked
+    wanted = chosen.transforms()
+    (side,) = set(wanted.crop_size)
+    shape = _shape((3, *_sides(arguments.get("image_size"), [side, side])))
+    return Expected(shape, (tuple(wanted.mean), tuple(wanted.std)))
+
+
+def _sides(asked: Any, usual: Sequence[int]) -> Sequence[int]:
+    """(H, W) that an argument asks for, one number or two, or the usual ones."""
+    if asked is None:
+        return usual
+    return (asked, asked) if isinstance(asked, int) else tuple(asked)
 
 
 def _shape(sizes: Any) -> tuple[int, int, int] | None:
@@ -57,15 +93,27 @@ def _shape(sizes: Any) -> tuple[int, int, int] | None:
     return channels, height, width
 
 
-def _of_transformers(config: Any, name: str) -> Expected:
-    told = _processor(name)
-    side, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
-    sides = (side, side) if isinstance(side, int) else side
-    if sides is None:
-        size = told.get("crop_size") or told.get("size") or {}
-        sides = (size.get("height"), size.get("width")) if isinstance(size, dict) else (size, size)
+def _of_transformers(config: Any, name: str, arguments: dict[str, Any], pretrained: bool) -> Expected:
+    """By what stands beside the weights; sides that the arguments ask for, and else those of the network."""
+    if isinstance(of_timm := getattr(config, "pretrained_cfg", None), dict):  # a network of timm within
+        return _of_timm(of_timm, arguments)
+    told = _processor(name, arguments)
+    channels, own = getattr(config, "num_channels", 3), getattr(config, "image_size", None)
+    processed = _processed_sides(told)
+    asked = "image_size" in arguments or None in processed
+    sides = _sides(own, processed) if asked else processed
     shape = _shape((channels, *sides))
-    return Expected(shape, _mean_and_std(name, told, channels))
+    return Expected(shape, _mean_and_std(name, told, channels) if pretrained else None)
+
+
+def _processed_sides(told: dict[str, Any]) -> tuple[Any, Any]:
+    """(H, W) that a processor brings images to; None where it does not say."""
+    crops = told.get("do_center_crop", "crop_size" in told)
+    size = (told.get("crop_size") if crops else None) or told.get("size") or {}
+    if not isinstance(size, dict):
+        return size, size
+    side = size.get("shortest_edge")
+    return size.get("height", side), size.get("width", side)
 
 
 def _mean_and_std(name: str, told: dict[str, Any], channels: int) -> tuple[Channels, Channels] | None:
@@ -83,6 +131,11 @@ def _mean_and_std(name: str, told: dict[str, Any], channels: int) -> tuple[Chann
         )
     factor = float(told.get("rescale_factor", 1 / 255)) if told.get("do_rescale", True) else 1.0
     offset = 1.0 if told.get("rescale_offset") and told.get("do_rescale", True) else 0.0
+    if told.get("do_normalize") and "feature_extractor_type" in told and "image_mean" not in told:
+        raise ValueError(
+            f"{name} wants its inputs standardised as {told['feature_extractor_type']} does it: do that in a "
+            "module of your own around it, and name that"
+        )
     mean, std = told.get("image_mean"), told.get("image_std")
     if not told.get("do_normalize", not bare) or mean is None or std is None:
         mean, std = [0.0] * channels, [1.0] * channels
@@ -94,12 +147,20 @@ def _mean_and_std(name: str, told: dict[str, Any], channels: int) -> tuple[Chann
     return None if plain else (means, stds)
 
 
-def _processor(name: str) -> dict[str, Any]:
+def _processor(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """What the folder or repository says of its images; nothing where it says nothing."""
+    import transformers
     from transformers.image_processing_base import ImageProcessingMixin
 
+    where = {key: arguments[key] for key in HUB if key in arguments}
     try:
-        found: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(name)[0]
+        found: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(name, **where)[0]
     except (OSError, ValueError):  # there is no such file
         return {}
+    kind = found.get("image_processor_type") or found.get("feature_extractor_type")
+    own = getattr(transformers, str(kind), None)
+    for key in ("image_mean", "image_std"):  # files of some versions leave out what is usual of a kind
+        usual = getattr(own, key, None)
+        if key not in found and isinstance(usual, list | tuple):
+            found[key] = list(usual)
     return found

@@ -1,7 +1,7 @@
 """Networks of timm, torchvision and transformers by name, with pretrained weights where these can be had."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -9,6 +9,8 @@ from torch import nn
 from ..runtime.errors import MissingPackage
 from .importing import described
 
+# Keywords that say where a configuration and its weights lie, for all files of a network of transformers.
+HUB = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 _NAME = re.compile(r"[\w.-]+")
 _FRESH = (
     "connect, pass --weights FILE, or ask for fresh weights by --network-args '{\"pretrained\": false}' "
@@ -104,7 +106,15 @@ def transformers_network(name: str, arguments: dict[str, Any], pretrained: bool)
     kind = _classifier(transformers, config, full)
     if not wanted:
         return _built(full, lambda: kind(config)).eval()
-    network, report = _with_weights(kind, name, config, full)
+    where = {key: rest[key] for key in HUB if key in rest}
+    network, report = _with_weights(kind, name, config, full, where)
+    others = [key for key, _, shape in report["mismatched_keys"] if not _is_of_head(network, key, shape)]
+    if others:
+        raise ValueError(
+            f"{full} has weights of another shape for {', '.join(sorted(others)[:4])}: leave out the "
+            "arguments that change its body, or ask for fresh weights by --network-args "
+            "'{\"pretrained\": false}'"
+        )
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key, *_ in report["mismatched_keys"])
     if missing and "num_labels" not in arguments:
         raise ValueError(
@@ -115,7 +125,15 @@ def transformers_network(name: str, arguments: dict[str, Any], pretrained: bool)
     return network
 
 
-def _with_weights(kind: Any, name: str, config: Any, full: str) -> tuple[nn.Module, dict[str, Any]]:
+def _is_of_head(network: Any, key: str, shape: Sequence[int]) -> bool:
+    """Whether weights are of the classifier: outside of the body, or with a row for each class."""
+    inside = key.startswith(f"{network.base_model_prefix}.")
+    return not inside or (len(shape) > 0 and shape[0] == network.config.num_labels)
+
+
+def _with_weights(
+    kind: Any, name: str, config: Any, full: str, where: dict[str, Any]
+) -> tuple[nn.Module, dict[str, Any]]:
     try:
         network, report = kind.from_pretrained(
             name,
@@ -123,6 +141,7 @@ def _with_weights(kind: Any, name: str, config: Any, full: str) -> tuple[nn.Modu
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             trust_remote_code=False,
+            **where,
         )
     except OSError as error:
         raise FileNotFoundError(

@@ -62,6 +62,8 @@ def network_from(
     if library in LIBRARIES:
         network = LIBRARIES[library](rest, chosen, pretrained and weights is None)
         has_its_weights &= chosen.pop("pretrained", True)
+        if library == "torchvision":
+            has_its_weights &= chosen.get("weights", "DEFAULT") is not None
     else:
         network = _own(name, chosen)
     if weights is not None:
