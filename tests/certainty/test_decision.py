@@ -139,3 +139,37 @@ def test_bad_settings(tiny: nn.Module, images: Tensor) -> None:
         decide(ensemble, images, alpha=0)
     with pytest.raises(ValueError, match="max_draws must be an integer >= 1"):
         decide(ensemble, images, max_draws=0)
+
+
+class Dropped(nn.Module):
+    """Dropout at test time, which the guess of the leading class sees as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = rse.load("digits-rse").model
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.network(nn.functional.dropout(inputs, 0.5, training=True))  # type: ignore[no-any-return]
+
+
+def test_a_seed_repeats_decisions_of_any_noise() -> None:
+    """The first bets follow a guess, which is of the seed too."""
+    ensemble = rse.SelfEnsemble(Dropped(), None).eval()
+    images = rse.load_data("digits", "test").inputs(slice(40))
+    first = rse.decide(ensemble, images, seed=3)
+    assert len(set(first.draws.tolist())) > 2
+    for _ in range(3):
+        again = rse.decide(ensemble, images, seed=3)
+        for name in ("label", "draws", "leader", "low", "high"):
+            assert torch.equal(getattr(first, name), getattr(again, name))
+
+
+def test_risks_next_to_nothing_and_numbers_that_are_none() -> None:
+    ensemble = rse.load("digits-rse")
+    images = rse.load_data("digits", "test").inputs(slice(2))
+    assert rse.decide(ensemble, images, alpha=1e-310, max_draws=5, seed=0).label.tolist() == [-1, -1]
+    still = rse.SelfEnsemble(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), rse.NoiseConfig(0, 0)).eval()
+    with torch.no_grad():
+        still.model[1].bias[0] = torch.nan  # type: ignore[index]
+    with pytest.raises(ValueError, match="returns NaN"):
+        rse.decide(still, images)

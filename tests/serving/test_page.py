@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import selfensemble as rse
 
@@ -61,6 +62,32 @@ def test_votes_are_those_of_the_draws(digit: bytes) -> None:
     for line in lines[1:]:
         assert sum(each["votes"] for each in line["classes"]) <= line["draws"]
     assert lines[1]["classes"][0]["votes"] == 1
+
+
+class Dropout(nn.Module):
+    """With dropout at test time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = rse.load("digits-rse").model
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.network(nn.functional.dropout(inputs, 0.3, training=True))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("sampling", ["shared", "per_image"])
+def test_keyed_votes_are_those_of_noise_of_any_kind(digit: bytes, sampling: Any) -> None:
+    ensemble = rse.SelfEnsemble(Dropout(), None, draws=5, sampling=sampling).eval()
+    app = create_app(ensemble, CLASSES, (1, 8, 8), Settings(secret="a secret of some length"))
+    with TestClient(app) as session:
+        answer = session.post("/v1/predict", json={"images": [encoded(digit)]}).json()["images"][0]
+        one, other = (
+            stream(session.post("/v1/votes", json={"image": encoded(digit), "draws": 5}))[-1]["classes"]
+            for _ in range(2)
+        )
+    assert one == other
+    best = max(one, key=lambda each: each["probability"])
+    assert best["probability"] == pytest.approx(answer["probability"], abs=1e-5)
 
 
 @pytest.mark.parametrize("target", ["plain", "ensemble"])

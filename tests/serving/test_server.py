@@ -382,6 +382,37 @@ def test_a_request_that_took_too_long_ends(digits: tuple[list[bytes], list[int]]
             assert time.monotonic() - began < 20
 
 
+def test_calibrated_stops_have_draws_of_their_own(digits: tuple[list[bytes], list[int]]) -> None:
+    """A server that is told both does not start; one that is told draws answers who wants the stops."""
+    ensemble = rse.load("digits-rse")
+    ensemble.stopping = Calibrated(
+        thresholds=(2.0, 0.0), epsilon=0.1, delta=0.1, mean_draws=2, disagreement=0.1, images=1,
+        reference_draws=9,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="leave draws out"), client(ensemble, stop="calibrated", draws=20):
+        pass
+    body = {"images": [encoded(digits[0][0])]}
+    with client(ensemble, draws=20) as http:
+        stopped = http.post("/v1/predict", json=body | {"stop": "calibrated"})
+        assert stopped.status_code == 200, stopped.text
+        assert stopped.json()["images"][0]["draws"] == 2
+        assert http.post("/v1/predict", json=body).json()["images"][0]["draws"] == 20
+        assert http.post("/v1/predict", json=body | {"stop": "calibrated", "draws": 3}).status_code == 422
+
+
+def test_radii_of_sets_are_those_of_images_between_0_and_1(digits: tuple[list[bytes], list[int]]) -> None:
+    """As those of certificates are, whatever the bounds of the network's inputs."""
+    network = rse.load("digits-rse").model
+    ensemble = rse.SelfEnsemble(network, None, bounds=(-1.0, 1.0)).eval()
+    data = rse.load_data("digits", "test")
+    images = data.inputs(slice(200)) * 2 - 1
+    ensemble.sets = rse.conformal_sets(ensemble, images, data.labels[:200], radius=0.2, draws=50, seed=0).rule
+    body = {"images": [encoded(digits[0][0])], "sets": True}
+    with client(ensemble) as http:
+        (answer,) = http.post("/v1/predict", json=body).json()["images"]
+    assert answer["set"]["radius"] == pytest.approx(0.1)
+
+
 def test_with_a_secret_asking_again_gains_nothing(digits: tuple[list[bytes], list[int]]) -> None:
     files, _ = digits
     body: dict[str, Any] = {"images": [encoded(data) for data in files[:6]]}

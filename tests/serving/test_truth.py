@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -86,15 +87,48 @@ def test_ready_is_asked_of_the_network() -> None:
         assert again.status_code == 200, again.text
 
 
-def test_a_network_that_returns_no_numbers() -> None:
-    white = {"images": [encoded(png(torch.ones(1, 8, 8)))]}
-    session, _ = served()
+@pytest.mark.parametrize("secret", [None, "sixteen characters"])
+def test_a_network_that_returns_no_numbers(secret: str | None) -> None:
+    white: dict[str, Any] = {"images": [encoded(png(torch.ones(1, 8, 8)))]}
+    session, _ = served(secret=secret)
     with session as http:
-        for body in (white, white | {"certify": {"n": 20}}):
+        for body in (white, white | {"decide": {}}, white | {"certify": {"n": 20}}):
             answer = http.post("/v1/predict", json=body)
             assert (answer.status_code, "no numbers" in answer.json()["error"]) == (500, True)
         assert http.post("/v1/predict", json=ONE).status_code == 200
         assert http.get("/ready").status_code == 200
+
+
+def test_a_body_that_no_answer_can_hold_is_refused_in_words() -> None:
+    session, _ = served()
+    with session as http:
+        answer = http.post("/v1/predict", content=b'{"\\ud800": 1, "\\ud800": 2}')
+        assert answer.status_code == 422, answer.text
+
+
+def test_the_last_line_is_written_before_the_end() -> None:
+    """A line that the thread has taken, and that a full pipe keeps it from writing."""
+    reads, writes = os.pipe()
+    os.set_blocking(reads, False)
+    writer = Writer(writes)
+    writer.drain(0.0)  # nothing is left
+    line = logging.LogRecord("some", logging.INFO, "", 0, "x" * 2**17, None, None)  # more than a pipe holds
+    writer.emit(line)
+    until(lambda: writer._lines.empty())
+    began = time.monotonic()
+    writer.drain(0.2)
+    assert time.monotonic() - began > 0.15
+    got = b""
+
+    def everything() -> bool:
+        nonlocal got
+        with suppress(BlockingIOError):
+            got += os.read(reads, 2**16)
+        return got.endswith(b"\n")
+
+    until(everything)
+    writer.drain(10)
+    assert got.count(b"x") == 2**17
 
 
 def test_a_thread_that_has_ended_is_told(caplog: pytest.LogCaptureFixture) -> None:

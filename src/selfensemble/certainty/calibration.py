@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..data.images import Inputs
 from ..ensemble.checks import check_count, check_images
-from ..ensemble.draws import Draws, check_finite
+from ..ensemble.draws import Draws, check_finite, one_by_one
 from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.fingerprint import origin, still
 from ..ensemble.stopping import Calibrated, margin
@@ -103,9 +103,10 @@ def calibrate(
     size = None if max_batch is None else check_count("max_batch", max_batch)
     about = origin(ensemble)
     most, reference_draws = check_count("most", most), check_count("reference_draws", reference_draws)
-    entropy = np.random.SeedSequence(seed)
+    entropy = np.random.SeedSequence(None if seed is None else seed % 2**64)
     seeds: list[int] = entropy.generate_state(2).tolist()
     example, count = inputs[:2], len(inputs)
+    size = one_by_one(ensemble, example, size)
     own = Draws(ensemble, example, size, seeds[0], "per_image", antithetic, count)
     independent = Draws(ensemble, example, size, seeds[1], "per_image", count=count)
     paths, fixed = _record(ensemble, own, independent, inputs, most, reference_draws, progress)

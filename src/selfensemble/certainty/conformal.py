@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..data.images import Inputs
 from ..ensemble.checks import check_count, check_images
-from ..ensemble.draws import Draws, check_finite
+from ..ensemble.draws import Draws, check_finite, one_by_one
 from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.fingerprint import origin, still
 from ..ensemble.promises import check_sets
@@ -111,7 +111,10 @@ class ConformalSets:
             else:
                 highest = samples.double().mean(dim=0)
             found.append(highest >= least)
-        return torch.cat(found) if found else torch.zeros(0, 0, dtype=torch.bool, device="cpu")
+        if not found:
+            classes = self.ensemble.predict(inputs, draws=1).probabilities.shape[1]
+            return torch.zeros(0, classes, dtype=torch.bool, device="cpu")
+        return torch.cat(found)
 
 
 def conformal_sets(
@@ -235,6 +238,7 @@ def _samples(
     if len(inputs) == 0:
         return
     with eval_mode(ensemble):
+        size = one_by_one(ensemble, inputs[:2], size)
         source = Draws(ensemble, inputs[:2], size, seed, "per_image", count=len(inputs))
         classes = source.take(source.prepared(inputs[:1]), 0, 1).shape[2]
         few = max(1, min(_ROOM // (draws * classes), source.size))

@@ -135,12 +135,13 @@ def decide(
     check_count("max_draws", max_draws)
     size = None if max_batch is None else check_count("max_batch", max_batch)
     with noise_disabled(ensemble):
-        guess = ensemble.predict(inputs, draws=1, max_batch=max_batch)
+        guess = ensemble.predict(inputs, draws=1, max_batch=max_batch, seed=seed)
     with eval_mode(ensemble):
         draws = Draws(ensemble, inputs, size, seed)
         varies = len(inputs) > 0 and draws.varies()
     if not varies or guess.probabilities.shape[1] == 1:
         certain = ensemble.predict(inputs, draws=1, max_batch=max_batch)
+        check_finite(certain.probabilities)
         value = certain.probabilities.amax(dim=1).cpu().double()
         return Decision(certain.label, certain.draws, certain.label, value, value)
     with eval_mode(ensemble):
@@ -166,7 +167,7 @@ def _decide(
     label, used, leader = torch.full_like(active, ABSTAINED), torch.zeros_like(active), active.clone()
     low, high = torch.zeros(2, len(group), dtype=torch.float64, device="cpu")
     history = torch.zeros(most, len(group), classes, dtype=torch.float32, device="cpu")
-    block = math.ceil(math.log2(1 / alpha)) + 2  # of draws in one pass: about the fewest that decide
+    block = math.ceil(-math.log2(alpha)) + 2  # of draws in one pass: about the fewest that decide
     index = 0
     while index < most and len(active):
         count = draws.at_once(len(active), min(most - index, block))

@@ -12,7 +12,7 @@ from ..noise.streams import Sampling, check_sampling, noise_draw
 from ..runtime.remarks import Remark
 from .checks import floating_dtype, logits_of
 from .order import order_watched
-from .randomness import PASSES, answers_differ, draws_for_python, draws_numbers
+from .randomness import PASSES, answers_differ, draws_for_python, draws_numbers, images_share_numbers
 
 Precision = Literal["float32", "bf16"]
 _PLAIN = frozenset({type(None), bool, int, float, str, type})
@@ -113,9 +113,17 @@ class RandomClassifier(nn.Module):
                 raise
         return logits_of(self.model(inputs), inputs.shape[0])
 
+    def _forget(self) -> None:
+        """What was found out of the network, which may be another one now."""
+        self._others, self._quiet, self.folds = {}, {}, {}
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._forget()  # levels may be tensors
+        super()._load_from_state_dict(*args)
+
     def train(self, mode: bool = True) -> Self:
         """What `nn.Module.train` does; beside calls that want eval mode, as soon as none does any more."""
-        self._others, self._quiet, self.folds = {}, {}, {}
+        self._forget()
         switch_mode(self, mode)
         self._lead_layers(mode)
         return self
@@ -181,6 +189,17 @@ class RandomClassifier(nn.Module):
             if not found:
                 self._quiet[shape] = settings
         return self._others[shape]
+
+    def images_share_noise(self, inputs: Tensor) -> bool:
+        """Whether a pass draws other noise once for all of its images, not for each of them.
+
+        Args:
+            inputs: (B, ...), prepared, in the mode that is asked about.
+        """
+        if len(inputs) == 0 or not self.has_other_noise(inputs):
+            return False
+        with noise_disabled(self):
+            return images_share_numbers(self.draw_logits, inputs)
 
     def _with_random_images(self, images: Tensor) -> Tensor:
         """As many random images beside them, where they are images."""

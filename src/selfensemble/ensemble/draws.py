@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..data.images import Inputs
+from ..noise.injection import eval_mode
 from ..noise.streams import Sampling, derived_seed, fresh_seed, noise_draw
 from ..runtime.errors import UnevenBatchError
 from .checks import explain_shape
@@ -162,7 +163,7 @@ class Draws:
     def at_once(self, images: int, left: int) -> int:
         """Draws that go into one pass, of those that are left: several where there are few images."""
         count = min(left, max(1, self.capacity // max(1, images)))
-        return 1 if count > 1 and self._shared and not self.folds() else count
+        return 1 if count > 1 and not self.folds() else count
 
     @torch.no_grad()
     def take(self, images: Tensor, index: int, count: int, group: int = 0) -> Tensor:
@@ -268,6 +269,19 @@ def moments(draws: Draws, group: Tensor, rule: Rule, number: int = 0) -> tuple[T
         if len(active) == 0:
             break
     return mean, (squares / (used - 1).unsqueeze(1)).sqrt(), used
+
+
+def one_by_one(ensemble: RandomClassifier, inputs: Tensor, size: int | None) -> int | None:
+    """Images a pass for what holds of images with noise of their own each: `size`, or one.
+
+    One where a pass draws noise once for all of its images, such as random weights: images that have it in
+    common are not independent, whatever they are.
+    """
+    if size == 1:
+        return size
+    with eval_mode(ensemble):
+        few = Draws(ensemble, inputs).prepared(inputs[:1])
+        return 1 if ensemble.images_share_noise(few) else size
 
 
 class NotFiniteError(ValueError):

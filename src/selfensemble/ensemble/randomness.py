@@ -1,9 +1,11 @@
 """Whether a network is random, found out by asking: noise of any kind, whatever draws it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ..noise.own_numbers import USUAL, OwnNumbers
 from ..noise.streams import stream_seed
@@ -47,6 +49,47 @@ def draws_numbers(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> set[st
     with OwnNumbers() as seen:
         forward(inputs[:2])
     return seen.names - USUAL
+
+
+class _Counted(OwnNumbers):
+    """How many numbers each operator drew, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = super().__torch_dispatch__(func, types, args, kwargs)
+        if torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
+            leaves = (leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor))
+            self.counts.append((str(func), max((leaf.numel() for leaf in leaves), default=0)))
+        return found
+
+
+@torch.no_grad()
+def images_share_numbers(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> bool:
+    """Whether a pass draws numbers that are common to its images, as random weights and transforms do.
+
+    Such an operator draws as many for two images as for four. Numbers that Python draws are taken for common,
+    and so are those of passes that cannot be compared.
+
+    Args:
+        forward: one pass.
+        inputs: (B, ...), one image or more.
+    """
+    if draws_for_python(forward, inputs):
+        return True
+    found = []
+    for images in (2, 4):
+        with _Counted() as seen:
+            forward(torch.cat([inputs[:1]] * images))
+        found.append(seen.counts)
+    few, many = found
+    if [name for name, _ in few] != [name for name, _ in many]:
+        return True
+    return any(one == other for (_, one), (_, other) in zip(few, many, strict=True))
 
 
 @torch.no_grad()

@@ -30,14 +30,17 @@ class Writer(logging.Handler):
         self.setFormatter(_Lines("%(asctime)s %(message)s"))
         self._descriptor = descriptor
         self._lines: queue.Queue[bytes] = queue.Queue(_ROOM)
-        self._written = threading.Event()
+        self._written, self._lock, self._left = threading.Event(), threading.Lock(), 0
+        self._written.set()
         threading.Thread(target=self._write, name="selfensemble-log", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             line = (self.format(record) + "\n").encode(errors="backslashreplace")
-            self._written.clear()
-            self._lines.put_nowait(line)
+            with self._lock:
+                self._lines.put_nowait(line)
+                self._left += 1
+                self._written.clear()
         except queue.Full:
             pass
         except Exception:  # of a record that cannot be formatted
@@ -45,8 +48,7 @@ class Writer(logging.Handler):
 
     def drain(self, seconds: float) -> None:
         """Wait until all is written, but no longer than that."""
-        if not self._lines.empty():
-            self._written.wait(seconds)
+        self._written.wait(seconds)
 
     def _write(self) -> None:
         while True:
@@ -56,8 +58,10 @@ class Writer(logging.Handler):
                     line = line[os.write(self._descriptor, line) :]
             except OSError:  # nobody reads it, or the disk is full: the server goes on
                 pass
-            if self._lines.empty():
-                self._written.set()
+            with self._lock:
+                self._left -= 1
+                if not self._left:
+                    self._written.set()
 
 
 def begin(access: bool, descriptor: int = 2) -> Writer:

@@ -23,11 +23,11 @@ from .. import attacks
 from ..data import decoding
 from ..data.folders import is_hidden
 from ..data.images import in_bounds
+from ..ensemble.draws import Draws, check_finite
 from ..ensemble.ensemble import SelfEnsemble
-from ..ensemble.stopping import Fixed
+from ..ensemble.stopping import Calibrated, Fixed
 from ..noise.calls import to_eval_mode_
-from ..noise.injection import make_static_, noise_disabled
-from ..noise.streams import noise_draw
+from ..noise.injection import eval_mode, make_static_, noise_disabled
 from . import schemas
 from .batching import Answer
 from .problems import REFUSALS
@@ -178,13 +178,17 @@ class _Page:
 
     @torch.no_grad()
     def _seeded(self, inputs: Tensor, seed: int, number: int) -> Tensor:
-        with noise_draw(seed, number, self.service.ensemble.sampling):
-            return self.service.ensemble.draw_logits(inputs).float().softmax(dim=1)[0].cpu()
+        ensemble, rule = self.service.ensemble, self.service.rule(self.service.settings.stop, None)
+        with eval_mode(ensemble):
+            draws = Draws(
+                ensemble, inputs, seed=seed, antithetic=isinstance(rule, Calibrated) and rule.antithetic
+            )
+            return check_finite(draws.take(draws.prepared(inputs), number, 1))[0, 0].cpu()
 
     def _without_noise(self, inputs: Tensor) -> Answer:
         with noise_disabled(self.service.ensemble):
             answer = self.service.ensemble.predict(inputs)
-        return Answer(answer.probabilities[0], answer.spread[0], 1)
+        return Answer(check_finite(answer.probabilities)[0], answer.spread[0], 1)
 
     def _answer(self, answer: Answer) -> schemas.Answered:
         best = int(answer.probabilities.argmax())

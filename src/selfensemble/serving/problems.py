@@ -23,6 +23,7 @@ _REFUSED = {
 
 def problem(status: int, text: str, headers: Any = None) -> JSONResponse:
     """Of the form of `schemas.Problem`."""
+    text = text.encode(errors="backslashreplace").decode()  # a body may hold what no answer can
     return JSONResponse({"error": text}, status_code=status, headers=headers)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..certainty.conformal import ConformalSets
 from ..certainty.decision import decide
-from ..ensemble.draws import NotFiniteError
+from ..ensemble.draws import NotFiniteError, check_finite
 from ..ensemble.ensemble import SelfEnsemble
 from ..ensemble.promises import rule_for
 from ..ensemble.stopping import Fixed, Rule, Stop
@@ -46,7 +46,8 @@ class Service:
     ) -> None:
         self.name, self.metrics, self.centre = name, dict(metrics or {}), centre
         self.ensemble, self.classes, self.shape, self.settings = ensemble, classes, shape, settings
-        rule_for(settings.stop, settings.draws or ensemble.draws, False, ensemble)  # says what is wrong
+        # Says what is wrong.
+        rule_for(settings.stop, settings.draws or ensemble.draws, settings.draws is not None, ensemble)
         self.batcher: Batcher | None = None
         self._certifier = Certifier(ensemble, self._name)
         self.opener = Opener(shape, settings.max_pixels, centre)
@@ -114,7 +115,7 @@ class Service:
         return {
             "name": self.name, "metrics": self.metrics, "noise": self._levels(),
             "classes": self.classes, "shape": self.shape, "draws": self.draws_of_all,
-            "stop": self.settings.stop, "calibrated": holds(lambda: self._rule("calibrated", None)),
+            "stop": self.settings.stop, "calibrated": holds(lambda: self.rule("calibrated", None)),
             "sets": holds(lambda: ConformalSets.of(self.ensemble)), "keyed": self.settings.secret is not None,
             "limits": self.settings.model_dump(
                 include={name for name in Settings.model_fields if name.startswith("max_")} | {"timeout"}
@@ -146,7 +147,7 @@ class Service:
             if options.sets:
                 ConformalSets.of(self.ensemble)  # says what is wrong before anything is computed
             answers = await self._predict(inputs, seeds, options)
-            decided = await self._one_by_one(self._decide, inputs, seeds, options.decide)
+            decided = await self._one_by_one(self._decide, inputs, seeds, options.decide, long=False)
             certified = await self._one_by_one(self._certifier, inputs, seeds, options.certify)
             possible = await self._one_by_one(
                 lambda image, seed, asked: self._possible(image, seed), inputs, seeds, options.sets or None
@@ -256,16 +257,18 @@ class Service:
             return keyed
         # A number of draws in the request alone takes them all.
         stop = options.stop if options.stop or options.draws else self.settings.stop
-        return await self._shared(inputs, self._rule(stop, options.draws or self.settings.draws))
+        return await self._shared(inputs, self.rule(stop, options.draws))
 
-    def _rule(self, stop: Stop | None, draws: int | None) -> Rule:
-        return rule_for(stop, draws or self.ensemble.draws, draws is not None, self.ensemble)
+    def rule(self, stop: Stop | None, draws: int | None) -> Rule:
+        """When images stop drawing; `draws`: what a request says of them, None where it says nothing."""
+        return rule_for(stop, draws or self.draws_of_all, draws is not None, self.ensemble)
 
     def _keyed(self, inputs: Tensor, seeds: list[int | None]) -> list[Answer]:
         """Each image on its own, with noise of its own seed."""
         found, draws, stop = [], self.settings.draws, self.settings.stop
         for image, seed in zip(inputs, seeds, strict=True):
             answer = self.ensemble.predict(image[None], draws=draws, stop=stop, seed=seed)
+            check_finite(answer.probabilities)
             found.append(Answer(answer.probabilities[0], answer.spread[0], int(answer.draws[0])))
         return found
 
@@ -275,12 +278,14 @@ class Service:
         inputs: Tensor,
         seeds: list[int | None],
         asked: Any,
+        *,
+        long: bool = True,
     ) -> list[Any]:
         """A job an image: others get their turns between two, and none begins when the time is over."""
         if asked is None:
             return [None] * len(inputs)
         jobs = [partial(work, image[None], seed, asked) for image, seed in zip(inputs, seeds, strict=True)]
-        return [await self._wait(self._batcher.run(job, long=True)) for job in jobs]
+        return [await self._wait(self._batcher.run(job, long=long)) for job in jobs]
 
     @staticmethod
     async def _wait(future: "Future[Any]") -> Any:
@@ -296,9 +301,10 @@ class Service:
     def _possible(self, inputs: Tensor, seed: int | None) -> schemas.SetAnswer:
         sets = ConformalSets.of(self.ensemble)
         (held,) = sets.predict(inputs, seed=seed).tolist()
+        low, high = self.ensemble.bounds or (0.0, 1.0)
         return schemas.SetAnswer(
             labels=[label for label, inside in zip(self.classes, held, strict=True) if inside],
-            alpha=sets.alpha, radius=sets.radius, draws=sets.draws,
+            alpha=sets.alpha, radius=sets.radius / (high - low), draws=sets.draws,
         )  # fmt: skip
 
     def _name(self, label: int) -> str | None:

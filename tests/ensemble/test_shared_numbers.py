@@ -1,0 +1,94 @@
+"""Noise that a pass draws once for all of its images: draws stay independent, and so do images."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import selfensemble as rse
+from selfensemble.ensemble.draws import one_by_one
+
+
+class Drawn(nn.Module):
+    """A linear layer whose numbers `draw` makes, of an input (B, 16)."""
+
+    def __init__(self, draw: Callable[[nn.Linear, Tensor], Tensor]) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.linear, self.draw = nn.Linear(16, 4), draw
+        with torch.no_grad():
+            self.linear.weight.copy_(torch.randn(4, 16, generator=generator))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.draw(self.linear, inputs.flatten(1))
+
+
+def weights(linear: nn.Linear, inputs: Tensor) -> Tensor:
+    return nn.functional.linear(inputs, linear.weight + torch.randn_like(linear.weight), linear.bias)
+
+
+def roll(linear: nn.Linear, inputs: Tensor) -> Tensor:
+    return linear(inputs.roll(int(torch.randint(16, (1,))), 1))  # type: ignore[no-any-return]
+
+
+def dropout(linear: nn.Linear, inputs: Tensor) -> Tensor:
+    return linear(nn.functional.dropout(inputs, 0.5, training=True))  # type: ignore[no-any-return]
+
+
+def pixels(linear: nn.Linear, inputs: Tensor) -> Tensor:
+    return linear(inputs + torch.randn_like(inputs))  # type: ignore[no-any-return]
+
+
+def ensemble_of(draw: Callable[[nn.Linear, Tensor], Tensor]) -> rse.SelfEnsemble:
+    network = nn.Sequential(rse.GaussianNoise(0.01), Drawn(draw))
+    return rse.SelfEnsemble(network, sampling="per_image").eval()
+
+
+IMAGES = torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("draw", [weights, roll, dropout, pixels])
+def test_draws_of_one_image_are_not_one_draw(draw: Callable[[nn.Linear, Tensor], Tensor]) -> None:
+    """Of a few images a pass holds several draws, if they have nothing in common."""
+    ensemble = ensemble_of(draw)
+    for sampling in ("per_image", "shared"):
+        answer = ensemble.predict(IMAGES[:1], draws=40, sampling=sampling)
+        assert answer.spread.max() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("draw", "shared"), [(weights, True), (roll, True), (dropout, False), (pixels, False)]
+)
+def test_images_with_numbers_in_common_pass_one_by_one(
+    draw: Callable[[nn.Linear, Tensor], Tensor], shared: bool
+) -> None:
+    ensemble = ensemble_of(draw)
+    assert one_by_one(ensemble, IMAGES, None) == (1 if shared else None)
+    assert one_by_one(ensemble, IMAGES, 7) == (1 if shared else 7)
+
+
+def test_images_of_the_packages_own_noise_pass_together() -> None:
+    assert one_by_one(rse.load("digits-rse"), torch.rand(2, 1, 8, 8), None) is None
+
+
+class Shaken(nn.Module):
+    """Draws only where its level, a buffer, is above 0."""
+
+    level: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("level", torch.zeros(()))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits = inputs.flatten(1)[:, :2] * 0
+        return logits + self.level * torch.randn(1, 2) if self.level > 0 else logits
+
+
+def test_what_is_loaded_may_be_random() -> None:
+    """Asked before its level was loaded, it seemed to draw nothing: draws of one pass were one draw."""
+    ensemble = rse.SelfEnsemble(nn.Sequential(rse.GaussianNoise(0.01), Shaken())).eval()
+    ensemble.predict(IMAGES, draws=4)
+    ensemble.load_state_dict({key: value + 3 for key, value in ensemble.state_dict().items()})
+    assert ensemble.predict(IMAGES, draws=40).spread.max() > 0.05
