@@ -150,3 +150,18 @@ def test_a_killed_run_ends_in_the_same_levels_and_weights(tmp_path: Path, averag
     assert stds[0] == stds[1]
     weights = other.state_dict()
     assert all(torch.equal(tensor, weights[key]) for key, tensor in one.state_dict().items())
+
+
+def test_levels_of_a_linear_layer_are_of_its_features() -> None:
+    """Of tokens (B, T, D) too, as many or more of them than features."""
+    for tokens in (6, 5):
+        linear = nn.Linear(6, 6, bias=False)
+        with torch.no_grad():
+            linear.weight.copy_(torch.eye(6))
+        network = rse.inject_noise_(nn.Sequential(linear), filter_fn="linear")
+        learn_noise_(network, granularity="channel")
+        (layer,) = rse.noise_layers(network).values()
+        layer.std = (5.0, *[1e-6] * 5)
+        found = network.eval()(torch.zeros(400, tokens, 6)).std(dim=0)
+        assert (found[:, 0] > 4).all()
+        assert (found[:, 1:] < 1e-4).all()

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..ensemble.checks import floating_dtype
 from ..networks.flipping import FlipAveraged
 from ..networks.models import create_model
 from ..networks.naming import network_from
@@ -102,3 +103,15 @@ def in_float32_(model: nn.Module) -> None:
     for own in [*model.parameters(), *model.buffers()]:
         if own.dtype == torch.get_default_dtype():
             own.data = own.data.to(torch.float32)
+
+
+def as_saved(model: nn.Module, tensors: dict[str, Tensor], is_ours: bool) -> nn.Module:
+    """The network in float64 where all weights are; one that was passed has to be."""
+    saved = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    if saved != {torch.float64} or floating_dtype(model) == torch.float64:
+        return model
+    if not is_ours:
+        raise ValueError(
+            "the weights are float64, and the network that was passed is not: pass model.double()"
+        )
+    return model.double()

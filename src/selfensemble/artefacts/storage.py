@@ -32,7 +32,16 @@ from .config import Architecture, ArtefactConfig, config_of
 from .opening import ensemble_of, seeded_network
 from .outline import CONFIG as CONFIG
 from .outline import read_as
-from .rebuilding import in_float32_, is_meta_safe, misfit, network_named, rebuilt, with_its_arguments, wrapped
+from .rebuilding import (
+    as_saved,
+    in_float32_,
+    is_meta_safe,
+    misfit,
+    network_named,
+    rebuilt,
+    with_its_arguments,
+    wrapped,
+)  # fmt: skip
 from .zoo import locate
 
 WEIGHTS = "model.safetensors"
@@ -288,9 +297,10 @@ def load(
         model = _planned(config, folder, tensors, trust_network)
         _fill_(model, config, tensors, path)
     else:
+        is_named = isinstance(model, str)
         with with_its_arguments(folder, config, arguments if isinstance(model, str) else None):
             model = network_named(config, model, arguments) if isinstance(model, str) else model
-            model = wrapped(model, config)
+            model = as_saved(wrapped(model, config), tensors, is_named)
             _fill_(model, config, tensors, path)
     if config.resize_pad is not None:
         model = ResizePadNetwork(model, config.resize_pad)
@@ -337,5 +347,4 @@ def _planned(
     with torch.device("cpu"):  # whatever the program's default is
         model = rebuilt(config, folder, trust_network=trust_network)
     in_float32_(model)
-    saved = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
-    return model.double() if saved and set(saved) == {torch.float64} else model
+    return as_saved(model, tensors, True)

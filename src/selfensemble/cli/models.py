@@ -91,7 +91,12 @@ def _answers(
 
         possible = ConformalSets.of(ensemble).predict(inputs, max_batch=256, seed=asked["seed"])
     answer = ensemble.predict(inputs, max_batch=256, **asked)
-    names = classes or tuple(str(label) for label in range(answer.probabilities.shape[1]))
+    count = answer.probabilities.shape[1]
+    names = classes or tuple(str(label) for label in range(count))
+    if len(names) != count:
+        raise InputError(
+            f"the network has {count} outputs and the names of {len(names)} classes: save it with as many"
+        )
     records: list[dict[str, Any]] = []
     columns = (files, answer.probabilities, answer.spread, answer.draws.tolist())
     for path, mean, spread, used in zip(*columns, strict=True):

@@ -44,6 +44,11 @@ def arrays(file: Path, split: Split, reading: Reading) -> ImageData:
                 f"no {split} split in {file}: it has {', '.join(found.files)}; data.{split}_split, "
                 f"--{split}-split name another"
             )
+        if None in keys and reading.given(split) is not None and not cut:
+            raise FileNotFoundError(
+                f"no {split} split {reading.given(split)!r} in {file}: it has {', '.join(found.files)}; "
+                f"leave data.{split}_split, --{split}-split out to cut both splits out of it"
+            )
         if None in keys:
             keys, cut = [next((key for key in known if key in found.files), None) for known in columns], True
         if keys[0] is None or keys[1] is None:

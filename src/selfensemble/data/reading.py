@@ -85,9 +85,13 @@ class Reading:
         """Whether both splits are to be cut out of the same images."""
         return self.train_split is not None and self.train_split == self.test_split
 
+    def given(self, split: Split) -> str | None:
+        """What a split was said to be called."""
+        return self.train_split if split == "train" else self.test_split
+
     def names(self, split: Split) -> tuple[str, ...]:
         """What a split may be called in the data."""
-        given = self.train_split if split == "train" else self.test_split
+        given = self.given(split)
         return KNOWN_SPLITS[split] if given is None else (given,)
 
     def splits_of(self, name: str) -> list[Split]:

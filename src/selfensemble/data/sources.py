@@ -62,6 +62,8 @@ def load_data(
     source = str(source)
     if source == "digits":
         reading.check_read("digits have", (*_SPLITS, *_COLUMNS, "revision"))
+        if reading.channels == 3:
+            raise ValueError("digits are grey: leave channels out")
     data = digits(split, size) if source == "digits" else _loaded(source, split, reading)
     if reading.shape not in (None, data.shape):
         raise ValueError(

@@ -17,7 +17,7 @@ from .arrays import check_wanted, cut_off
 from .decoding import is_grey, prepare_image, size_upright
 from .images import ImageData, Split
 from .labels import class_names, number_names
-from .reading import Reading
+from .reading import KNOWN_SPLITS, Reading
 from .streaming import ITEM_SEED, Streamed, each_of
 
 _IMAGES = ("image", "img", "pixel_values", "images", "input", "inputs", "x")
@@ -101,7 +101,14 @@ def _called(name: str, make: Any, split: Split, reading: Reading) -> tuple[Any, 
     if "split" in parameters:
         given["split"] = reading.names(split)[0]
     elif "train" in parameters:
-        given["train"] = split == "train"
+        asked = reading.names(split)[0]
+        kinds = [kind for kind, known in KNOWN_SPLITS.items() if asked.casefold() in known]
+        if not kinds:
+            raise ValueError(
+                f"{name} takes train=True or False, and data.{split}_split (--{split}-split) {asked!r} says "
+                "neither: use train or test"
+            )
+        given["train"] = kinds[0] == "train"
     if set(needed) - given.keys():
         missing = ", ".join(key for key in needed if key not in given)
         raise TypeError(

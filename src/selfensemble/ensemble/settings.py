@@ -16,7 +16,7 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 # What every module has, what compilers leave (Lightning around them, too), and what transformers notes about
 # where weights came from, and the name that a network was asked for by.
 _PASSING = {*vars(nn.Module()), KEY, "_compiled_call_impl", "_is_torch_compile", "_compile_kwargs"}
-_PASSING |= {"name_or_path", "_is_hf_initialized", NAMED_AS, "injected"}
+_PASSING |= {"name_or_path", "_is_hf_initialized", NAMED_AS, "injected", "features_last"}
 _OURS = f"{__name__.partition('.')[0]}."
 _MOST, _DEEPEST = 100, 4  # of tuples, lists and dicts; longer ones are tables
 _NOTHING = object()

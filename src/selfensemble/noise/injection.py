@@ -212,6 +212,8 @@ def attach_noise_(model: nn.Module, stds: Mapping[str, Std]) -> nn.Module:
     for (module, _), noise in zip(modules, layers.values(), strict=True):
         noise.train(module.training)
         noise.injected = True
+        if isinstance(module, nn.Linear):
+            noise.features_last = True
         module.add_module(CHILD, noise)
         module.register_forward_pre_hook(_pre_hook, with_kwargs=True)
     model.register_load_state_dict_pre_hook(_on_load)

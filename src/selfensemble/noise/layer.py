@@ -118,8 +118,9 @@ class GaussianNoise(RandomLayer):
         record: see `records`; kept up to date.
         by_registration: whether it has the level of the first layer because its module was made first.
         injected: whether `inject_noise_` put it where it is.
+        features_last: whether levels are of the last dimension, as before a linear layer, not of the second.
 
-    Shape: (B, ...) of any floating dtype, to the same; (B, C, ...) if `std` holds C levels.
+    Shape: (B, ...) of any floating dtype, to the same; (B, C, ...) if `std` holds C levels, or (B, ..., C).
 
     Source: Liu et al., Towards Robust Neural Networks via Random Self-ensemble, ECCV 2018, eq. 2.
     """
@@ -128,7 +129,7 @@ class GaussianNoise(RandomLayer):
     _levels: Tensor | None
     _varies: bool
     record: Record | None = None
-    by_registration = injected = False
+    by_registration = injected = features_last = False
 
     def __init__(
         self, std: float | Sequence[float] = 0.1, *, layer: int = 0, sampling: Sampling = "per_image"
@@ -208,10 +209,12 @@ class GaussianNoise(RandomLayer):
 
     def _scaled(self, inputs: Tensor, levels: Tensor, shared: bool) -> Tensor:
         """Noise times levels that are a tensor, along the channels and differentiable in the levels."""
-        if levels.dim() and (inputs.dim() < 2 or inputs.shape[1] != len(levels)):
+        channels = inputs.dim() - 1 if self.features_last else 1
+        if levels.dim() and (inputs.dim() < 2 or inputs.shape[channels] != len(levels)):
+            where = "last" if self.features_last else "second"
             raise ValueError(
                 f"there are noise levels for {len(levels)} channels, and inputs of shape "
-                f"{tuple(inputs.shape)}: their second dimension must be that of the channels"
+                f"{tuple(inputs.shape)}: their {where} dimension must be that of the channels"
             )
         noise: Tensor
         if is_recording():
@@ -220,7 +223,7 @@ class GaussianNoise(RandomLayer):
         else:
             source = random_source(self.layer, shared, inputs.device)
             noise = scalable_noise(inputs.detach(), source, self.training)
-        shape = (-1, *[1] * (inputs.dim() - 2)) if levels.dim() else ()
+        shape = (-1, *[1] * (inputs.dim() - 1 - channels)) if levels.dim() else ()
         scale = levels.to(inputs).reshape(shape)  # levels that were set later are not moved yet
         if noise.shape[0] < inputs.shape[0]:  # of one draw for the batch; scaled before it meets the batch
             return added(inputs, noise * scale)

@@ -108,6 +108,8 @@ def learn_noise_(model: nn.Module, granularity: Granularity) -> nn.Module:
             std = (std,) * channels
         learned = LearnedNoise(std, layer=noise.layer, sampling=noise.sampling)
         learned.by_registration = noise.by_registration
+        if noise.features_last:
+            learned.features_last = True
         setattr(module, CHILD, learned.to(device_of_parameters(module, model)).train(noise.training))
         if noise.record is not None:
             learned.record = noise.record
