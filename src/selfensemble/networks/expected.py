@@ -94,7 +94,7 @@ def _shape(sizes: Any) -> tuple[int, int, int] | None:
 
 
 def _of_transformers(config: Any, name: str, arguments: dict[str, Any], pretrained: bool) -> Expected:
-    """By what stands beside the weights; sides that the arguments ask for, and else those of the network."""
+    """By the file of their processor; sides that the arguments ask for, and else those of the network."""
     if isinstance(of_timm := getattr(config, "pretrained_cfg", None), dict):  # a network of timm within
         return _of_timm(of_timm, arguments)
     told = _processor(name, arguments)
