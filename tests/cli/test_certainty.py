@@ -37,7 +37,8 @@ def test_sets_that_are_calibrated_by_the_command_hold_the_right_label(model: Pat
     How many of these hold their label has a known law, a beta-binomial one: of the share that the threshold
     covers, and of images given that. At level 1e-3 in each direction; more than promised would be no merit.
     """
-    told = run("calibrate", model, "--sets", "--alpha", 0.2, "--n-images", 200, "--seed", 0, "--json").stdout
+    asked = ("--sets", "--alpha", 0.2, "--n-images", 200, "--seed", 0, "--precision", "bf16")
+    told = run("calibrate", model, *asked, "--json").stdout
     rule = json.loads(told)
     saved = json.loads((model / "config.json").read_text())
     assert (saved["sets"], saved["stopping"]) == (rule, None)

@@ -179,7 +179,7 @@ class Reproduction:
         test = self._tests[asked]
         everything = _digest(test, len(test))
         if experiment.held_out:
-            test = test.subset(torch.arange(len(test) // 2, len(test)))
+            test = test.subset(torch.arange(len(test) // 2, len(test), device="cpu"))
         return test, _digest(test, scale.images), everything
 
     def _check_stored(self, experiment: Experiment, scale: Scale, data: str, everything: str) -> None:
