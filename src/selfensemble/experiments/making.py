@@ -102,7 +102,7 @@ def _settings(facts: Facts) -> str:
         ]
         shown.append(f"{attack['title']} ({', '.join(values)})")
     if protocol["precision"] != "float32":
-        shown.append(f"gradients of the attacks in {protocol['precision']}")
+        shown.append(f"gradients of the attacks in {protocol['precision']} where the device has it")
     return "; ".join(shown)
 
 
