@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import selfensemble as rse
 from selfensemble.ensemble.draws import one_by_one
+from selfensemble.ensemble.randomness import images_share_numbers
 
 
 class Drawn(nn.Module):
@@ -92,3 +93,16 @@ def test_what_is_loaded_may_be_random() -> None:
     ensemble.predict(IMAGES, draws=4)
     ensemble.load_state_dict({key: value + 3 for key, value in ensemble.state_dict().items()})
     assert ensemble.predict(IMAGES, draws=40).spread.max() > 0.05
+
+
+def alone(linear: nn.Linear, inputs: Tensor) -> Tensor:
+    if len(inputs) > 1:
+        raise ValueError("one image at a time")
+    return dropout(linear, inputs)
+
+
+def test_networks_that_take_one_image_pass_them_one_by_one() -> None:
+    ensemble = ensemble_of(alone)
+    with torch.no_grad():
+        found = images_share_numbers(ensemble.draw_logits, IMAGES[:1])
+    assert found
