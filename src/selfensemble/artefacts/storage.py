@@ -41,7 +41,7 @@ from .rebuilding import (
     rebuilt,
     with_its_arguments,
     wrapped,
-)  # fmt: skip
+)
 from .zoo import locate
 
 WEIGHTS = "model.safetensors"

@@ -48,7 +48,8 @@ def train(
             overwrite=overwrite,
             progress=lambda step, steps, text: update(text, step / steps),
         )
-        if trainer.accelerator.mixed_precision != config.train.precision:
+        here = trainer.accelerator
+        if here.is_main_process and here.mixed_precision != config.train.precision:
             terminal.note("this processor has no bfloat16 arithmetic: it trains in float32, which is faster")
         try:
             results = trainer.run()

@@ -85,7 +85,7 @@ class Experiment:
     """Subclasses say which networks, how one is measured, and what is shown.
 
     `beside` names experiments whose stored records the page shows as well; `held_out` ones measure the second
-    half of the test set, to choose on images that no other measures.
+    half of the test set, to choose on images that no other attacks.
     """
 
     name: str

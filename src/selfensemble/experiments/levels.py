@@ -1,6 +1,6 @@
 """Which levels of the noise give the authors' curve, whose own are not recorded.
 
-Chosen on images that no other experiment measures: the second half of the test set.
+Chosen on images that no other experiment attacks: the second half of the test set.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ convolution, as the authors' code places it; *inner* before every other convolut
 attack (C&W at a fixed c, one noise draw a step, last iterate), which is weak against randomised defenses.
 These networks are smaller and were trained for a shorter time than the authors', so that what counts is the
 share of the accuracy without attack that is left. The images are those of the second half of the test set,
-which no other page measures. Accuracies are those of the first seed of the defender's noise."""
+which no other page attacks. Accuracies are those of the first seed of the defender's noise."""
 _KEPT = """\
 Accuracy at c over the accuracy without attack, in %."""
 _REACHED = """\
