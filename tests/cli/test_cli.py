@@ -71,6 +71,12 @@ def test_info(model: Path) -> None:
     assert saved["input_shape"] == [1, 8, 8]
     assert list(saved["noise"].values()) == [0.47, 0.1, 0.1, 0.1]
     assert "noise" in run("info", model).stdout
+    for said in (("--draws", 3), ("--sampling", "per_image"), ("--network", "own:net")):
+        assert f"leave {said[0]} out" in error("info", model, *said)
+
+
+def test_a_certificate_has_no_draws_per_prediction(model: Path) -> None:
+    assert "write --max-draws" in error("certify", model, "--draws", 50)
 
 
 @pytest.mark.parametrize(

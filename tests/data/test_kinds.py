@@ -325,6 +325,8 @@ def test_items_of_other_kinds_are_refused() -> None:
         from_dataset(Stream(), "s")
     for items, reason in (
         ([(torch.zeros(1, 4, 4), "cat")], "label 'cat'"),
+        ([(torch.zeros(1, 4, 4), torch.eye(3)[1])], "no scores of classes"),
+        ([(torch.zeros(1, 4, 4), np.eye(3)[1])], "no scores of classes"),
         ([torch.zeros(1, 4, 4)], "must be \\(image, label\\)"),
         ([{"a": 1}], "keys a"),
         ([("cat.png", 0)], "begins with a str"),

@@ -86,6 +86,16 @@ def test_parquet_folder(tmp_path: Path, digits: ImageData, column: str) -> None:
     assert loaded.classes == digits.classes
 
 
+def test_parquet_files_of_no_split_are_told(tmp_path: Path, digits: ImageData) -> None:
+    folder = write_parquet(tmp_path / "data", digits)
+    assert load_data(str(folder), "train").skipped == ()
+    shutil.copy(folder / "train-00000-of-00001.parquet", folder / "more.parquet")
+    for split in ("train", "test"):
+        loaded = load_data(str(folder), split)
+        assert len(loaded) == 20
+        assert loaded.skipped == ("more.parquet: beside the splits, and of none",)
+
+
 def test_decoded_once_and_again_when_files_change(
     tmp_path: Path, digits: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:

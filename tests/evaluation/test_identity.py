@@ -1,6 +1,8 @@
 """What a folder of results is of: the same weights can answer in more than one way."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -62,6 +64,54 @@ def test_a_folder_is_of_one_behaviour(tmp_path: Path) -> None:
     for other in (ensemble(levels=1), ensemble(bounds=(-1.0, 2.0)), ensemble(sampling="per_image")):
         with pytest.raises(ValueError, match=r"differs in model\."):
             evaluate(other, tmp_path / "run")
+
+
+class Told(nn.Module):
+    """A network that is told by a function, a tensor that is no buffer, and an object."""
+
+    def __init__(self, function: Any, tensor: float = 0.0, scale: float = 1.0) -> None:
+        super().__init__()
+        self.function, self.tensor, self.told = function, torch.tensor(tensor), SimpleNamespace(scale=scale)
+        self.conv = nn.Conv2d(1, 10, 8)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        found: Tensor = self.function(self.conv(inputs) + self.tensor) * self.told.scale
+        return found.flatten(1)
+
+
+def test_a_run_is_not_continued_by_equal_weights_that_answer_otherwise(tmp_path: Path) -> None:
+    """Whatever it is that tells them: what is no setting shows in the answers."""
+
+    def told(*arguments: Any) -> rse.SelfEnsemble:
+        torch.manual_seed(0)
+        return rse.SelfEnsemble(Told(*arguments), rse.NoiseConfig(0.1, 0)).eval()
+
+    def made(activation: Any) -> rse.SelfEnsemble:
+        torch.manual_seed(0)
+        network = rse.create_model("small-cnn", classes=10, channels=1, activation=activation)
+        return rse.SelfEnsemble(network, rse.NoiseConfig(0.1, 0)).eval()
+
+    first = [told(torch.relu), made("relu")]
+    others = [told(torch.tanh), told(torch.relu, 1.0), told(torch.relu, 0.0, 2.0), made("brelu")]
+    for number, other in enumerate(others):
+        place = tmp_path / str(number)
+        evaluate(first[number == 3], place)
+        evaluate(first[number == 3], place)
+        with pytest.raises(ValueError, match=r"differs in (model\.network|model\.activation|logits);"):
+            evaluate(other, place)
+
+
+def test_runs_of_other_versions_are_not_continued(tmp_path: Path) -> None:
+    ensemble = rse.load("digits-rse")
+    evaluate(ensemble, tmp_path / "run")
+    file = tmp_path / "run" / "run.json"
+    identity = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in identity.items() if key != "versions"}))
+    evaluate(ensemble, tmp_path / "run")  # which says nothing of it, as before
+    identity["versions"]["torch"] = "1.0"
+    file.write_text(json.dumps(identity))
+    with pytest.raises(ValueError, match="differs in versions; it is untouched"):
+        evaluate(ensemble, tmp_path / "run")
 
 
 class Counting(nn.Module):

@@ -137,7 +137,7 @@ def decide(
     with noise_disabled(ensemble):
         guess = ensemble.predict(inputs, draws=1, max_batch=max_batch, seed=seed)
     with eval_mode(ensemble):
-        draws = Draws(ensemble, inputs, size, seed)
+        draws = Draws(ensemble, inputs, size, seed, anew=True)
         varies = len(inputs) > 0 and draws.varies()
     if not varies or guess.probabilities.shape[1] == 1:
         certain = ensemble.predict(inputs, draws=1, max_batch=max_batch)

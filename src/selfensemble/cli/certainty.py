@@ -66,6 +66,8 @@ def certify(
     """Certify L2 radii within which the answer cannot change; continues where it stopped."""
     from ..evaluation.certified import Certification, Settings
 
+    if network.draws is not None:
+        raise InputError("a certificate takes draws of its own: leave --draws out, or write --max-draws")
     images, most = _images_and_draws(n, n_images, max_draws)
     settings = checked_options(
         Settings,

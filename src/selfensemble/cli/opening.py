@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _OF_NAMED = {"weights": "--weights", "noise": "--noise", "filter_name": "--filter", "mean": "--mean",
              "std": "--std", "shape": "--shape", "bounds": "--bounds"}  # fmt: skip
+_OF_ITS_OWN = {"network": "--network", "network_args": "--network-args", "draws": "--draws",
+               "sampling": "--sampling"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,9 @@ def described_as(model: str, options: NetworkOptions) -> "Outline":
     if is_network_name(model):
         return _named(model, options, NO_DATA, False).config
     _check_is_saved(model, options)
+    for name, flag in _OF_ITS_OWN.items():
+        if getattr(options, name) is not None:
+            raise InputError(f"info says what is written in {model}, and loads nothing: leave {flag} out")
     return read_as(Outline, model)
 
 

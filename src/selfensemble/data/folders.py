@@ -17,6 +17,7 @@ from .rows import Cell, Rows
 
 # What file systems and archives leave beside people's files; what begins with a dot is hidden.
 _NOT_OURS = {"__macosx", "@eadir", "thumbs.db", "desktop.ini"}
+_OF_NONE = "beside the splits, and of none"
 
 
 def is_hidden(name: str) -> bool:
@@ -75,8 +76,16 @@ def why_no_file(path: Path) -> str | None:
     return None if stat.S_ISREG(found) else "no file, but a pipe or a device"
 
 
-def tables_of(folder: Path, files: Sequence[Path], split: Split, reading: Reading) -> tuple[list[Path], bool]:
-    """Of all parquet files those of a split, and whether they are of both splits together.
+class Tables(NamedTuple):
+    """Parquet files of a split, whether they are of both splits together, and what lies beside the splits."""
+
+    files: list[Path]
+    cut: bool
+    others: tuple[str, ...] = ()
+
+
+def tables_of(folder: Path, files: Sequence[Path], split: Split, reading: Reading) -> Tables:
+    """Of all parquet files those of a split.
 
     Raises:
         FileNotFoundError: none is.
@@ -88,10 +97,11 @@ def tables_of(folder: Path, files: Sequence[Path], split: Split, reading: Readin
         raise ValueError(f"{both[0]} may be of both splits, by its name: rename it")
     for name in reading.names(split):
         if chosen := [path for path in files if name.casefold() in named[path]]:
-            return chosen, reading.cuts
+            beside = [path.relative_to(folder).as_posix() for path in files if not named[path]]
+            return Tables(chosen, reading.cuts, tuple(f"{each}: {_OF_NONE}" for each in beside))
     if any(named.values()) or reading.names(split) != KNOWN_SPLITS[split]:
         raise _no_split(folder, split, reading)
-    return list(files), True
+    return Tables(list(files), True)
 
 
 def _split_names(reading: Reading) -> set[str]:
@@ -205,7 +215,7 @@ def _beside(folder: Path, splits: set[str]) -> tuple[str, ...]:
     """Folders and images that lie beside the splits, where nobody looks for images."""
     known = splits | {each for names in KNOWN_SPLITS.values() for each in names}
     return tuple(
-        f"{path.name}: beside the splits, and of none" for path in sorted(folder.iterdir())
+        f"{path.name}: {_OF_NONE}" for path in sorted(folder.iterdir())
         if not is_hidden(path.name) and path.name.casefold() not in known
         and (path.is_dir() or _is_image(path))
     )  # fmt: skip

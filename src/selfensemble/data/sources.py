@@ -7,6 +7,7 @@ paths of images (csv, parquet), arrays (npz), and `package.module:attribute` of 
 
 import warnings
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack, get_args
 
@@ -132,12 +133,13 @@ def _of_folder(folder: Path, split: Split, reading: Reading) -> tuple[Rows, bool
             f"no permission to read {closed[0]}, where there may be more: change its permissions"
         )
     if tables:
-        chosen, cut = tables_of(folder, tables, split, reading)
+        chosen = tables_of(folder, tables, split, reading)
         training: list[Path] = []
-        if split == "test" and not cut:
+        if split == "test" and not chosen.cut:
             with suppress(FileNotFoundError):  # a test split alone
-                training = tables_of(folder, tables, "train", reading)[0]
-        return open_parquet(folder, chosen, cut, reading, training), False
+                training = tables_of(folder, tables, "train", reading).files
+        rows = open_parquet(folder, chosen.files, chosen.cut, reading, training)
+        return replace(rows, others=(*rows.others, *chosen.others)), False
     reading.check_read(f"folders of classes like {folder} have", _COLUMNS)
     return class_folders(folder, split, reading), True
 

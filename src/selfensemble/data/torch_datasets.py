@@ -176,12 +176,14 @@ class Items:
 
     def label(self, place: int) -> int:
         label = self._part(place, 1, _LABELS, self.label_key)
-        value = label.item() if hasattr(label, "item") else label
+        count = label.numel() if isinstance(label, Tensor) else np.size(label)
+        value = label.item() if hasattr(label, "item") and count == 1 else label
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if not isinstance(value, int) or value < 0:
             raise ValueError(
-                f"item {place} of {self.name} has the label {label!r}: class numbers >= 0 are needed"
+                f"item {place} of {self.name} has the label {label!r}: a class number >= 0 is needed, no scores of "
+                "classes (one-hot)"
             )
         return int(value)
 

@@ -18,6 +18,11 @@ Precision = Literal["float32", "bf16"]
 _PLAIN = frozenset({type(None), bool, int, float, str, type})
 
 
+def _state(tensor: Tensor | None) -> tuple[int, int]:
+    """What changes where a tensor is replaced, or changed in place."""
+    return id(tensor), 0 if tensor is None or tensor.is_inference() else tensor._version
+
+
 class Digests(NamedTuple):
     """Of what an ensemble consists of, see `Fingerprint`."""
 
@@ -145,12 +150,14 @@ class RandomClassifier(nn.Module):
             restore_copy_(self, own)
 
     def settings(self) -> int:
-        """A number that changes with the modules, their modes, and what is set on them as plain values."""
+        """A number that changes with the modules, their modes and tensors, and plain values set on them."""
         values = list[Any]()
         for module in modules_of(self.model):
             values.append(type(module))
             # Types are compared, for isinstance takes several times as long, and every prediction asks.
             values += [item for item in vars(module).items() if type(item[1]) in _PLAIN]
+            values += map(_state, module._parameters.values())
+            values += map(_state, module._buffers.values())
         return hash(tuple(values))
 
     def varies(self, inputs: Tensor) -> bool:
@@ -186,7 +193,9 @@ class RandomClassifier(nn.Module):
                     one = self.draw_logits
                     found = bool(draws_numbers(one, asked)) or draws_for_python(one, asked)
             self._others[shape] = found
-            if not found:
+            if found:
+                self.folds = {}  # which a pass may draw once for all that is in it
+            else:
                 self._quiet[shape] = settings
         return self._others[shape]
 

@@ -47,6 +47,8 @@ class Draws:
         sampling: overrides the ensemble's.
         antithetic: in pairs, see `noise_draw`.
         count: images to come, where the example is not all of them.
+        anew: whether the network is asked if it has noise of another kind though it was asked before, for
+            what holds with a stated risk: what is no plain value of it may have switched it on.
 
     Attributes:
         size: images a pass, of one draw.
@@ -63,6 +65,7 @@ class Draws:
         sampling: Sampling | None = None,
         antithetic: bool = False,
         count: int | None = None,
+        anew: bool = False,
     ) -> None:
         count = len(example) if count is None else count
         self._portable = self._repeats = seed is not None
@@ -94,7 +97,7 @@ class Draws:
         if self._by_part:
             self.capacity = 1
         self.pairs_by_place = antithetic and not shared
-        self._shared = shared
+        self._shared, self._anew = shared, anew
         self._reseeds: bool | None = None
         self._watched = False  # whether a pass has shown if the network draws from torch's global generators
         self._folds: bool | None = None
@@ -124,7 +127,7 @@ class Draws:
         """Whether draws in one batch are those of their own: not if the network rearranges its batch.
 
         The first draw of a batch must not notice which is the second. Found out once for each shape, and
-        again when something was set on the network.
+        again when something was set on the network; noise that is drawn once a pass is asked for each time.
         """
         if self._folds is None:
             self._folds = self._find_folds()
@@ -158,6 +161,10 @@ class Draws:
                 known[key] = False
             else:
                 known[key] = torch.equal(*answers)
+        elif known.get(key) and self.ensemble.has_other_noise(
+            self.prepared(self._example[:2]), trusting=not self._anew
+        ):
+            return False
         return known.get(key, False)
 
     def at_once(self, images: int, left: int) -> int:

@@ -34,7 +34,7 @@ from ..runtime.processes import wait_for_all
 from ..runtime.provenance import accuracy_record, provenance
 from ..runtime.schema import Count, Positive, Section, Seed
 from ..runtime.texts import read_json
-from .identity import claim, data_record, duration, model_record
+from .identity import claim, data_record, duration, made_by, model_record
 from .results import DataRecord, ModelRecord, Record
 
 RUN, CERTIFIED, CERTIFICATES, SHARDS = "run.json", "certified.json", "certificates.csv", "shards"
@@ -187,7 +187,7 @@ class Certification:
         }
         if self.settings.radius is not None:
             identity["stopping"] = "bets against all"  # earlier versions had other rules
-        claim(self.out / RUN, identity)
+        claim(self.out / RUN, identity | made_by(self.ensemble, self.inputs[:2]))
 
     def _check(self) -> None:
         """Raise what `certify` would, before a folder is the run's own."""

@@ -4,7 +4,6 @@ import hashlib
 import inspect
 import json
 import re
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,14 @@ from ..ensemble.ensemble import SelfEnsemble
 from ..fast.ensemble import original_of, precision_of
 from ..networks.flipping import FlipAveraged
 from ..networks.naming import name_of
-from ..noise.injection import device_of_parameters, eval_mode, noise_layers, random_layers
+from ..noise.injection import device_of_parameters, eval_mode, noise_disabled, noise_layers, random_layers
 from ..runtime.files import write_json
+from ..runtime.provenance import surroundings
 from ..runtime.texts import read_json
 from .balls import UNIT
 from .results import DataRecord, ModelRecord
+
+_CLOSE = 0.01  # of the largest logit
 
 
 def claim(path: Path, identity: dict[str, Any]) -> None:
@@ -42,16 +44,59 @@ def claim(path: Path, identity: dict[str, Any]) -> None:
     before = read_json(path, "restore it, or use another folder")
     from ..training.recipe import differing_keys
 
-    if _without_words(before) != _without_words(identity):
-        names = ", ".join(differing_keys(before, identity)[:6]) if isinstance(before, dict) else "all"
+    if (then := _compared(before)) != (now := _compared(identity)):
+        different = differing_keys(then, now)[:6] if isinstance(then, dict) else ["all"]
+    else:
+        different = [name for name in _MADE_BY if _differ(before.get(name), identity.get(name))]
+    if different:
+        names = ", ".join(different)
         raise ValueError(f"{folder} holds a run that differs in {names}; it is untouched: use another folder")
 
 
-def _without_words(identity: Any) -> Any:
-    """The same without the description of its protocol, which has no effect."""
-    if not isinstance(identity, dict) or not isinstance(identity.get("protocol"), dict):
+# What runs of earlier versions do not say of themselves.
+_MADE_BY = ("versions", "logits")
+
+
+def _compared(identity: Any) -> Any:
+    """What has to be equal: not the description of a protocol, which has no effect."""
+    if not isinstance(identity, dict):
         return identity
-    return identity | {"protocol": identity["protocol"] | {"description": ""}}
+    found = {key: value for key, value in identity.items() if key not in _MADE_BY}
+    if isinstance(found.get("protocol"), dict):
+        found["protocol"] = found["protocol"] | {"description": ""}
+    return found
+
+
+def _differ(one: Any, other: Any) -> bool:
+    """Whether both are known and not the same; logits of other machines differ by rounding."""
+    if one is None or other is None:
+        return False
+    if isinstance(one, dict):
+        return bool(one != other)
+    first, second = (torch.tensor(each, dtype=torch.float64, device="cpu") for each in (one, other))
+    close = first.shape == second.shape and bool((first - second).abs().max() <= _CLOSE * first.abs().max())
+    return not close
+
+
+def made_by(ensemble: SelfEnsemble, images: Tensor) -> dict[str, Any]:
+    """Whose figures are not to be mixed in one run: versions, and what the network says without noise.
+
+    Args:
+        ensemble: what is evaluated.
+        images: (B, ...), a few. Networks that are random without the noise of this package say nothing.
+    """
+    known = surroundings()["versions"]
+    found: dict[str, Any] = {"versions": {name: known[name] for name in ("selfensemble", "torch")}}
+    original = original_of(ensemble)
+    assert isinstance(original, SelfEnsemble)
+    with eval_mode(original), torch.no_grad():
+        asked = images.to(device_of_parameters(original), original.input_dtype)
+        if not original.has_other_noise(asked):
+            with noise_disabled(original):
+                logits = original.draw_logits(asked).double().cpu()
+            if logits.isfinite().all():
+                found["logits"] = [[float(f"{value:.6g}") for value in row] for row in logits.tolist()]
+    return found
 
 
 def data_record(inputs: Inputs, labels: Tensor) -> DataRecord:
@@ -106,7 +151,8 @@ def model_record(
 def behaviour(ensemble: SelfEnsemble, images: Tensor) -> dict[str, Any]:
     """What answers depend on beside weights and noise, where it is not as usual.
 
-    Of a network that `create_model` did not make: what made it, its settings, and the code of its classes.
+    Of a network that `create_model` did not make: what made it, its settings, and the code of its classes and
+    of functions that are set on it; tensors that are no buffers, too. Of one that it made its activation.
     Attributes that passes over `images` (two of them, or more) change are none of its settings.
     """
     original = original_of(ensemble)
@@ -116,7 +162,10 @@ def behaviour(ensemble: SelfEnsemble, images: Tensor) -> dict[str, Any]:
         found["bounds"] = None if original.bounds is None else list(original.bounds)
     if original.sampling != "shared":
         found["sampling"] = original.sampling
-    if Architecture.of(original.model) is None:
+    made = Architecture.of(original.model)
+    if made is not None and made.activation != "relu":
+        found["activation"] = made.activation
+    if made is None:
         states = [_lines(original.model)]
         for few in (images[:1], images):
             original.predict(few, draws=1)
@@ -147,9 +196,19 @@ def _about(fqn: str, module: nn.Module) -> list[str]:
         return lines
     plain = {key: value for key, value in vars(module).items() if key[0] != "_" and key != "training"}
     lines += [f"{key}={value!r}" for key, value in sorted(plain.items()) if _is_plain(value)]
-    with suppress(OSError, TypeError):  # of what was typed in, or made at run time
-        lines.append(inspect.getsource(kind))
-    return lines
+    lines += [f"{key}={_digest([value])}" for key, value in sorted(plain.items()) if isinstance(value, Tensor)]
+    for key, value in sorted(plain.items()):
+        if inspect.isroutine(value) or isinstance(value, type):
+            lines += [f"{key}={value.__module__}.{value.__qualname__}", *_source(value)]
+    return [*lines, *_source(kind)]
+
+
+def _source(found: Any) -> list[str]:
+    """Its code; of what was typed in, made at run time or compiled there is none."""
+    try:
+        return [inspect.getsource(found)]
+    except (OSError, TypeError):
+        return []
 
 
 def _is_plain(value: Any) -> bool:

@@ -38,7 +38,7 @@ from . import collect
 from .balls import within
 from .eight_bits import in_8_bits
 from .estimate import FORWARD, Clock, gradients, seconds_per_gradient
-from .identity import claim, data_record, model_record
+from .identity import claim, data_record, made_by, model_record
 from .judge import judge
 from .masked import possible
 from .protocol import MINIMUM_NORM, Protocol, Run, expand
@@ -116,7 +116,8 @@ class Evaluation:
                 # Streams of noise follow the batches, and differ between kinds of devices.
                 "max_batch": self.max_batch,
                 "device": device_of_parameters(self.ensemble).type,
-            },
+            }
+            | made_by(self.ensemble, self.inputs[:2]),
         )
 
     def _models(self) -> tuple[nn.Module, nn.Module]:
