@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -235,3 +236,29 @@ def test_floating_point_inputs_are_taken_as_they_are() -> None:
     assert torch.equal(rse.ImageData("half", images.double(), torch.arange(4), data.classes).inputs(), images)
     with pytest.raises(ValueError, match="uint8"):
         rse.ImageData("numbers", torch.zeros(4, 1, 2, 2, dtype=torch.int64), torch.arange(4), data.classes)
+
+
+@pytest.mark.parametrize(("train_split", "test_split"), [("val", "val"), ("val", "train")])
+def test_no_image_of_the_training_set_is_tested_where_the_folder_lies_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], train_split: str, test_split: str
+) -> None:
+    """Where splits were named otherwise than usual: cut out of one, or the other way round."""
+    chance = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for number in range(40):
+            file = tmp_path / "here" / split / "ab"[number % 2] / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(chance.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(file)
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    shutil.copytree(tmp_path / "here" / "val", tmp_path / "others" / "test")
+    splits = {"train_split": train_split, "test_split": test_split}
+    config = config_of(recipe={"data": {"source": str(tmp_path / "here")} | splits}, input_shape=(3, 8, 8))
+    training = rse.load_data(tmp_path / "here", "train", **splits)
+    trained_on = {image.numpy().tobytes() for image in training.images}  # type: ignore[union-attr]
+    for source in (None, str(tmp_path / "there")):
+        tested = images_of(config, DataOptions(data=source))
+        assert len(tested) == (8 if train_split == test_split else 40)
+        assert not trained_on & {image.numpy().tobytes() for image in tested.images}  # type: ignore[union-attr]
+    assert "as usual" not in capsys.readouterr().err
+    assert len(images_of(config, DataOptions(data=str(tmp_path / "others")))) == 40
+    assert f"test_split {test_split}), which it has not" in " ".join(capsys.readouterr().err.split())

@@ -53,6 +53,6 @@ def _spelled_as(images: "ImageData", theirs: tuple[str, ...]) -> "ImageData":
     """The images, their classes named as the network spells them where names differ in capitals alone."""
     known = {name.casefold(): name for name in theirs}
     folded = [name.casefold() for name in images.classes]
-    if set(images.classes) & set(theirs) or len(known) < len(theirs) or len(set(folded)) < len(folded):
+    if len(known) < len(theirs) or len(set(folded)) < len(folded):
         return images
     return replace(images, classes=tuple(known.get(each.casefold(), each) for each in images.classes))

@@ -34,7 +34,7 @@ def test_data_of(config: "ArtefactConfig", data: DataOptions) -> "ImageData":
         raise InputError(
             f"the model was trained on {source}, which is code: it is imported if you say so, --data {source}"
         )
-    test = _loaded(source, _reading(recorded, data), config.input_shape, chosen=data.size is not None)
+    test = _read(source, recorded, data, config.input_shape)
     terminal.note_left_out(test)
     if config.input_shape is not None and test.shape != config.input_shape:
         channels, *sides = config.input_shape
@@ -46,17 +46,37 @@ def test_data_of(config: "ArtefactConfig", data: DataOptions) -> "ImageData":
     return test if config.classes is None else test.with_classes(config.classes)
 
 
-def _reading(recorded: dict[str, Any], data: DataOptions) -> dict[str, Any]:
-    """How the images are to be read: as in training, for the rest as options say."""
+_OF_A_SOURCE = ("train_split", "test_split", "image_column", "label_column")
+
+
+def _read(
+    source: str, recorded: dict[str, Any], data: DataOptions, shape: tuple[int, ...] | None
+) -> "ImageData":
+    """The test images, read as in training, for the rest as options say.
+
+    Another source may be the same images elsewhere: splits and columns are those of training where it has
+    such, so that no image that was trained on is one of the test set.
+    """
     from ..runtime.checking import checked
     from ..training.sections import DataSection
 
     known = {key: value for key, value in recorded.items() if key in DataSection.model_fields}
     reading = checked(DataSection, known, "data of the recipe in config.json").reading()
-    if not _is_same(data.data, recorded.get("source")):  # columns and splits of another source are others
-        # Where it has no splits of its own it may be the same folder elsewhere: cut as in training.
-        reading = {name: reading[name] for name in ("size", "centre", "test_share", "split_seed")}
-    return reading | data.given()
+    as_usual, chosen = reading, data.size is not None
+    if not _is_same(data.data, recorded.get("source")):
+        names = ("size", "centre", "test_share", "split_seed")
+        reading, as_usual = ({name: reading[name] for name in each} for each in (names + _OF_A_SOURCE, names))
+    reading, as_usual = reading | data.given(), as_usual | data.given()
+    try:
+        return _loaded(source, reading, shape, chosen=chosen)
+    except (FileNotFoundError, ValueError):
+        asked = {name: reading[name] for name in _OF_A_SOURCE if reading.get(name) != as_usual.get(name)}
+        if not asked:
+            raise
+    found = _loaded(source, as_usual, shape, chosen=chosen)
+    said = ", ".join(f"{name} {value}" for name, value in asked.items())
+    terminal.note(f"{source} is not read as the training data were ({said}), which it has not: as usual")
+    return found
 
 
 def _is_same(given: str | None, recorded: str | None) -> bool:
