@@ -394,6 +394,31 @@ class Pairs(Dataset[Any]):
         return self.pairs[place]
 
 
+@pytest.mark.parametrize("kind", ["npz", "list", "saved", "code"])
+def test_a_split_that_was_named_is_not_cut_out_of_something_else(
+    tmp_path: Path, digits: ImageData, kind: str
+) -> None:
+    """Of data without splits, whatever kind they are of; one name for both splits cuts."""
+    if kind == "npz":
+        np.savez(tmp_path / "all.npz", images=np.zeros((20, 4, 4), np.uint8), labels=np.arange(20) % 2)
+    elif kind == "list":
+        Image.new("L", (4, 4)).save(tmp_path / "0.png")
+        (tmp_path / "all.csv").write_text("path,label\n" + "0.png,a\n0.png,b\n" * 10)
+    elif kind == "saved":
+        table(digits, 30, label="label").save_to_disk(str(tmp_path / "all"))
+    else:
+        (tmp_path / "all.py").write_text(
+            "import torch\nfrom torch.utils.data import TensorDataset\n"
+            "both = TensorDataset(torch.zeros(20, 1, 4, 4), torch.arange(20) % 2)\n"
+        )
+    source = tmp_path / {"npz": "all.npz", "list": "all.csv", "saved": "all", "code": "all.py:both"}[kind]
+    whole = 30 if kind == "saved" else 20
+    assert len(load_data(source, "test")) + len(load_data(source, "train")) == whole
+    assert len(load_data(source, "test", train_split="all", test_split="all")) < whole
+    with pytest.raises(FileNotFoundError, match=r"no test split 'holdout' in .*leave data\.test_split"):
+        load_data(source, "test", test_split="holdout")
+
+
 def test_parts_of_data_sets_have_the_labels_of_their_part() -> None:
     whole = TensorDataset(torch.rand(6, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1, 2]))
     assert from_dataset(Subset(whole, [5, 0]), "s").labels.tolist() == [2, 0]

@@ -1,12 +1,17 @@
 """Noise that a pass draws once for all of its images: draws stay independent, and so do images."""
 
+import os
+import time
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import selfensemble as rse
+from selfensemble.ensemble.checks import ShapeError
 from selfensemble.ensemble.draws import one_by_one
 from selfensemble.ensemble.randomness import images_share_numbers
 
@@ -41,6 +46,26 @@ def pixels(linear: nn.Linear, inputs: Tensor) -> Tensor:
     return linear(inputs + torch.randn_like(inputs))  # type: ignore[no-any-return]
 
 
+def own_generator(linear: nn.Linear, inputs: Tensor, generator: Any = np.random.default_rng(0)) -> Tensor:
+    return linear(inputs + torch.from_numpy(generator.normal(size=16)).float())  # type: ignore[no-any-return]
+
+
+def system(linear: nn.Linear, inputs: Tensor) -> Tensor:
+    return linear(inputs) + os.urandom(1)[0] * torch.eye(4)[0] / 99  # type: ignore[no-any-return]
+
+
+def one_for_all(linear: nn.Linear, inputs: Tensor) -> Tensor:
+    return linear(inputs + torch.randn_like(inputs)[:1])  # type: ignore[no-any-return]
+
+
+def mixed(linear: nn.Linear, inputs: Tensor) -> Tensor:
+    return linear(inputs + inputs[torch.randperm(len(inputs))])  # type: ignore[no-any-return]
+
+
+def dropout_and_clock(linear: nn.Linear, inputs: Tensor) -> Tensor:
+    return dropout(linear, inputs) + time.perf_counter_ns() % 97
+
+
 def ensemble_of(draw: Callable[[nn.Linear, Tensor], Tensor]) -> rse.SelfEnsemble:
     network = nn.Sequential(rse.GaussianNoise(0.01), Drawn(draw))
     return rse.SelfEnsemble(network, sampling="per_image").eval()
@@ -59,7 +84,15 @@ def test_draws_of_one_image_are_not_one_draw(draw: Callable[[nn.Linear, Tensor],
 
 
 @pytest.mark.parametrize(
-    ("draw", "shared"), [(weights, True), (roll, True), (dropout, False), (pixels, False)]
+    ("draw", "shared"),
+    [
+        (dropout, False),
+        (pixels, False),
+        *(
+            (draw, True)
+            for draw in (weights, roll, own_generator, system, one_for_all, mixed, dropout_and_clock)
+        ),
+    ],
 )
 def test_images_with_numbers_in_common_pass_one_by_one(
     draw: Callable[[nn.Linear, Tensor], Tensor], shared: bool
@@ -106,3 +139,19 @@ def test_networks_that_take_one_image_pass_them_one_by_one() -> None:
     with torch.no_grad():
         found = images_share_numbers(ensemble.draw_logits, IMAGES[:1])
     assert found
+
+
+def pairs(linear: nn.Linear, inputs: Tensor) -> Tensor:
+    if len(inputs) > 2:
+        raise IndexError("two images at most")
+    return dropout(linear, inputs)
+
+
+def test_no_pass_is_larger_than_was_asked_for() -> None:
+    assert one_by_one(ensemble_of(pairs), IMAGES, 2) == 2
+    assert one_by_one(ensemble_of(pairs), IMAGES, 7) == 1
+
+
+def test_images_of_another_shape_are_refused_with_what_is_the_matter() -> None:
+    with pytest.raises(ShapeError, match="cannot take inputs of shape"):
+        rse.conformal_sets(ensemble_of(dropout), torch.rand(100, 3, 8, 8), torch.zeros(100).long())

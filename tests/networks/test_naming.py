@@ -267,8 +267,11 @@ def test_transformers_from_a_folder(tmp_path: Path) -> None:
     assert network_from(name, {"num_labels": 7})(images).logits.shape == (2, 7)  # a classifier to be trained
     with pytest.raises(ValueError, match="no no_such_key in its configuration"):
         network_from(name, {"no_such_key": 1})
-    with pytest.raises(ValueError, match="weights of another shape for resnet"):  # the body, not the head
+    with pytest.raises(ValueError, match="or of another shape, for resnet"):  # the body, not the head
         network_from(name, {"num_labels": 7, "hidden_sizes": [6]})
+    for added in ({"depths": [2]}, {"num_labels": 7, "depths": [2]}, {"num_labels": 6, "hidden_sizes": [6]}):
+        with pytest.raises(ValueError, match="leave out the arguments that change its body"):
+            network_from(name, added)
     trained.resnet.save_pretrained(tmp_path / "body")
     with pytest.raises(ValueError, match=r"no weights for classifier.*num_labels"):
         network_from(f"transformers:{tmp_path / 'body'}")
@@ -317,6 +320,18 @@ def test_colours_in_another_order_are_refused(tmp_path: Path) -> None:
         rse.load(f"transformers:{tmp_path}")
 
 
+def test_a_mean_that_a_processor_does_not_say_is_not_guessed(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic")
+    transformers.ResNetForImageClassification(config).save_pretrained(tmp_path)
+    file, name = tmp_path / "preprocessor_config.json", f"transformers:{tmp_path}"
+    file.write_text('{"do_normalize": true, "image_processor_type": "SomebodysProcessor"}')
+    with pytest.raises(ValueError, match="does not say by which mean and std"):
+        expected_images(network_from(name), name)
+    file.write_text('{"do_normalize": true, "image_processor_type": "ViTImageProcessorFast"}')
+    assert expected_images(network_from(name), name).mean_and_std == ((0.5,) * 3, (0.5,) * 3)
+
+
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(
     ("told", "shape", "mean_and_std"),
@@ -327,6 +342,17 @@ def test_colours_in_another_order_are_refused(tmp_path: Path) -> None:
             ((0.5,), (0.25,)),
         ),
         ({"image_mean": [0.5], "image_std": [0.25], "do_normalize": False, "size": 8}, (1, 8, 8), None),
+        ({"image_mean": [0.5], "image_std": [0.25], "size": [8, 9]}, (1, 8, 9), ((0.5,), (0.25,))),
+        (  # which needs torchvision where it leaves something out
+            {
+                "image_processor_type": "ViTImageProcessorFast",
+                "image_mean": [0.5],
+                "image_std": [0.25],
+                "size": 8,
+            },
+            (1, 8, 8),
+            ((0.5,), (0.25,)),
+        ),
         ({"image_mean": [51.0], "image_std": [102.0], "do_rescale": False}, None, ((0.2,), (0.4,))),
         ({"rescale_factor": 0.5 / 255, "rescale_offset": True}, None, ((2.0,), (2.0,))),
         ({"image_mean": [0.5], "image_std": [0.25], "include_top": True}, None, ((0.5,), (0.0625,))),

@@ -44,11 +44,8 @@ def arrays(file: Path, split: Split, reading: Reading) -> ImageData:
                 f"no {split} split in {file}: it has {', '.join(found.files)}; data.{split}_split, "
                 f"--{split}-split name another"
             )
-        if None in keys and reading.given(split) is not None and not cut:
-            raise FileNotFoundError(
-                f"no {split} split {reading.given(split)!r} in {file}: it has {', '.join(found.files)}; "
-                f"leave data.{split}_split, --{split}-split out to cut both splits out of it"
-            )
+        if None in keys:
+            reading.check_cut(split, str(file))
         if None in keys:
             keys, cut = [next((key for key in known if key in found.files), None) for known in columns], True
         if keys[0] is None or keys[1] is None:
@@ -99,6 +96,7 @@ def _read(file: Path, found: Any, key: str) -> Any:
 
 def cut_off(data: ImageData, split: Split, reading: Reading) -> ImageData:
     """The part of a split, of images that are of both."""
+    reading.check_cut(split, data.name)
     names = [str(number) for number in range(len(data))]
     of_test = test_part(names, data.labels, reading.test_share, reading.split_seed)
     part = data.subset((of_test if split == "test" else ~of_test).nonzero().squeeze(1))

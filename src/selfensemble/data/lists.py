@@ -43,11 +43,7 @@ def open_list(file: Path, split: Split, reading: Reading) -> Rows:
             with suppress(FileNotFoundError):  # a test split alone
                 trained = _table(_beside(file, "train", reading))
     elif by is None:
-        if not cut and reading.given(split) is not None:
-            raise FileNotFoundError(
-                f"no {split} split {reading.given(split)!r} in {file}, which has no column `split`: leave "
-                f"data.{split}_split, --{split}-split out to cut both splits out of it"
-            )
+        reading.check_cut(split, str(file))
         cut = True
     image = pick_column(reading.image_column, _IMAGES, list(columns), "image", str(file))
     others = [each for each in columns if each not in (image, by)]

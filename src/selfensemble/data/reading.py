@@ -75,6 +75,14 @@ class Reading:
         if asked := [name for name in unread if getattr(self, name) is not None]:
             raise ValueError(f"{kind} no {', '.join(asked)}: leave that out")
 
+    def check_cut(self, split: Split, source: str) -> None:
+        """Raise where both splits would be cut out of images that have none, though a split was named."""
+        if (named := self.given(split)) is not None and not self.cuts:
+            raise FileNotFoundError(
+                f"no {split} split {named!r} in {source}, which has no splits: leave data.{split}_split, "
+                f"--{split}-split out to cut both splits out of it"
+            )
+
     @property
     def sides(self) -> tuple[int, int] | None:
         """(H, W) that images are to have, if one was asked for."""

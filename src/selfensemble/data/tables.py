@@ -64,6 +64,8 @@ def open_saved(folder: Path, split: Split, reading: Reading) -> Rows:
 
     found: Any = load_from_disk(str(folder))
     cut, training = not isinstance(found, DatasetDict), list[Any]()
+    if cut:
+        reading.check_cut(split, str(folder))
     if not cut:
         by_name = {str(name).casefold(): name for name in found}
         names, trained = (

@@ -199,16 +199,17 @@ class RandomClassifier(nn.Module):
                 self._quiet[shape] = settings
         return self._others[shape]
 
-    def images_share_noise(self, inputs: Tensor) -> bool:
-        """Whether a pass draws other noise once for all of its images, not for each of them.
+    def images_share_noise(self, inputs: Tensor, most: int = 4) -> bool:
+        """Whether a pass may draw other noise once for all of its images, not for each of them.
 
         Args:
             inputs: (B, ...), prepared, in the mode that is asked about.
+            most: images of a pass, 2 or more.
         """
         if len(inputs) == 0 or not self.has_other_noise(inputs):
             return False
         with noise_disabled(self):
-            return images_share_numbers(self.draw_logits, inputs)
+            return images_share_numbers(self.draw_logits, inputs, most)
 
     def _with_random_images(self, images: Tensor) -> Tensor:
         """As many random images beside them, where they are images."""

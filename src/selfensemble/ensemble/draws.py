@@ -286,9 +286,9 @@ def one_by_one(ensemble: RandomClassifier, inputs: Tensor, size: int | None) -> 
     """
     if size == 1:
         return size
-    with eval_mode(ensemble):
+    with eval_mode(ensemble), explain_shape(ensemble, inputs):
         few = Draws(ensemble, inputs).prepared(inputs[:1])
-        return 1 if ensemble.images_share_noise(few) else size
+        return 1 if ensemble.images_share_noise(few, size or 4) else size
 
 
 class NotFiniteError(ValueError):

@@ -51,11 +51,14 @@ def draws_numbers(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> set[st
     return seen.names - USUAL
 
 
+_AMONG_IMAGES = {"randperm"}  # which draw as many numbers as there are images, and mix them
+
+
 class _Counted(OwnNumbers):
     """How many numbers each operator drew, one after the other."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, seed: int | None = None) -> None:
+        super().__init__(seed)
         self.counts: list[tuple[str, int]] = []
 
     def __torch_dispatch__(
@@ -69,30 +72,41 @@ class _Counted(OwnNumbers):
 
 
 @torch.no_grad()
-def images_share_numbers(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> bool:
-    """Whether a pass draws numbers that are common to its images, as random weights and transforms do.
+def images_share_numbers(forward: Callable[[Tensor], Tensor], inputs: Tensor, most: int = 4) -> bool:
+    """Whether a pass of a random network may draw numbers that are common to its images.
 
-    Such an operator draws as many for two images as for four. Numbers that Python draws are taken for common,
-    and so are those of passes that cannot be compared.
+    Random weights and transforms do. An operator of torch that draws for each image draws twice as many for
+    twice as many images, the answers to copies of one image differ, and with equal numbers of torch's two
+    passes are equal. Where that does not hold, or a pass cannot be looked at, numbers are taken for common:
+    those of Python, of numpy, of generators of the network's own, of a clock.
 
     Args:
         forward: one pass.
         inputs: (B, ...), one image or more.
+        most: images of a pass, 2 or more.
     """
-    if draws_for_python(forward, inputs):
-        return True
-    found = []
+    copies = [torch.cat([inputs[:1]] * count) for count in ((2, 4) if most >= 4 else (1, 2))]
     try:
-        for images in (2, 4):
-            with _Counted() as seen:
-                forward(torch.cat([inputs[:1]] * images))
-            found.append(seen.counts)
-    except (RuntimeError, ValueError, AssertionError):  # of a network that takes other batches
+        if draws_for_python(forward, copies[0]):
+            return True
+        seen, answers = [], []
+        for number, images in enumerate([*copies, copies[1], copies[1]]):
+            with _Counted(min(number, 2)) as counted:  # the last two passes are of one seed
+                answers.append(forward(images))
+            seen.append(counted)
+    except Exception:  # code of a user, which may take other batches alone
         return True
-    few, many = found
-    if [name for name, _ in few] != [name for name, _ in many]:
+    few, many = seen[0].counts, seen[1].counts
+    if not many or [name for name, _ in few] != [name for name, _ in many]:
         return True
-    return any(one == other for (_, one), (_, other) in zip(few, many, strict=True))
+    if any(one == other for (_, one), (_, other) in zip(few, many, strict=True)):
+        return True
+    if any(counted.names & _AMONG_IMAGES for counted in seen):
+        return True
+    tolerance = 0.0 if inputs.device.type == "cpu" else 1e-5 * float(answers[1].abs().max())
+    repeats = _same(answers[2], answers[3], tolerance)
+    as_one = [_same(each[:1].expand_as(each), each, tolerance) for each in answers[1:3]]
+    return not repeats or (all(as_one) and not _same(answers[1], answers[2], tolerance))
 
 
 @torch.no_grad()

@@ -196,7 +196,9 @@ def _about(fqn: str, module: nn.Module) -> list[str]:
         return lines
     plain = {key: value for key, value in vars(module).items() if key[0] != "_" and key != "training"}
     lines += [f"{key}={value!r}" for key, value in sorted(plain.items()) if _is_plain(value)]
-    lines += [f"{key}={_digest([value])}" for key, value in sorted(plain.items()) if isinstance(value, Tensor)]
+    lines += [
+        f"{key}={_digest([value])}" for key, value in sorted(plain.items()) if isinstance(value, Tensor)
+    ]
     for key, value in sorted(plain.items()):
         if inspect.isroutine(value) or isinstance(value, type):
             lines += [f"{key}={value.__module__}.{value.__qualname__}", *_source(value)]

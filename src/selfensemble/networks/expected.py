@@ -110,6 +110,8 @@ def _processed_sides(told: dict[str, Any]) -> tuple[Any, Any]:
     """(H, W) that a processor brings images to; None where it does not say."""
     crops = told.get("do_center_crop", "crop_size" in told)
     size = (told.get("crop_size") if crops else None) or told.get("size") or {}
+    if isinstance(size, list | tuple):  # as early versions wrote it
+        return (size[0], size[1]) if len(size) == 2 else (None, None)
     if not isinstance(size, dict):
         return size, size
     side = size.get("shortest_edge")
@@ -137,6 +139,11 @@ def _mean_and_std(name: str, told: dict[str, Any], channels: int) -> tuple[Chann
             "module of your own around it, and name that"
         )
     mean, std = told.get("image_mean"), told.get("image_std")
+    if told.get("do_normalize") and (mean is None or std is None):
+        raise ValueError(
+            f"{name} wants its inputs standardised, and its file does not say by which mean and std: standardise "
+            "them in a module of your own around it, and name that"
+        )
     if not told.get("do_normalize", not bare) or mean is None or std is None:
         mean, std = [0.0] * channels, [1.0] * channels
     again = std if told.get("include_top", False) else [1.0] * len(std)  # EfficientNet divides twice
@@ -149,7 +156,6 @@ def _mean_and_std(name: str, told: dict[str, Any], channels: int) -> tuple[Chann
 
 def _processor(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """What the folder or repository says of its images; nothing where it says nothing."""
-    import transformers
     from transformers.image_processing_base import ImageProcessingMixin
 
     where = {key: arguments[key] for key in HUB if key in arguments}
@@ -157,10 +163,27 @@ def _processor(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(name, **where)[0]
     except (OSError, ValueError):  # there is no such file
         return {}
-    kind = found.get("image_processor_type") or found.get("feature_extractor_type")
-    own = getattr(transformers, str(kind), None)
-    for key in ("image_mean", "image_std"):  # files of some versions leave out what is usual of a kind
-        usual = getattr(own, key, None)
-        if key not in found and isinstance(usual, list | tuple):
-            found[key] = list(usual)
+    kind = str(found.get("image_processor_type") or found.get("feature_extractor_type"))
+    for key in {
+        "image_mean",
+        "image_std",
+    } - found.keys():  # which some versions leave out where they are usual
+        usual = _usual(kind, key)
+        if usual is not None:
+            found[key] = usual
     return found
+
+
+def _usual(kind: str, key: str) -> list[float] | None:
+    """A default of a kind of processor, of whichever of its forms the installed packages allow."""
+    import transformers
+
+    plain = kind.removesuffix("Fast")
+    for name in (kind, plain, f"{plain}Pil", f"{plain}Fast"):
+        try:
+            usual = getattr(getattr(transformers, name), key)
+        except (AttributeError, ImportError):  # no such form, or one that needs torchvision
+            continue
+        if isinstance(usual, list | tuple):
+            return list(usual)
+    return None

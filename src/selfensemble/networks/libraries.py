@@ -108,10 +108,15 @@ def transformers_network(name: str, arguments: dict[str, Any], pretrained: bool)
         return _built(full, lambda: kind(config)).eval()
     where = {key: rest[key] for key in HUB if key in rest}
     network, report = _with_weights(kind, name, config, full, where)
-    others = [key for key, _, shape in report["mismatched_keys"] if not _is_of_head(network, key, shape)]
+    shapes = {str(key): shape for key, _, shape in report["mismatched_keys"]}
+    if rest.keys() - {*HUB, "num_labels"}:  # which may add layers to the body, or take some away
+        changed = [*shapes, *report["missing_keys"], *report["unexpected_keys"]]
+        others = [key for key in changed if key.startswith(f"{network.base_model_prefix}.")]
+    else:
+        others = [key for key, shape in shapes.items() if not _is_of_head(network, key, shape)]
     if others:
         raise ValueError(
-            f"{full} has weights of another shape for {', '.join(sorted(others)[:4])}: leave out the "
+            f"{full} has no weights, or of another shape, for {', '.join(sorted(others)[:4])}: leave out the "
             "arguments that change its body, or ask for fresh weights by --network-args "
             "'{\"pretrained\": false}'"
         )
