@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -46,8 +45,11 @@ def pixels(linear: nn.Linear, inputs: Tensor) -> Tensor:
     return linear(inputs + torch.randn_like(inputs))  # type: ignore[no-any-return]
 
 
-def own_generator(linear: nn.Linear, inputs: Tensor, generator: Any = np.random.default_rng(0)) -> Tensor:
-    return linear(inputs + torch.from_numpy(generator.normal(size=16)).float())  # type: ignore[no-any-return]
+NUMBERS = np.random.default_rng(0)
+
+
+def own_generator(linear: nn.Linear, inputs: Tensor) -> Tensor:
+    return linear(inputs + torch.from_numpy(NUMBERS.normal(size=16)).float())  # type: ignore[no-any-return]
 
 
 def system(linear: nn.Linear, inputs: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from .expectation import Oracle
 from .norms import per_image
 
 _HALVINGS = 10
+_BEYOND = 0.001  # of a share, about what the bisection of a network that is not random leaves open
 _CLOSE = 0.005  # of a share: where the bisection of a random network ends
 _MOST, _MOST_SETTLED = 16, 32  # times `confirm_draws` that an answer of a random network may take
 # Multiples of a change that are tried until one fools the network, and those that the network itself settles.
@@ -63,7 +64,16 @@ class Lines:
             low = torch.where(pending & (verdict <= 0), share, low)
         self._bisect(low, high)
         exact = not self.oracle.is_random
-        return high if exact and not self.oracle.follows else self._settled(high)
+        return self._beyond(high) if exact and not self.oracle.follows else self._settled(high)
+
+    def _beyond(self, high: Tensor) -> Tensor:
+        """Shares a little farther along where those fool the network, too.
+
+        At the boundary itself logits are equal up to rounding, which is another one in batches of other sizes.
+        """
+        pending = high.isfinite()
+        farther = torch.where(pending, (1 + _BEYOND) * high, 1.0)
+        return torch.where(pending & (self._ask(farther, pending, most=1) > 0), farther, high)
 
     def _bisect(self, low: Tensor, high: Tensor) -> None:
         """Bring `low`, that do not fool the network, and `high`, that do, together; in place."""

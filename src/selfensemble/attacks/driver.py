@@ -10,7 +10,7 @@ from ..data.labels import class_numbers
 from ..ensemble.checks import check_count, check_images, explain_shape, floating_dtype, logits_of
 from ..ensemble.draws import Draws
 from ..ensemble.ensemble import SelfEnsemble
-from ..ensemble.randomness import PASSES, answers_differ
+from ..ensemble.randomness import PASSES, answers_differ, with_random_images
 from ..fast.ensemble import FastEnsemble, original_of
 from ..fast.exact import exact_float32
 from ..noise.calls import OwnHooks, without_weight_gradients
@@ -53,6 +53,8 @@ def run_attack(
         rooms = [0 if reseed else _room(each, first, max_batch) for each in (original_of(model), model)]
         for number, (x, y) in enumerate(zip(inputs.split(size), labels.split(size), strict=True)):
             own = seed if number == 0 or noise.frozen else stream_seed(seed, number, 1)
+            if number and not is_random:  # which the images before did not show
+                is_random = answers_differ(forward, _prepared(x, device), most=len(x))
             oracle = Oracle(
                 forward, noise, seed=own, is_random=is_random, classes=classes, reseed=reseed,
                 follow=follow, room=(rooms[0], rooms[1]), sampling=sampling,
@@ -131,7 +133,10 @@ def _probe(model: nn.Module, forward: Forward, inputs: Tensor) -> tuple[int, boo
         )
     reseed = numbers.drew
     noise = any(layer.is_active for layer in random_layers(model))
-    return first.shape[1], reseed or noise or answers_differ(forward, inputs, PASSES), reseed
+    if not (reseed or noise):  # noise may be of some images alone, and show nothing of black ones
+        noise = answers_differ(forward, inputs, most=len(inputs))
+        noise = noise or answers_differ(forward, with_random_images(inputs[:2], (0.0, 1.0)), PASSES, 4)
+    return first.shape[1], reseed or noise, reseed
 
 
 @torch.no_grad()

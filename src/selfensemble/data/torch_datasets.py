@@ -182,8 +182,8 @@ class Items:
             value = int(value)
         if not isinstance(value, int) or value < 0:
             raise ValueError(
-                f"item {place} of {self.name} has the label {label!r}: a class number >= 0 is needed, no scores of "
-                "classes (one-hot)"
+                f"item {place} of {self.name} has the label {label!r}: a class number >= 0 is needed, no "
+                "scores of classes (one-hot)"
             )
         return int(value)
 

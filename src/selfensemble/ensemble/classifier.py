@@ -12,7 +12,14 @@ from ..noise.streams import Sampling, check_sampling, noise_draw
 from ..runtime.remarks import Remark
 from .checks import floating_dtype, logits_of
 from .order import order_watched
-from .randomness import PASSES, answers_differ, draws_for_python, draws_numbers, images_share_numbers
+from .randomness import (
+    PASSES,
+    answers_differ,
+    draws_for_python,
+    draws_numbers,
+    images_share_numbers,
+    with_random_images,
+)
 
 Precision = Literal["float32", "bf16"]
 _PLAIN = frozenset({type(None), bool, int, float, str, type})
@@ -185,7 +192,7 @@ class RandomClassifier(nn.Module):
             return False
         if not self._others.get(shape, False):
             passes, images = (2, 1) if shape in self._others else (PASSES, 2)
-            asked = self._with_random_images(inputs[:images])
+            asked = with_random_images(inputs[:images], getattr(self, "bounds", None) or (0.0, 1.0))
             with noise_draw(0, 0), torch.no_grad():
                 found = answers_differ(self._held, asked, passes, len(asked))
             if not found and passes == PASSES:
@@ -210,15 +217,6 @@ class RandomClassifier(nn.Module):
             return False
         with noise_disabled(self):
             return images_share_numbers(self.draw_logits, inputs, most)
-
-    def _with_random_images(self, images: Tensor) -> Tensor:
-        """As many random images beside them, where they are images."""
-        if not images.is_floating_point():
-            return images
-        low, high = getattr(self, "bounds", None) or (0.0, 1.0)
-        generator = torch.Generator("cpu").manual_seed(0)
-        numbers = torch.rand(images.shape, generator=generator, dtype=torch.float32, device="cpu")
-        return torch.cat([images, (low + (high - low) * numbers).to(images.dtype).to(images.device)])
 
     def _held(self, inputs: Tensor) -> Tensor:
         """A pass whose random layers draw what they drew before."""

@@ -37,6 +37,16 @@ def answers_differ(
         return any(not _same(first, forward(few), tolerance) for _ in range(passes - 1))
 
 
+def with_random_images(images: Tensor, bounds: tuple[float, float]) -> Tensor:
+    """Images (B, ...) with as many random ones behind them, where they are images."""
+    if not images.is_floating_point():
+        return images
+    low, high = bounds
+    generator = torch.Generator("cpu").manual_seed(0)
+    numbers = torch.rand(images.shape, generator=generator, dtype=torch.float32, device="cpu")
+    return torch.cat([images, (low + (high - low) * numbers).to(images.dtype).to(images.device)])
+
+
 def _same(one: Tensor, other: Tensor, tolerance: float) -> bool:
     """Whether two answers are equal; a network that returns NaN is not random for that."""
     equal = ((one - other).abs() <= tolerance) | (one == other) | (one.isnan() & other.isnan())

@@ -141,8 +141,8 @@ def _mean_and_std(name: str, told: dict[str, Any], channels: int) -> tuple[Chann
     mean, std = told.get("image_mean"), told.get("image_std")
     if told.get("do_normalize") and (mean is None or std is None):
         raise ValueError(
-            f"{name} wants its inputs standardised, and its file does not say by which mean and std: standardise "
-            "them in a module of your own around it, and name that"
+            f"{name} wants its inputs standardised, and its file does not say by which mean and std: do that "
+            "in a module of your own around it, and name that"
         )
     if not told.get("do_normalize", not bare) or mean is None or std is None:
         mean, std = [0.0] * channels, [1.0] * channels
