@@ -159,6 +159,26 @@ def test_half_precision_stays_in_the_ball(
     assert (length <= eps * (1 + 1e-5)).all()
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize(
+    ("bounds", "eps"), [((1000.0, 1001.0), 0.01), ((0.0, 65535.0), 8.0), ((-9.0, 255.0), 0.01)]
+)
+def test_changes_that_are_small_beside_the_inputs_stay_within_eps(
+    tiny: nn.Sequential, images: Tensor, norm: str, bounds: tuple[float, float], eps: float
+) -> None:
+    """Where float32 holds only few numbers between an input and the end of its ball."""
+    low, high = bounds
+    network = rse.Normalized(tiny, (low,) * 3, (high - low,) * 3)
+    ensemble = rse.SelfEnsemble(network, rse.NoiseConfig(0, 0), bounds=bounds).eval()
+    x, labels = low + (high - low) * images, torch.arange(6) % 5
+    found = attacks.pgd(ensemble, x, labels, norm=norm, eps=eps, steps=4, seed=0)
+    rse.judge(ensemble, x, found, labels, norm=norm, eps=eps)
+    order = {"linf": torch.inf, "l2": 2, "l1": 1}[norm]
+    length = torch.linalg.vector_norm((found.double() - x.double()).flatten(1), order, dim=1)
+    assert (length <= eps * (1 + 1e-6)).all()
+    assert (length > 0).all()
+
+
 def test_rounding_goes_towards_the_original() -> None:
     law = torch.Generator().manual_seed(0)
     for dtype in (torch.float16, torch.bfloat16):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ensemble.checks import check_images, is_number
 from ..ensemble.ensemble import SelfEnsemble
-from .norms import check_eps, check_norm, largest_eps
+from .norms import check_eps, check_norm, largest_eps, per_image, size
 
 Bounds = tuple[float, float]
 _UNIT: Bounds = (0.0, 1.0)
@@ -61,12 +61,22 @@ def in_own_units(*lengths: str) -> Callable[[_Attack], _Attack]:
                 found = attack(model, unit, labels, **settings)
             finally:
                 _bounds.reset(token)
-            moved = rounded_towards(inputs, (low + (high - low) * found).clamp(low, high))
-            return torch.where(found == unit, inputs, moved)
+            wide = torch.float32 if inputs.device.type == "mps" else torch.float64  # which that has not
+            change = (found.to(wide) - unit.to(wide)) * (high - low)
+            if is_number(eps := settings.get("eps")):
+                change = _within(change, norm, float(eps) * (high - low))
+            return rounded_towards(inputs, (inputs.to(wide) + change).clamp(low, high))
 
         return cast("_Attack", in_units)
 
     return decorate
+
+
+def _within(change: Tensor, norm: str, eps: float) -> Tensor:
+    """A change (B, ...) that rounding has brought out of its ball, brought back."""
+    if norm == "linf":
+        return change.clamp(-eps, eps)
+    return change * per_image((eps / size(change, norm).clamp(min=1e-30)).clamp(max=1.0), change)
 
 
 def rounded_towards(origin: Tensor, found: Tensor) -> Tensor:
@@ -77,12 +87,13 @@ def rounded_towards(origin: Tensor, found: Tensor) -> Tensor:
         found: (B, ...) in a dtype that holds at least as much, on the same device.
     """
     rounded = found.to(origin.dtype)
-    if origin.dtype.itemsize > 2:
+    whole = {2: torch.int16, 4: torch.int32}.get(origin.dtype.itemsize)
+    if whole is None:
         return rounded
     wide, before = rounded.to(found.dtype), origin.to(found.dtype)
     farther = (wide - before).abs() > (found - before).abs()
     # Numbers of one sign are in the order of their bits, and those of the other in the opposite one.
-    bits = rounded.view(torch.int16)
+    bits = rounded.view(whole)
     nearer = torch.where((wide > before) == (wide > 0), bits - 1, bits + 1).view(origin.dtype)
     return torch.where(farther & (wide != 0), nearer, rounded)
 
