@@ -10,6 +10,7 @@ import selfensemble as rse
 from selfensemble import attacks
 from selfensemble.attacks.driver import looks_like_probabilities
 from selfensemble.attacks.leads import fooled
+from selfensemble.attacks.losses import LossName
 from selfensemble.attacks.norms import Norm, ascent, size
 from selfensemble.attacks.units import rounded_towards
 
@@ -107,7 +108,7 @@ def test_nan_fools_nobody() -> None:
     assert fooled(answers, torch.tensor([0, 1]), True).tolist() == [False, True]
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1e-3, 1e3, 1e15])
+@pytest.mark.parametrize("scale", [1e-12, 1e-3, 1e3, 1e15, 1e20])
 @pytest.mark.parametrize("attack", [attacks.cw_l2, attacks.ddn, attacks.fmn, attacks.fab])
 def test_the_scale_of_logits_changes_no_distance(attack: Attack, scale: float) -> None:
     """sqrt of the sum of squares of the weights is 12.2 and the value -7: a distance of .573."""
@@ -122,6 +123,14 @@ def test_the_scale_of_logits_changes_no_distance(attack: Attack, scale: float) -
     assert found.isfinite().all()
     assert (Skewed(1.0).double()(found.double()).argmax(dim=1) == 1).all()
     assert size(found - 0.5, "l2").tolist() == pytest.approx([7 / float(weights.norm())] * 3, rel=0.03)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4, 1e15])
+@pytest.mark.parametrize("loss", ["ce", "margin", "dlr", "probability-margin"])
+def test_pgd_finds_its_way_however_sure_the_network_is(loss: LossName, scale: float) -> None:
+    """At .573 the class changes; of the softmax nothing shows of that where logits are large."""
+    found = attacks.pgd(Skewed(scale), grey(3), LABELS[:3], norm="l2", eps=0.6, steps=20, loss=loss, seed=0)
+    assert (Skewed(1.0).double()(found.double()).argmax(dim=1) == 1).all()
 
 
 class Saturated(nn.Module):

@@ -1,5 +1,7 @@
 """Which wrong classes an attack heads for, and the margin of probabilities."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -58,6 +60,27 @@ def test_the_margin_of_probabilities_is_the_lead() -> None:
     rival = torch.stack([torch.cat([row[:y], row[y + 1 :]]).max() for row, y in zip(p, labels, strict=True)])
     torch.testing.assert_close(probability_margin(logits, labels, False), rival - own)
     torch.testing.assert_close(probability_margin(logits, labels, True), own - rival)
+
+
+@pytest.mark.parametrize("lead", [1.0, 20.0, 50.0, 1e4])
+@pytest.mark.parametrize("targeted", [False, True])
+def test_its_gradient_keeps_the_true_class_where_a_network_is_sure(lead: float, targeted: bool) -> None:
+    """Against the difference of two softmax outputs in float64, which holds leads up to some 30."""
+    labels = torch.tensor([1, 1])
+    logits = torch.tensor([[0.5, lead, 0.0, -3.0], [-2.0, lead, 0.0, -1.0]], requires_grad=True)
+    (found,) = torch.autograd.grad(probability_margin(logits, labels, targeted).sum(), logits)
+    assert found.isfinite().all()
+    assert (found[:, 1].abs() > 0).all()
+    if lead < 60:
+        wide = logits.detach().double().requires_grad_()
+        p = wide.softmax(dim=1)
+        others = p[:, [0, 2, 3]]
+        sign = -1 if targeted else 1
+        value = sign * (others.amax(dim=1) - (1 - others.sum(dim=1)))  # exact where p of the class is near 1
+        (wanted,) = torch.autograd.grad(value.sum(), wide)
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=0)
+    else:
+        assert found[:, 1].abs().tolist() == pytest.approx([math.exp(-60)] * 2, rel=1e-4)
 
 
 def test_pgd_climbs_it(tiny: nn.Module, images: Tensor) -> None:

@@ -69,7 +69,7 @@ class Lines:
     def _beyond(self, high: Tensor) -> Tensor:
         """Shares a little farther along where those fool the network, too.
 
-        At the boundary itself logits are equal up to rounding, which is another one in batches of other sizes.
+        At the boundary itself logits are equal up to rounding, which depends on the size of the batch.
         """
         pending = high.isfinite()
         farther = torch.where(pending, (1 + _BEYOND) * high, 1.0)

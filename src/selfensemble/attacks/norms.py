@@ -63,7 +63,10 @@ def size(change: Tensor, norm: str) -> Tensor:
 
 def dual_size(gradient: Tensor, norm: str) -> Tensor:
     """(B,) dual norms: the largest first-order gain of a step of size 1."""
-    return size(gradient, {"linf": "l1", "l2": "l2", "l1": "linf"}[norm])
+    if norm == "l2":  # squares of large and small numbers leave the range of float32
+        largest = gradient.abs().flatten(1).amax(dim=1).clamp(min=_SMALLEST)
+        return largest * size(gradient / per_image(largest, gradient), "l2")
+    return size(gradient, {"linf": "l1", "l1": "linf"}[norm])
 
 
 def unit_l2(gradient: Tensor) -> Tensor:
