@@ -173,7 +173,7 @@ def test_half_precision_stays_in_the_ball(
     ("bounds", "eps"), [((1000.0, 1001.0), 0.01), ((0.0, 65535.0), 8.0), ((-9.0, 255.0), 0.01)]
 )
 def test_changes_that_are_small_beside_the_inputs_stay_within_eps(
-    tiny: nn.Sequential, images: Tensor, norm: str, bounds: tuple[float, float], eps: float
+    tiny: nn.Sequential, images: Tensor, norm: Norm, bounds: tuple[float, float], eps: float
 ) -> None:
     """Where float32 holds only few numbers between an input and the end of its ball."""
     low, high = bounds

@@ -253,12 +253,12 @@ def test_no_image_of_the_training_set_is_tested_where_the_folder_lies_elsewhere(
     shutil.copytree(tmp_path / "here" / "val", tmp_path / "others" / "test")
     splits = {"train_split": train_split, "test_split": test_split}
     config = config_of(recipe={"data": {"source": str(tmp_path / "here")} | splits}, input_shape=(3, 8, 8))
-    training = rse.load_data(tmp_path / "here", "train", **splits)
-    trained_on = {image.numpy().tobytes() for image in training.images}  # type: ignore[union-attr]
+    training = rse.load_data(tmp_path / "here", "train", train_split=train_split, test_split=test_split)
+    trained_on = {image.numpy().tobytes() for image in training.images}
     for source in (None, str(tmp_path / "there")):
         tested = images_of(config, DataOptions(data=source))
         assert len(tested) == (8 if train_split == test_split else 40)
-        assert not trained_on & {image.numpy().tobytes() for image in tested.images}  # type: ignore[union-attr]
+        assert not trained_on & {image.numpy().tobytes() for image in tested.images}
     assert "as usual" not in capsys.readouterr().err
     assert len(images_of(config, DataOptions(data=str(tmp_path / "others")))) == 40
     assert f"test_split {test_split}), which it has not" in " ".join(capsys.readouterr().err.split())

@@ -301,6 +301,18 @@ def test_a_network_lies_between_its_certificates_and_what_attacks_leave(tmp_path
     assert between(certified, {"run": other}) == {}
 
 
+def test_radii_of_inputs_in_other_bounds_are_not_called_shares_of_255(tmp_path: Path) -> None:
+    """40/255 of inputs in [-1, 1] is half as far as of images in [0, 1]."""
+    results = read_results(a_run(tmp_path / "one"))
+    model = results.model.model_copy(update={"behaviour": {"bounds": [-1.0, 1.0]}})
+    write_json(tmp_path / "one" / RESULTS, results.model_copy(update={"model": model}).record())
+    text, page = report(tmp_path / "one")
+    assert page.mistakes == []
+    assert "of inputs in [-1, 1]" in text
+    assert "inputs in [-1, 1]. Seeds" in " ".join(text.split())
+    assert not re.search(r"= \d+/255|in 1/255", text)
+
+
 @pytest.mark.parametrize("what", ["data", "draws", "precision", "behaviour"])
 def test_what_answers_otherwise_or_on_other_images_stands_apart(tmp_path: Path, what: str) -> None:
     """The weights are the same; figures of both are never one line, nor between one certificate."""

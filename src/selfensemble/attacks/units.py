@@ -63,8 +63,8 @@ def in_own_units(*lengths: str) -> Callable[[_Attack], _Attack]:
                 _bounds.reset(token)
             wide = torch.float32 if inputs.device.type == "mps" else torch.float64  # which that has not
             change = (found.to(wide) - unit.to(wide)) * (high - low)
-            if is_number(eps := settings.get("eps")):
-                change = _within(change, norm, float(eps) * (high - low))
+            if settings.get("eps") is not None:
+                change = _within(change, norm, float(settings["eps"]) * (high - low))
             return rounded_towards(inputs, (inputs.to(wide) + change).clamp(low, high))
 
         return cast("_Attack", in_units)

@@ -110,6 +110,12 @@ def _show(results: "Results", folder: Path, as_json: bool) -> None:
         terminal.print_json(results.record())
         return
     terminal.print_results(results)
+    if results.bounds is not None:
+        low, high = results.bounds
+        terminal.note(
+            f"radii and distances are in the units of the inputs, [{low:g}, {high:g}]: divide them by "
+            f"{high - low:g} to compare them with those of images in [0, 1]"
+        )
     if is_weak([results]):
         terminal.note(
             f"Protocol {results.protocol['name']} is weak: it takes no worst case of several attacks "

@@ -215,7 +215,9 @@ def _runs(place: int, spec: AttackSpec) -> Iterator[Run]:
 def check_radius(eps: Any, where: str) -> float:
     """`eps` as a float, or a ValueError unless it is finite and above 0."""
     if isinstance(eps, bool) or not isinstance(eps, int | float) or not math.isfinite(eps) or eps <= 0:
-        raise ValueError(f"{where} must be a number above 0 in [0, 1] pixels, such as 8/255; got {eps!r}")
+        raise ValueError(
+            f"{where} must be a number above 0, in the units of the inputs, such as 8/255; got {eps!r}"
+        )
     return float(eps)
 
 

@@ -29,7 +29,7 @@ class Entry(Record):
         attack: name in `ATTACKS`, "none", or "worst case".
         settings: keyword arguments of the attack.
         norm: the threat model of a fixed budget, "linf", "l2" or "l1"; None for other attacks.
-        eps: its radius, in [0, 1] pixels.
+        eps: its radius, in the units of the inputs: of pixels in [0, 1], unless the network has other bounds.
         c: strength of a C&W attack at fixed c.
         images: attacked images.
         accuracy: share answered correctly by the first seed of the defender's noise.
@@ -39,7 +39,7 @@ class Entry(Record):
         wrong_per_query: mean probability of a wrong answer to one query.
         persistent: by number of queries k, the share of images of which at least one of k queries gets
             a wrong answer: the mean of `1 - (1 - p)^k`.
-        rms_l2, median_l2, mean_linf, max_linf: distances to the originals, in [0, 1] pixels.
+        rms_l2, median_l2, mean_linf, max_linf: distances to the originals, in the same units.
         gradients, forwards: evaluations an image that the attack spent, one noise draw each.
         published: of AutoAttack, the share of the images that are robust by the published code's own rule, a
             single pass for each part; see `attacks.published_rule`.
@@ -172,6 +172,12 @@ class Results(Record):
     checks: tuple[CheckRecord, ...] | None = None
     impossible: tuple[Impossible, ...] = ()
     provenance: dict[str, Any]
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """Of the inputs, in whose units radii and distances are; None where they lie in [0, 1]."""
+        given = (self.model.behaviour or {}).get("bounds")
+        return None if given is None else (float(given[0]), float(given[1]))
 
     def record(self) -> dict[str, Any]:
         """What the file holds; `impossible` only where there is one, as earlier versions read it."""

@@ -45,9 +45,7 @@ def gallery(folder: Path, results: Results) -> dict[str, Any]:
     pixels = original.shape[2] * original.shape[3]
     images = min(len(original), _IMAGES_SHOWN, max(1, _PIXELS_SHOWN // pixels))
     return context | {
-        "attacks": [
-            _pictures(entry, tensors, images, results.data.classes) for entry in entries[:_ATTACKS_SHOWN]
-        ],
+        "attacks": [_pictures(entry, tensors, images, results) for entry in entries[:_ATTACKS_SHOWN]],
         "left_out": max(0, len(entries) - _ATTACKS_SHOWN),
         "images": images,
     }
@@ -90,8 +88,10 @@ def _read_gallery(file: Path, results: Results) -> dict[str, NDArray[Any]]:
 
 
 def _pictures(
-    entry: Entry, tensors: Mapping[str, NDArray[Any]], images: int, classes: Sequence[str]
+    entry: Entry, tensors: Mapping[str, NDArray[Any]], images: int, results: Results
 ) -> dict[str, Any]:
+    classes = results.data.classes
+
     def name(label: int) -> str:
         return classes[label] if 0 <= label < len(classes) else f"class {label}"
 
@@ -122,7 +122,7 @@ def _pictures(
     return {
         "entry": entry,
         "title": row_title(entry),
-        "threat": threat_model(entry),
+        "threat": threat_model(entry, results.bounds),
         "magnification": factor,
         "samples": samples,
     }

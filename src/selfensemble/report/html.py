@@ -185,7 +185,7 @@ def _summary(members: Sequence[Results]) -> list[dict[str, Any]]:
             same = repr(
                 (entry.key, entry.attack, entry.norm, entry.eps, entry.c, sorted(entry.settings.items()))
             )
-            rows = groups.setdefault(threat_model(entry), {})
+            rows = groups.setdefault(threat_model(entry, results.bounds), {})
             rows.setdefault(same, [None] * len(members))[column] = entry
     summary = []
     for name, rows in groups.items():

@@ -14,13 +14,16 @@ NORMS = {"linf": "L\N{INFINITY}", "l2": "L2", "l1": "L1"}
 _CLEAN_DASH = "3.5 2"
 
 
-def threat_model(entry: Entry | Impossible) -> str:
-    """What the attacker of `entry` may do, in words."""
+Bounds = tuple[float, float] | None
+
+
+def threat_model(entry: Entry | Impossible, bounds: Bounds = None) -> str:
+    """What the attacker of `entry` may do, in words; `bounds` of the inputs, None for [0, 1]."""
     if entry.attack == "none":
         return "No attack"
     norm = NORMS.get(entry.norm, entry.norm) if entry.norm else None
     if norm and entry.eps is not None:
-        return f"{norm}, \N{GREEK SMALL LETTER EPSILON} = {radius_text(entry.eps, entry.norm)}"
+        return f"{norm}, \N{GREEK SMALL LETTER EPSILON} = {radius_text(entry.eps, entry.norm, bounds)}"
     if isinstance(entry, Entry) and entry.c is not None:
         return "Fixed strength c"
     return f"Minimum distance, {norm}" if norm else "Minimum distance"
@@ -31,19 +34,21 @@ def row_title(entry: Entry) -> str:
     return entry.title if entry.c is None else f"{entry.title}, c = {entry.c:g}"
 
 
-def radius_text(eps: float, norm: str | None) -> str:
-    """A radius as it is usually named: in 1/255 where it is one of single pixels."""
+def radius_text(eps: float, norm: str | None, bounds: Bounds = None) -> str:
+    """A radius as it is usually named: in 1/255 where it is one of single pixels in [0, 1]."""
+    if bounds is not None:
+        return f"{eps:.6g} of inputs in [{bounds[0]:g}, {bounds[1]:g}]"
     steps = 255 * eps
     if norm != "linf" or not eps:
         return f"{eps:.6g}"
     return f"{round(steps)}/255" if abs(steps - round(steps)) < 1e-4 else f"{eps:.6g} ({steps:.3g}/255)"
 
 
-def _name(entry: Entry, among: Sequence[Entry]) -> str:
+def _name(entry: Entry, among: Sequence[Entry], bounds: Bounds) -> str:
     """The title of an entry, with its threat model where others bear the same title."""
     title = row_title(entry)
     same = [other for other in among if row_title(other) == title]
-    return f"{title} ({threat_model(entry)})" if len(same) > 1 else title
+    return f"{title} ({threat_model(entry, bounds)})" if len(same) > 1 else title
 
 
 def protocol_plots(runs: Mapping[str, Results]) -> list[Plot]:
@@ -148,7 +153,8 @@ def _against_c(runs: Mapping[str, Results]) -> Plot:
 
 
 def _against_eps(runs: Mapping[str, Results], norm: str) -> Plot:
-    unit = 255 if norm == "linf" else 1
+    usual = all(results.bounds is None for results in runs.values())
+    unit = 255 if norm == "linf" and usual else 1
     caption = (
         f"Accuracy under attacks that may change an image by at most \N{GREEK SMALL LETTER EPSILON} in "
         f"{NORMS[norm]}. The worst case takes for every image the attack that harms it most; single attacks "
@@ -158,7 +164,9 @@ def _against_eps(runs: Mapping[str, Results], norm: str) -> Plot:
     def radius(entry: Entry) -> float | None:
         return entry.eps * unit if entry.norm == norm and entry.eps is not None else None
 
-    x_label = f"\N{GREEK SMALL LETTER EPSILON} ({NORMS[norm]})" + (", in 1/255" if unit == 255 else "")
+    x_label = f"\N{GREEK SMALL LETTER EPSILON} ({NORMS[norm]})" + (
+        ", in 1/255" if unit == 255 else "" if usual else ", in the units of the inputs"
+    )
     lines = _curves(runs, radius, radius)
     return Plot(f"Accuracy against the radius, {NORMS[norm]}", caption, x_label, "accuracy", lines)
 
@@ -195,7 +203,9 @@ def _against_draws(runs: Mapping[str, Results]) -> Plot:
         for results in group:
             shown = (results.clean, *(results.worst_case or results.attacks))
             for entry in shown:
-                entries.setdefault(_name(entry, shown), []).append((results.model.draws, entry))
+                entries.setdefault(_name(entry, shown, results.bounds), []).append(
+                    (results.model.draws, entry)
+                )
         for title, pairs in entries.items():
             points = tuple(sorted(_point(draws, entry) for draws, entry in pairs))
             label = f"{group[0].model.name}, {title}" if len(several) > 1 else title
@@ -236,7 +246,7 @@ def _persistent_within(runs: Mapping[str, Results], norm: str | None) -> Plot:
             if entry is not results.clean and entry.norm != norm:
                 continue
             points = tuple(Point(k, share) for k, share in sorted(entry.persistent.items()) if k > 0)
-            title = _name(entry, shown)
+            title = _name(entry, shown, results.bounds)
             kind = kinds.setdefault(title, len(kinds))
             name = f"{label}, {title}" if len(runs) > 1 else title
             if len(points) > 1:

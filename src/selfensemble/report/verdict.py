@@ -73,7 +73,7 @@ def _add(verdict: Verdict, label: str, results: Results) -> None:
         if entry.norm is not None and entry.eps is not None:
             attacks = sum((each.norm, each.eps) == (entry.norm, entry.eps) for each in results.attacks)
             where = verdict.left.setdefault(NORMS.get(entry.norm, entry.norm), [])
-            where.append((radius_text(entry.eps, entry.norm), entry, attacks))
+            where.append((radius_text(entry.eps, entry.norm, results.bounds), entry, attacks))
             where.sort(key=lambda item: (item[1].eps or 0.0, item[1].accuracy))
     if not is_weak([results]):
         verdict.nearest += [each for each in results.attacks if each.eps is None and each.c is None]
