@@ -168,6 +168,35 @@ def test_half_precision_stays_in_the_ball(
     assert (length <= eps * (1 + 1e-5)).all()
 
 
+class Partly(nn.Module):
+    """Answers some images with noise from a generator of its own: those with a first pixel above .5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.generator = Skewed(), torch.Generator().manual_seed(0)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        noise = torch.randn(inputs.shape, generator=self.generator)
+        on = (inputs.flatten(1)[:, 0] > 0.55).view(-1, 1, 1, 1)
+        found: Tensor = self.inner(inputs + noise * on)
+        return found
+
+
+@pytest.mark.parametrize("max_batch", [None, 2])
+def test_noise_of_some_images_is_seen_wherever_they_stand(max_batch: int | None) -> None:
+    """Or lucky draws would count: the first two images, or a first batch, may have none."""
+    images = grey(6)
+    images[3:, :, 0, 0] = 0.6
+    spent = []
+    for batch in (images, images.flip(0)):
+        with attacks.count_evaluations() as budget:
+            attacks.pgd(Partly(), batch, LABELS[:6], eps=0.01, steps=3, seed=0, max_batch=max_batch)
+        spent.append(budget.forwards)
+    with attacks.count_evaluations() as quiet:
+        attacks.pgd(Skewed(), images, LABELS[:6], eps=0.01, steps=3, seed=0, max_batch=max_batch)
+    assert spent[0] == spent[1] > quiet.forwards  # by fresh draws, which confirm what was found
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize(
     ("bounds", "eps"), [((1000.0, 1001.0), 0.01), ((0.0, 65535.0), 8.0), ((-9.0, 255.0), 0.01)]

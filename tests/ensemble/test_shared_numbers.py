@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -128,6 +129,45 @@ def test_what_is_loaded_may_be_random() -> None:
     ensemble.predict(IMAGES, draws=4)
     ensemble.load_state_dict({key: value + 3 for key, value in ensemble.state_dict().items()})
     assert ensemble.predict(IMAGES, draws=40).spread.max() > 0.05
+
+
+class Sudden(nn.Module):
+    """Adds noise to its weights, once a pass, from when it is told to: by a buffer, or behind its back."""
+
+    level: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("level", torch.zeros(()))
+        self.linear, self.told = nn.Linear(16, 3), SimpleNamespace(level=0.0)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        level = float(self.level) + self.told.level
+        weight = self.linear.weight
+        weight = weight + level * torch.randn_like(weight) if level > 0 else weight
+        return nn.functional.linear(inputs.flatten(1), weight, self.linear.bias)
+
+
+@pytest.mark.parametrize("how", ["in place", "replaced", "loaded", "behind its back"])
+def test_noise_that_came_later_is_certain_of_nothing(how: str) -> None:
+    """Draws of one pass were one draw: of 40 decisions at a risk of .001 none named a class of three."""
+    torch.manual_seed(0)
+    network = Sudden()
+    ensemble = rse.SelfEnsemble(nn.Sequential(rse.GaussianNoise(0.1), network)).eval()
+    image = IMAGES[:1]
+    assert int(rse.decide(ensemble, image).label) >= 0
+    rse.certify(ensemble, image, n0=10, n=50)
+    if how == "in place":
+        network.level.fill_(5.0)
+    elif how == "replaced":
+        network.level = torch.tensor(5.0)
+    elif how == "loaded":
+        network.load_state_dict(network.state_dict() | {"level": torch.tensor(5.0)})
+    else:
+        network.told.level = 5.0
+    decided = [int(rse.decide(ensemble, image, max_draws=60, seed=seed).label) for seed in range(8)]
+    assert decided == [-1] * 8
+    assert [int(rse.certify(ensemble, image, n0=10, n=60, seed=seed).label) for seed in range(4)] == [-1] * 4
 
 
 def alone(linear: nn.Linear, inputs: Tensor) -> Tensor:

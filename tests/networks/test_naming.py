@@ -418,10 +418,13 @@ def test_images_that_a_network_of_torchvision_wants(monkeypatch: pytest.MonkeyPa
         ({"weights": "FIRST", "image_size": 96}, 96, 0.4),
         ({"weights": None}, 299, None),
         ({"pretrained": False}, 299, None),
+        ({"pretrained": False, "weights": "OTHERS"}, 299, None),
     ):
         network = network_from("torchvision:net", arguments)
         told = None if mean is None else ((mean,) * 3, (0.5,) * 3)
         assert expected_images(network, "torchvision:net") == ((3, side, side), told)
+    network.image_size = 200  # of one size, whatever its weights are of
+    assert expected_images(network, "torchvision:net").shape == (3, 200, 200)
 
 
 @pytest.mark.parametrize(
@@ -448,6 +451,19 @@ def test_images_that_a_network_of_timm_wants(library: str, arguments: Any, shape
     assert found.mean_and_std is not None
     assert found.mean_and_std[0] == mean
     assert found.mean_and_std[1] == pytest.approx((0.5,) * len(mean))
+
+
+def test_a_mean_of_other_channels_is_asked_for() -> None:
+    network = nn.Identity()
+    network.pretrained_cfg = {"input_size": (3, 20, 20), "mean": (0.1, 0.2, 0.3), "std": (0.5,) * 3}  # type: ignore[assignment]
+    for pretrained in (True, False):
+        about = {"name": "timm:net", "arguments": {"in_chans": 4}, "pretrained": pretrained}
+        naming._remember(network, about)
+        if pretrained:
+            with pytest.raises(ValueError, match=r"network takes 4: say the mean and std.*--mean, --std"):
+                expected_images(network, "timm:net")
+        else:
+            assert expected_images(network, "timm:net") == ((4, 20, 20), None)
 
 
 def test_a_processor_is_followed_where_it_can_be(tmp_path: Path) -> None:

@@ -152,13 +152,27 @@ def test_a_killed_run_ends_in_the_same_levels_and_weights(tmp_path: Path, averag
     assert all(torch.equal(tensor, weights[key]) for key, tensor in one.state_dict().items())
 
 
-def test_levels_of_a_linear_layer_are_of_its_features() -> None:
-    """Of tokens (B, T, D) too, as many or more of them than features."""
+class OwnLinear(nn.Module):
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.in_features = features
+        self.weight = nn.Parameter(torch.eye(features))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs @ self.weight.T
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_levels_of_a_linear_layer_are_of_its_features(own: bool) -> None:
+    """Of tokens (B, T, D) too, as many of them as features, or fewer; and of layers of other people."""
     for tokens in (6, 5):
-        linear = nn.Linear(6, 6, bias=False)
+        linear: nn.Module = OwnLinear(6) if own else nn.Linear(6, 6, bias=False)
         with torch.no_grad():
-            linear.weight.copy_(torch.eye(6))
-        network = rse.inject_noise_(nn.Sequential(linear), filter_fn="linear")
+            linear.weight.copy_(torch.eye(6))  # type: ignore[operator, union-attr]
+        kind = type(linear)
+        network = rse.inject_noise_(
+            nn.Sequential(linear), filter_fn=lambda module, fqn, kind=kind: isinstance(module, kind)
+        )
         learn_noise_(network, granularity="channel")
         (layer,) = rse.noise_layers(network).values()
         layer.std = (5.0, *[1e-6] * 5)

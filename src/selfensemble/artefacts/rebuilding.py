@@ -106,12 +106,16 @@ def in_float32_(model: nn.Module) -> None:
 
 
 def as_saved(model: nn.Module, tensors: dict[str, Tensor], is_ours: bool) -> nn.Module:
-    """The network in float64 where all weights are; one that was passed has to be."""
-    saved = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    """The network in float64 where all parameters are; one that was passed has to be. Buffers stay."""
+    own = {name: each for name, each in model.named_parameters() if name in tensors}
+    saved = {tensors[name].dtype for name in own if tensors[name].is_floating_point()}
     if saved != {torch.float64} or floating_dtype(model) == torch.float64:
         return model
     if not is_ours:
         raise ValueError(
             "the weights are float64, and the network that was passed is not: pass model.double()"
         )
-    return model.double()
+    for name, each in [*own.items(), *model.named_buffers()]:
+        if name in tensors and tensors[name].is_floating_point():
+            each.data = each.data.to(tensors[name].dtype)
+    return model

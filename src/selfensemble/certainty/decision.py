@@ -204,6 +204,6 @@ def _interval(seen: Tensor, leader: Tensor, alpha: float) -> tuple[Tensor, Tenso
 
 def check_alpha(alpha: float) -> float:
     """Return `alpha`, or raise a ValueError unless it is a risk."""
-    if not (is_number(alpha) and 0 < alpha < 1):
-        raise ValueError(f"alpha must lie between 0 and 1 (0.001 is usual), got {alpha!r}")
+    if not (is_number(alpha) and 1e-100 <= alpha < 1):  # beyond, parts of it are 0 in floating point
+        raise ValueError(f"alpha must lie between 1e-100 and 1 (0.001 is usual), got {alpha!r}")
     return alpha

@@ -128,12 +128,13 @@ def optimize(
 def for_attacks(ensemble: SelfEnsemble, example_inputs: Tensor, precision: Precision) -> SelfEnsemble:
     """What attacks follow for gradients of a precision: for "float32" the ensemble, else an optimised copy.
 
-    The copy is in float32 where a processor would only imitate bfloat16.
+    The copy is in float32 where a processor would only imitate bfloat16, and of networks in float64, of
+    which there is no copy in bfloat16.
     """
     if precision == "float32":
         return ensemble
-    native = has_bfloat16(device_of_parameters(ensemble))
-    return optimize(ensemble, example_inputs, precision if native else "float32")
+    half = has_bfloat16(device_of_parameters(ensemble)) and ensemble.input_dtype != torch.float64
+    return optimize(ensemble, example_inputs, precision if half else "float32")
 
 
 def _in_half(

@@ -36,9 +36,9 @@ def expected_images(network: nn.Module, name: str) -> Expected:
     known, pretrained = name_of(network), was_pretrained(network)
     arguments = {} if known is None else known[1]
     if library == "timm":
-        found = _of_timm(getattr(network, "pretrained_cfg", None), arguments)
+        found = _of_timm(getattr(network, "pretrained_cfg", None), arguments, pretrained)
     elif library == "torchvision":
-        found = _of_torchvision(rest, arguments)
+        found = _of_torchvision(network, rest, arguments)
     elif library == "transformers":
         found = _of_transformers(getattr(network, "config", None), rest, arguments, pretrained)
     else:
@@ -46,7 +46,7 @@ def expected_images(network: nn.Module, name: str) -> Expected:
     return found if pretrained else Expected(found.shape)
 
 
-def _of_timm(config: Any, arguments: dict[str, Any]) -> Expected:
+def _of_timm(config: Any, arguments: dict[str, Any], pretrained: bool) -> Expected:
     """By the configuration of the weights, but for what the arguments change of the network."""
     if not isinstance(config, dict):
         return Expected()
@@ -57,6 +57,11 @@ def _of_timm(config: Any, arguments: dict[str, Any]) -> Expected:
         channels, *sides = shape
         shape = _shape((arguments.get("in_chans", channels), *_sides(arguments.get("img_size"), sides)))
     if told is not None and shape is not None and len(told[0]) != shape[0]:
+        if shape[0] != 1 and pretrained:
+            raise ValueError(
+                f"the weights are of images with a mean of {len(told[0])} channels, and the network takes "
+                f"{shape[0]}: say the mean and std of each (--mean, --std)"
+            )
         told = _of_grey(told) if shape[0] == 1 else None
     return Expected(shape, told)
 
@@ -67,15 +72,23 @@ def _of_grey(told: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
     return (mean,), (std,)
 
 
-def _of_torchvision(name: str, arguments: dict[str, Any]) -> Expected:
-    """By the preprocessing of the weights that were asked for, else of those that torchvision has."""
+def _of_torchvision(network: nn.Module, name: str, arguments: dict[str, Any]) -> Expected:
+    """By the network, where it is of one size, and the preprocessing of the weights.
+
+    Those that were asked for, else those that torchvision has.
+    """
     models: Any = import_module("torchvision").models
     asked = arguments.get("weights") or "DEFAULT"
     known = models.get_model_weights(name)
-    chosen = known[asked.rpartition(".")[2]] if isinstance(asked, str) else asked
-    wanted = chosen.transforms()
+    if isinstance(asked, str):
+        try:
+            asked = known[asked.rpartition(".")[2]]
+        except KeyError:  # of a network with fresh weights, for which they were not looked up
+            asked = known["DEFAULT"]
+    wanted = asked.transforms()
     (side,) = set(wanted.crop_size)
-    shape = _shape((3, *_sides(arguments.get("image_size"), [side, side])))
+    own = getattr(network, "image_size", arguments.get("image_size"))
+    shape = _shape((3, *_sides(own, [side, side])))
     return Expected(shape, (tuple(wanted.mean), tuple(wanted.std)))
 
 
@@ -96,7 +109,7 @@ def _shape(sizes: Any) -> tuple[int, int, int] | None:
 def _of_transformers(config: Any, name: str, arguments: dict[str, Any], pretrained: bool) -> Expected:
     """By the file of their processor; sides that the arguments ask for, and else those of the network."""
     if isinstance(of_timm := getattr(config, "pretrained_cfg", None), dict):  # a network of timm within
-        return _of_timm(of_timm, arguments)
+        return _of_timm(of_timm, arguments, pretrained)
     told = _processor(name, arguments)
     channels, own = getattr(config, "num_channels", 3), getattr(config, "image_size", None)
     processed = _processed_sides(told)

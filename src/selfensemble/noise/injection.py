@@ -212,7 +212,7 @@ def attach_noise_(model: nn.Module, stds: Mapping[str, Std]) -> nn.Module:
     for (module, _), noise in zip(modules, layers.values(), strict=True):
         noise.train(module.training)
         noise.injected = True
-        if isinstance(module, nn.Linear):
+        if _has_features_last(module):
             noise.features_last = True
         module.add_module(CHILD, noise)
         module.register_forward_pre_hook(_pre_hook, with_kwargs=True)
@@ -220,6 +220,17 @@ def attach_noise_(model: nn.Module, stds: Mapping[str, Std]) -> nn.Module:
     remember_(model, layers)
     forget_graphs()
     return model
+
+
+_ALONG_THE_LAST = (nn.Linear, nn.MultiheadAttention, nn.LayerNorm, nn.RMSNorm, nn.RNNBase)
+
+
+def _has_features_last(module: nn.Module) -> bool:
+    """Whether a layer works on the last dimension of its inputs, as linear layers of anybody do."""
+    if hasattr(module, "in_channels"):
+        return False
+    own = getattr(module, "in_features", getattr(module, "nx", None))  # as Conv1D of transformers calls it
+    return isinstance(module, _ALONG_THE_LAST) or isinstance(own, int)
 
 
 def _on_load(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
