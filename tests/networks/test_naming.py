@@ -423,7 +423,7 @@ def test_images_that_a_network_of_torchvision_wants(monkeypatch: pytest.MonkeyPa
         network = network_from("torchvision:net", arguments)
         told = None if mean is None else ((mean,) * 3, (0.5,) * 3)
         assert expected_images(network, "torchvision:net") == ((3, side, side), told)
-    network.image_size = 200  # of one size, whatever its weights are of
+    network.image_size = 200  # type: ignore[assignment]  # of one size, whatever its weights are of
     assert expected_images(network, "torchvision:net").shape == (3, 200, 200)
 
 

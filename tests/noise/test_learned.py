@@ -168,10 +168,9 @@ def test_levels_of_a_linear_layer_are_of_its_features(own: bool) -> None:
     for tokens in (6, 5):
         linear: nn.Module = OwnLinear(6) if own else nn.Linear(6, 6, bias=False)
         with torch.no_grad():
-            linear.weight.copy_(torch.eye(6))  # type: ignore[operator, union-attr]
-        kind = type(linear)
+            linear.weight.copy_(torch.eye(6))  # type: ignore[operator]
         network = rse.inject_noise_(
-            nn.Sequential(linear), filter_fn=lambda module, fqn, kind=kind: isinstance(module, kind)
+            nn.Sequential(linear), filter_fn=lambda module, fqn: isinstance(module, OwnLinear | nn.Linear)
         )
         learn_noise_(network, granularity="channel")
         (layer,) = rse.noise_layers(network).values()
