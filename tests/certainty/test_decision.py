@@ -135,7 +135,7 @@ def test_one_draw_one_class_and_no_image(tiny: nn.Module, images: Tensor) -> Non
 
 def test_bad_settings(tiny: nn.Module, images: Tensor) -> None:
     ensemble = rse.SelfEnsemble(tiny)
-    with pytest.raises(ValueError, match="alpha must lie between 0 and 1"):
+    with pytest.raises(ValueError, match="alpha must lie between 1e-300 and 1"):
         decide(ensemble, images, alpha=0)
     with pytest.raises(ValueError, match="max_draws must be an integer >= 1"):
         decide(ensemble, images, max_draws=0)
@@ -167,7 +167,9 @@ def test_a_seed_repeats_decisions_of_any_noise() -> None:
 def test_risks_next_to_nothing_and_numbers_that_are_none() -> None:
     ensemble = rse.load("digits-rse")
     images = rse.load_data("digits", "test").inputs(slice(2))
-    assert rse.decide(ensemble, images, alpha=1e-310, max_draws=5, seed=0).label.tolist() == [-1, -1]
+    assert rse.decide(ensemble, images, alpha=1e-300, max_draws=5, seed=0).label.tolist() == [-1, -1]
+    with pytest.raises(ValueError, match="alpha must lie between 1e-300 and 1"):
+        rse.decide(ensemble, images, alpha=5e-324)  # which is 0 where it is divided among classes
     still = rse.SelfEnsemble(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), rse.NoiseConfig(0, 0)).eval()
     with torch.no_grad():
         still.model[1].bias[0] = torch.nan  # type: ignore[index]

@@ -61,7 +61,9 @@ def in_own_units(*lengths: str) -> Callable[[_Attack], _Attack]:
                 found = attack(model, unit, labels, **settings)
             finally:
                 _bounds.reset(token)
-            wide = torch.float32 if inputs.device.type == "mps" else torch.float64  # which that has not
+            wide = (
+                torch.float64 if inputs.device.type in ("cpu", "cuda") else torch.float32
+            )  # others have none
             change = (found.to(wide) - unit.to(wide)) * (high - low)
             if settings.get("eps") is not None:
                 change = _within(change, norm, float(settings["eps"]) * (high - low))

@@ -163,7 +163,7 @@ def certificates(
     found: list[list[tuple[Tensor, ...]]] = []
     noise = grid_noise(ensemble, inputs) if grid else nullcontext(0.0)
     with eval_mode(ensemble), noise as slack:
-        draws = Draws(ensemble, inputs, size, seed, anew=True)
+        draws = Draws(ensemble, inputs, size, seed, asks_again=True)
         room = max(1, _ROOM // (n * (APART + 2))) if "mean" in methods else 64 * draws.size
         for number, few in enumerate(inputs.split(room)):
             group = draws.prepared(few)

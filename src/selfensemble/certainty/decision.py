@@ -137,7 +137,7 @@ def decide(
     with noise_disabled(ensemble):
         guess = ensemble.predict(inputs, draws=1, max_batch=max_batch, seed=seed)
     with eval_mode(ensemble):
-        draws = Draws(ensemble, inputs, size, seed, anew=True)
+        draws = Draws(ensemble, inputs, size, seed, asks_again=True)
         varies = len(inputs) > 0 and draws.varies()
     if not varies or guess.probabilities.shape[1] == 1:
         certain = ensemble.predict(inputs, draws=1, max_batch=max_batch)
@@ -204,6 +204,6 @@ def _interval(seen: Tensor, leader: Tensor, alpha: float) -> tuple[Tensor, Tenso
 
 def check_alpha(alpha: float) -> float:
     """Return `alpha`, or raise a ValueError unless it is a risk."""
-    if not (is_number(alpha) and 1e-100 <= alpha < 1):  # beyond, parts of it are 0 in floating point
-        raise ValueError(f"alpha must lie between 1e-100 and 1 (0.001 is usual), got {alpha!r}")
+    if not (is_number(alpha) and 1e-300 <= alpha < 1):  # beyond, parts of it are 0 in floating point
+        raise ValueError(f"alpha must lie between 1e-300 and 1 (0.001 is usual), got {alpha!r}")
     return alpha

@@ -66,9 +66,7 @@ def certify(
     """Certify L2 radii within which the answer cannot change; continues where it stopped."""
     from ..evaluation.certified import Certification, Settings
 
-    if network.draws is not None:
-        raise InputError("a certificate takes draws of its own: leave --draws out, or write --max-draws")
-    images, most = _images_and_draws(n, n_images, max_draws)
+    images, most = _images_and_draws(n, n_images, max_draws, network.draws)
     settings = checked_options(
         Settings,
         {"images": images, "alpha": alpha, "n0": n0, "n": most, "method": method, "rivals": rivals,
@@ -94,8 +92,12 @@ def certify(
     terminal.out.print(f"Written to {folder}: certified.json, certificates.csv", soft_wrap=True)
 
 
-def _images_and_draws(n: int | None, n_images: int | None, max_draws: int | None) -> tuple[int, int]:
+def _images_and_draws(
+    n: int | None, n_images: int | None, max_draws: int | None, draws: int | None
+) -> tuple[int, int]:
     """How many images, and how many draws of each; `--n DRAWS --n-images IMAGES` is the old spelling."""
+    if draws is not None:
+        raise InputError("a certificate takes draws of its own: leave --draws out, or write --max-draws")
     if n is None or n_images is None:
         return n or n_images or 500, max_draws or 10_000
     if max_draws is not None:

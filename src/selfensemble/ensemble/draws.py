@@ -47,8 +47,8 @@ class Draws:
         sampling: overrides the ensemble's.
         antithetic: in pairs, see `noise_draw`.
         count: images to come, where the example is not all of them.
-        anew: whether the network is asked if it has noise of another kind though it was asked before, for
-            what holds with a stated risk: what is no plain value of it may have switched it on.
+        asks_again: whether the network is asked if it has noise of another kind though it was asked before,
+            for what holds with a stated risk: what is no plain value of it may have switched it on.
 
     Attributes:
         size: images a pass, of one draw.
@@ -65,7 +65,7 @@ class Draws:
         sampling: Sampling | None = None,
         antithetic: bool = False,
         count: int | None = None,
-        anew: bool = False,
+        asks_again: bool = False,
     ) -> None:
         count = len(example) if count is None else count
         self._portable = self._repeats = seed is not None
@@ -97,7 +97,7 @@ class Draws:
         if self._by_part:
             self.capacity = 1
         self.pairs_by_place = antithetic and not shared
-        self._shared, self._anew = shared, anew
+        self._shared, self._asks_again = shared, asks_again
         self._reseeds: bool | None = None
         self._watched = False  # whether a pass has shown if the network draws from torch's global generators
         self._folds: bool | None = None
@@ -162,7 +162,7 @@ class Draws:
             else:
                 known[key] = torch.equal(*answers)
         elif known.get(key) and self.ensemble.has_other_noise(
-            self.prepared(self._example[:2]), trusting=not self._anew
+            self.prepared(self._example[:2]), trusting=not self._asks_again
         ):
             return False
         return known.get(key, False)

@@ -56,7 +56,7 @@ class Settings(Section):
     """What a run does to each image, see `certify`."""
 
     images: Count = 500
-    alpha: Annotated[float, Field(ge=1e-100, lt=1)] = 0.001
+    alpha: Annotated[float, Field(ge=1e-300, lt=1)] = 0.001
     n0: Count = 100
     n: Annotated[int, Field(ge=2)] = 10_000
     method: Method = "mean"

@@ -93,7 +93,7 @@ def made_by(ensemble: SelfEnsemble, images: Tensor) -> dict[str, Any]:
         asked = images.to(device_of_parameters(original), original.input_dtype)
         if not original.has_other_noise(asked):
             with noise_disabled(original):
-                logits = original.draw_logits(asked).double().cpu()
+                logits = original.draw_logits(asked).cpu().double()
             if logits.isfinite().all():
                 found["logits"] = [[float(f"{value:.6g}") for value in row] for row in logits.tolist()]
     return found

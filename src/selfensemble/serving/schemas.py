@@ -10,7 +10,7 @@ from ..runtime.schema import Positive
 
 # JSON has types: true and "5" are no numbers. What is text in a form is made one before, see `forms`.
 _ASKED = ConfigDict(extra="forbid", strict=True)
-_Risk = Annotated[float, Field(ge=1e-100, lt=1)]
+_Risk = Annotated[float, Field(ge=1e-300, lt=1)]
 
 
 class Decide(BaseModel):
