@@ -164,7 +164,7 @@ def test_near_enough_images_leave(linear: LinearClassifier, grey: Tensor) -> Non
 
 @pytest.mark.parametrize(("targets", "classes"), [(None, 4), (2, 2), (9, 4)])
 def test_evaluations_are_counted(tiny: nn.Module, images: Tensor, targets: int | None, classes: int) -> None:
-    """A gradient for each boundary; a forward for each iterate, each clean image, in the bisection and beyond."""
+    """A gradient for each boundary; a forward for each iterate, clean image, halving, and beyond."""
     labels = answers(tiny, images)
     with count_evaluations() as budget:
         fab(tiny, images, labels, steps=3, targets=targets)

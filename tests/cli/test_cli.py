@@ -75,8 +75,9 @@ def test_info(model: Path) -> None:
         assert f"leave {said[0]} out" in error("info", model, *said)
 
 
-def test_a_certificate_has_no_draws_per_prediction(model: Path) -> None:
-    assert "write --max-draws" in error("certify", model, "--draws", 50)
+def test_a_certificate_has_no_draws_per_prediction(model: Path, tmp_path: Path) -> None:
+    few = ("--n", 2, "--max-draws", 20, "--n0", 5, "--out", tmp_path / "run")
+    assert "--draws is of predictions" in run("certify", model, "--draws", 50, *few).stderr
 
 
 @pytest.mark.parametrize(

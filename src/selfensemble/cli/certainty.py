@@ -97,7 +97,7 @@ def _images_and_draws(
 ) -> tuple[int, int]:
     """How many images, and how many draws of each; `--n DRAWS --n-images IMAGES` is the old spelling."""
     if draws is not None:
-        raise InputError("a certificate takes draws of its own: leave --draws out, or write --max-draws")
+        terminal.note("--draws is of predictions: a certificate takes up to --max-draws, 10,000 if not said")
     if n is None or n_images is None:
         return n or n_images or 500, max_draws or 10_000
     if max_draws is not None:

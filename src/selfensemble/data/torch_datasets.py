@@ -329,8 +329,7 @@ def _array(image: Any, name: str, place: int, shape: tuple[int, ...] | None) -> 
     if not isinstance(image, Tensor | np.ndarray):
         raise TypeError(
             f"item {place} of {name} begins with a {type(image).__name__}: a PIL image, a tensor or an array "
-            "is "
-            "needed"
+            "is needed"
         )
     found = torch.as_tensor(image, device="cpu")
     is_image = isinstance(image, np.ndarray) and tuple(found.shape) != shape
@@ -338,8 +337,7 @@ def _array(image: Any, name: str, place: int, shape: tuple[int, ...] | None) -> 
         if found.shape[0] in (1, 3):
             raise ValueError(
                 f"item {place} of {name} is an array of shape {image.shape}, which leaves open where the "
-                "channels "
-                "are: give a tensor (C, H, W)"
+                "channels are: give a tensor (C, H, W)"
             )
         found = found.permute(2, 0, 1)
     if is_image and found.dim() == 2:
