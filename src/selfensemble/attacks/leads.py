@@ -8,10 +8,11 @@ from torch import Tensor
 
 def probabilities(logits: Tensor) -> Tensor:
     """Softmax over the last dimension in float64, where the device has it: logits may be almost alike."""
-    return _wide(logits).softmax(dim=-1)
+    return wide(logits).softmax(dim=-1)
 
 
-def _wide(logits: Tensor) -> Tensor:
+def wide(logits: Tensor) -> Tensor:
+    """The same numbers in float64, where the device has it."""
     return logits.double() if logits.device.type in ("cpu", "cuda") else logits
 
 
@@ -31,7 +32,7 @@ def check_answers(outputs: Tensor) -> None:
 
 def mean_log(each: Tensor) -> Tensor:
     """Log of the mean softmax (B, K), in float64 as there, from the logits of single draws (N, B, K)."""
-    return _wide(each).log_softmax(dim=2).logsumexp(dim=0) - math.log(len(each))
+    return wide(each).log_softmax(dim=2).logsumexp(dim=0) - math.log(len(each))
 
 
 def lead_of(each: Tensor, labels: Tensor, targeted: bool, errors: float) -> tuple[Tensor, Tensor]:

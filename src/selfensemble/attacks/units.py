@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..ensemble.checks import check_images, is_number
 from ..ensemble.ensemble import SelfEnsemble
+from .leads import wide
 from .norms import check_eps, check_norm, largest_eps, per_image, size
 
 Bounds = tuple[float, float]
@@ -61,13 +62,10 @@ def in_own_units(*lengths: str) -> Callable[[_Attack], _Attack]:
                 found = attack(model, unit, labels, **settings)
             finally:
                 _bounds.reset(token)
-            wide = (
-                torch.float64 if inputs.device.type in ("cpu", "cuda") else torch.float32
-            )  # others have none
-            change = (found.to(wide) - unit.to(wide)) * (high - low)
+            change = (wide(found) - wide(unit)) * (high - low)
             if settings.get("eps") is not None:
                 change = _within(change, norm, float(settings["eps"]) * (high - low))
-            return rounded_towards(inputs, (inputs.to(wide) + change).clamp(low, high))
+            return rounded_towards(inputs, (wide(inputs) + change).clamp(low, high))
 
         return cast("_Attack", in_units)
 
@@ -92,12 +90,12 @@ def rounded_towards(origin: Tensor, found: Tensor) -> Tensor:
     whole = {2: torch.int16, 4: torch.int32}.get(origin.dtype.itemsize)
     if whole is None:
         return rounded
-    wide, before = rounded.to(found.dtype), origin.to(found.dtype)
-    farther = (wide - before).abs() > (found - before).abs()
+    after, before = rounded.to(found.dtype), origin.to(found.dtype)
+    farther = (after - before).abs() > (found - before).abs()
     # Numbers of one sign are in the order of their bits, and those of the other in the opposite one.
     bits = rounded.view(whole)
-    nearer = torch.where((wide > before) == (wide > 0), bits - 1, bits + 1).view(origin.dtype)
-    return torch.where(farther & (wide != 0), nearer, rounded)
+    nearer = torch.where((after > before) == (after > 0), bits - 1, bits + 1).view(origin.dtype)
+    return torch.where(farther & (after != 0), nearer, rounded)
 
 
 def from_units(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
